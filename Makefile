@@ -1,0 +1,87 @@
+# Every target makes what it needs in one virtual environment, and does nothing twice.
+# To choose: make test PYTHON=python3.12 VENV=/tmp/venv
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+CXX_BUILD := $(VENV)/build-tests
+
+CXX_FILES := $(shell find csrc -name '*.[ch]pp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(CXX_FILES)
+
+.PHONY: help demo test test-full lint test-cpp test-python bench dist format clean
+
+help:
+	@echo 'make demo       align a small language model with three conflicting rewards (6 minutes)'
+	@echo 'make test       lint, types, C++ tests under sanitizers, Python tests'
+	@echo 'make test-full  the same with long fuzzing, slow tests, and the sdist'
+	@echo 'make lint       ruff, mypy, clang-format; make format mends what it can'
+	@echo 'make bench      the benchmarks; BENCH_ARGS are passed on'
+	@echo 'make dist       sdist and wheel'
+	@echo 'make clean      remove the virtual environment and everything built'
+
+# ---- environment -----------------------------------------------------------------------------------------------------
+
+# The build tools, so that the package and the C++ tests build here without downloading them again.
+$(VENV)/tools.stamp: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt build clang-format cmake ninja pybind11 ruff scikit-build-core
+	@touch $@
+
+# The package with one extra (test, examples, bench), editable: Python changes need no new installation.
+# Warnings are errors in tests only: a newer compiler may know new ones.
+$(VENV)/%.stamp: $(VENV)/tools.stamp $(BUILD_FILES)
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
+		--config-settings=build-dir=$(abspath $(VENV))/build-module \
+		--config-settings=cmake.define.PAMA_WERROR=$(if $(filter test,$*),ON,OFF) \
+		--editable '.[$*]'
+	@touch $@
+
+# ---- what people run -------------------------------------------------------------------------------------------------
+
+demo: $(VENV)/examples.stamp
+	$(BIN)/python examples/align_language_model.py $(DEMO_ARGS)
+
+bench: $(VENV)/bench.stamp
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+test: lint test-cpp test-python
+
+test-full: FUZZ_CASES = 1000000
+test-full: export HYPOTHESIS_PROFILE = full
+test-full: PYTEST_ARGS =
+test-full: lint test-cpp test-python dist
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+PYTEST_ARGS = -m 'not slow'
+FUZZ_CASES = 10000
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+format: $(VENV)/tools.stamp
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+test-cpp: $(VENV)/tools.stamp
+	$(BIN)/cmake -S . -B $(CXX_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
+		-DPAMA_BUILD_MODULE=OFF -DPAMA_BUILD_TESTS=ON -DPAMA_SANITIZE=ON -DPAMA_WERROR=ON
+	$(BIN)/cmake --build $(CXX_BUILD)
+	$(BIN)/ctest --test-dir $(CXX_BUILD) --output-on-failure --no-tests=error --exclude-regex fuzz
+	$(CXX_BUILD)/min_norm_fuzz $(FUZZ_CASES)
+
+test-python: $(VENV)/test.stamp
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The wheel is built from the sdist, so that a file missing from the sdist shows.
+dist: $(VENV)/tools.stamp
+	$(BIN)/python -m build --outdir dist .
+
+clean:
+	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,22 @@
+// Macros that let one header serve the host and the device.
+#pragma once
+
+#if defined(__CUDACC__)
+#define PAMA_HD __host__ __device__
+#else
+#define PAMA_HD
+#endif
+
+#define PAMA_RESTRICT __restrict__
+
+// Each translation unit that is compiled for another instruction set names its own inline namespace, so
+// that the linker can't merge a function built for one processor with its twin built for another.
+#if !defined(PAMA_ISA)
+#define PAMA_ISA generic
+#endif
+#define PAMA_BEGIN \
+    namespace pama { \
+    inline namespace PAMA_ISA {
+#define PAMA_END \
+    }            \
+    }

@@ -1,0 +1,149 @@
+// The scalar problem of PAMA (Theorem 1) with a unique answer:
+//
+//     minimise over c in the simplex   1/2 (a.c)^2 + rho/2 ||c - p||^2,
+//
+// rho = 0 standing for the limit rho -> 0 (of the optimal points the one nearest p).
+//
+// Stationarity makes c = [p - lambda (a - tau)]_+ with lambda = a.c / rho: the projection on the simplex of
+// a point that moves along a line. Along it the support only shrinks (who leaves has a larger a than the
+// mean of those who stay, and that mean falls), and phi(lambda) = a.c is convex and falling. Newton's
+// method on phi(lambda) = rho lambda from lambda = 0 therefore rises monotonically to the root:
+//
+//     on the support S, m = |S|, abar = mean_S a, e = sum_S p - 1,
+//     lambda = (abar + sum_S (a - abar) p) / (rho + sum_S (a - abar)^2)
+//     c_i = p_i - e/m - lambda (a_i - abar),     and whoever is negative leaves S.
+//
+// Between two Newton steps lambda is held until nobody leaves (Michelot's projection), so no member of the
+// final support can be dropped: at most n departures and n Newton steps, for every finite input. For a
+// uniform p the step may be taken at once in every round: those outside S are then ordered by a, and phi on
+// any S that contains the final support stays below phi.
+//
+// The template serves one problem (V = double) and one problem per SIMD lane (V = a GCC vector type).
+#pragma once
+
+#include <cmath>
+
+#include "config.hpp"
+
+PAMA_BEGIN
+
+// Whether a condition holds: for one problem, or in any lane.
+PAMA_HD inline bool any(bool x) { return x; }
+PAMA_HD inline bool any(int x) { return x != 0; }
+
+template <class Mask>
+inline bool any(const Mask& mask) {
+    auto bits = mask[0];
+    for (unsigned k = 1; k < sizeof(Mask) / sizeof(bits); ++k) bits |= mask[k];
+    return bits != 0;
+}
+
+template <class V>
+PAMA_HD inline V max_of(V x, V y) {
+    return x > y ? x : y;
+}
+
+template <class V>
+PAMA_HD inline V min_of(V x, V y) {
+    return x < y ? x : y;
+}
+
+// a: n scores, each at most 1 in size (the caller rescales); p: prior of the objectives that take part, 0
+// elsewhere; c: in, 1 where an objective takes part and 0 elsewhere; out, the weights. Returns a.c.
+// `hold` is false only for a uniform prior. A compile-time N > 0 unrolls the loops; n is then ignored.
+template <class V, int N = 0>
+PAMA_HD inline V simplex_solve(int n, const V* PAMA_RESTRICT a, const V* PAMA_RESTRICT p, V rho, bool hold,
+                               V* PAMA_RESTRICT c) {
+    const int size = N > 0 ? N : n;
+    const V zero = V{} * 0, one = zero + 1;
+    const V huge = zero + 3e38f;
+
+    V low = huge, high = -huge;
+    for (int i = 0; i < size; ++i) {
+        low = min_of(low, c[i] > zero ? a[i] : huge);
+        high = max_of(high, c[i] > zero ? a[i] : -huge);
+    }
+    // Exact answer for rho = 0 where 0 is outside the open interval: the members tied at the nearest score.
+    const auto one_sided = (rho == zero) & ((low >= zero) | (high <= zero));
+    const V nearest = low > zero ? low : (high < zero ? high : zero);
+    for (int i = 0; i < size; ++i) c[i] = one_sided & (a[i] != nearest) ? zero : c[i];
+
+    V lambda = zero;
+    V shift = zero, mean = zero;
+    auto holding = one_sided & (rho != rho);  // nobody yet
+    for (int round = 0; round < 2 * size + 2; ++round) {
+        V m = zero, sum_a = zero, sum_p = zero;
+        for (int i = 0; i < size; ++i) {
+            m += c[i];
+            sum_a += c[i] * a[i];
+            sum_p += c[i] * p[i];
+        }
+        mean = sum_a / m;
+        shift = (one - sum_p) / m;
+        V spread = zero, slope = zero;
+        for (int i = 0; i < size; ++i) {
+            const V centred = a[i] - mean;
+            spread += c[i] * centred * centred;
+            slope += c[i] * centred * p[i];
+        }
+        const V curvature = rho + spread;
+        const V step = curvature > zero ? (mean + slope) / curvature : zero;
+        lambda = one_sided ? zero : (holding ? lambda : step);
+        auto left = one_sided & (rho != rho);
+        for (int i = 0; i < size; ++i) {
+            const auto negative = (c[i] > zero) & (p[i] + shift - lambda * (a[i] - mean) < zero);
+            c[i] = negative ? zero : c[i];
+            left = left | negative;
+        }
+        if (!any(left | holding)) break;
+        if (hold) holding = left;  // lambda rests until nobody leaves
+    }
+    V optimum = zero;
+    for (int i = 0; i < size; ++i) {
+        const V weight = p[i] + shift - lambda * (a[i] - mean);
+        c[i] = (c[i] > zero) & (weight > zero) ? weight : zero;
+        optimum += c[i] * a[i];
+    }
+    return rho == zero ? (one_sided ? nearest : zero) : optimum;
+}
+
+// One row of any scale, in double. a: scores; p: prior; c: in, 1 where the objective takes part, else 0; out,
+// the weights. a and p are overwritten. scale < 0 stands for max a^2. Returns the optimum a.c.
+// No objective takes part: c = p. A NaN or infinity among those that do: everything is NaN.
+PAMA_HD inline double simplex_row(int n, double* PAMA_RESTRICT a, double* PAMA_RESTRICT p, double regularization,
+                                  double scale, double* PAMA_RESTRICT c) {
+    double largest = 0, poison = 0, mass = 0, count = 0;
+    for (int i = 0; i < n; ++i) {
+        if (c[i] == 0) continue;
+        poison += 0 * a[i];
+        largest = max_of(std::fabs(a[i]), largest);
+        mass += p[i];
+        count += 1;
+    }
+    if (regularization > 0) poison += scale < 0 ? 0 : 0 * scale;
+    if (count == 0 || poison != 0) {
+        for (int i = 0; i < n; ++i) c[i] = count == 0 ? p[i] : NAN;
+        return count == 0 ? 0.0 : NAN;
+    }
+    bool uniform = true;
+    double first = -1;
+    for (int i = 0; i < n; ++i) {
+        p[i] = c[i] == 0 ? 0 : (mass > 0 ? p[i] / mass : 1 / count);
+        if (c[i] == 0) continue;
+        if (first < 0) first = p[i];
+        uniform = uniform && p[i] == first;
+    }
+    if (largest == 0) {
+        for (int i = 0; i < n; ++i) c[i] = p[i];
+        return 0;
+    }
+    int exponent;
+    std::frexp(largest, &exponent);
+    for (int i = 0; i < n; ++i) a[i] = c[i] == 0 ? 0 : std::ldexp(a[i], -exponent);
+    const double unit = std::ldexp(largest, -exponent);
+    const double size = scale < 0 ? unit * unit : std::ldexp(scale, -2 * exponent);
+    const double rho = regularization > 0 ? regularization * size : 0;
+    return std::ldexp(simplex_solve(n, a, p, rho, !uniform, c), exponent);
+}
+
+PAMA_END

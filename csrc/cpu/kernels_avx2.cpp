@@ -1,0 +1,6 @@
+#define PAMA_ISA avx2
+#include "kernels.inl"
+
+namespace pama {
+const Kernels kernels_avx2 = {"avx2", scratch_size, statistics_entry, apply_entry, weights_rows};
+}

@@ -1,0 +1,6 @@
+#define PAMA_ISA avx512
+#include "kernels.inl"
+
+namespace pama {
+const Kernels kernels_avx512 = {"avx512", scratch_size, statistics_entry, apply_entry, weights_rows};
+}

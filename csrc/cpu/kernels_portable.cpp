@@ -1,0 +1,6 @@
+#define PAMA_ISA portable
+#include "kernels.inl"
+
+namespace pama {
+const Kernels kernels_portable = {"portable", scratch_size, statistics_entry, apply_entry, weights_rows};
+}

@@ -1,0 +1,261 @@
+// The two passes over a block of tokens: statistics alone; and weights, combined advantages, loss and gradient
+// with the statistics beside them.
+#pragma once
+
+#include "../core/simplex.hpp"
+#include "lanes.hpp"
+#include "sums.hpp"
+
+PAMA_BEGIN
+
+// Tiles in the type of the computation and, for float, in double for what float can't hold.
+template <class T>
+struct Workspace {
+    Tile<T> tile;
+    Tile<double> exact;
+    T *c, *positive, *negative, *scale;  // (n, kTileTokens) and (kTileTokens) each
+    T* weights;                          // (n)
+    double* row;                         // (4 n)
+    double* sums;                        // (statistics_size(n, false))
+    typename Lanes<T>::V* lanes;         // (3 n)
+    Arena arena;
+};
+
+template <class T>
+inline Workspace<T> allocate(const Problem& problem, void* scratch) {
+    Workspace<T> w;
+    Arena arena{static_cast<char*>(scratch)};
+    w.tile = allocate_tile<T>(problem, arena);
+    w.exact = allocate_tile<double>(problem, arena);
+    w.c = arena.take<T>(problem.n * kTileTokens);
+    w.positive = arena.take<T>(kTileTokens);
+    w.negative = arena.take<T>(kTileTokens);
+    w.scale = arena.take<T>(kTileTokens);
+    w.weights = arena.take<T>(problem.n);
+    w.row = arena.take<double>(4 * problem.n);
+    w.sums = arena.take<double>(statistics_size(problem.n, false));
+    w.lanes = arena.take<typename Lanes<T>::V>(3 * problem.n);
+    w.arena = arena;
+    return w;
+}
+
+inline long scratch_size(int n) {
+    return 2 * tile_bytes<double>(n) + 8 * kTileTokens * (n + 3L) + 8 * (5L * n + statistics_size(n, false)) + 3L * n * PAMA_VECTOR_BYTES +
+           3 * 8 * kTileTokens + 64 * 16;
+}
+
+template <class T>
+inline void add_tile(const Problem& problem, Workspace<T>& w, long first, bool pairs, double* sums) {
+    if (add_sums(problem, w.tile, pairs, sums)) return;
+    load_tile(problem, first, w.tile.count, false, w.exact, w.arena);
+    add_sums(problem, w.exact, pairs, sums);
+}
+
+template <class T>
+inline void statistics_block(const Problem& problem, bool pairs, long first, long last, double* sums, void* scratch) {
+    Workspace<T> w = allocate<T>(problem, scratch);
+    const long step = tile_tokens(problem.n);
+    for (long at = first; at < last; at += step) {
+        load_tile(problem, at, last - at < step ? last - at : step, false, w.tile, w.arena);
+        add_tile(problem, w, at, pairs, sums);
+    }
+}
+
+inline void store(const Array& array, long offset, double value) {
+    switch (array.dtype) {
+        case Dtype::f64: static_cast<double*>(array.data)[offset] = value; break;
+        case Dtype::bf16: static_cast<unsigned short*>(array.data)[offset] = float_to_bf16(static_cast<float>(value)); break;
+        case Dtype::f16: static_cast<unsigned short*>(array.data)[offset] = float_to_f16(static_cast<float>(value)); break;
+        default: static_cast<float*>(array.data)[offset] = static_cast<float>(value);
+    }
+}
+
+// Per-token results are contiguous in the tokens.
+template <class T>
+inline void store_tokens(const Array& array, long first, long count, const T* PAMA_RESTRICT source) {
+    if (array.dtype == Dtype::f32) {
+        float* PAMA_RESTRICT target = static_cast<float*>(array.data) + first;
+#pragma omp simd
+        for (long t = 0; t < count; ++t) target[t] = static_cast<float>(source[t]);
+    } else {
+        for (long t = 0; t < count; ++t) store(array, first + t, static_cast<double>(source[t]));
+    }
+}
+
+// c(t) of each token (n, kTileTokens) into w.c, from I in tile.bound. Returns the sum of the optima over valid tokens.
+template <class T>
+inline double token_weights(const Problem& problem, const Apply& apply, Workspace<T>& w) {
+    const Tile<T>& tile = w.tile;
+    constexpr int width = Lanes<T>::count;
+    double optimum = 0;
+    for (long t = 0; t < tile.count; t += width) {
+        const int used = static_cast<int>(tile.count - t < width ? tile.count - t : width);
+        const auto s = solve_lanes<T>(problem.n, tile.bound + t, tile.present ? tile.present + t : nullptr, kTileTokens, used, apply.prior, apply.uniform,
+                                      apply.regularization, problem.noon && apply.regularization == 0, w.c + t, w.lanes, w.row);
+        for (int k = 0; k < used; ++k) optimum += tile.valid[t + k] != 0 ? static_cast<double>(s[k]) : 0.0;
+    }
+    return optimum;
+}
+
+// Combined advantage, loss and gradient of one tile. `fixed` (n) serves all its tokens, or null: w.c does.
+template <class T>
+inline void apply_tile(const Problem& problem, const Apply& apply, Workspace<T>& w, long first, const T* fixed, Partial& partial) {
+    const Tile<T>& tile = w.tile;
+    const long count = tile.count;
+    T *PAMA_RESTRICT up = w.positive, *PAMA_RESTRICT down = w.negative;
+    for (long t = 0; t < count; ++t) up[t] = down[t] = 0;
+    for (int i = 0; i < problem.n; ++i) {
+        const T* PAMA_RESTRICT a = tile.advantages + i * kTileTokens;
+        const T* PAMA_RESTRICT c = w.c + i * kTileTokens;
+        if (fixed && problem.noon) {
+            const T weight = fixed[i];
+#pragma omp simd
+            for (long t = 0; t < count; ++t) up[t] += weight * (a[t] < 0 ? T(0) : a[t]);
+        } else {
+            const T weight = fixed ? fixed[i] : T(0);
+            const T keep = problem.noon ? T(0) : T(1), own = fixed ? T(0) : T(1);
+#pragma omp simd
+            for (long t = 0; t < count; ++t) {
+                const T positive = a[t] < 0 ? T(0) : a[t];
+                const T share = own != 0 ? c[t] : weight;
+                up[t] += share * positive;
+                down[t] += keep * share * (a[t] - positive);
+            }
+        }
+    }
+    if (apply.combined && !apply.combined_per_row) {
+#pragma omp simd
+        for (long t = 0; t < count; ++t) w.c[t] = up[t] + down[t];
+        store_tokens(apply.combined, first, count, w.c);
+    }
+    if (!apply.loss) return;
+    T* PAMA_RESTRICT scale = w.scale;
+    if (apply.row_scale)
+        for_each_segment(problem, first, count, [&](long row, long, long at, long piece) {
+            for (long t = 0; t < piece; ++t) scale[at + t] = static_cast<T>(apply.scale * apply.row_scale[row]);
+        });
+    else
+        for (long t = 0; t < count; ++t) scale[t] = static_cast<T>(apply.scale);
+    T *PAMA_RESTRICT gradient = w.c, sum = 0;
+    const T *PAMA_RESTRICT pos = tile.pos, *PAMA_RESTRICT neg = tile.neg, *PAMA_RESTRICT grad_pos = tile.grad_pos,
+                           *PAMA_RESTRICT grad_neg = tile.grad_neg, *PAMA_RESTRICT ratio = tile.ratio, *PAMA_RESTRICT valid = tile.valid,
+                           *PAMA_RESTRICT ref = tile.ref, *PAMA_RESTRICT logp = tile.logp;
+    if (apply.kl_coef == 0) {
+#pragma omp simd reduction(+ : sum)
+        for (long t = 0; t < count; ++t) {
+            sum -= scale[t] * (up[t] * pos[t] + down[t] * neg[t]);
+            gradient[t] = -scale[t] * ratio[t] * (up[t] * grad_pos[t] + down[t] * grad_neg[t]);
+        }
+    } else {
+        const T coefficient = static_cast<T>(apply.kl_coef);
+#pragma omp simd reduction(+ : sum)
+        for (long t = 0; t < count; ++t) {
+            const T r = valid[t] != 0 ? ref[t] - logp[t] : T(0);
+            T k3;
+            const T e = exponential(r, k3);
+            const T poison = T(0) * r;
+            sum += scale[t] * (coefficient * (k3 + poison) - (up[t] * pos[t] + down[t] * neg[t]));
+            gradient[t] = scale[t] * (coefficient * (1 - e + poison) - ratio[t] * (up[t] * grad_pos[t] + down[t] * grad_neg[t]));
+        }
+    }
+    partial.loss += sum;
+    if (apply.gradient) store_tokens(apply.gradient, first, count, gradient);
+}
+
+// Objectives on which a row of sums can be solved: those that it holds tokens of.
+inline double solve_sums(const double* sums, int n, const Apply& apply, double* row, double* c) {
+    double *a = row, *p = row + n, scale = 0;
+    for (int i = 0; i < n; ++i) {
+        a[i] = score(sums, n, i);
+        p[i] = apply.prior[i];
+        c[i] = sums[kCount * n + i] > 0 ? 1 : 0;
+        const double moment = second_moment(sums, n, i);
+        scale = moment > scale || moment != moment ? moment : scale;
+    }
+    return simplex_row(n, a, p, apply.regularization, scale, c);
+}
+
+template <class T>
+inline void given_weights(const Array& given, long row, int n, T* c) {
+    load_values(given, row * given.row, given.objective, n, false, c);
+}
+
+template <class T>
+inline void store_combined_row(const Problem& problem, const Apply& apply, long row, bool any_valid, const T* c, T* values) {
+    load_values(problem.advantages, row * problem.advantages.row, problem.advantages.objective, problem.n, false, values);
+    T* here = values + problem.n;
+    if (problem.objective_mask)
+        load_values(problem.objective_mask, row * problem.objective_mask.row, problem.objective_mask.objective, problem.n, true, here);
+    T sum = 0;
+    for (int i = 0; i < problem.n; ++i) {
+        T value = problem.objective_mask && here[i] == 0 ? T(0) : values[i];
+        value += 0 * value;
+        sum += c[i] * (problem.noon && value < 0 ? T(0) : value);
+    }
+    store(apply.combined, row, any_valid ? static_cast<double>(sum) : 0.0);
+}
+
+// One row: its weights (solved on its own sums, or given), then its tokens.
+template <class T>
+inline void apply_row(const Problem& problem, const Apply& apply, long row, Workspace<T>& w, Partial& partial) {
+    const int n = problem.n;
+    const long first = problem.begin(row), last = problem.begin(row + 1), step = tile_tokens(n);
+    const bool need_ref = apply.kl_coef != 0;
+    double* sums = w.sums;
+    for (long k = 0; k < statistics_size(n, false); ++k) sums[k] = 0;
+    const bool one_tile = last - first <= step;
+    for (long at = first; at < last; at += step) {
+        load_tile(problem, at, last - at < step ? last - at : step, need_ref, w.tile, w.arena);
+        add_tile(problem, w, at, apply.pairs, apply.pairs ? partial.statistics : sums);
+        if (apply.pairs) add_tile(problem, w, at, false, sums);
+    }
+    if (!apply.pairs && partial.statistics)
+        for (long k = 0; k < statistics_size(n, false); ++k) partial.statistics[k] += sums[k];
+    double* c = w.row + 2 * n;
+    double optimum = 0;
+    if (apply.weights_per == WeightsPer::sequence) {
+        optimum = solve_sums(sums, n, apply, w.row, c);
+    } else {
+        given_weights(apply.given, row, n, c);
+        for (int i = 0; i < n; ++i) optimum += c[i] * score(sums, n, i);
+    }
+    for (int i = 0; i < n; ++i) {
+        w.weights[i] = static_cast<T>(c[i]);
+        if (apply.weights) store(apply.weights, row * n + i, c[i]);
+    }
+    if (apply.optimum) store(apply.optimum, row, optimum);
+    for (long at = first; at < last; at += step) {
+        if (!one_tile) load_tile(problem, at, last - at < step ? last - at : step, need_ref, w.tile, w.arena);
+        apply_tile(problem, apply, w, at, w.weights, partial);
+    }
+    if (apply.combined_per_row)
+        store_combined_row(problem, apply, row, sums[total_offset(n) + kTokenCount] > 0, w.weights, w.c);
+}
+
+// With weights per sequence, or given per row, or one result per row, `first` and `last` are rows.
+inline bool by_rows(const Apply& apply) {
+    return apply.weights_per == WeightsPer::sequence || (apply.given && apply.given.row != 0) || apply.combined_per_row;
+}
+
+template <class T>
+inline void apply_block(const Problem& problem, const Apply& apply, long first, long last, Partial& partial, void* scratch) {
+    Workspace<T> w = allocate<T>(problem, scratch);
+    if (by_rows(apply)) {
+        for (long row = first; row < last; ++row) apply_row(problem, apply, row, w, partial);
+        return;
+    }
+    const bool per_token = apply.weights_per == WeightsPer::token;
+    if (!per_token) given_weights(apply.given, 0, problem.n, w.weights);
+    const long step = tile_tokens(problem.n);
+    for (long at = first; at < last; at += step) {
+        load_tile(problem, at, last - at < step ? last - at : step, apply.kl_coef != 0, w.tile, w.arena);
+        if (partial.statistics) add_tile(problem, w, at, apply.pairs, partial.statistics);
+        if (per_token) {
+            partial.optimum += token_weights(problem, apply, w);
+            for (int i = 0; i < problem.n; ++i) partial.weights[i] += dot(w.c + i * kTileTokens, w.tile.valid, w.tile.count);
+        }
+        apply_tile(problem, apply, w, at, per_token ? nullptr : w.weights, partial);
+    }
+}
+
+PAMA_END

@@ -1,0 +1,257 @@
+// A tile: up to kTileTokens consecutive tokens in the first-level cache, each input a contiguous array of T,
+// the advantages objective by objective. Masked places hold 0, places with a NaN or infinity hold NaN, so that
+// the arithmetic that follows needs no test.
+#pragma once
+
+#include "../core/statistics.hpp"
+#include "simd.hpp"
+
+PAMA_BEGIN
+
+constexpr long kTileTokens = 256;
+
+// Fewer tokens for many objectives, so that a tile stays in the cache.
+inline long tile_tokens(int n) {
+    long tokens = kTileTokens;
+    while (tokens > 16 && tokens * n > 16384) tokens /= 2;
+    return tokens;
+}
+
+template <class T>
+struct Tile {
+    long count;
+    const T *valid, *logp, *ref;
+    T *advantages, *present;           // (n, kTileTokens); present is null where all are
+    T *pos, *neg, *grad_pos, *grad_neg;  // factors of the surrogate and of the bound, times w and mask
+    T *off_pos, *off_neg;              // 1 where there is no gradient
+    T *ratio, *kl;
+    T *bound, *squares, *fields;  // work space of the sums: I and A'^2 (n, kTileTokens), (n, kFields)
+};
+
+// Hands out 64-byte aligned pieces of the scratch memory of one thread.
+struct Arena {
+    char* next;
+    template <class T>
+    T* take(long count) {
+        T* piece = reinterpret_cast<T*>(next);
+        next += (count * static_cast<long>(sizeof(T)) + 63) / 64 * 64;
+        return piece;
+    }
+};
+
+template <class T, class S, class F>
+inline void convert(const S* PAMA_RESTRICT source, long stride, long count, T* PAMA_RESTRICT target, F read) {
+    if (stride == 1) {
+#pragma omp simd
+        for (long t = 0; t < count; ++t) target[t] = read(source[t]);
+    } else if (stride == 0) {
+        const T value = count > 0 ? static_cast<T>(read(source[0])) : T(0);
+        for (long t = 0; t < count; ++t) target[t] = value;
+    } else {
+        for (long t = 0; t < count; ++t) target[t] = read(source[t * stride]);
+    }
+}
+
+// count values from element `offset` on, as T; for masks (`truth`) 1 where not zero.
+template <class T>
+inline void load_values(const Array& array, long offset, long stride, long count, bool truth, T* target) {
+    const auto same = [](auto x) { return static_cast<T>(x); };
+    const auto nonzero = [](auto x) { return static_cast<T>(x != 0); };
+    switch (array.dtype) {
+#define PAMA_LOAD(TAG, S)                                            \
+    case Dtype::TAG: {                                               \
+        const S* source = static_cast<const S*>(array.data) + offset; \
+        if (truth)                                                   \
+            convert(source, stride, count, target, nonzero);         \
+        else                                                         \
+            convert(source, stride, count, target, same);            \
+        break;                                                       \
+    }
+        PAMA_LOAD(f32, float)
+        PAMA_LOAD(f64, double)
+        PAMA_LOAD(u8, unsigned char)
+        PAMA_LOAD(i8, signed char)
+        PAMA_LOAD(i16, short)
+        PAMA_LOAD(i32, int)
+        PAMA_LOAD(i64, long)
+#undef PAMA_LOAD
+        case Dtype::bf16:
+        case Dtype::f16: {
+            const auto* source = static_cast<const unsigned short*>(array.data) + offset;
+            if (truth)
+                convert(source, stride, count, target, [](unsigned short x) { return static_cast<T>((x & 0x7fff) != 0); });
+            else if (array.dtype == Dtype::bf16)
+                convert(source, stride, count, target, [](unsigned short x) { return static_cast<T>(bf16_to_float(x)); });
+            else
+                convert(source, stride, count, target, [](unsigned short x) { return static_cast<T>(f16_to_float(x)); });
+            break;
+        }
+    }
+}
+
+// Calls visit(row, first token within the array's row, tile position, count) for each piece of a row.
+template <class Visit>
+inline void for_each_segment(const Problem& problem, long first, long count, Visit visit) {
+    if (!problem.offsets) {
+        for (long done = 0; done < count;) {
+            const long row = (first + done) / problem.width, t = (first + done) % problem.width;
+            const long piece = problem.width - t < count - done ? problem.width - t : count - done;
+            visit(row, t, done, piece);
+            done += piece;
+        }
+        return;
+    }
+    long low = 0, high = problem.rows;  // the last row that begins at or before `first`
+    while (high - low > 1) {
+        const long middle = (low + high) / 2;
+        (problem.offsets[middle] <= first ? low : high) = middle;
+    }
+    for (long done = 0; done < count; ++low) {
+        const long t = first + done, end = problem.offsets[low + 1];
+        const long piece = end - t < count - done ? end - t : count - done;
+        if (piece > 0) {
+            visit(low, t, done, piece);
+            done += piece;
+        }
+    }
+}
+
+template <class T>
+inline void load_tokens(const Problem& problem, const Array& array, long first, long count, bool truth, T* target) {
+    for_each_segment(problem, first, count, [&](long row, long t, long at, long piece) {
+        load_values(array, row * array.row + t * array.token, array.token, piece, truth, target + at);
+    });
+}
+
+// (tokens, objectives) to objective-major; the common contiguous float case in one sweep over the source.
+template <class T>
+inline void load_objectives(const Problem& problem, const Array& array, long first, long count, bool truth, T* target) {
+    for_each_segment(problem, first, count, [&](long row, long t, long at, long piece) {
+        const long offset = row * array.row + t * array.token;
+        for (int i = 0; i < problem.n; ++i)
+            load_values(array, offset + i * array.objective, array.token, piece, truth, target + i * kTileTokens + at);
+    });
+}
+
+template <class T>
+inline Tile<T> allocate_tile(const Problem& problem, Arena& arena) {
+    Tile<T> tile;
+    tile.count = 0;
+    tile.valid = arena.take<T>(kTileTokens);
+    tile.logp = arena.take<T>(kTileTokens);
+    tile.ref = arena.take<T>(kTileTokens);
+    tile.advantages = arena.take<T>(problem.n * kTileTokens);
+    tile.present = problem.objective_mask ? arena.take<T>(problem.n * kTileTokens) : nullptr;
+    T** pieces[] = {&tile.pos, &tile.neg, &tile.grad_pos, &tile.grad_neg, &tile.off_pos, &tile.off_neg, &tile.ratio, &tile.kl};
+    for (T** piece : pieces) *piece = arena.take<T>(kTileTokens);
+    tile.bound = arena.take<T>(problem.n * kTileTokens);
+    tile.squares = tile.present ? arena.take<T>(problem.n * kTileTokens) : nullptr;
+    tile.fields = arena.take<T>(problem.n * kFields);
+    return tile;
+}
+
+template <class T>
+inline long tile_bytes(int n) {
+    return static_cast<long>(sizeof(T)) * (kTileTokens * (4 * n + 16) + kFields * n) + 64 * 24;
+}
+
+// Without log-probabilities, and on-policy, the ratio is 1 and every gradient is there.
+template <class T>
+inline void ratio_terms(const Problem& problem, const T* PAMA_RESTRICT d, const T* PAMA_RESTRICT w, const T* PAMA_RESTRICT bad,
+                        Tile<T>& tile) {
+    const T low = static_cast<T>(problem.clip.low), high = static_cast<T>(problem.clip.high),
+            dual = static_cast<T>(problem.clip.dual);
+    const T log_low = static_cast<T>(problem.clip.log_low), log_high = static_cast<T>(problem.clip.log_high),
+            log_dual = static_cast<T>(problem.clip.log_dual), limit = static_cast<T>(kMaxLogRatio);
+    const T* PAMA_RESTRICT valid = tile.valid;
+    T *PAMA_RESTRICT pos = tile.pos, *PAMA_RESTRICT neg = tile.neg, *PAMA_RESTRICT grad_pos = tile.grad_pos,
+                     *PAMA_RESTRICT grad_neg = tile.grad_neg, *PAMA_RESTRICT off_pos = tile.off_pos,
+                     *PAMA_RESTRICT off_neg = tile.off_neg, *PAMA_RESTRICT ratio = tile.ratio, *PAMA_RESTRICT kl = tile.kl;
+#pragma omp simd
+    for (long t = 0; t < tile.count; ++t) {
+        const T upper = d[t] < limit ? d[t] : limit;
+        const T clamped = upper > -limit ? upper : -limit;
+        T k3;
+        const T u = exponential(clamped, k3);
+        const T capped = u < dual ? u : dual;
+        const T stop_pos = (d[t] > log_high) | (d[t] > limit) | (d[t] < -limit) ? T(1) : T(0);
+        const T stop_neg = (d[t] > log_dual) | (d[t] < log_low) | (d[t] > limit) | (d[t] < -limit) ? T(1) : T(0);
+        ratio[t] = u;
+        pos[t] = w[t] * (u < high ? u : high);
+        neg[t] = w[t] * (capped > low ? capped : low);
+        grad_pos[t] = w[t] * (1 - stop_pos);
+        grad_neg[t] = w[t] * (1 - stop_neg);
+        off_pos[t] = stop_pos;
+        off_neg[t] = stop_neg;
+        kl[t] = valid[t] * k3 + bad[t];
+    }
+}
+
+template <class T>
+inline void load_tile(const Problem& problem, long first, long count, bool with_ref, Tile<T>& tile, Arena arena) {
+    tile.count = count;
+    T *PAMA_RESTRICT valid = const_cast<T*>(tile.valid), *PAMA_RESTRICT logp = const_cast<T*>(tile.logp),
+                     *PAMA_RESTRICT ref = const_cast<T*>(tile.ref);
+    T *PAMA_RESTRICT d = arena.take<T>(kTileTokens), *PAMA_RESTRICT w = arena.take<T>(kTileTokens),
+                     *PAMA_RESTRICT bad = arena.take<T>(kTileTokens);
+    if (problem.mask)
+        load_tokens(problem, problem.mask, first, count, true, valid);
+    else
+        for (long t = 0; t < count; ++t) valid[t] = 1;
+    for (long t = 0; t < count; ++t) bad[t] = 0;
+
+    // Masked places become 0; `bad` collects 0 for finite values and NaN for others.
+    const auto load = [&](const Array& array, T* PAMA_RESTRICT target) {
+        load_tokens(problem, array, first, count, false, target);
+#pragma omp simd
+        for (long t = 0; t < count; ++t) {
+            target[t] = valid[t] != 0 ? target[t] : T(0);
+            bad[t] += T(0) * target[t];
+        }
+    };
+    if (problem.importance_weights)
+        load(problem.importance_weights, w);
+    else
+        for (long t = 0; t < count; ++t) w[t] = valid[t];
+    if (problem.logprobs)
+        load(problem.logprobs, logp);
+    else
+        for (long t = 0; t < count; ++t) logp[t] = 0;
+    if (problem.old_logprobs) {
+        load(problem.old_logprobs, d);
+#pragma omp simd
+        for (long t = 0; t < count; ++t) d[t] = logp[t] - d[t];
+        ratio_terms(problem, d, w, bad, tile);
+    } else {
+        for (long t = 0; t < count; ++t) {
+            tile.ratio[t] = 1;
+            tile.pos[t] = tile.neg[t] = tile.grad_pos[t] = tile.grad_neg[t] = w[t];
+            tile.off_pos[t] = tile.off_neg[t] = 0;
+            tile.kl[t] = bad[t];
+        }
+    }
+    if (with_ref) load_tokens(problem, problem.ref_logprobs, first, count, false, ref);
+
+    load_objectives(problem, problem.advantages, first, count, false, tile.advantages);
+    if (tile.present) load_objectives(problem, problem.objective_mask, first, count, true, tile.present);
+    for (int i = 0; i < problem.n; ++i) {
+        T* PAMA_RESTRICT a = tile.advantages + i * kTileTokens;
+        if (tile.present) {
+            T* PAMA_RESTRICT here = tile.present + i * kTileTokens;
+#pragma omp simd
+            for (long t = 0; t < count; ++t) {
+                here[t] *= valid[t];
+                const T value = here[t] != 0 ? a[t] + bad[t] : T(0);
+                a[t] = value + T(0) * value;
+            }
+        } else {
+#pragma omp simd
+            for (long t = 0; t < count; ++t) {
+                const T value = valid[t] != 0 ? a[t] + bad[t] : T(0);
+                a[t] = value + T(0) * value;
+            }
+        }
+    }
+}
+
+PAMA_END

@@ -1,0 +1,426 @@
+// Properties of the min-norm solver, and complete enumeration of faces as its judge for n <= 7.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "core/min_norm.hpp"
+#include "min_norm_families.hpp"
+
+namespace {
+
+using Vec = std::vector<double>;
+
+int failures = 0;
+
+#define CHECK(condition, ...)                                      \
+    do {                                                           \
+        if (!(condition)) {                                        \
+            std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+            std::printf(__VA_ARGS__);                              \
+            std::printf("\n");                                     \
+            ++failures;                                            \
+        }                                                          \
+    } while (0)
+
+struct Solution {
+    Vec weights;
+    pama::MinNormResult result;
+};
+
+Solution solve(int n, const Vec& gram, const Vec& prior = {}, double regularization = 0.0,
+               const unsigned char* present = nullptr) {
+    Solution s{Vec(n, -1.0), {}};
+    Vec workspace(pama::min_norm_workspace(n), std::nan(""));
+    s.result = pama::min_norm_solve(n, gram.data(), n, 1, prior.empty() ? nullptr : prior.data(),
+                                    present, regularization, s.weights.data(), workspace.data());
+    return s;
+}
+
+double largest_diagonal(int n, const Vec& gram) {
+    double largest = 0.0;
+    for (int i = 0; i < n; ++i) largest = std::max(largest, gram[i * n + i]);
+    return largest;
+}
+
+double objective(int n, const Vec& gram, const Vec& c) {
+    long double sum = 0.0L;
+    for (int i = 0; i < n; ++i)
+        for (int k = 0; k < n; ++k) sum += static_cast<long double>(c[i]) * gram[i * n + k] * c[k];
+    return static_cast<double>(sum);
+}
+
+using Row = std::vector<long double>;
+
+// The solution of A x = b nearest to the origin, by Gram-Schmidt on the rows; false if inconsistent.
+bool least_norm(std::vector<Row> a, Row b, long double tolerance, Row* x) {
+    const std::size_t columns = a[0].size();
+    x->assign(columns, 0.0L);
+    std::vector<Row> basis;
+    Row values;
+    for (std::size_t r = 0; r < a.size(); ++r) {
+        for (int pass = 0; pass < 2; ++pass)
+            for (std::size_t h = 0; h < basis.size(); ++h) {
+                const long double dot =
+                    std::inner_product(a[r].begin(), a[r].end(), basis[h].begin(), 0.0L);
+                for (std::size_t k = 0; k < columns; ++k) a[r][k] -= dot * basis[h][k];
+                b[r] -= dot * values[h];
+            }
+        const long double norm =
+            std::sqrt(std::inner_product(a[r].begin(), a[r].end(), a[r].begin(), 0.0L));
+        if (norm <= tolerance) {
+            if (std::fabs(b[r]) > tolerance) return false;
+            continue;
+        }
+        for (std::size_t k = 0; k < columns; ++k) a[r][k] /= norm;
+        basis.push_back(a[r]);
+        values.push_back(b[r] / norm);
+        for (std::size_t k = 0; k < columns; ++k) (*x)[k] += values.back() * a[r][k];
+    }
+    return true;
+}
+
+// Minimum of c'Mc over the simplex (gram scaled to max M_ii = 1) by solving the bordered system on every
+// face: some minimiser has an affinely independent support, whose system is regular.
+double enumerate_minimum(int n, const Vec& gram, Vec* best) {
+    double minimum = HUGE_VAL;
+    for (int mask = 1; mask < 1 << n; ++mask) {
+        std::vector<int> s;
+        for (int i = 0; i < n; ++i)
+            if (mask >> i & 1) s.push_back(i);
+        const std::size_t m = s.size();
+        std::vector<Row> a(m + 1, Row(m + 2, 0.0L));
+        for (std::size_t i = 0; i < m; ++i) {
+            for (std::size_t k = 0; k < m; ++k) a[i][k] = gram[s[i] * n + s[k]];
+            a[i][m] = a[m][i] = 1.0L;
+        }
+        a[m][m + 1] = 1.0L;
+        bool regular = true;
+        for (std::size_t k = 0; k <= m && regular; ++k) {
+            std::size_t pivot = k;
+            for (std::size_t r = k + 1; r <= m; ++r)
+                if (std::fabs(a[r][k]) > std::fabs(a[pivot][k])) pivot = r;
+            std::swap(a[k], a[pivot]);
+            regular = std::fabs(a[k][k]) > 1e-17L;
+            for (std::size_t r = 0; r <= m && regular; ++r) {
+                if (r == k) continue;
+                const long double factor = a[r][k] / a[k][k];
+                for (std::size_t c = k; c < m + 2; ++c) a[r][c] -= factor * a[k][c];
+            }
+        }
+        if (!regular) continue;
+        Vec c(n, 0.0);
+        bool feasible = true;
+        double sum = 0.0;
+        for (std::size_t i = 0; i < m; ++i) {
+            sum += c[s[i]] = static_cast<double>(a[i][m + 1] / a[i][i]);
+            feasible = feasible && c[s[i]] >= -1e-15;
+        }
+        if (!feasible) continue;
+        for (double& x : c) x /= sum;  // a nearly singular system may miss the plane
+        const double value = objective(n, gram, c);
+        if (value < minimum) {
+            minimum = value;
+            *best = c;
+        }
+    }
+    return minimum;
+}
+
+// The minimisers are {c in D: Mc = Mc*}: the nearest of them to the prior, face by face.
+Vec enumerate_nearest(int n, const Vec& gram, const Vec& minimiser, const Vec& prior) {
+    Vec nearest;
+    long double best = HUGE_VALL;
+    for (int mask = 1; mask < 1 << n; ++mask) {
+        std::vector<int> s;
+        for (int i = 0; i < n; ++i)
+            if (mask >> i & 1) s.push_back(i);
+        std::vector<Row> a(n + 1, Row(s.size(), 1.0L));
+        Row b(n + 1, 1.0L), x;
+        for (int i = 0; i < n; ++i) {
+            b[i] = 0.0L;
+            for (int k = 0; k < n; ++k) b[i] += static_cast<long double>(gram[i * n + k]) * minimiser[k];
+            for (std::size_t k = 0; k < s.size(); ++k) a[i][k] = gram[i * n + s[k]];
+        }
+        for (std::size_t k = 0; k < s.size(); ++k)
+            for (int i = 0; i <= n; ++i) b[i] -= a[i][k] * prior[s[k]];
+        if (!least_norm(a, b, 1e-9L, &x)) continue;
+        long double distance = 0.0L;
+        bool feasible = true;
+        Vec c(n, 0.0);
+        for (int i = 0; i < n; ++i) distance += static_cast<long double>(prior[i]) * prior[i];
+        for (std::size_t k = 0; k < s.size(); ++k) {
+            const long double p = prior[s[k]];
+            distance += x[k] * x[k] - p * p;
+            c[s[k]] = static_cast<double>(p + x[k]);
+            feasible = feasible && c[s[k]] >= -1e-10;
+        }
+        if (feasible && distance < best) {
+            best = distance;
+            nearest = c;
+        }
+    }
+    return nearest;
+}
+
+void test_enumeration() {
+    families::Generator random(7);
+    double worst_value = 0.0, worst_distance = 0.0;
+    for (int i = 0; i < 6000; ++i) {
+        const int family = i % families::kFamilies, n = random.integer(1, 7);
+        const Vec gram = random.gram(family, n), prior = random.prior(n, random.integer(0, 1));
+        const double scale = largest_diagonal(n, gram);
+        if (scale == 0.0) continue;
+        Vec scaled = gram;
+        for (double& x : scaled) x /= scale;
+        Vec minimiser;
+        const double minimum = enumerate_minimum(n, scaled, &minimiser);
+        const Solution s = solve(n, gram, prior);
+        const double excess = std::fabs(objective(n, scaled, s.weights) - minimum);
+        worst_value = std::max(worst_value, excess);
+        CHECK(excess <= 1e-12, "%s n=%d: %g above the minimum %g", families::name(family), n, excess,
+              minimum);
+        CHECK(std::fabs(s.result.optimum / scale - minimum) <= 1e-12, "%s n=%d: optimum %g for %g",
+              families::name(family), n, s.result.optimum / scale, minimum);
+        if (!families::singular_by_construction(family)) continue;
+        const Vec nearest = enumerate_nearest(n, scaled, minimiser, prior);
+        double distance = nearest.empty() ? HUGE_VAL : 0.0;
+        for (int k = 0; k < n && !nearest.empty(); ++k)
+            distance = std::max(distance, std::fabs(nearest[k] - s.weights[k]));
+        worst_distance = std::max(worst_distance, distance);
+        CHECK(distance <= 1e-6, "%s n=%d (%d): %g from the minimiser nearest to the prior",
+              families::name(family), n, i, distance);
+    }
+    std::printf("enumeration: objective within %.1e, nearest minimiser within %.1e\n", worst_value,
+                worst_distance);
+}
+
+// KKT, with and without regularization; scaling by powers of two; permutation; determinism.
+void test_properties() {
+    families::Generator random(11);
+    double worst_kkt = 0.0, worst_permuted = 0.0;
+    for (int i = 0; i < 4000; ++i) {
+        const int family = i % families::kFamilies, n = random.integer(1, i % 10 ? 12 : 64);
+        const Vec gram = random.gram(family, n), prior = random.prior(n, random.integer(0, 1));
+        const double regularization = random.integer(0, 1) ? 0.0 : std::pow(10.0, random.uniform(-6.0, 1.0));
+        const Solution s = solve(n, gram, prior, regularization);
+        const double kkt = families::kkt_residual(n, gram, prior, regularization, s.weights);
+        worst_kkt = std::max(worst_kkt, kkt);
+        CHECK(kkt <= 1e-10, "%s n=%d regularization=%g: %g", families::name(family), n, regularization, kkt);
+        CHECK(s.result.residual <= 1e-10, "%s n=%d: %g", families::name(family), n, s.result.residual);
+
+        Vec scaled = gram;
+        const int exponent = family == families::kDiagonal ? 10 : random.integer(-400, 400);
+        for (double& x : scaled) x = std::ldexp(x, exponent);
+        const Solution t = solve(n, scaled, prior, regularization);
+        CHECK(t.weights == s.weights, "%s n=%d: not invariant under 2^%d", families::name(family), n, exponent);
+        CHECK(t.result.optimum == std::ldexp(s.result.optimum, exponent), "%s n=%d", families::name(family), n);
+
+        std::vector<int> order(n);
+        std::iota(order.begin(), order.end(), 0);
+        for (int k = n - 1; k > 0; --k) std::swap(order[k], order[random.integer(0, k)]);
+        Vec permuted(gram.size()), permuted_prior(n);
+        for (int a = 0; a < n; ++a) {
+            permuted_prior[a] = prior[order[a]];
+            for (int b = 0; b < n; ++b) permuted[a * n + b] = gram[order[a] * n + order[b]];
+        }
+        const Solution u = solve(n, permuted, permuted_prior, regularization);
+        CHECK(std::fabs(u.result.optimum - s.result.optimum) <= 2e-12 * largest_diagonal(n, gram),
+              "%s n=%d", families::name(family), n);
+        // Weights follow only where the problem determines them: strictly convex, or nearest to p.
+        if (regularization < 1e-4 && !families::singular_by_construction(family)) continue;
+        for (int a = 0; a < n; ++a)
+            worst_permuted = std::max(worst_permuted, std::fabs(u.weights[a] - s.weights[order[a]]));
+        CHECK(worst_permuted <= 2e-6, "%s n=%d: %g", families::name(family), n, worst_permuted);
+    }
+    std::printf("properties: kkt %.1e, permutation within %.1e\n", worst_kkt, worst_permuted);
+}
+
+void test_duplicates() {
+    families::Generator random(13);
+    for (int i = 0; i < 1000; ++i) {
+        const int n = random.integer(2, 12);
+        const Vec gram = random.gram(i & 1 ? families::kDuplicates : families::kIntegerDuplicates, n);
+        const double regularization = i % 3 ? 0.0 : std::pow(10.0, random.uniform(-13.0, 1.0));
+        const Solution s = solve(n, gram, {}, regularization);
+        for (int a = 0; a < n; ++a)
+            for (int b = 0; b < a; ++b)
+                if (std::equal(gram.begin() + a * n, gram.begin() + (a + 1) * n, gram.begin() + b * n))
+                    CHECK(std::fabs(s.weights[a] - s.weights[b]) <= 1e-12, "n=%d regularization=%g: %g, %g", n,
+                          regularization, s.weights[a], s.weights[b]);
+    }
+}
+
+void test_presence() {
+    families::Generator random(17);
+    for (int i = 0; i < 1000; ++i) {
+        const int family = i % families::kFamilies, n = random.integer(1, 16);
+        Vec gram = random.gram(family, n);
+        const Vec prior = random.prior(n, random.integer(0, 1));
+        const double regularization = random.integer(0, 1) ? 0.0 : random.uniform(0.0, 1.0);
+        std::vector<unsigned char> present(n);
+        std::vector<int> kept;
+        double mass = 0.0;
+        for (int k = 0; k < n; ++k) {
+            present[k] = static_cast<unsigned char>(random.integer(0, 1));
+            if (!present[k]) continue;
+            kept.push_back(k);
+            mass += prior[k];
+        }
+        const int m = static_cast<int>(kept.size());
+        Vec part(m * m), part_prior(m);
+        for (int a = 0; a < m; ++a) {
+            part_prior[a] = mass > 0.0 ? prior[kept[a]] : 1.0 / m;
+            for (int b = 0; b < m; ++b) part[a * m + b] = gram[kept[a] * n + kept[b]];
+        }
+        for (int a = 0; a < n; ++a)  // absent entries are not looked at
+            for (int b = 0; b < n; ++b)
+                if (!present[a] || !present[b]) gram[a * n + b] = std::nan("");
+        const Solution s = solve(n, gram, prior, regularization, present.data());
+        if (m == 0) {
+            CHECK(s.weights == prior && s.result.optimum == 0.0, "n=%d none present", n);
+            continue;
+        }
+        const Solution t = solve(m, part, part_prior, regularization);
+        for (int k = 0, a = 0; k < n; ++k) {
+            const double expected = present[k] ? t.weights[a++] : 0.0;
+            CHECK(s.weights[k] == expected, "%s n=%d m=%d: %g, not %g", families::name(family), n, m,
+                  s.weights[k], expected);
+        }
+        CHECK(s.result.optimum == t.result.optimum, "%s n=%d", families::name(family), n);
+    }
+}
+
+// As the regularization grows, c moves towards p and c'Mc rises.
+void test_regularization_path() {
+    families::Generator random(19);
+    for (int i = 0; i < 500; ++i) {
+        const int family = i % families::kFamilies, n = random.integer(1, 12);
+        const Vec gram = random.gram(family, n), prior = random.prior(n, false);
+        const double scale = largest_diagonal(n, gram);
+        double last_value = -HUGE_VAL, last_distance = HUGE_VAL;
+        for (double regularization = 0.0; regularization < 1e4;
+             regularization = regularization == 0.0 ? 1e-6 : 3.0 * regularization) {
+            const Solution s = solve(n, gram, prior, regularization);
+            double distance = 0.0;
+            for (int k = 0; k < n; ++k) distance += std::pow(s.weights[k] - prior[k], 2);
+            CHECK(s.result.optimum >= last_value - 1e-12 * scale, "%s n=%d regularization=%g: %g < %g",
+                  families::name(family), n, regularization, s.result.optimum, last_value);
+            const bool exact = regularization > 0.0 || families::singular_by_construction(family);
+            if (exact)
+                CHECK(distance <= last_distance + 1e-6, "%s n=%d regularization=%g: %g > %g",
+                      families::name(family), n, regularization, distance, last_distance);
+            last_value = s.result.optimum;
+            if (exact) last_distance = distance;
+        }
+        CHECK(last_distance <= 1e-6, "%s n=%d: %g from the prior", families::name(family), n, last_distance);
+    }
+}
+
+void test_not_finite() {
+    const double bad[] = {std::nan(""), HUGE_VAL, -HUGE_VAL};
+    families::Generator random(23);
+    for (int n = 1; n <= 9; ++n)
+        for (int i = 0; i < n; ++i)
+            for (int k = 0; k < n; ++k)
+                for (const double value : bad)
+                    for (const int family : {families::kSquareWishart, families::kZeros}) {
+                        Vec gram = random.gram(family, n);
+                        gram[i * n + k] = value;
+                        const Solution s = solve(n, gram);
+                        CHECK(std::isnan(s.result.optimum), "n=%d (%d, %d) = %g", n, i, k, value);
+                        for (const double w : s.weights)
+                            CHECK(std::isnan(w), "n=%d (%d, %d) = %g", n, i, k, value);
+                    }
+    for (int n = 1; n <= 9; ++n)
+        for (const double value : bad) {
+            Vec prior(n, 1.0 / n);
+            prior[n - 1] = value;
+            const Solution s = solve(n, random.gram(families::kSquareWishart, n), prior);
+            CHECK(std::isnan(s.weights[0]) && std::isnan(s.result.optimum), "n=%d prior %g", n, value);
+            const Solution t = solve(n, random.gram(families::kSquareWishart, n), {}, value);
+            CHECK(std::isnan(t.weights[0]) && std::isnan(t.result.optimum), "n=%d regularization %g", n, value);
+        }
+}
+
+// A matrix that breaks the contract still ends with a point of the simplex.
+void test_any_finite_matrix() {
+    families::Generator random(29);
+    int most = 0;
+    for (int i = 0; i < 4000; ++i) {
+        const int n = random.integer(1, i % 10 ? 8 : 48);
+        Vec gram(n * n);
+        const double range = i % 4 == 3 ? 300.0 : 3.0;
+        for (double& x : gram)
+            x = random.normal() * (i % 2 ? std::pow(10.0, random.uniform(-range, range)) : 1.0);
+        if (i % 4 == 2)
+            for (int a = 0; a < n; ++a)
+                for (int b = 0; b < a; ++b) gram[a * n + b] = gram[b * n + a];
+        const Solution s = solve(n, gram, random.prior(n, false), i % 3 ? 0.0 : 0.1);
+        most = std::max(most, s.result.factorisations);
+        double sum = 0.0;
+        bool inside = true;
+        for (const double w : s.weights) {
+            sum += w;
+            inside = inside && w >= 0.0;
+        }
+        CHECK(inside && std::fabs(sum - 1.0) <= 1e-12, "n=%d (%d): sum %g", n, i, sum);
+    }
+    std::printf("any finite matrix: at most %d factorisations\n", most);
+}
+
+void test_layouts() {
+    families::Generator random(31);
+    for (const int n : {1, 2, 3, 8, 33}) {
+        const Vec gram = random.gram(families::kSquareWishart, n);
+        const Solution s = solve(n, gram);
+        std::vector<float> wide(3 * n * 2 * n, std::numeric_limits<float>::quiet_NaN());
+        Vec single(n * n), weights(n), workspace(pama::min_norm_workspace(n));
+        for (int i = 0; i < n * n; ++i)
+            wide[i / n * 2 * n * 3 + i % n * 3] = static_cast<float>(gram[i]),
+            single[i] = static_cast<double>(static_cast<float>(gram[i]));
+        pama::min_norm_solve(n, wide.data(), 6 * n, 3, nullptr, nullptr, 0.0, weights.data(), workspace.data());
+        CHECK(weights == solve(n, single).weights, "n=%d float32 with strides", n);
+        Vec skewed = gram;  // only the symmetric part counts
+        for (int a = 0; a < n; ++a)
+            for (int b = 0; b < a; ++b) skewed[a * n + b] += 0.25, skewed[b * n + a] -= 0.25;
+        const Solution t = solve(n, skewed);
+        for (int a = 0; a < n; ++a) CHECK(std::fabs(t.weights[a] - s.weights[a]) <= 1e-9, "n=%d", n);
+    }
+}
+
+void test_known() {
+    CHECK(solve(1, {4.0}).weights == Vec{1.0} && solve(1, {4.0}).result.optimum == 4.0, "n=1");
+    const Solution pair = solve(2, {4.0, 0.0, 0.0, 1.0});
+    CHECK(pair.weights == (Vec{0.2, 0.8}) && std::fabs(pair.result.optimum - 0.8) < 1e-15, "n=2");
+    CHECK(solve(2, {1.0, 1.0, 1.0, 1.0}, {0.25, 0.75}).weights == (Vec{0.25, 0.75}), "duplicates");
+    CHECK(solve(2, {1.0, -1.0, -1.0, 1.0}).weights == (Vec{0.5, 0.5}), "opposites");
+    CHECK(solve(2, {1.0, 2.0, 2.0, 4.0}).weights == (Vec{1.0, 0.0}), "parallel");
+    CHECK(solve(3, Vec(9, 0.0), {0.5, 0.25, 0.25}).weights == (Vec{0.5, 0.25, 0.25}), "zeros");
+    const Solution wide = solve(3, {1.0, 0.0, 0.0, 0.0, 1e-30, 0.0, 0.0, 0.0, 1e-30});
+    CHECK(wide.weights[1] == 0.5 && std::fabs(wide.weights[0] / 5e-31 - 1.0) < 1e-12, "wide diagonal");
+    families::Generator random(37);
+    for (const int n : {128, 300, 512}) {
+        const Vec gram = random.gram(n == 300 ? families::kRankDeficient : families::kSquareWishart, n);
+        const double kkt = families::kkt_residual(n, gram, Vec(n, 1.0 / n), 0.0, solve(n, gram).weights);
+        CHECK(kkt <= 1e-10, "n=%d: %g", n, kkt);
+    }
+}
+
+}  // namespace
+
+int main() {
+    test_known();
+    test_enumeration();
+    test_properties();
+    test_duplicates();
+    test_presence();
+    test_regularization_path();
+    test_not_finite();
+    test_any_finite_matrix();
+    test_layouts();
+    if (failures) std::printf("%d checks failed\n", failures);
+    return failures != 0;
+}

@@ -1,0 +1,400 @@
+"""The CPU backend: tensors become pointers and strides for the native module `pama_kernels._cpu`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pama_kernels import _cpu
+
+_DTYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.uint8: 4,
+    torch.bool: 4,
+    torch.int8: 5,
+    torch.int16: 6,
+    torch.int32: 7,
+    torch.int64: 8,
+}
+_FIELDS, _TOTALS, _PAIRS = 9, 2, 5
+
+Array = tuple[int, int, int, int, int]
+
+
+def _array(x: Tensor, row: int, token: int, objective: int) -> Array:
+    return x.data_ptr(), _DTYPES[x.dtype], row, token, objective
+
+
+def _tokens(x: Tensor | None) -> Array | None:
+    """(B, T) or (M,)."""
+    if x is None:
+        return None
+    strides = x.stride()
+    return _array(x, strides[0] if len(strides) == 2 else 0, strides[-1], 0)
+
+
+def _objectives(x: Tensor | None, per_sequence: bool) -> Array | None:
+    """(B, T, N), (B, N) or (M, N)."""
+    if x is None:
+        return None
+    strides = x.stride()
+    if len(strides) == 3:
+        return _array(x, *strides)
+    if per_sequence:
+        return _array(x, strides[0], 0, strides[1])
+    return _array(x, 0, strides[0], strides[1])
+
+
+def _problem(
+    logprobs: Tensor | None,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    objective_mask: Tensor | None,
+    importance_weights: Tensor | None,
+    ref_logprobs: Tensor | None,
+    cu_seqlens: Tensor | None,
+    layout: Sequence[int],
+    clip: Sequence[float],
+    noon: bool,
+) -> tuple[object, ...]:
+    rows, width, per_sequence, mask_per_sequence = layout
+    floats = (logprobs, old_logprobs, advantages, importance_weights, ref_logprobs)
+    wide = any(x is not None and x.dtype == torch.float64 for x in floats)
+    offsets = None
+    if cu_seqlens is not None:
+        wide_offsets = cu_seqlens.dtype == torch.int64
+        offsets = (cu_seqlens.data_ptr(), wide_offsets, rows + 1, cu_seqlens.stride(0))
+    return (
+        rows,
+        width,
+        offsets,
+        advantages.shape[-1],
+        noon,
+        wide,
+        *clip,
+        _objectives(advantages, bool(per_sequence)),
+        _tokens(mask),
+        _objectives(objective_mask, bool(mask_per_sequence)),
+        _tokens(logprobs),
+        _tokens(old_logprobs),
+        _tokens(ref_logprobs),
+        _tokens(importance_weights),
+    )
+
+
+def _empty_statistics(n: int, gram: bool) -> Tensor:
+    size = _FIELDS * n + _TOTALS + (_PAIRS * n * n if gram else 0)
+    return torch.empty(size, dtype=torch.float64)
+
+
+def statistics(
+    logprobs: Tensor | None,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    objective_mask: Tensor | None,
+    importance_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
+    layout: Sequence[int],
+    clip: Sequence[float],
+    noon: bool,
+    gram: bool,
+) -> Tensor:
+    sums = _empty_statistics(advantages.shape[-1], gram)
+    problem = _problem(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        objective_mask,
+        importance_weights,
+        None,
+        cu_seqlens,
+        layout,
+        clip,
+        noon,
+    )
+    _cpu.statistics(problem, gram, sums.data_ptr(), torch.get_num_threads())
+    return sums
+
+
+def batch_weights(
+    sums: Tensor, objectives: int, gram: bool, prior: Tensor, regularization: float, wide: bool
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if wide else torch.float32
+    weights, optimum = torch.empty(objectives, dtype=dtype), torch.empty((), dtype=dtype)
+    _cpu.batch_weights(
+        sums.data_ptr(),
+        objectives,
+        gram,
+        prior.data_ptr(),
+        regularization,
+        wide,
+        weights.data_ptr(),
+        optimum.data_ptr(),
+    )
+    return weights, optimum
+
+
+def _scalar(x: Tensor) -> Array:
+    return _array(x, 0, 0, 0)
+
+
+def _solved(
+    rows: int, n: int, weights_per: int, weights: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Array | None, Tensor, Tensor]:
+    """Given weights in a dtype that the kernels read, and tensors for the weights and the optimum."""
+    given = None
+    by_row = weights_per == SEQUENCE or (weights is not None and weights.dim() == 2)
+    if weights is not None:
+        weights = weights.detach()
+        if weights.dtype not in (torch.float32, torch.float64):
+            weights = weights.float()
+        stride = weights.stride()
+        given = _array(weights, stride[0] if by_row else 0, 0, stride[-1])
+    if by_row:
+        return weights, given, torch.empty(rows, n, dtype=dtype), torch.empty(rows, dtype=dtype)
+    return weights, given, torch.empty(n, dtype=dtype), torch.empty((), dtype=dtype)
+
+
+GIVEN, BATCH, GRAM, SEQUENCE, TOKEN = range(5)
+
+
+def combine(
+    logprobs: Tensor | None,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    objective_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    weights: Tensor | None,
+    prior: Tensor,
+    layout: Sequence[int],
+    clip: Sequence[float],
+    noon: bool,
+    weights_per: int,
+    uniform: bool,
+    regularization: float,
+    token_shape: Sequence[int] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n = advantages.shape[-1]
+    dtype = torch.float64 if advantages.dtype == torch.float64 else torch.float32
+    sums = _empty_statistics(n, True)
+    given, given_array, solved, optimum = _solved(layout[0], n, weights_per, weights, dtype)
+    problem = _problem(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        objective_mask,
+        None,
+        None,
+        cu_seqlens,
+        layout,
+        clip,
+        noon,
+    )
+    shape = advantages.shape[:-1] if token_shape is None else token_shape
+    combined = torch.empty(shape, dtype=advantages.dtype)
+    _cpu.apply(
+        problem,
+        weights_per,
+        prior.data_ptr(),
+        uniform,
+        regularization,
+        given_array,
+        0,
+        -1.0,
+        0.0,
+        _scalar(combined),
+        bool(layout[2]) and token_shape is None,
+        None,
+        None,
+        _scalar_row(solved),
+        _scalar(optimum),
+        sums.data_ptr(),
+        True,
+        torch.get_num_threads(),
+    )
+    del given
+    return combined, solved, optimum, sums
+
+
+def _scalar_row(x: Tensor) -> Array:
+    return _array(x, 0, 0, 1)
+
+
+def loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    objective_mask: Tensor | None,
+    importance_weights: Tensor | None,
+    ref_logprobs: Tensor | None,
+    cu_seqlens: Tensor | None,
+    weights: Tensor | None,
+    normalizer: Tensor | None,
+    prior: Tensor,
+    layout: Sequence[int],
+    clip: Sequence[float],
+    noon: bool,
+    weights_per: int,
+    uniform: bool,
+    regularization: float,
+    aggregation: int,
+    fixed_normalizer: float,
+    kl_coef: float,
+    need_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n = advantages.shape[-1]
+    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    gram = weights_per == GRAM
+    sums = _empty_statistics(n, gram)
+    given, given_array, solved, optimum = _solved(layout[0], n, weights_per, weights, dtype)
+    problem = _problem(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        objective_mask,
+        importance_weights,
+        ref_logprobs,
+        cu_seqlens,
+        layout,
+        clip,
+        noon,
+    )
+    value = torch.empty((), dtype=dtype)
+    gradient = torch.empty(logprobs.shape if need_gradient else (0,), dtype=dtype)
+    _cpu.apply(
+        problem,
+        weights_per,
+        prior.data_ptr(),
+        uniform,
+        regularization,
+        given_array,
+        aggregation,
+        fixed_normalizer if normalizer is None else float(normalizer),
+        kl_coef,
+        None,
+        False,
+        _scalar(gradient) if need_gradient else None,
+        _scalar(value),
+        _scalar_row(solved),
+        _scalar(optimum),
+        sums.data_ptr(),
+        gram,
+        torch.get_num_threads(),
+    )
+    del given
+    return value, gradient, solved, optimum, sums
+
+
+def weights(
+    scores: Tensor, prior: Tensor, uniform: bool, regularization: float, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    wide = scores.dtype == torch.float64
+    dtype = torch.float64 if wide else torch.float32
+    result = torch.empty(scores.shape, dtype=dtype)
+    optimum = torch.empty(scores.shape[:-1], dtype=dtype)
+    weights_out(scores, prior, uniform, regularization, scale, result, optimum)
+    return result, optimum
+
+
+def weights_out(
+    scores: Tensor,
+    prior: Tensor,
+    uniform: bool,
+    regularization: float,
+    scale: Tensor | None,
+    result: Tensor,
+    optimum: Tensor,
+) -> None:
+    n = scores.shape[-1]
+    source = scores if scores.dtype == result.dtype else scores.to(result.dtype)
+    if source.dim() != 2:
+        source = source.reshape(-1, n)
+    strides = source.stride()
+    sizes = None
+    if scale is not None:
+        scale = scale.to(result.dtype).expand(scores.shape[:-1]).reshape(-1)
+        sizes = _array(scale, scale.stride(0), 0, 0)
+    _cpu.weights(
+        source.shape[0],
+        n,
+        _array(source, strides[0], 0, strides[1]),
+        prior.data_ptr(),
+        uniform,
+        regularization,
+        sizes,
+        result.data_ptr(),
+        optimum.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    dones: Tensor | None,
+    last_values: Tensor | None,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    rows, width, n = rewards.shape
+    dtype = torch.promote_types(rewards.dtype, values.dtype)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    advantages = torch.empty(rewards.shape, dtype=compute)
+    returns = torch.empty(rewards.shape, dtype=compute)
+    _cpu.multi_objective_gae(
+        rows,
+        width,
+        n,
+        gamma,
+        lam,
+        _objectives(rewards, False),
+        _objectives(values, False),
+        _tokens(mask),
+        _tokens(dones),
+        _objectives(last_values, True),
+        _objectives(advantages, False),
+        _objectives(returns, False),
+        torch.get_num_threads(),
+    )
+    return advantages.to(dtype), returns.to(dtype)
+
+
+def group_normalize(
+    rewards: Tensor, group_size: int, group_ids: Tensor | None, scale: bool, eps: float
+) -> Tensor:
+    rows, n = rewards.shape
+    compute = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    if group_ids is not None:
+        _, inverse, counts = torch.unique(group_ids, return_inverse=True, return_counts=True)
+        order = inverse.argsort(stable=True)
+        begin = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    else:
+        order = torch.arange(rows)
+        groups = rows // group_size if group_size else 0
+        begin = torch.arange(groups + 1) * group_size
+    result = torch.empty(rows, n, dtype=compute)
+    _cpu.group_normalize(
+        len(begin) - 1,
+        begin.data_ptr(),
+        order.data_ptr(),
+        n,
+        _objectives(rewards, True),
+        scale,
+        eps,
+        _objectives(result, True),
+        torch.get_num_threads(),
+    )
+    return result.to(rewards.dtype)

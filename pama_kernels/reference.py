@@ -1,0 +1,681 @@
+"""The specification of the library: float64, plain PyTorch, obvious rather than fast.
+
+Every backend is tested against this module. The functions have the names and arguments of the public
+ones; they accept any layout of the public API, turn it into dense float64 tensors (sequences, tokens,
+objectives), and follow the formulas of He & Maghsudi 2025 (arXiv 2508.07768) line by line.
+Nothing here avoids a host synchronisation, an allocation or a Python loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._arguments import Layout, resolve_layout
+
+MAX_LOG_RATIO = 20.0
+
+
+class Solution(NamedTuple):
+    weights: Tensor
+    optimum: Tensor
+
+
+class Statistics(NamedTuple):
+    """Masked sums over tokens, and the quantities that follow from them. (N,), scalars and (N, N)."""
+
+    present_count: Tensor
+    bound_sum: Tensor
+    bound_square_sum: Tensor
+    bound_logprob_sum: Tensor
+    surrogate_sum: Tensor
+    advantage_sum: Tensor
+    advantage_square_sum: Tensor
+    positive_count: Tensor
+    clipped_count: Tensor
+    token_count: Tensor
+    kl_sum: Tensor
+    scores: Tensor
+    second_moments: Tensor
+    gram: Tensor
+    conflict: Tensor
+    overlap: Tensor
+
+
+class Combined(NamedTuple):
+    advantages: Tensor
+    weights: Tensor
+    optimum: Tensor
+    statistics: Statistics
+
+
+class Loss(NamedTuple):
+    loss: Tensor
+    weights: Tensor
+    optimum: Tensor
+    statistics: Statistics
+
+
+# --- the scalar problem (Theorem 1) ------------------------------------------------------------------
+
+
+def project_on_simplex(v: Tensor) -> Tensor:
+    """The point of the simplex nearest to v (N,), by sorting (Held, Wolfe & Crowder 1974)."""
+    ordered = v.sort(descending=True).values
+    thresholds = (ordered.cumsum(0) - 1) / torch.arange(1, len(v) + 1, dtype=v.dtype)
+    size = int((ordered > thresholds).sum())
+    return (v - thresholds[size - 1]).clamp(min=0)
+
+
+def _solve_scalar(a: Tensor, p: Tensor, rho: float) -> Solution:
+    """minimise 1/2 (a.c)^2 + rho/2 ||c - p||^2 over the simplex; rho = 0 is the limit rho -> 0.
+
+    Stationarity makes c(lam) the projection of p - lam a on the simplex, with lam = a.c / rho. Along
+    the path a.c(lam) falls, so lam is found by bisection.
+    """
+    low, high = float(a.min()), float(a.max())
+    if rho == 0 and not low < 0 < high:
+        s = max(low, 0.0) + min(high, 0.0)
+        c = torch.zeros_like(p)
+        tied = a == s
+        c[tied] = p[tied] + (1 - p[tied].sum()) / tied.sum()
+        return Solution(c, a.new_tensor(s))
+    sign = 1.0 if float(a @ p) >= 0 else -1.0
+
+    def excess(lam: float) -> float:
+        return sign * float(a @ project_on_simplex(p - lam * sign * a)) - rho * lam
+
+    left, right = 0.0, 1.0
+    while excess(right) > 0 and right < 1e300:
+        left, right = right, 2 * right
+    for _ in range(1100):
+        middle = (left + right) / 2
+        if middle in (left, right):
+            break
+        left, right = (middle, right) if excess(middle) > 0 else (left, middle)
+    c = project_on_simplex(p - right * sign * a)
+    return Solution(c, a @ c if rho > 0 else a.new_zeros(()))
+
+
+def _scalar_problem(a: Tensor, p: Tensor, regularization: float, scale: Tensor, present: Tensor) -> Solution:
+    """One row: objectives that are absent take no part; scores of any size are first scaled to 1."""
+    if not present.any():
+        return Solution(p.clone(), a.new_zeros(()))
+    kept, prior = a[present], _normalized(p[present])
+    if not torch.isfinite(kept).all() or (regularization > 0 and not torch.isfinite(scale)):
+        return Solution(torch.full_like(p, math.nan), a.new_tensor(math.nan))
+    unit = float(kept.abs().max())
+    weights = torch.zeros_like(p)
+    if unit == 0:
+        weights[present] = prior
+        return Solution(weights, a.new_zeros(()))
+    rho = regularization * float(scale) / unit / unit
+    solution = (
+        Solution(prior, kept @ prior / unit) if math.isinf(rho) else _solve_scalar(kept / unit, prior, rho)
+    )
+    weights[present] = solution.weights
+    return Solution(weights, solution.optimum * unit)
+
+
+def _normalized(p: Tensor) -> Tensor:
+    """Prior over the objectives that take part; uniform where it gives none of them any mass."""
+    return p / p.sum() if float(p.sum()) > 0 else torch.full_like(p, 1 / len(p))
+
+
+def _prior(prior: object, n: int) -> Tensor:
+    if prior is None:
+        return torch.full((n,), 1 / n, dtype=torch.float64)
+    return _normalized(torch.as_tensor(prior, dtype=torch.float64))
+
+
+def _rows(
+    solve: Callable[..., Solution], rows: Sequence[tuple[Tensor, ...]], n: int, shape: tuple[int, ...]
+) -> Solution:
+    solutions = [solve(*row) for row in rows]
+    weights = torch.stack([s.weights for s in solutions]) if rows else torch.zeros(0, n)
+    optima = torch.stack([s.optimum for s in solutions]) if rows else torch.zeros(0)
+    return Solution(weights.double().reshape(*shape, n), optima.double().reshape(shape))
+
+
+def pama_weights(
+    scores: Tensor,
+    *,
+    prior: object = None,
+    regularization: float = 0.0,
+    scale: object = None,
+    present: Tensor | None = None,
+) -> Solution:
+    """scores (..., N) -> weights (..., N), optimum (...). `present` (..., N) leaves objectives out."""
+    a = scores.detach().double()
+    n, shape = a.shape[-1], tuple(a.shape[:-1])
+    p = _prior(prior, n)
+    here = torch.ones_like(a, dtype=torch.bool) if present is None else present
+    a = torch.where(here, a, 0.0)
+    r = a.square().amax(-1) if scale is None else torch.as_tensor(scale, dtype=torch.float64)
+    rows = list(
+        zip(
+            a.reshape(-1, n).unbind(),
+            r.expand(shape).reshape(-1).unbind(),
+            here.reshape(-1, n).unbind(),
+            strict=True,
+        )
+    )
+    return _rows(lambda x, size, mask: _scalar_problem(x, p, regularization, size, mask), rows, n, shape)
+
+
+# --- the min-norm problem ----------------------------------------------------------------------------
+
+
+def _min_norm_problem(m: Tensor, p: Tensor, regularization: float, present: Tensor) -> Solution:
+    """minimise 1/2 c'Mc + rho/2 ||c - p||^2 over the simplex, and of the minimisers the one nearest p.
+
+    With rho = 0 a ridge of 1e-13 stands for the limit rho -> 0. The support is found by Lawson and
+    Hanson's method on the equivalent least-squares problem, one index at a time.
+    """
+    if not present.any():
+        return Solution(p.clone(), m.new_zeros(()))
+    kept, prior = m[present][:, present], _normalized(p[present])
+    if not torch.isfinite(kept).all():
+        return Solution(torch.full_like(p, math.nan), m.new_tensor(math.nan))
+    weights = torch.zeros_like(p)
+    unit = float(kept.diagonal().max())
+    if unit <= 0:
+        weights[present] = prior
+        return Solution(weights, m.new_zeros(()))
+    kept = (kept + kept.T) / (2 * unit)
+    ridge = regularization if regularization > 0 else 1e-13
+    c = _lawson_hanson(kept + ridge * torch.eye(len(kept), dtype=kept.dtype), ridge * prior)
+    weights[present] = c
+    return Solution(weights, c @ kept @ c * unit)
+
+
+def _lawson_hanson(h: Tensor, q: Tensor) -> Tensor:
+    """minimise 1/2 c'Hc - q.c over the simplex, H positive definite."""
+    n = len(q)
+    c = torch.zeros(n, dtype=h.dtype)
+    support = torch.zeros(n, dtype=torch.bool)
+    first = int((h.diagonal() / 2 - q).argmin())
+    c[first], support[first] = 1.0, True
+    for _ in range(10 * n + 10):
+        gradient = h @ c - q
+        level = gradient @ c
+        outside = torch.where(support, math.inf, gradient - level)
+        enter = int(outside.argmin())
+        if float(outside[enter]) >= -1e-15:
+            return c
+        support[enter] = True
+        while True:
+            index = support.nonzero().squeeze(1)
+            size = len(index)
+            system = torch.ones(size + 1, size + 1, dtype=h.dtype)
+            system[:size, :size] = h[index][:, index]
+            system[size, size] = 0.0
+            right = torch.cat([q[index], torch.ones(1, dtype=h.dtype)])
+            trial = torch.linalg.lstsq(system, right.unsqueeze(1), driver="gelsd").solution
+            target = torch.zeros_like(c)
+            target[index] = trial[:size, 0]
+            if float(target[index].min()) > 0:
+                c = target
+                break
+            falling = support & (target <= 0)
+            step = float((c[falling] / (c[falling] - target[falling])).min())
+            c = c + step * (target - c)
+            support &= c > 1e-16
+            c[~support] = 0.0
+            c = c / c.sum()
+    return c
+
+
+def min_norm_weights(
+    gram: Tensor,
+    *,
+    prior: object = None,
+    regularization: float = 0.0,
+    present: Tensor | None = None,
+) -> Solution:
+    """gram (..., N, N) -> weights (..., N), optimum c'Mc (...)."""
+    m = gram.detach().double()
+    n, shape = m.shape[-1], tuple(m.shape[:-2])
+    p = _prior(prior, n)
+    here = torch.ones(n, dtype=torch.bool) if present is None else present
+    here = here.expand(*shape, n)
+    rows = list(zip(m.reshape(-1, n, n).unbind(), here.reshape(-1, n).unbind(), strict=True))
+    return _rows(lambda x, mask: _min_norm_problem(x, p, regularization, mask), rows, n, shape)
+
+
+def pareto_gap(gram: Tensor, weights: Tensor) -> Tensor:
+    """Wolfe gap c'Mc - min_j (Mc)_j: 0 exactly where c is a min-norm point. (...)"""
+    m, c = gram.double(), weights.double()
+    product = (m @ c.unsqueeze(-1)).squeeze(-1)
+    return (product * c).sum(-1) - product.amin(-1)
+
+
+# --- dense form of any layout ------------------------------------------------------------------------
+
+
+class _Dense(NamedTuple):
+    layout: Layout
+    advantages: Tensor  # (B, T, N)
+    valid: Tensor  # (B, T) bool
+    present: Tensor  # (B, T, N) bool
+    logprobs: Tensor | None
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    importance_weights: Tensor
+    pack: Callable[[Tensor], Tensor]  # (B, T) -> the caller's layout
+
+
+def _dense(
+    advantages: Tensor,
+    mask: Tensor | None,
+    logprobs: Tensor | None,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    objective_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> _Dense:
+    layout = resolve_layout(
+        advantages,
+        mask,
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        importance_weights=importance_weights,
+        objective_mask=objective_mask,
+        cu_seqlens=cu_seqlens,
+    )
+    n, rows = layout.objectives, layout.rows
+    if cu_seqlens is None:
+        starts, lengths = [b * layout.width for b in range(rows)], [layout.width] * rows
+    else:
+        offsets = [int(x) for x in cu_seqlens]
+        starts, lengths = offsets[:-1], [b - a for a, b in pairwise(offsets)]
+    width = max(lengths, default=0)
+    # Token t of row b stands at position[b, t] of the flat tensors.
+    position = torch.zeros(rows, width, dtype=torch.long)
+    inside = torch.zeros(rows, width, dtype=torch.bool)
+    for b, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        position[b, :length] = torch.arange(start, start + length)
+        inside[b, :length] = True
+
+    def per_token(x: Tensor) -> Tensor:
+        """(B, T) or (M,) to (B, T)."""
+        flat = x.reshape(-1)
+        return flat[position] if len(flat) else flat.new_zeros(rows, width)
+
+    def per_objective(x: Tensor, per_sequence: bool) -> Tensor:
+        """(B, N), (B, T, N) or (M, N) to (B, T, N)."""
+        if per_sequence:
+            return x[:, None, :].expand(rows, width, n)
+        flat = x.reshape(-1, n)
+        return flat[position] if len(flat) else flat.new_zeros(rows, width, n)
+
+    valid = inside if mask is None else inside & (per_token(mask) != 0)
+    present = valid[..., None].expand(rows, width, n)
+    if objective_mask is not None:
+        present = present & (per_objective(objective_mask, layout.mask_per_sequence) != 0)
+
+    def values(x: Tensor | None) -> Tensor | None:
+        """Float64, with zeros at masked places: these have no influence."""
+        return None if x is None else torch.where(valid, per_token(x).double(), 0.0)
+
+    raw = per_objective(advantages.detach(), layout.per_sequence).double()
+    weights = values(importance_weights)
+    flat_result = layout.packed or not layout.sequences
+    return _Dense(
+        layout=layout,
+        advantages=torch.where(present, raw, 0.0),
+        valid=valid,
+        present=present,
+        logprobs=values(logprobs),
+        old_logprobs=values(old_logprobs),
+        ref_logprobs=values(ref_logprobs),
+        importance_weights=valid.double() if weights is None else weights,
+        pack=(lambda x: x[inside]) if flat_result else (lambda x: x),
+    )
+
+
+# --- the surrogate and its bound ---------------------------------------------------------------------
+
+
+class _Terms(NamedTuple):
+    advantages: Tensor  # A (B, T, N), NaN where an input is not finite
+    bound: Tensor  # I
+    surrogate: Tensor  # g, differentiable in logprobs
+    clipped: Tensor  # A is not 0 and has no gradient, bool
+    kl: Tensor  # k3 to the behaviour policy (B, T)
+
+
+def _terms(x: _Dense, clip_range: object, noon: bool, dual_clip: float | None) -> _Terms:
+    low, high = _clip_bounds(clip_range)
+    logp = torch.zeros_like(x.importance_weights) if x.logprobs is None else x.logprobs
+    old = logp.detach() if x.old_logprobs is None else x.old_logprobs.detach()
+    w = x.importance_weights[..., None]
+    d = logp - old
+    u = torch.exp(d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))[..., None]
+    raw = x.advantages
+    token_ok = torch.isfinite(logp) & torch.isfinite(old) & torch.isfinite(x.importance_weights)
+    ok = torch.isfinite(raw) & token_ok[..., None]
+    poison = torch.where(x.present & ~ok, math.nan, 0.0)
+
+    a = raw.clamp(min=0) if noon else raw
+    ratio = u if dual_clip is None else u.clamp(max=dual_clip)
+    surrogate = w * torch.minimum(ratio * a, u.clamp(1 - low, 1 + high) * a)
+    step = d.detach()[..., None]
+    stopped = (a > 0) & (step > math.log1p(high))
+    stopped |= (a < 0) & (step < (math.log1p(-low) if low < 1 else -math.inf))
+    if dual_clip is not None:
+        stopped |= (a < 0) & (step > math.log(dual_clip))
+    stopped |= step.abs() > MAX_LOG_RATIO
+    bound = torch.where(stopped, 0.0, w.detach() * a)
+    clamped = d.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    kl = clamped.exp() - 1 - clamped
+    kl = torch.where(x.valid & ~token_ok, math.nan, kl)
+    return _Terms(
+        torch.where(x.present, a + poison, 0.0),
+        torch.where(x.present, bound + poison, 0.0),
+        torch.where(x.present, surrogate + poison, 0.0),
+        stopped & (a != 0) & x.present,
+        kl,
+    )
+
+
+def _clip_bounds(clip_range: object) -> tuple[float, float]:
+    if clip_range is None:
+        return 1.0, math.inf
+    if isinstance(clip_range, (int, float)):
+        return float(clip_range), float(clip_range)
+    assert isinstance(clip_range, (tuple, list))
+    return float(clip_range[0]), float(clip_range[1])
+
+
+def _statistics(x: _Dense, t: _Terms) -> Statistics:
+    def total(values: Tensor) -> Tensor:
+        return torch.where(x.present, values, 0.0).sum((0, 1))
+
+    logp = torch.zeros_like(x.importance_weights) if x.logprobs is None else x.logprobs.detach()
+    raw, bound = x.advantages, t.bound
+    count = x.present.double().sum((0, 1))
+    here = x.present.double().flatten(0, 1)
+    flat_raw, flat_bound = raw.flatten(0, 1), bound.flatten(0, 1)
+
+    def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+        """0 / 0 is 0: no token, no score."""
+        return torch.where(denominator == 0, 0.0, numerator / denominator)
+
+    bound_sum, bound_square_sum = total(bound), total(bound.square())
+    products = flat_bound.T @ flat_bound
+    pairs = here.T @ here
+    sums = flat_raw.T @ here  # sum of A'_i where j is present
+    squares = flat_raw.square().T @ here
+    mean = ratio(sums, pairs)
+    covariance = ratio(flat_raw.T @ flat_raw, pairs) - mean * mean.T
+    variance = (ratio(squares, pairs) - mean.square()).clamp(min=0)
+    return Statistics(
+        present_count=count,
+        bound_sum=bound_sum,
+        bound_square_sum=bound_square_sum,
+        bound_logprob_sum=total(bound * logp[..., None]),
+        surrogate_sum=total(t.surrogate.detach()),
+        advantage_sum=total(raw),
+        advantage_square_sum=total(raw.square()),
+        positive_count=total((raw > 0).double()),
+        clipped_count=total(t.clipped.double()),
+        token_count=x.valid.double().sum(),
+        kl_sum=torch.where(x.valid, t.kl, 0.0).sum(),
+        scores=ratio(bound_sum, count),
+        second_moments=ratio(bound_square_sum, count),
+        gram=ratio(products, torch.outer(count, count).sqrt()),
+        conflict=ratio(covariance, (variance * variance.T).sqrt()),
+        overlap=ratio(products, torch.outer(products.diagonal(), products.diagonal()).sqrt()),
+    )
+
+
+def objective_statistics(
+    logprobs: Tensor | None,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_range: object = 0.2,
+    noon: bool = True,
+    dual_clip: float | None = None,
+    objective_mask: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Statistics:
+    x = _dense(
+        advantages,
+        mask,
+        logprobs,
+        old_logprobs,
+        None,
+        importance_weights,
+        objective_mask,
+        cu_seqlens,
+    )
+    return _statistics(x, _terms(x, clip_range, noon, dual_clip))
+
+
+# --- whose weights -----------------------------------------------------------------------------------
+
+
+def _token_weights(
+    x: _Dense,
+    t: _Terms,
+    statistics: Statistics,
+    weights_per: str,
+    bound: str,
+    prior: object,
+    regularization: float,
+    weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """c for every token (B, T, N), and what is reported: weights and optimum."""
+    rows, width, n = x.advantages.shape
+    counts = x.present.double().sum(1)
+    means = t.bound.sum(1) / counts.clamp(min=1)
+    if weights is not None:
+        c = weights.detach().double()
+        if c.dim() == 1:
+            return c.expand(rows, width, n), c, statistics.scores @ c
+        return c[:, None].expand(rows, width, n), c, (means * c).sum(-1)
+    if weights_per == "batch":
+        present = statistics.present_count > 0
+        if bound == "gram":
+            solution = min_norm_weights(
+                statistics.gram, prior=prior, regularization=regularization, present=present
+            )
+        else:
+            solution = pama_weights(
+                statistics.scores,
+                prior=prior,
+                regularization=regularization,
+                scale=statistics.second_moments.amax(),
+                present=present,
+            )
+        return solution.weights.expand(rows, width, n), *solution
+    if weights_per == "sequence":
+        squares = t.bound.square().sum(1) / counts.clamp(min=1)
+        solution = pama_weights(
+            means,
+            prior=prior,
+            regularization=regularization,
+            scale=squares.amax(-1),
+            present=counts > 0,
+        )
+        return solution.weights[:, None].expand(rows, width, n), *solution
+    solution = pama_weights(t.bound, prior=prior, regularization=regularization, present=x.present)
+    if not x.valid.any():
+        return solution.weights, _prior(prior, n), t.bound.new_zeros(())
+    return (
+        solution.weights,
+        solution.weights[x.valid].mean(0),
+        solution.optimum[x.valid].mean(),
+    )
+
+
+def combine_advantages(
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    weights_per: str,
+    bound: str = "scores",
+    noon: bool = True,
+    prior: object = None,
+    regularization: float = 0.0,
+    weights: Tensor | None = None,
+    objective_mask: Tensor | None = None,
+    logprobs: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    clip_range: object = None,
+    cu_seqlens: Tensor | None = None,
+) -> Combined:
+    x = _dense(advantages, mask, logprobs, old_logprobs, None, None, objective_mask, cu_seqlens)
+    t = _terms(x, clip_range, noon, None)
+    statistics = _statistics(x, t)
+    c, reported, optimum = _token_weights(
+        x, t, statistics, weights_per, bound, prior, regularization, weights
+    )
+    combined = (c * t.advantages).sum(-1)
+    combined = torch.where(x.valid, combined, 0.0)
+    by_token = weights_per == "token" and weights is None and logprobs is not None
+    if not x.layout.per_sequence or by_token:
+        return Combined(x.pack(combined), reported, optimum, statistics)
+    # One value per sequence: that of any of its valid tokens.
+    some = x.valid.any(1)
+    result = combined.new_zeros(len(some))
+    if combined.shape[1]:
+        result = combined.gather(1, x.valid.double().argmax(1, keepdim=True)).squeeze(1)
+    return Combined(torch.where(some, result, 0.0), reported, optimum, statistics)
+
+
+def pama_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    weights_per: str,
+    bound: str = "scores",
+    clip_range: object = 0.2,
+    noon: bool = True,
+    dual_clip: float | None = None,
+    prior: object = None,
+    regularization: float = 0.0,
+    weights: Tensor | None = None,
+    objective_mask: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    aggregation: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    cu_seqlens: Tensor | None = None,
+) -> Loss:
+    """The loss is differentiable by autograd with respect to `logprobs`."""
+    x = _dense(
+        advantages,
+        mask,
+        logprobs,
+        old_logprobs,
+        ref_logprobs,
+        importance_weights,
+        objective_mask,
+        cu_seqlens,
+    )
+    t = _terms(x, clip_range, noon, dual_clip)
+    statistics = _statistics(x, t)
+    c, reported, optimum = _token_weights(
+        x, t, statistics, weights_per, bound, prior, regularization, weights
+    )
+    per_token = -(c.detach() * t.surrogate).sum(-1)
+    if kl_coef:
+        assert x.logprobs is not None
+        assert x.ref_logprobs is not None
+        r = x.ref_logprobs.detach() - x.logprobs
+        per_token = per_token + kl_coef * (r.exp() - r - 1)
+    per_token = torch.where(x.valid, per_token, 0.0)
+    tokens = x.valid.double().sum(1)
+    rows = float(len(tokens))
+    if aggregation == "token-mean":
+        share, denominator = torch.ones_like(tokens), tokens.sum().clamp(min=1)
+    elif aggregation == "seq-mean-token-sum":
+        share, denominator = torch.ones_like(tokens), tokens.new_tensor(max(rows, 1.0))
+    else:
+        share, denominator = 1 / tokens.clamp(min=1), tokens.new_tensor(max(rows, 1.0))
+    if normalizer is not None:
+        denominator = torch.as_tensor(normalizer, dtype=torch.float64)
+    loss = (per_token.sum(1) * share).sum() / denominator
+    if not x.valid.any():
+        loss = per_token.sum()
+    return Loss(loss, reported, optimum, statistics)
+
+
+# --- advantages --------------------------------------------------------------------------------------
+
+
+def multi_objective_gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None = None,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    dones: Tensor | None = None,
+    last_values: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(B, T, N) -> (advantages, returns). Schulman et al. 2016, equation 16, for each objective."""
+    r, v = rewards.detach().double(), values.detach().double()
+    rows, width, n = r.shape
+    valid = torch.ones(rows, width, dtype=torch.bool) if mask is None else mask != 0
+    over = torch.zeros(rows, width, dtype=torch.bool) if dones is None else dones != 0
+    advantages, returns = torch.zeros_like(r), torch.zeros_like(r)
+    for b in range(rows):
+        following = torch.zeros(n, dtype=torch.float64)
+        advantage = torch.zeros(n, dtype=torch.float64)
+        if last_values is not None:
+            following = last_values[b].detach().double()
+        for t in reversed(range(width)):
+            if not valid[b, t]:
+                continue
+            if over[b, t]:
+                following, advantage = torch.zeros_like(following), torch.zeros_like(advantage)
+            delta = r[b, t] + gamma * following - v[b, t]
+            advantage = delta + gamma * lam * advantage
+            following = v[b, t]
+            advantages[b, t] = advantage
+            returns[b, t] = advantage + v[b, t]
+    return advantages, returns
+
+
+def group_normalize(
+    rewards: Tensor,
+    *,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
+    scale: bool = True,
+    eps: float = 1e-4,
+) -> Tensor:
+    """(B, N) -> (B, N): minus the group's mean, over its standard deviation (ddof 1) plus eps."""
+    x = rewards.detach().double()
+    rows, n = x.shape
+    if group_size is not None:
+        groups = torch.arange(rows) // group_size
+    else:
+        groups = torch.zeros(rows) if group_ids is None else group_ids
+    result = torch.zeros_like(x)
+    for group in torch.unique(groups):
+        for i in range(n):
+            member = (groups == group) & ~x[:, i].isnan()
+            values = x[member, i]
+            if len(values) < 2:
+                result[member, i] = values - values  # 0, or NaN where the value is infinite
+                continue
+            centred = values - values.mean()
+            result[member, i] = centred / (values.std(correction=1) + eps) if scale else centred
+    return result

@@ -1,0 +1,294 @@
+"""Per-objective statistics of a batch: masked sums over tokens that micro-batches and ranks add up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ._arguments import ClipRange, clip_bounds, resolve_layout
+from .backends import operators
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+FIELDS = (
+    "count",
+    "bound_sum",
+    "bound_square_sum",
+    "logprob_sum",
+    "surrogate_sum",
+    "advantage_sum",
+    "advantage_square_sum",
+    "positive_count",
+    "clipped_count",
+)
+PAIRS = (
+    "bound_product",
+    "advantage_product",
+    "pair_count",
+    "pair_advantage",
+    "pair_advantage_square",
+)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """0 where the denominator is 0."""
+    return torch.where(denominator == 0, 0.0, numerator / denominator)
+
+
+class ObjectiveStatistics:
+    """Masked sums over tokens in one float64 buffer, and the figures that follow from them.
+
+    ``s1 + s2`` merges two micro-batches, ``all_reduce`` merges ranks with one collective. Every property
+    is a float64 tensor on the device of the inputs; reading one computes it and never synchronises.
+    """
+
+    __slots__ = ("buffer", "has_gram", "objectives")
+
+    def __init__(self, buffer: Tensor, objectives: int, has_gram: bool) -> None:
+        self.buffer = buffer
+        self.objectives = objectives
+        self.has_gram = has_gram
+
+    def __repr__(self) -> str:
+        return f"ObjectiveStatistics(objectives={self.objectives}, has_gram={self.has_gram})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ObjectiveStatistics, (self.buffer, self.objectives, self.has_gram)
+
+    # --- merging -------------------------------------------------------------------------------------
+
+    def __add__(self, other: ObjectiveStatistics) -> ObjectiveStatistics:
+        if not isinstance(other, ObjectiveStatistics):
+            return NotImplemented
+        if (self.objectives, self.has_gram) != (other.objectives, other.has_gram):
+            raise ValueError(f"statistics: expected {self!r} on both sides of +, got {other!r}")
+        return ObjectiveStatistics(self.buffer + other.buffer, self.objectives, self.has_gram)
+
+    def all_reduce(self, process_group: ProcessGroup | None = None) -> ObjectiveStatistics:
+        """The sums over all ranks of the group (None: the default one), by one all-reduce.
+
+        All ranks must hold statistics of the same objectives. The result is bitwise equal on all.
+        """
+        buffer = self.buffer.clone()
+        torch.distributed.all_reduce(buffer, group=process_group)
+        return ObjectiveStatistics(buffer, self.objectives, self.has_gram)
+
+    # --- sums ----------------------------------------------------------------------------------------
+
+    def _field(self, name: str) -> Tensor:
+        start = FIELDS.index(name) * self.objectives
+        return self.buffer[start : start + self.objectives]
+
+    def _pair(self, name: str) -> Tensor | None:
+        if not self.has_gram:
+            return None
+        n = self.objectives
+        start = len(FIELDS) * n + 2 + PAIRS.index(name) * n * n
+        return self.buffer[start : start + n * n].view(n, n)
+
+    @property
+    def count(self) -> Tensor:
+        """Valid tokens where the objective is present (N,)."""
+        return self._field("count")
+
+    @property
+    def token_count(self) -> Tensor:
+        """Valid tokens, 0-d."""
+        return self.buffer[len(FIELDS) * self.objectives]
+
+    @property
+    def logprob_sum(self) -> Tensor:
+        """Reward-weighted log-probability, the sum of I * logp (N,)."""
+        return self._field("logprob_sum")
+
+    @property
+    def surrogate_sum(self) -> Tensor:
+        """Sum of the clipped surrogate terms g (N,)."""
+        return self._field("surrogate_sum")
+
+    # --- means ---------------------------------------------------------------------------------------
+
+    @property
+    def scores(self) -> Tensor:
+        """Mean of the bound term I over the tokens where the objective is present (N,)."""
+        return _ratio(self._field("bound_sum"), self.count)
+
+    @property
+    def second_moments(self) -> Tensor:
+        """Mean of I^2 (N,); the largest is the scale of the regularization."""
+        return _ratio(self._field("bound_square_sum"), self.count)
+
+    @property
+    def advantage_mean(self) -> Tensor:
+        """Mean of the raw advantages A' (N,)."""
+        return _ratio(self._field("advantage_sum"), self.count)
+
+    @property
+    def advantage_std(self) -> Tensor:
+        """Standard deviation (ddof 0) of the raw advantages (N,)."""
+        square = _ratio(self._field("advantage_square_sum"), self.count)
+        return (square - self.advantage_mean.square()).clamp(min=0).sqrt()
+
+    @property
+    def positive_fraction(self) -> Tensor:
+        """Share of the tokens where A' > 0 (N,)."""
+        return _ratio(self._field("positive_count"), self.count)
+
+    @property
+    def clip_fraction(self) -> Tensor:
+        """Share of the tokens whose advantage is not 0 but whose gradient is clipped away (N,)."""
+        return _ratio(self._field("clipped_count"), self.count)
+
+    @property
+    def approx_kl(self) -> Tensor:
+        """Mean over valid tokens of u - 1 - log u, the k3 estimate of KL to the behaviour policy, 0-d."""
+        return _ratio(self.buffer[len(FIELDS) * self.objectives + 1], self.token_count)
+
+    # --- pairs (with gram=True) ----------------------------------------------------------------------
+
+    @property
+    def gram(self) -> Tensor | None:
+        """M_ij = sum I_i I_j / sqrt(count_i count_j) (N, N): the mean where all are present."""
+        product = self._pair("bound_product")
+        if product is None:
+            return None
+        root = self.count.sqrt()
+        return _ratio(product, torch.outer(root, root))
+
+    @property
+    def overlap(self) -> Tensor | None:
+        """Cosines between the objectives' bound terms I (N, N); 0 where one of them vanishes."""
+        product = self._pair("bound_product")
+        if product is None:
+            return None
+        norm = product.diagonal().sqrt()
+        return _ratio(product, torch.outer(norm, norm))
+
+    @property
+    def conflict(self) -> Tensor | None:
+        """Correlations of the raw advantages A' over the tokens where both are present (N, N).
+
+        Taken before the clamp, which would hide a conflict: -1 where two objectives always disagree.
+        """
+        product, counts = self._pair("advantage_product"), self._pair("pair_count")
+        sums, squares = self._pair("pair_advantage"), self._pair("pair_advantage_square")
+        if product is None or counts is None or sums is None or squares is None:
+            return None
+        mean = _ratio(sums, counts)
+        variance = (_ratio(squares, counts) - mean.square()).clamp(min=0)
+        covariance = _ratio(product, counts) - mean * mean.T
+        return _ratio(covariance, variance.sqrt() * variance.T.sqrt())
+
+    # --- logging -------------------------------------------------------------------------------------
+
+    def metrics(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Named 0-d tensors for a logger: ``pama/score/helpful``, ``pama/conflict/helpful~short`` ...
+
+        `names`: one per objective, "0", "1", ... by default. Nothing is synchronised.
+        """
+        labels = objective_names(names, self.objectives)
+        metrics = {"pama/approx_kl": self.approx_kl, "pama/tokens": self.token_count}
+        for what, values in (
+            ("score", self.scores),
+            ("advantage_mean", self.advantage_mean),
+            ("advantage_std", self.advantage_std),
+            ("positive_fraction", self.positive_fraction),
+            ("clip_fraction", self.clip_fraction),
+        ):
+            for label, value in zip(labels, values.unbind(), strict=True):
+                metrics[f"pama/{what}/{label}"] = value
+        for what, matrix in (("conflict", self.conflict), ("overlap", self.overlap)):
+            if matrix is None:
+                continue
+            for i, first in enumerate(labels):
+                for j in range(i + 1, len(labels)):
+                    metrics[f"pama/{what}/{first}~{labels[j]}"] = matrix[i, j]
+        return metrics
+
+
+def objective_names(names: Sequence[str] | None, objectives: int) -> list[str]:
+    if names is None:
+        return [str(i) for i in range(objectives)]
+    if isinstance(names, str) or len(names) != objectives or len(set(names)) != objectives:
+        raise ValueError(f"names: expected {objectives} different names, got {names!r}")
+    return [str(name) for name in names]
+
+
+def result_metrics(
+    statistics: ObjectiveStatistics, weights: Tensor, optimum: Tensor, names: Sequence[str] | None
+) -> dict[str, Tensor]:
+    """The statistics' metrics with the weights (their mean where there is one row per sequence)."""
+    labels = objective_names(names, statistics.objectives)
+    metrics = statistics.metrics(labels)
+    mean = weights.mean(0) if weights.dim() == 2 else weights
+    metrics["pama/optimum"] = optimum.mean() if optimum.dim() else optimum
+    for label, value in zip(labels, mean.unbind(), strict=True):
+        metrics[f"pama/weight/{label}"] = value
+        metrics[f"pama/active/{label}"] = (value > 0).to(value.dtype)
+    return metrics
+
+
+def objective_statistics(
+    logprobs: Tensor | None,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_range: ClipRange = 0.2,
+    noon: bool = True,
+    dual_clip: float | None = None,
+    objective_mask: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    gram: bool = False,
+) -> ObjectiveStatistics:
+    """One fused pass over the tokens: the sums that the weights, the loss and the logs need.
+
+    Args:
+        logprobs: current log-probabilities (B, T) or (M,), or None (the ratio is then 1).
+        old_logprobs: those of the behaviour policy, of the same shape; None means on-policy.
+        advantages: raw advantages A', objectives last: (B, T, N), (B, N) or (M, N).
+        mask: (B, T) or (M,), non-zero where a token counts.
+        clip_range: eps, or (eps_low, eps_high), of the PPO surrogate.
+        noon: keep positive advantages only, A = max(A', 0).
+        dual_clip: upper end of the ratio for negative advantages, above 1 + eps_high.
+        objective_mask: (B, N) or (M, N), zero where an objective does not apply.
+        importance_weights: non-negative factors w of every token.
+        cu_seqlens: B + 1 offsets of packed sequences in flat tensors, int32 or int64.
+        gram: also the N x N sums behind `.gram`, `.conflict` and `.overlap`.
+
+    Sums run in float32 over at most 256 tokens and in float64 across them (float64 throughout when an
+    input is float64): the relative error of a sum of positive terms stays below 2e-5 and is typically
+    1e-7. A NaN or infinity at a valid place makes every sum that depends on it NaN.
+
+    Source: He & Maghsudi 2025 (arXiv 2508.07768), Section 4: I(A) and the Noon PPO surrogate.
+    """
+    layout = resolve_layout(
+        advantages,
+        mask,
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        importance_weights=importance_weights,
+        objective_mask=objective_mask,
+        cu_seqlens=cu_seqlens,
+    )
+    if logprobs is None and old_logprobs is not None:
+        raise ValueError("old_logprobs: expected None without logprobs, got a tensor")
+    sums = operators.statistics(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        objective_mask,
+        importance_weights,
+        cu_seqlens,
+        [layout.rows, layout.width, layout.per_sequence, layout.mask_per_sequence],
+        list(clip_bounds(clip_range, dual_clip)),
+        bool(noon),
+        bool(gram),
+    )
+    return ObjectiveStatistics(sums, layout.objectives, bool(gram))
