@@ -14,7 +14,7 @@
 #if !defined(PAMA_ISA)
 #define PAMA_ISA generic
 #endif
-#define PAMA_BEGIN \
+#define PAMA_BEGIN   \
     namespace pama { \
     inline namespace PAMA_ISA {
 #define PAMA_END \

@@ -18,10 +18,14 @@
 // uniform p the step may be taken at once in every round: those outside S are then ordered by a, and phi on
 // any S that contains the final support stays below phi.
 //
+// Where scores span more than about 1e12 (double), the choice among optimal points is lost to rounding, the
+// optimum is not.
+//
 // The template serves one problem (V = double) and one problem per SIMD lane (V = a GCC vector type).
 #pragma once
 
 #include <cmath>
+#include <cstring>
 
 #include "config.hpp"
 
@@ -33,8 +37,9 @@ PAMA_HD inline bool any(int x) { return x != 0; }
 
 template <class Mask>
 inline bool any(const Mask& mask) {
-    auto bits = mask[0];
-    for (unsigned k = 1; k < sizeof(Mask) / sizeof(bits); ++k) bits |= mask[k];
+    unsigned long words[sizeof(Mask) / sizeof(unsigned long)], bits = 0;
+    std::memcpy(words, &mask, sizeof mask);
+    for (unsigned long word : words) bits |= word;
     return bits != 0;
 }
 
@@ -68,6 +73,10 @@ PAMA_HD inline V simplex_solve(int n, const V* PAMA_RESTRICT a, const V* PAMA_RE
     const V nearest = low > zero ? low : (high < zero ? high : zero);
     for (int i = 0; i < size; ++i) c[i] = one_sided & (a[i] != nearest) ? zero : c[i];
 
+    // Scores are taken relative to the one that never leaves: exact for near ties, where lambda is large.
+    V at_prior = zero;
+    for (int i = 0; i < size; ++i) at_prior += c[i] * a[i] * p[i];
+    const V nearby = at_prior >= zero ? low : high;
     V lambda = zero;
     V shift = zero, mean = zero;
     auto holding = one_sided & (rho != rho);  // nobody yet
@@ -75,23 +84,23 @@ PAMA_HD inline V simplex_solve(int n, const V* PAMA_RESTRICT a, const V* PAMA_RE
         V m = zero, sum_a = zero, sum_p = zero;
         for (int i = 0; i < size; ++i) {
             m += c[i];
-            sum_a += c[i] * a[i];
+            sum_a += c[i] * (a[i] - nearby);
             sum_p += c[i] * p[i];
         }
         mean = sum_a / m;
         shift = (one - sum_p) / m;
         V spread = zero, slope = zero;
         for (int i = 0; i < size; ++i) {
-            const V centred = a[i] - mean;
+            const V centred = (a[i] - nearby) - mean;
             spread += c[i] * centred * centred;
             slope += c[i] * centred * p[i];
         }
         const V curvature = rho + spread;
-        const V step = curvature > zero ? (mean + slope) / curvature : zero;
+        const V step = curvature > zero ? (nearby + mean + slope) / curvature : zero;
         lambda = one_sided ? zero : (holding ? lambda : step);
         auto left = one_sided & (rho != rho);
         for (int i = 0; i < size; ++i) {
-            const auto negative = (c[i] > zero) & (p[i] + shift - lambda * (a[i] - mean) < zero);
+            const auto negative = (c[i] > zero) & (p[i] + shift - lambda * ((a[i] - nearby) - mean) < zero);
             c[i] = negative ? zero : c[i];
             left = left | negative;
         }
@@ -100,7 +109,7 @@ PAMA_HD inline V simplex_solve(int n, const V* PAMA_RESTRICT a, const V* PAMA_RE
     }
     V optimum = zero;
     for (int i = 0; i < size; ++i) {
-        const V weight = p[i] + shift - lambda * (a[i] - mean);
+        const V weight = p[i] + shift - lambda * ((a[i] - nearby) - mean);
         c[i] = (c[i] > zero) & (weight > zero) ? weight : zero;
         optimum += c[i] * a[i];
     }

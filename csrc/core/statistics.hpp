@@ -9,26 +9,26 @@
 PAMA_BEGIN
 
 enum Field {
-    kCount,             // tokens where the objective is present
-    kBoundSum,          // I
-    kBoundSquareSum,    // I^2
-    kBoundLogprobSum,   // I * logp, the reward-weighted log-probability
-    kSurrogateSum,      // g
-    kAdvantageSum,      // A'
-    kAdvantageSquareSum,// A'^2
-    kPositiveCount,     // A' > 0
-    kClippedCount,      // A != 0 and no gradient
+    kCount,               // tokens where the objective is present
+    kBoundSum,            // I
+    kBoundSquareSum,      // I^2
+    kBoundLogprobSum,     // I * logp, the reward-weighted log-probability
+    kSurrogateSum,        // g
+    kAdvantageSum,        // A'
+    kAdvantageSquareSum,  // A'^2
+    kPositiveCount,       // A' > 0
+    kClippedCount,        // A != 0 and no gradient
     kFields
 };
 
 enum Total { kTokenCount, kKlSum, kTotals };
 
 enum Pair {
-    kBoundProduct,       // I_i I_j
-    kAdvantageProduct,   // A'_i A'_j
-    kPairCount,          // tokens where both are present
-    kPairAdvantage,      // A'_i where j is present
-    kPairAdvantageSquare,// A'_i^2 where j is present
+    kBoundProduct,         // I_i I_j
+    kAdvantageProduct,     // A'_i A'_j
+    kPairCount,            // tokens where both are present
+    kPairAdvantage,        // A'_i where j is present
+    kPairAdvantageSquare,  // A'_i^2 where j is present
     kPairs
 };
 

@@ -4,7 +4,6 @@
 
 #include "../core/gae.hpp"
 #include "driver.hpp"
-
 #include "tile.hpp"
 
 namespace pama {
@@ -32,7 +31,8 @@ void multi_objective_gae(const Gae& g, int threads) {
     for (long b = 0; b < g.rows; ++b) {
         std::vector<GaeState> states(static_cast<size_t>(n));
         for (long i = 0; i < n && g.last_values; ++i)
-            states[static_cast<size_t>(i)].value = read(g.last_values, b * g.last_values.row + i * g.last_values.objective);
+            states[static_cast<size_t>(i)].value =
+                read(g.last_values, b * g.last_values.row + i * g.last_values.objective);
         for (long t = g.width - 1; t >= 0; --t) {
             const long at = (b * g.width + t) * n;
             if (g.mask && read(g.mask, b * g.mask.row + t * g.mask.token, true) == 0) {
@@ -45,7 +45,8 @@ void multi_objective_gae(const Gae& g, int threads) {
             const bool done = g.dones && read(g.dones, b * g.dones.row + t * g.dones.token, true) != 0;
             for (long i = 0; i < n; ++i) {
                 GaeState& state = states[static_cast<size_t>(i)];
-                const double reward = read(g.rewards, b * g.rewards.row + t * g.rewards.token + i * g.rewards.objective);
+                const double reward =
+                    read(g.rewards, b * g.rewards.row + t * g.rewards.token + i * g.rewards.objective);
                 const double value = read(g.values, b * g.values.row + t * g.values.token + i * g.values.objective);
                 gae_step(reward, value, done, g.gamma, g.lam, state);
                 write(g.advantages, at + i, state.advantage);
@@ -55,8 +56,8 @@ void multi_objective_gae(const Gae& g, int threads) {
     }
 }
 
-void group_normalize(long groups, const long* group_begin, const long* order, int n, const Array& rewards, bool scale, double eps,
-                     const Array& result, int threads) {
+void group_normalize(long groups, const long* group_begin, const long* order, int n, const Array& rewards, bool scale,
+                     double eps, const Array& result, int threads) {
     const bool parallel = group_begin[groups] * n > 16384;
 #pragma omp parallel for schedule(static) num_threads(parallel ? threads : 1)
     for (long group = 0; group < groups; ++group) {

@@ -14,7 +14,9 @@ constexpr long kBlockTokens = 4096, kTileMultiple = 256, kMaxBlocks = 256;
 constexpr long kMaxPartials = 1 << 24;  // doubles
 
 #if defined(PAMA_HAVE_AVX512)
-bool supports_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+bool supports_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
 bool supports_avx512() {
     return supports_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -98,14 +100,21 @@ Problem collapsed(Problem problem) {
 
 bool is_zero(const Array& mask, long at) {
     switch (mask.dtype) {
-        case Dtype::f32: return static_cast<const float*>(mask.data)[at] == 0;
-        case Dtype::f64: return static_cast<const double*>(mask.data)[at] == 0;
+        case Dtype::f32:
+            return static_cast<const float*>(mask.data)[at] == 0;
+        case Dtype::f64:
+            return static_cast<const double*>(mask.data)[at] == 0;
         case Dtype::bf16:
-        case Dtype::f16: return (static_cast<const unsigned short*>(mask.data)[at] & 0x7fff) == 0;
-        case Dtype::i16: return static_cast<const short*>(mask.data)[at] == 0;
-        case Dtype::i32: return static_cast<const int*>(mask.data)[at] == 0;
-        case Dtype::i64: return static_cast<const long*>(mask.data)[at] == 0;
-        default: return static_cast<const unsigned char*>(mask.data)[at] == 0;
+        case Dtype::f16:
+            return (static_cast<const unsigned short*>(mask.data)[at] & 0x7fff) == 0;
+        case Dtype::i16:
+            return static_cast<const short*>(mask.data)[at] == 0;
+        case Dtype::i32:
+            return static_cast<const int*>(mask.data)[at] == 0;
+        case Dtype::i64:
+            return static_cast<const long*>(mask.data)[at] == 0;
+        default:
+            return static_cast<const unsigned char*>(mask.data)[at] == 0;
     }
 }
 
@@ -172,7 +181,8 @@ void statistics(const Problem& given, bool pairs, double* out, int threads) {
     const Blocks blocks(problem.tokens(), problem.tokens(), kTileMultiple, size);
     std::vector<double> parts(static_cast<size_t>(size * blocks.count));
     for_each_block(blocks.count, threads, [&](long block) {
-        k.statistics(problem, pairs, blocks.first(block), blocks.last(block), parts.data() + block * size, scratch(bytes));
+        k.statistics(problem, pairs, blocks.first(block), blocks.last(block), parts.data() + block * size,
+                     scratch(bytes));
     });
     add(parts, blocks.count, size, out);
     if (pairs) complete_pairs(problem, out);
@@ -205,7 +215,8 @@ void apply(Problem problem, Apply apply, int threads) {
     std::vector<double> solved(static_cast<size_t>(n));
     if (batch) {
         statistics(problem, apply.pairs, sums, threads);
-        const double optimum = batch_weights(sums, n, apply.weights_per == WeightsPer::gram, apply.prior, apply.regularization, solved.data());
+        const double optimum = batch_weights(sums, n, apply.weights_per == WeightsPer::gram, apply.prior,
+                                             apply.regularization, solved.data());
         store_scalar(apply.optimum, optimum);
         store_weights(apply.weights, n, solved.data());
         apply.weights = apply.optimum = Array{};
@@ -276,17 +287,18 @@ void apply(Problem problem, Apply apply, int threads) {
     store_weights(weights_out, n, c.data());
 }
 
-void weights(long rows, int n, const Array& scores, const double* prior, bool uniform, double regularization, const Array& scale,
-             void* weights, void* optimum, int threads) {
+void weights(long rows, int n, const Array& scores, const double* prior, bool uniform, double regularization,
+             const Array& scale, void* weights, void* optimum, int threads) {
     const Kernels& k = kernels();
     const Blocks blocks(rows, rows * n, 64);
     if (scores.dtype == Dtype::f32 && n <= kLaneObjectives) {
         for_each_block(blocks.count, threads, [&](long block) {
             const long first = blocks.first(block);
-            k.weights(blocks.last(block) - first, n, static_cast<const float*>(scores.data) + first * scores.row, scores.row,
-                      scores.objective, prior, uniform, regularization,
+            k.weights(blocks.last(block) - first, n, static_cast<const float*>(scores.data) + first * scores.row,
+                      scores.row, scores.objective, prior, uniform, regularization,
                       scale ? static_cast<const float*>(scale.data) + first * scale.row : nullptr, scale.row,
-                      static_cast<float*>(weights) + first * n, static_cast<float*>(optimum) + first, scratch(k.scratch_size(n)));
+                      static_cast<float*>(weights) + first * n, static_cast<float*>(optimum) + first,
+                      scratch(k.scratch_size(n)));
         });
         return;
     }
@@ -302,7 +314,8 @@ void weights(long rows, int n, const Array& scores, const double* prior, bool un
                     p[i] = prior[i];
                     c[i] = 1;
                 }
-                const double size = scale ? static_cast<double>(static_cast<const T*>(scale.data)[row * scale.row]) : -1.0;
+                const double size =
+                    scale ? static_cast<double>(static_cast<const T*>(scale.data)[row * scale.row]) : -1.0;
                 static_cast<T*>(optimum)[row] = static_cast<T>(simplex_row(n, a, p, regularization, size, c));
                 for (int i = 0; i < n; ++i) static_cast<T*>(weights)[row * n + i] = static_cast<T>(c[i]);
             }

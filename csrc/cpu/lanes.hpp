@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../core/simplex.hpp"
-#include "simd.hpp"
+#include "shuffle.hpp"
 
 PAMA_BEGIN
 
@@ -10,9 +10,9 @@ PAMA_BEGIN
 // `present` (1 or 0, like a) may be null; `scale` (per lane) may be null, then it is max a^2.
 // `non_negative`: no score is negative and there is no regularization. work: 3 n vectors; row: 3 n doubles.
 template <class T>
-inline typename Lanes<T>::V solve_lanes(int n, const T* a, const T* present, long stride, int lanes, const double* prior, bool uniform,
-                                        double regularization, bool non_negative, T* c, typename Lanes<T>::V* work, double* row,
-                                        const T* scale = nullptr) {
+inline typename Lanes<T>::V solve_lanes(int n, const T* a, const T* present, long stride, int lanes,
+                                        const double* prior, bool uniform, double regularization, bool non_negative,
+                                        T* c, typename Lanes<T>::V* work, double* row, const T* scale = nullptr) {
     using V = typename Lanes<T>::V;
     const V zero = V{}, one = zero + 1;
     const auto load = [](const T* from) {
@@ -59,7 +59,8 @@ inline typename Lanes<T>::V solve_lanes(int n, const T* a, const T* present, lon
     const V inverse = one / unit, peak = (largest * lift) * inverse;
     for (int i = 0; i < n; ++i) {
         x[i] = (x[i] * lift) * inverse;
-        p[i] = present ? (mass > zero ? keep[i] * static_cast<T>(prior[i]) / mass : keep[i] / count) : zero + static_cast<T>(prior[i]);
+        p[i] = present ? (mass > zero ? keep[i] * static_cast<T>(prior[i]) / mass : keep[i] / count)
+                       : zero + static_cast<T>(prior[i]);
     }
     V size = peak * peak;
     if (scale && regularization > 0) {
@@ -81,9 +82,11 @@ inline typename Lanes<T>::V solve_lanes(int n, const T* a, const T* present, lon
     const auto none = present ? count == zero : count != count;
     for (int i = 0; i < n; ++i) put(c + i * stride, none ? zero + static_cast<T>(prior[i]) : keep[i] + poison);
     optimum = optimum + poison;
-    // Two signs of very different size and no regularization: T's range does not hold the squares.
+    // Two signs of very different size and no regularization: the large score gets a weight near T's rounding, on
+    // which the rest depends. These lanes are solved in double.
     const V smaller = min_of(-low, high);
-    const auto unsure = (rho == zero) & (low < zero) & (high > zero) & (smaller < largest * static_cast<T>(1e-12));
+    const auto unsure = (rho == zero) & (low < zero) & (high > zero) &
+                        (smaller < largest * static_cast<T>(sizeof(T) == 4 ? 1e-3 : 1e-9));
     if (any(unsure)) {
         for (int k = 0; k < lanes; ++k) {
             if (!unsure[k]) continue;
@@ -99,31 +102,38 @@ inline typename Lanes<T>::V solve_lanes(int n, const T* a, const T* present, lon
     return optimum;
 }
 
-// float32 rows in memory order: transposed in pieces of one vector's width, solved, transposed back.
+// float32 rows in memory order, transposed in pieces to one array per objective, solved, transposed back.
 inline void weights_rows(long rows, int n, const float* scores, long row, long objective, const double* prior, bool uniform,
                          double regularization, const float* scale, long scale_row, float* weights, float* optimum, void* scratch) {
     constexpr int width = Lanes<float>::count;
-    char* base = static_cast<char*>(scratch);
-    auto* work = reinterpret_cast<FloatV*>(base);
+    constexpr long piece = 16 * width;
+    auto* work = static_cast<FloatV*>(scratch);
     auto* a = reinterpret_cast<float*>(work + 3 * n);
-    float* c = a + n * width;
-    float* size = c + n * width;
-    auto* buffer = reinterpret_cast<double*>(size + width);
-    for (long first = 0; first < rows; first += width) {
-        const int used = static_cast<int>(rows - first < width ? rows - first : width);
-        for (int k = 0; k < width; ++k) {
-            const long r = first + (k < used ? k : 0);
-            for (int i = 0; i < n; ++i) a[i * width + k] = scores[r * row + i * objective];
-            size[k] = scale ? scale[r * scale_row] : 0;
+    float* c = a + n * piece;
+    float* size = c + n * piece;
+    auto* buffer = reinterpret_cast<double*>(size + piece);
+    for (long first = 0; first < rows; first += piece) {
+        const long count = rows - first < piece ? rows - first : piece;
+        for (long t = count; t < count + width && t < piece; ++t)
+            for (int i = 0; i < n; ++i) a[i * piece + t] = 0;
+        rows_to_columns(n, scores + first * row, row, objective, count, a, piece);
+        for (long t = 0; t < count; ++t) size[t] = scale ? scale[(first + t) * scale_row] : 0;
+        for (long t = 0; t < count; t += width) {
+            const int used = static_cast<int>(count - t < width ? count - t : width);
+            bool non_negative = regularization == 0;
+            for (int i = 0; non_negative && i < n; ++i) {
+                FloatV x;
+                memcpy(&x, a + i * piece + t, sizeof x);
+                non_negative = !any(x < 0.0f);
+            }
+            const FloatV s = solve_lanes<float>(n, a + t, nullptr, piece, used, prior, uniform, regularization, non_negative, c + t, work,
+                                                buffer, scale ? size + t : nullptr);
+            if (used == width)
+                memcpy(optimum + first + t, &s, sizeof s);
+            else
+                for (int k = 0; k < used; ++k) optimum[first + t + k] = s[k];
         }
-        bool negative = regularization > 0;
-        for (int k = 0; k < n * width; ++k) negative |= a[k] < 0;
-        const FloatV s = solve_lanes<float>(n, a, nullptr, width, used, prior, uniform, regularization, !negative, c, work, buffer,
-                                            scale ? size : nullptr);
-        for (int k = 0; k < used; ++k) {
-            optimum[first + k] = s[k];
-            for (int i = 0; i < n; ++i) weights[(first + k) * n + i] = c[i * width + k];
-        }
+        columns_to_rows(n, c, piece, count, weights + first * n);
     }
 }
 

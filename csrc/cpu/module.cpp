@@ -35,9 +35,10 @@ std::vector<long> offsets(const py::handle& given, long tokens) {
     bool sorted = result.front() == 0 && (tokens < 0 || result.back() == tokens);
     for (size_t k = 1; k < result.size(); ++k) sorted = sorted && result[k - 1] <= result[k];
     if (!sorted)
-        throw std::invalid_argument("cu_seqlens: expected offsets that start at 0, never fall and end at the number of tokens" +
-                                    (tokens < 0 ? std::string() : " (" + std::to_string(tokens) + ")") + ", got offsets from " +
-                                    std::to_string(result.front()) + " to " + std::to_string(result.back()));
+        throw std::invalid_argument(
+            "cu_seqlens: expected offsets that start at 0, never fall and end at the number of tokens" +
+            (tokens < 0 ? std::string() : " (" + std::to_string(tokens) + ")") + ", got offsets from " +
+            std::to_string(result.front()) + " to " + std::to_string(result.back()));
     return result;
 }
 
@@ -113,8 +114,8 @@ PYBIND11_MODULE(_cpu, m) {
         const long elements = g.problem.tokens() * g.problem.n;
         run(elements, [&] { statistics(g.problem, pairs, doubles(out), threads_for(elements, threads)); });
     });
-    m.def("batch_weights", [](uintptr_t sums, int n, bool gram, uintptr_t prior, double regularization, bool wide, uintptr_t weights,
-                              uintptr_t optimum) {
+    m.def("batch_weights", [](uintptr_t sums, int n, bool gram, uintptr_t prior, double regularization, bool wide,
+                              uintptr_t weights, uintptr_t optimum) {
         std::vector<double> c(static_cast<size_t>(n));
         const double value = batch_weights(doubles(sums), n, gram, doubles(prior), regularization, c.data());
         for (size_t i = 0; i < c.size(); ++i) {
@@ -128,51 +129,63 @@ PYBIND11_MODULE(_cpu, m) {
         else
             *reinterpret_cast<float*>(optimum) = static_cast<float>(value);
     });
-    m.def("apply", [](const py::tuple& t, int weights_per, uintptr_t prior, bool uniform, double regularization, const py::object& given,
-                      int aggregation, double normalizer, double kl_coef, const py::object& combined, bool combined_per_row,
-                      const py::object& gradient, const py::object& loss, const py::object& weights, const py::object& optimum,
-                      uintptr_t sums, bool pairs, int threads) {
-        Given g = problem(t);
-        g.problem.offsets = g.offsets.empty() ? nullptr : g.offsets.data();
-        Apply a;
-        a.weights_per = static_cast<WeightsPer>(weights_per);
-        a.prior = doubles(prior);
-        a.uniform = uniform;
-        a.regularization = regularization;
-        a.given = array(given);
-        a.aggregation = static_cast<Aggregation>(aggregation);
-        a.normalizer = normalizer;
-        a.kl_coef = kl_coef;
-        a.combined = array(combined);
-        a.combined_per_row = combined_per_row;
-        a.gradient = array(gradient);
-        a.loss = array(loss);
-        a.weights = array(weights);
-        a.optimum = array(optimum);
-        a.statistics = doubles(sums);
-        a.pairs = pairs;
-        const long elements = g.problem.tokens() * g.problem.n;
-        run(elements, [&] { apply(g.problem, a, threads_for(elements, threads)); });
-    });
-    m.def("weights", [](long rows, int n, const py::object& scores, uintptr_t prior, bool uniform, double regularization,
-                        const py::object& scale, uintptr_t out, uintptr_t optimum, int threads) {
+    m.def("apply",
+          [](const py::tuple& t, int weights_per, uintptr_t prior, bool uniform, double regularization,
+             const py::object& given, int aggregation, double normalizer, double kl_coef, const py::object& combined,
+             bool combined_per_row, const py::object& gradient, const py::object& loss, const py::object& weights,
+             const py::object& optimum, uintptr_t sums, bool pairs, int threads) {
+              Given g = problem(t);
+              g.problem.offsets = g.offsets.empty() ? nullptr : g.offsets.data();
+              Apply a;
+              a.weights_per = static_cast<WeightsPer>(weights_per);
+              a.prior = doubles(prior);
+              a.uniform = uniform;
+              a.regularization = regularization;
+              a.given = array(given);
+              a.aggregation = static_cast<Aggregation>(aggregation);
+              a.normalizer = normalizer;
+              a.kl_coef = kl_coef;
+              a.combined = array(combined);
+              a.combined_per_row = combined_per_row;
+              a.gradient = array(gradient);
+              a.loss = array(loss);
+              a.weights = array(weights);
+              a.optimum = array(optimum);
+              a.statistics = doubles(sums);
+              a.pairs = pairs;
+              const long elements = g.problem.tokens() * g.problem.n;
+              run(elements, [&] { apply(g.problem, a, threads_for(elements, threads)); });
+          });
+    m.def("weights", [](long rows, int n, const py::object& scores, uintptr_t prior, bool uniform,
+                        double regularization, const py::object& scale, uintptr_t out, uintptr_t optimum, int threads) {
         const Array a = array(scores), s = array(scale);
         run(rows * n, [&] {
             weights(rows, n, a, doubles(prior), uniform, regularization, s, reinterpret_cast<void*>(out),
                     reinterpret_cast<void*>(optimum), threads_for(rows * n, threads));
         });
     });
-    m.def("multi_objective_gae", [](long rows, long width, int n, double gamma, double lam, const py::object& rewards,
-                                    const py::object& values, const py::object& mask, const py::object& dones,
-                                    const py::object& last_values, const py::object& advantages, const py::object& returns, int threads) {
-        const Gae g{rows, width, n, gamma, lam, array(rewards), array(values), array(mask), array(dones), array(last_values),
-                    array(advantages), array(returns)};
-        run(rows * width * n, [&] { multi_objective_gae(g, threads); });
-    });
-    m.def("group_normalize", [](long groups, uintptr_t group_begin, uintptr_t order, int n, const py::object& rewards, bool scale,
-                                double eps, const py::object& result, int threads) {
+    m.def("multi_objective_gae",
+          [](long rows, long width, int n, double gamma, double lam, const py::object& rewards,
+             const py::object& values, const py::object& mask, const py::object& dones, const py::object& last_values,
+             const py::object& advantages, const py::object& returns, int threads) {
+              const Gae g{rows,
+                          width,
+                          n,
+                          gamma,
+                          lam,
+                          array(rewards),
+                          array(values),
+                          array(mask),
+                          array(dones),
+                          array(last_values),
+                          array(advantages),
+                          array(returns)};
+              run(rows * width * n, [&] { multi_objective_gae(g, threads); });
+          });
+    m.def("group_normalize", [](long groups, uintptr_t group_begin, uintptr_t order, int n, const py::object& rewards,
+                                bool scale, double eps, const py::object& result, int threads) {
         const Array r = array(rewards), out = array(result);
-        group_normalize(groups, reinterpret_cast<const long*>(group_begin), reinterpret_cast<const long*>(order), n, r, scale, eps, out,
-                        threads);
+        group_normalize(groups, reinterpret_cast<const long*>(group_begin), reinterpret_cast<const long*>(order), n, r,
+                        scale, eps, out, threads);
     });
 }

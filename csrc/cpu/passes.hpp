@@ -40,8 +40,8 @@ inline Workspace<T> allocate(const Problem& problem, void* scratch) {
 }
 
 inline long scratch_size(int n) {
-    return 2 * tile_bytes<double>(n) + 8 * kTileTokens * (n + 3L) + 8 * (5L * n + statistics_size(n, false)) + 3L * n * PAMA_VECTOR_BYTES +
-           3 * 8 * kTileTokens + 64 * 16;
+    return 2 * tile_bytes<double>(n) + 8 * kTileTokens * (n + 3L) + 8 * (5L * n + statistics_size(n, false)) +
+           3L * n * PAMA_VECTOR_BYTES + 3 * 8 * kTileTokens + 64 * 16;
 }
 
 template <class T>
@@ -63,10 +63,17 @@ inline void statistics_block(const Problem& problem, bool pairs, long first, lon
 
 inline void store(const Array& array, long offset, double value) {
     switch (array.dtype) {
-        case Dtype::f64: static_cast<double*>(array.data)[offset] = value; break;
-        case Dtype::bf16: static_cast<unsigned short*>(array.data)[offset] = float_to_bf16(static_cast<float>(value)); break;
-        case Dtype::f16: static_cast<unsigned short*>(array.data)[offset] = float_to_f16(static_cast<float>(value)); break;
-        default: static_cast<float*>(array.data)[offset] = static_cast<float>(value);
+        case Dtype::f64:
+            static_cast<double*>(array.data)[offset] = value;
+            break;
+        case Dtype::bf16:
+            static_cast<unsigned short*>(array.data)[offset] = float_to_bf16(static_cast<float>(value));
+            break;
+        case Dtype::f16:
+            static_cast<unsigned short*>(array.data)[offset] = float_to_f16(static_cast<float>(value));
+            break;
+        default:
+            static_cast<float*>(array.data)[offset] = static_cast<float>(value);
     }
 }
 
@@ -90,8 +97,9 @@ inline double token_weights(const Problem& problem, const Apply& apply, Workspac
     double optimum = 0;
     for (long t = 0; t < tile.count; t += width) {
         const int used = static_cast<int>(tile.count - t < width ? tile.count - t : width);
-        const auto s = solve_lanes<T>(problem.n, tile.bound + t, tile.present ? tile.present + t : nullptr, kTileTokens, used, apply.prior, apply.uniform,
-                                      apply.regularization, problem.noon && apply.regularization == 0, w.c + t, w.lanes, w.row);
+        const auto s = solve_lanes<T>(problem.n, tile.bound + t, tile.present ? tile.present + t : nullptr, kTileTokens,
+                                      used, apply.prior, apply.uniform, apply.regularization,
+                                      problem.noon && apply.regularization == 0, w.c + t, w.lanes, w.row);
         for (int k = 0; k < used; ++k) optimum += tile.valid[t + k] != 0 ? static_cast<double>(s[k]) : 0.0;
     }
     return optimum;
@@ -99,7 +107,8 @@ inline double token_weights(const Problem& problem, const Apply& apply, Workspac
 
 // Combined advantage, loss and gradient of one tile. `fixed` (n) serves all its tokens, or null: w.c does.
 template <class T>
-inline void apply_tile(const Problem& problem, const Apply& apply, Workspace<T>& w, long first, const T* fixed, Partial& partial) {
+inline void apply_tile(const Problem& problem, const Apply& apply, Workspace<T>& w, long first, const T* fixed,
+                       Partial& partial) {
     const Tile<T>& tile = w.tile;
     const long count = tile.count;
     T *PAMA_RESTRICT up = w.positive, *PAMA_RESTRICT down = w.negative;
@@ -138,8 +147,9 @@ inline void apply_tile(const Problem& problem, const Apply& apply, Workspace<T>&
         for (long t = 0; t < count; ++t) scale[t] = static_cast<T>(apply.scale);
     T *PAMA_RESTRICT gradient = w.c, sum = 0;
     const T *PAMA_RESTRICT pos = tile.pos, *PAMA_RESTRICT neg = tile.neg, *PAMA_RESTRICT grad_pos = tile.grad_pos,
-                           *PAMA_RESTRICT grad_neg = tile.grad_neg, *PAMA_RESTRICT ratio = tile.ratio, *PAMA_RESTRICT valid = tile.valid,
-                           *PAMA_RESTRICT ref = tile.ref, *PAMA_RESTRICT logp = tile.logp;
+                           *PAMA_RESTRICT grad_neg = tile.grad_neg, *PAMA_RESTRICT ratio = tile.ratio,
+                           *PAMA_RESTRICT valid = tile.valid, *PAMA_RESTRICT ref = tile.ref,
+                           *PAMA_RESTRICT logp = tile.logp;
     if (apply.kl_coef == 0) {
 #pragma omp simd reduction(+ : sum)
         for (long t = 0; t < count; ++t) {
@@ -155,7 +165,8 @@ inline void apply_tile(const Problem& problem, const Apply& apply, Workspace<T>&
             const T e = exponential(r, k3);
             const T poison = T(0) * r;
             sum += scale[t] * (coefficient * (k3 + poison) - (up[t] * pos[t] + down[t] * neg[t]));
-            gradient[t] = scale[t] * (coefficient * (1 - e + poison) - ratio[t] * (up[t] * grad_pos[t] + down[t] * grad_neg[t]));
+            gradient[t] =
+                scale[t] * (coefficient * (1 - e + poison) - ratio[t] * (up[t] * grad_pos[t] + down[t] * grad_neg[t]));
         }
     }
     partial.loss += sum;
@@ -181,11 +192,14 @@ inline void given_weights(const Array& given, long row, int n, T* c) {
 }
 
 template <class T>
-inline void store_combined_row(const Problem& problem, const Apply& apply, long row, bool any_valid, const T* c, T* values) {
-    load_values(problem.advantages, row * problem.advantages.row, problem.advantages.objective, problem.n, false, values);
+inline void store_combined_row(const Problem& problem, const Apply& apply, long row, bool any_valid, const T* c,
+                               T* values) {
+    load_values(problem.advantages, row * problem.advantages.row, problem.advantages.objective, problem.n, false,
+                values);
     T* here = values + problem.n;
     if (problem.objective_mask)
-        load_values(problem.objective_mask, row * problem.objective_mask.row, problem.objective_mask.objective, problem.n, true, here);
+        load_values(problem.objective_mask, row * problem.objective_mask.row, problem.objective_mask.objective,
+                    problem.n, true, here);
     T sum = 0;
     for (int i = 0; i < problem.n; ++i) {
         T value = problem.objective_mask && here[i] == 0 ? T(0) : values[i];
@@ -238,7 +252,8 @@ inline bool by_rows(const Apply& apply) {
 }
 
 template <class T>
-inline void apply_block(const Problem& problem, const Apply& apply, long first, long last, Partial& partial, void* scratch) {
+inline void apply_block(const Problem& problem, const Apply& apply, long first, long last, Partial& partial,
+                        void* scratch) {
     Workspace<T> w = allocate<T>(problem, scratch);
     if (by_rows(apply)) {
         for (long row = first; row < last; ++row) apply_row(problem, apply, row, w, partial);
@@ -252,7 +267,8 @@ inline void apply_block(const Problem& problem, const Apply& apply, long first, 
         if (partial.statistics) add_tile(problem, w, at, apply.pairs, partial.statistics);
         if (per_token) {
             partial.optimum += token_weights(problem, apply, w);
-            for (int i = 0; i < problem.n; ++i) partial.weights[i] += dot(w.c + i * kTileTokens, w.tile.valid, w.tile.count);
+            for (int i = 0; i < problem.n; ++i)
+                partial.weights[i] += dot(w.c + i * kTileTokens, w.tile.valid, w.tile.count);
         }
         apply_tile(problem, apply, w, at, per_token ? nullptr : w.weights, partial);
     }

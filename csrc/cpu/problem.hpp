@@ -55,14 +55,14 @@ struct Apply {
     bool pairs = false;  // the n x n statistics too
 
     // Filled by the driver before the pass.
-    double scale = 0;                    // of every token's loss
-    const double* row_scale = nullptr;   // times this, per row
+    double scale = 0;                   // of every token's loss
+    const double* row_scale = nullptr;  // times this, per row
 };
 
 // Partial sums of one block beside its statistics.
 struct Partial {
-    double* statistics;      // statistics_size(n, pairs)
-    double* weights;         // (n): sum over valid tokens of c(t), weights per token only
+    double* statistics;  // statistics_size(n, pairs)
+    double* weights;     // (n): sum over valid tokens of c(t), weights per token only
     double loss, optimum;
 };
 

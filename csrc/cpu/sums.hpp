@@ -72,7 +72,8 @@ inline bool out_of_range(const float* sums, const float* a, long count) {
     for (int f = 0; f < kFields - 1; ++f) poison += 0.0f * sums[f];
     if (poison != 0) return true;
     const float tiny = 0x1p-80f;
-    if (sums[kAdvantageSquareSum - 1] >= tiny && (sums[kBoundSquareSum - 1] >= tiny || sums[kBoundSum - 1] == 0)) return false;
+    if (sums[kAdvantageSquareSum - 1] >= tiny && (sums[kBoundSquareSum - 1] >= tiny || sums[kBoundSum - 1] == 0))
+        return false;
     unsigned bits = 0;
     for (long t = 0; t < count; ++t) {
         unsigned value;

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "../core/statistics.hpp"
-#include "simd.hpp"
+#include "shuffle.hpp"
 
 PAMA_BEGIN
 
@@ -21,9 +21,9 @@ template <class T>
 struct Tile {
     long count;
     const T *valid, *logp, *ref;
-    T *advantages, *present;           // (n, kTileTokens); present is null where all are
+    T *advantages, *present;             // (n, kTileTokens); present is null where all are
     T *pos, *neg, *grad_pos, *grad_neg;  // factors of the surrogate and of the bound, times w and mask
-    T *off_pos, *off_neg;              // 1 where there is no gradient
+    T *off_pos, *off_neg;                // 1 where there is no gradient
     T *ratio, *kl;
     T *bound, *squares, *fields;  // work space of the sums: I and A'^2 (n, kTileTokens), (n, kFields)
 };
@@ -48,6 +48,7 @@ inline void convert(const S* PAMA_RESTRICT source, long stride, long count, T* P
         const T value = count > 0 ? static_cast<T>(read(source[0])) : T(0);
         for (long t = 0; t < count; ++t) target[t] = value;
     } else {
+#pragma omp simd
         for (long t = 0; t < count; ++t) target[t] = read(source[t * stride]);
     }
 }
@@ -58,14 +59,14 @@ inline void load_values(const Array& array, long offset, long stride, long count
     const auto same = [](auto x) { return static_cast<T>(x); };
     const auto nonzero = [](auto x) { return static_cast<T>(x != 0); };
     switch (array.dtype) {
-#define PAMA_LOAD(TAG, S)                                            \
-    case Dtype::TAG: {                                               \
+#define PAMA_LOAD(TAG, S)                                             \
+    case Dtype::TAG: {                                                \
         const S* source = static_cast<const S*>(array.data) + offset; \
-        if (truth)                                                   \
-            convert(source, stride, count, target, nonzero);         \
-        else                                                         \
-            convert(source, stride, count, target, same);            \
-        break;                                                       \
+        if (truth)                                                    \
+            convert(source, stride, count, target, nonzero);          \
+        else                                                          \
+            convert(source, stride, count, target, same);             \
+        break;                                                        \
     }
         PAMA_LOAD(f32, float)
         PAMA_LOAD(f64, double)
@@ -79,11 +80,14 @@ inline void load_values(const Array& array, long offset, long stride, long count
         case Dtype::f16: {
             const auto* source = static_cast<const unsigned short*>(array.data) + offset;
             if (truth)
-                convert(source, stride, count, target, [](unsigned short x) { return static_cast<T>((x & 0x7fff) != 0); });
+                convert(source, stride, count, target,
+                        [](unsigned short x) { return static_cast<T>((x & 0x7fff) != 0); });
             else if (array.dtype == Dtype::bf16)
-                convert(source, stride, count, target, [](unsigned short x) { return static_cast<T>(bf16_to_float(x)); });
+                convert(source, stride, count, target,
+                        [](unsigned short x) { return static_cast<T>(bf16_to_float(x)); });
             else
-                convert(source, stride, count, target, [](unsigned short x) { return static_cast<T>(f16_to_float(x)); });
+                convert(source, stride, count, target,
+                        [](unsigned short x) { return static_cast<T>(f16_to_float(x)); });
             break;
         }
     }
@@ -128,6 +132,13 @@ template <class T>
 inline void load_objectives(const Problem& problem, const Array& array, long first, long count, bool truth, T* target) {
     for_each_segment(problem, first, count, [&](long row, long t, long at, long piece) {
         const long offset = row * array.row + t * array.token;
+        if constexpr (sizeof(T) == sizeof(float)) {
+            if (array.dtype == Dtype::f32 && array.token != 0 && !truth) {
+                rows_to_columns(problem.n, static_cast<const float*>(array.data) + offset, array.token, array.objective, piece,
+                                target + at, kTileTokens);
+                return;
+            }
+        }
         for (int i = 0; i < problem.n; ++i)
             load_values(array, offset + i * array.objective, array.token, piece, truth, target + i * kTileTokens + at);
     });
@@ -142,7 +153,8 @@ inline Tile<T> allocate_tile(const Problem& problem, Arena& arena) {
     tile.ref = arena.take<T>(kTileTokens);
     tile.advantages = arena.take<T>(problem.n * kTileTokens);
     tile.present = problem.objective_mask ? arena.take<T>(problem.n * kTileTokens) : nullptr;
-    T** pieces[] = {&tile.pos, &tile.neg, &tile.grad_pos, &tile.grad_neg, &tile.off_pos, &tile.off_neg, &tile.ratio, &tile.kl};
+    T** pieces[] = {&tile.pos,     &tile.neg,     &tile.grad_pos, &tile.grad_neg,
+                    &tile.off_pos, &tile.off_neg, &tile.ratio,    &tile.kl};
     for (T** piece : pieces) *piece = arena.take<T>(kTileTokens);
     tile.bound = arena.take<T>(problem.n * kTileTokens);
     tile.squares = tile.present ? arena.take<T>(problem.n * kTileTokens) : nullptr;
@@ -157,8 +169,8 @@ inline long tile_bytes(int n) {
 
 // Without log-probabilities, and on-policy, the ratio is 1 and every gradient is there.
 template <class T>
-inline void ratio_terms(const Problem& problem, const T* PAMA_RESTRICT d, const T* PAMA_RESTRICT w, const T* PAMA_RESTRICT bad,
-                        Tile<T>& tile) {
+inline void ratio_terms(const Problem& problem, const T* PAMA_RESTRICT d, const T* PAMA_RESTRICT w,
+                        const T* PAMA_RESTRICT bad, Tile<T>& tile) {
     const T low = static_cast<T>(problem.clip.low), high = static_cast<T>(problem.clip.high),
             dual = static_cast<T>(problem.clip.dual);
     const T log_low = static_cast<T>(problem.clip.log_low), log_high = static_cast<T>(problem.clip.log_high),
@@ -166,7 +178,8 @@ inline void ratio_terms(const Problem& problem, const T* PAMA_RESTRICT d, const 
     const T* PAMA_RESTRICT valid = tile.valid;
     T *PAMA_RESTRICT pos = tile.pos, *PAMA_RESTRICT neg = tile.neg, *PAMA_RESTRICT grad_pos = tile.grad_pos,
                      *PAMA_RESTRICT grad_neg = tile.grad_neg, *PAMA_RESTRICT off_pos = tile.off_pos,
-                     *PAMA_RESTRICT off_neg = tile.off_neg, *PAMA_RESTRICT ratio = tile.ratio, *PAMA_RESTRICT kl = tile.kl;
+                     *PAMA_RESTRICT off_neg = tile.off_neg, *PAMA_RESTRICT ratio = tile.ratio,
+                     *PAMA_RESTRICT kl = tile.kl;
 #pragma omp simd
     for (long t = 0; t < tile.count; ++t) {
         const T upper = d[t] < limit ? d[t] : limit;

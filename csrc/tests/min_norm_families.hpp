@@ -11,45 +11,55 @@ enum Family {
     kSquareWishart,
     kTallWishart,
     kRankDeficient,
-    kOffsetWishart,      // gradients that share a direction
-    kIntegerRankOne,     // from here to kZeros singular by construction, exact in double
+    kOffsetWishart,   // gradients that share a direction
+    kIntegerRankOne,  // from here to kZeros singular by construction, exact in double
     kIntegerLowRank,
     kIntegerDuplicates,
     kIntegerOpposites,
     kZeroRows,
-    kSigns,              // gradients from {-1, 1}^d
+    kSigns,  // gradients from {-1, 1}^d
     kZeros,
-    kDuplicates,         // of real-valued gradients: identical rows
-    kDiagonal,           // spans up to 1e40
-    kIllConditioned,     // eigenvalues geometric down to 1e-14
-    kScaled,             // 1e-150 to 1e150
-    kGradedRows,         // objectives of different magnitude, up to 1e12
+    kDuplicates,      // of real-valued gradients: identical rows
+    kDiagonal,        // spans up to 1e40
+    kIllConditioned,  // eigenvalues geometric down to 1e-14
+    kScaled,          // 1e-150 to 1e150
+    kGradedRows,      // objectives of different magnitude, up to 1e12
     kNearlyParallel,
-    kNearTies,           // near duplicates, and multipliers near zero
+    kNearTies,  // near duplicates, and multipliers near zero
     kHilbert,
     kFamilies
 };
 
 inline const char* name(int family) {
-    static const char* const names[] = {
-        "square Wishart", "tall Wishart",   "rank deficient", "offset Wishart", "integer rank 1",
-        "integer low rank", "integer duplicates", "integer opposites", "zero rows", "signs",
-        "zeros", "duplicates", "diagonal", "ill-conditioned", "scaled",
-        "graded rows", "nearly parallel", "near ties", "Hilbert"};
+    static const char* const names[] = {"square Wishart",
+                                        "tall Wishart",
+                                        "rank deficient",
+                                        "offset Wishart",
+                                        "integer rank 1",
+                                        "integer low rank",
+                                        "integer duplicates",
+                                        "integer opposites",
+                                        "zero rows",
+                                        "signs",
+                                        "zeros",
+                                        "duplicates",
+                                        "diagonal",
+                                        "ill-conditioned",
+                                        "scaled",
+                                        "graded rows",
+                                        "nearly parallel",
+                                        "near ties",
+                                        "Hilbert"};
     return names[family];
 }
-inline bool singular_by_construction(int family) {
-    return family >= kIntegerRankOne && family <= kZeros;
-}
+inline bool singular_by_construction(int family) { return family >= kIntegerRankOne && family <= kZeros; }
 
 class Generator {
   public:
     explicit Generator(unsigned long long seed) : engine_(seed) {}
 
     double normal() { return normal_(engine_); }
-    double uniform(double low, double high) {
-        return std::uniform_real_distribution<double>(low, high)(engine_);
-    }
+    double uniform(double low, double high) { return std::uniform_real_distribution<double>(low, high)(engine_); }
     int integer(int low, int high) { return std::uniform_int_distribution<int>(low, high)(engine_); }
 
     // Uniform, or random with some zeros.
@@ -64,8 +74,8 @@ class Generator {
     }
 
     std::vector<double> gram(int family, int n) {
-        const int d = family == kTallWishart     ? 8 * n
-                      : family == kRankDeficient ? integer(1, n)
+        const int d = family == kTallWishart      ? 8 * n
+                      : family == kRankDeficient  ? integer(1, n)
                       : family == kIntegerRankOne ? 1
                       : family == kIntegerLowRank ? integer(1, 3)
                       : family == kSigns          ? integer(1, n)
@@ -92,8 +102,7 @@ class Generator {
                 for (int i = 1; i < n; ++i) {
                     if (integer(0, 1)) continue;
                     const int other = integer(0, i - 1);
-                    const double sign =
-                        family == kZeroRows ? 0.0 : family == kIntegerOpposites ? -1.0 : 1.0;
+                    const double sign = family == kZeroRows ? 0.0 : family == kIntegerOpposites ? -1.0 : 1.0;
                     for (int k = 0; k < d; ++k) row(i)[k] = sign * row(other)[k];
                 }
                 if (family == kZeroRows)
@@ -120,8 +129,7 @@ class Generator {
                         for (int k = 0; k < d; ++k) row(i)[k] /= std::sqrt(norm);
                     }
                 for (int i = 0; i < n; ++i)
-                    for (int k = 0; k < d; ++k)
-                        row(i)[k] *= std::pow(10.0, -7.0 * k / (n > 1 ? n - 1 : 1));
+                    for (int k = 0; k < d; ++k) row(i)[k] *= std::pow(10.0, -7.0 * k / (n > 1 ? n - 1 : 1));
                 break;
             case kScaled: {
                 const double scale = std::pow(10.0, uniform(-75.0, 75.0));
@@ -163,8 +171,7 @@ class Generator {
                     i == tied ? 1.0 + n : level * (1.0 + small);
             for (int i = 0; i < n; ++i)
                 for (int k = 0; k < n; ++k)
-                    if (i != tied && k != tied)
-                        m[static_cast<std::size_t>(i) * n + k] = i == k ? level * (n - 1) : 0.0;
+                    if (i != tied && k != tied) m[static_cast<std::size_t>(i) * n + k] = i == k ? level * (n - 1) : 0.0;
         }
         return m;
     }
@@ -176,9 +183,8 @@ class Generator {
 
 // Wolfe's certificate in long double: how far a gradient component lies below their mean over c, relative
 // to max M_ii; infinity when c is not in the simplex. Objectives that are not present must have no weight.
-inline double kkt_residual(int n, const std::vector<double>& m, const std::vector<double>& prior,
-                           double regularization, const std::vector<double>& c,
-                           const unsigned char* present = nullptr) {
+inline double kkt_residual(int n, const std::vector<double>& m, const std::vector<double>& prior, double regularization,
+                           const std::vector<double>& c, const unsigned char* present = nullptr) {
     long double largest = 0.0L, sum = 0.0L, mass = 0.0L, mean = 0.0L, smallest = HUGE_VALL;
     int count = 0;
     for (int i = 0; i < n; ++i) {

@@ -1,4 +1,6 @@
 // Properties of the min-norm solver, and complete enumeration of faces as its judge for n <= 7.
+#include "core/min_norm.hpp"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -6,7 +8,6 @@
 #include <numeric>
 #include <vector>
 
-#include "core/min_norm.hpp"
 #include "min_norm_families.hpp"
 
 namespace {
@@ -15,14 +16,14 @@ using Vec = std::vector<double>;
 
 int failures = 0;
 
-#define CHECK(condition, ...)                                      \
-    do {                                                           \
-        if (!(condition)) {                                        \
+#define CHECK(condition, ...)                                           \
+    do {                                                                \
+        if (!(condition)) {                                             \
             std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-            std::printf(__VA_ARGS__);                              \
-            std::printf("\n");                                     \
-            ++failures;                                            \
-        }                                                          \
+            std::printf(__VA_ARGS__);                                   \
+            std::printf("\n");                                          \
+            ++failures;                                                 \
+        }                                                               \
     } while (0)
 
 struct Solution {
@@ -34,8 +35,8 @@ Solution solve(int n, const Vec& gram, const Vec& prior = {}, double regularizat
                const unsigned char* present = nullptr) {
     Solution s{Vec(n, -1.0), {}};
     Vec workspace(pama::min_norm_workspace(n), std::nan(""));
-    s.result = pama::min_norm_solve(n, gram.data(), n, 1, prior.empty() ? nullptr : prior.data(),
-                                    present, regularization, s.weights.data(), workspace.data());
+    s.result = pama::min_norm_solve(n, gram.data(), n, 1, prior.empty() ? nullptr : prior.data(), present,
+                                    regularization, s.weights.data(), workspace.data());
     return s;
 }
 
@@ -63,13 +64,11 @@ bool least_norm(std::vector<Row> a, Row b, long double tolerance, Row* x) {
     for (std::size_t r = 0; r < a.size(); ++r) {
         for (int pass = 0; pass < 2; ++pass)
             for (std::size_t h = 0; h < basis.size(); ++h) {
-                const long double dot =
-                    std::inner_product(a[r].begin(), a[r].end(), basis[h].begin(), 0.0L);
+                const long double dot = std::inner_product(a[r].begin(), a[r].end(), basis[h].begin(), 0.0L);
                 for (std::size_t k = 0; k < columns; ++k) a[r][k] -= dot * basis[h][k];
                 b[r] -= dot * values[h];
             }
-        const long double norm =
-            std::sqrt(std::inner_product(a[r].begin(), a[r].end(), a[r].begin(), 0.0L));
+        const long double norm = std::sqrt(std::inner_product(a[r].begin(), a[r].end(), a[r].begin(), 0.0L));
         if (norm <= tolerance) {
             if (std::fabs(b[r]) > tolerance) return false;
             continue;
@@ -180,8 +179,7 @@ void test_enumeration() {
         const Solution s = solve(n, gram, prior);
         const double excess = std::fabs(objective(n, scaled, s.weights) - minimum);
         worst_value = std::max(worst_value, excess);
-        CHECK(excess <= 1e-12, "%s n=%d: %g above the minimum %g", families::name(family), n, excess,
-              minimum);
+        CHECK(excess <= 1e-12, "%s n=%d: %g above the minimum %g", families::name(family), n, excess, minimum);
         CHECK(std::fabs(s.result.optimum / scale - minimum) <= 1e-12, "%s n=%d: optimum %g for %g",
               families::name(family), n, s.result.optimum / scale, minimum);
         if (!families::singular_by_construction(family)) continue;
@@ -190,11 +188,10 @@ void test_enumeration() {
         for (int k = 0; k < n && !nearest.empty(); ++k)
             distance = std::max(distance, std::fabs(nearest[k] - s.weights[k]));
         worst_distance = std::max(worst_distance, distance);
-        CHECK(distance <= 1e-6, "%s n=%d (%d): %g from the minimiser nearest to the prior",
-              families::name(family), n, i, distance);
+        CHECK(distance <= 1e-6, "%s n=%d (%d): %g from the minimiser nearest to the prior", families::name(family), n,
+              i, distance);
     }
-    std::printf("enumeration: objective within %.1e, nearest minimiser within %.1e\n", worst_value,
-                worst_distance);
+    std::printf("enumeration: objective within %.1e, nearest minimiser within %.1e\n", worst_value, worst_distance);
 }
 
 // KKT, with and without regularization; scaling by powers of two; permutation; determinism.
@@ -227,8 +224,8 @@ void test_properties() {
             for (int b = 0; b < n; ++b) permuted[a * n + b] = gram[order[a] * n + order[b]];
         }
         const Solution u = solve(n, permuted, permuted_prior, regularization);
-        CHECK(std::fabs(u.result.optimum - s.result.optimum) <= 2e-12 * largest_diagonal(n, gram),
-              "%s n=%d", families::name(family), n);
+        CHECK(std::fabs(u.result.optimum - s.result.optimum) <= 2e-12 * largest_diagonal(n, gram), "%s n=%d",
+              families::name(family), n);
         // Weights follow only where the problem determines them: strictly convex, or nearest to p.
         if (regularization < 1e-4 && !families::singular_by_construction(family)) continue;
         for (int a = 0; a < n; ++a)
@@ -286,8 +283,8 @@ void test_presence() {
         const Solution t = solve(m, part, part_prior, regularization);
         for (int k = 0, a = 0; k < n; ++k) {
             const double expected = present[k] ? t.weights[a++] : 0.0;
-            CHECK(s.weights[k] == expected, "%s n=%d m=%d: %g, not %g", families::name(family), n, m,
-                  s.weights[k], expected);
+            CHECK(s.weights[k] == expected, "%s n=%d m=%d: %g, not %g", families::name(family), n, m, s.weights[k],
+                  expected);
         }
         CHECK(s.result.optimum == t.result.optimum, "%s n=%d", families::name(family), n);
     }
@@ -310,8 +307,8 @@ void test_regularization_path() {
                   families::name(family), n, regularization, s.result.optimum, last_value);
             const bool exact = regularization > 0.0 || families::singular_by_construction(family);
             if (exact)
-                CHECK(distance <= last_distance + 1e-6, "%s n=%d regularization=%g: %g > %g",
-                      families::name(family), n, regularization, distance, last_distance);
+                CHECK(distance <= last_distance + 1e-6, "%s n=%d regularization=%g: %g > %g", families::name(family), n,
+                      regularization, distance, last_distance);
             last_value = s.result.optimum;
             if (exact) last_distance = distance;
         }
@@ -331,8 +328,7 @@ void test_not_finite() {
                         gram[i * n + k] = value;
                         const Solution s = solve(n, gram);
                         CHECK(std::isnan(s.result.optimum), "n=%d (%d, %d) = %g", n, i, k, value);
-                        for (const double w : s.weights)
-                            CHECK(std::isnan(w), "n=%d (%d, %d) = %g", n, i, k, value);
+                        for (const double w : s.weights) CHECK(std::isnan(w), "n=%d (%d, %d) = %g", n, i, k, value);
                     }
     for (int n = 1; n <= 9; ++n)
         for (const double value : bad) {
@@ -353,8 +349,7 @@ void test_any_finite_matrix() {
         const int n = random.integer(1, i % 10 ? 8 : 48);
         Vec gram(n * n);
         const double range = i % 4 == 3 ? 300.0 : 3.0;
-        for (double& x : gram)
-            x = random.normal() * (i % 2 ? std::pow(10.0, random.uniform(-range, range)) : 1.0);
+        for (double& x : gram) x = random.normal() * (i % 2 ? std::pow(10.0, random.uniform(-range, range)) : 1.0);
         if (i % 4 == 2)
             for (int a = 0; a < n; ++a)
                 for (int b = 0; b < a; ++b) gram[a * n + b] = gram[b * n + a];
@@ -380,7 +375,7 @@ void test_layouts() {
         Vec single(n * n), weights(n), workspace(pama::min_norm_workspace(n));
         for (int i = 0; i < n * n; ++i)
             wide[i / n * 2 * n * 3 + i % n * 3] = static_cast<float>(gram[i]),
-            single[i] = static_cast<double>(static_cast<float>(gram[i]));
+                                             single[i] = static_cast<double>(static_cast<float>(gram[i]));
         pama::min_norm_solve(n, wide.data(), 6 * n, 3, nullptr, nullptr, 0.0, weights.data(), workspace.data());
         CHECK(weights == solve(n, single).weights, "n=%d float32 with strides", n);
         Vec skewed = gram;  // only the symmetric part counts

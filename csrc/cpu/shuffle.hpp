@@ -1,0 +1,124 @@
+// Transposition between rows of N numbers in memory and N vectors of one number from each row, N a power of two.
+#pragma once
+
+#include <utility>
+
+#include "simd.hpp"
+
+PAMA_BEGIN
+
+// Elements Index... of (a, b) side by side.
+template <int... Index>
+inline FloatV pick(FloatV a, FloatV b, std::integer_sequence<int, Index...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(a, b, Index...);
+#else
+    typedef int IntV __attribute__((vector_size(PAMA_VECTOR_BYTES)));
+    return __builtin_shuffle(a, b, IntV{Index...});
+#endif
+}
+
+template <int Offset, int... K>
+inline FloatV every_second(FloatV a, FloatV b, std::integer_sequence<int, K...>) {
+    return pick(a, b, std::integer_sequence<int, (2 * K + Offset)...>{});
+}
+
+template <int Offset, int... K>
+inline FloatV zip(FloatV a, FloatV b, std::integer_sequence<int, K...>) {
+    return pick(a, b, std::integer_sequence<int, (Offset + K / 2 + (K % 2) * static_cast<int>(sizeof...(K)))...>{});
+}
+
+using LaneIndices = std::make_integer_sequence<int, Lanes<float>::count>;
+
+// v: N consecutive vectors of an interleaved stream; becomes one vector per position in the row.
+template <int N>
+inline void deinterleave(FloatV* v) {
+    if constexpr (N > 1) {
+        FloatV even[N / 2], odd[N / 2];
+        for (int k = 0; k < N / 2; ++k) {
+            even[k] = every_second<0>(v[2 * k], v[2 * k + 1], LaneIndices{});
+            odd[k] = every_second<1>(v[2 * k], v[2 * k + 1], LaneIndices{});
+        }
+        deinterleave<N / 2>(even);
+        deinterleave<N / 2>(odd);
+        for (int k = 0; k < N / 2; ++k) {
+            v[2 * k] = even[k];
+            v[2 * k + 1] = odd[k];
+        }
+    }
+}
+
+template <int N>
+inline void interleave(FloatV* v) {
+    if constexpr (N > 1) {
+        FloatV even[N / 2], odd[N / 2];
+        for (int k = 0; k < N / 2; ++k) {
+            even[k] = v[2 * k];
+            odd[k] = v[2 * k + 1];
+        }
+        interleave<N / 2>(even);
+        interleave<N / 2>(odd);
+        for (int k = 0; k < N / 2; ++k) {
+            v[2 * k] = zip<0>(even[k], odd[k], LaneIndices{});
+            v[2 * k + 1] = zip<Lanes<float>::count / 2>(even[k], odd[k], LaneIndices{});
+        }
+    }
+}
+
+// count rows of N contiguous floats to N arrays `stride` apart.
+template <int N>
+inline void rows_to_columns(const float* PAMA_RESTRICT rows, long count, float* PAMA_RESTRICT columns, long stride) {
+    constexpr long width = Lanes<float>::count;
+    long t = 0;
+    for (; t + width <= count; t += width) {
+        FloatV v[N];
+        memcpy(v, rows + t * N, sizeof v);
+        deinterleave<N>(v);
+        for (int i = 0; i < N; ++i) memcpy(columns + i * stride + t, &v[i], sizeof v[i]);
+    }
+    for (; t < count; ++t)
+        for (int i = 0; i < N; ++i) columns[i * stride + t] = rows[t * N + i];
+}
+
+template <int N>
+inline void columns_to_rows(const float* PAMA_RESTRICT columns, long stride, long count, float* PAMA_RESTRICT rows) {
+    constexpr long width = Lanes<float>::count;
+    long t = 0;
+    for (; t + width <= count; t += width) {
+        FloatV v[N];
+        for (int i = 0; i < N; ++i) memcpy(&v[i], columns + i * stride + t, sizeof v[i]);
+        interleave<N>(v);
+        memcpy(rows + t * N, v, sizeof v);
+    }
+    for (; t < count; ++t)
+        for (int i = 0; i < N; ++i) rows[t * N + i] = columns[i * stride + t];
+}
+
+// Calls visit(integral constant N) for the sizes that have a transposition in registers; else returns false.
+template <class Visit>
+inline bool with_constant(int n, Visit visit) {
+    switch (n) {
+        case 2: visit(std::integral_constant<int, 2>{}); return true;
+        case 4: visit(std::integral_constant<int, 4>{}); return true;
+        case 8: visit(std::integral_constant<int, 8>{}); return true;
+        case 16: visit(std::integral_constant<int, 16>{}); return true;
+        default: return false;
+    }
+}
+
+inline void rows_to_columns(int n, const float* rows, long row, long objective, long count, float* columns, long stride) {
+    if (row == n && objective == 1 &&
+        with_constant(n, [&](auto size) { rows_to_columns<size>(rows, count, columns, stride); }))
+        return;
+    for (int i = 0; i < n; ++i)
+#pragma omp simd
+        for (long t = 0; t < count; ++t) columns[i * stride + t] = rows[t * row + i * objective];
+}
+
+inline void columns_to_rows(int n, const float* columns, long stride, long count, float* rows) {
+    if (with_constant(n, [&](auto size) { columns_to_rows<size>(columns, stride, count, rows); })) return;
+    for (long t = 0; t < count; ++t)
+        for (int i = 0; i < n; ++i) rows[t * n + i] = columns[i * stride + t];
+}
+
+PAMA_END

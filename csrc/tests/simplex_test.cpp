@@ -1,0 +1,165 @@
+// The scalar simplex problem: optimality by its KKT conditions, on random and hard rows.
+#include "core/simplex.hpp"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+namespace {
+
+int failures = 0;
+
+void expect(bool holds, const char* what, int n, double found) {
+    if (holds) return;
+    if (++failures < 20) std::printf("FAILED %s: n = %d, found %.17g\n", what, n, found);
+}
+
+struct Row {
+    std::vector<double> scores, prior;
+    double regularization = 0, scale = -1;
+};
+
+struct Answer {
+    std::vector<double> weights;
+    double optimum;
+};
+
+Answer solve(const Row& row) {
+    std::vector<double> a = row.scores, p = row.prior, c(a.size(), 1.0);
+    const double optimum =
+        pama::simplex_row(static_cast<int>(a.size()), a.data(), p.data(), row.regularization, row.scale, c.data());
+    return {c, optimum};
+}
+
+double largest(const std::vector<double>& a) {
+    double result = 0;
+    for (double x : a) result = std::fmax(result, std::fabs(x));
+    return result;
+}
+
+// c = [p - lambda a - tau]_+ with one lambda and one tau: with a.c = rho lambda for rho > 0, a.c = s* for rho = 0.
+// Rounding of the n-term sums in `scores` of size 1 leaves 1e-12 (n <= 1000) in the multipliers' products.
+void check(const Row& row) {
+    const int n = static_cast<int>(row.scores.size());
+    const Answer answer = solve(row);
+    const double unit = largest(row.scores), tolerance = 1e-11;
+    double sum = 0, value = 0, low = row.scores[0], high = low;
+    for (int i = 0; i < n; ++i) {
+        expect(answer.weights[i] >= 0, "non-negative", n, answer.weights[i]);
+        sum += answer.weights[i];
+        value += answer.weights[i] * (row.scores[i] / (unit > 0 ? unit : 1));
+        low = std::fmin(low, row.scores[i]);
+        high = std::fmax(high, row.scores[i]);
+    }
+    expect(std::fabs(sum - 1) < 1e-12, "sum", n, sum);
+    if (unit == 0) {
+        for (int i = 0; i < n; ++i)
+            expect(std::fabs(answer.weights[i] - row.prior[i]) < 1e-15, "prior", n, answer.weights[i]);
+        return;
+    }
+    if (row.regularization == 0) {
+        const double projection = low > 0 ? low : (high < 0 ? high : 0.0);
+        expect(answer.optimum == projection, "projection of 0", n, answer.optimum);
+    }
+    expect(std::fabs(value - answer.optimum / unit) < 1e-12, "value", n, value);
+    const double scale = row.scale < 0 ? 1.0 : row.scale / unit / unit;
+    if (row.regularization == 0) return;
+    // gradient_i = (a.c) a_i + rho (c_i - p_i): equal on the support, no smaller elsewhere
+    const double rho = row.regularization * scale;
+    double level = 0;
+    for (int i = 0; i < n; ++i)
+        level += answer.weights[i] * (value * row.scores[i] / unit + rho * (answer.weights[i] - row.prior[i]));
+    for (int i = 0; i < n; ++i) {
+        const double gradient = value * row.scores[i] / unit + rho * (answer.weights[i] - row.prior[i]);
+        const double slack = tolerance * std::fmax(1.0, rho);
+        expect(gradient >= level - slack, "gradient", n, gradient - level);
+        if (answer.weights[i] > 1e-9) expect(gradient <= level + slack, "support", n, gradient - level);
+    }
+}
+
+// With rho = 0 the answer is the limit rho -> 0. Rounding over rho leaves 1e-16 / 1e-12, and rows of tiny spread
+// amplify it.
+void check_limit(const Row& row) {
+    Row near = row;
+    near.regularization = 1e-12;
+    const Answer limit = solve(row), close = solve(near);
+    for (std::size_t i = 0; i < row.scores.size(); ++i)
+        expect(std::fabs(limit.weights[i] - close.weights[i]) < 1e-6, "limit", static_cast<int>(row.scores.size()),
+               limit.weights[i] - close.weights[i]);
+}
+
+void check_permutation(const Row& row) {
+    Row turned = row;
+    const std::size_t n = row.scores.size();
+    for (std::size_t i = 0; i < n; ++i) {
+        turned.scores[i] = row.scores[n - 1 - i];
+        turned.prior[i] = row.prior[n - 1 - i];
+    }
+    const Answer answer = solve(row), other = solve(turned);
+    for (std::size_t i = 0; i < n; ++i)
+        expect(std::fabs(answer.weights[i] - other.weights[n - 1 - i]) < 1e-10, "permutation", static_cast<int>(n),
+               answer.weights[i] - other.weights[n - 1 - i]);
+}
+
+void check_scale(const Row& row) {
+    for (double k : {0x1p-900, 0x1p-40, 0x1p60, 0x1p900}) {
+        Row scaled = row;
+        for (double& x : scaled.scores) x *= k;
+        const Answer answer = solve(row), other = solve(scaled);
+        for (std::size_t i = 0; i < row.scores.size(); ++i)
+            expect(answer.weights[i] == other.weights[i], "scale", static_cast<int>(row.scores.size()), k);
+        expect(answer.optimum * k == other.optimum, "scale", static_cast<int>(row.scores.size()), k);
+    }
+}
+
+void check_absent() {
+    double a[] = {NAN, 1, -2, INFINITY}, p[] = {0.25, 0.25, 0.25, 0.25}, c[] = {0, 1, 1, 0};
+    const double optimum = pama::simplex_row(4, a, p, 0, -1, c);
+    expect(optimum == 0 && c[0] == 0 && c[3] == 0 && std::fabs(c[1] - 2.0 / 3) < 1e-15, "absent", 4, c[1]);
+    double all[] = {1, NAN}, q[] = {0.5, 0.5}, d[] = {1, 1};
+    expect(std::isnan(pama::simplex_row(2, all, q, 0, -1, d)) && std::isnan(d[0]) && std::isnan(d[1]), "NaN", 2, d[0]);
+    double none[] = {1, 2}, r[] = {0.25, 0.75}, e[] = {0, 0};
+    expect(pama::simplex_row(2, none, r, 0, -1, e) == 0 && e[1] == 0.75, "nobody", 2, e[1]);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const int cases = argc > 1 ? std::atoi(argv[1]) : 20000;
+    std::mt19937_64 random(7);
+    std::normal_distribution<double> normal;
+    std::uniform_real_distribution<double> uniform;
+    const double regularizations[] = {0, 0, 1e-6, 0.1, 1, 100};
+    for (int k = 0; k < cases; ++k) {
+        const int n = k % 500 == 0 ? 1000 : 1 + static_cast<int>(random() % (k % 10 == 0 ? 64 : 9));
+        Row row;
+        const int kind = static_cast<int>(random() % 6), prior = static_cast<int>(random() % 3);
+        double mass = 0;
+        for (int i = 0; i < n; ++i) {
+            double x = normal(random);
+            if (kind == 1) x = std::fabs(x);
+            if (kind == 2) x = -std::fabs(x);
+            if (kind == 3) x = std::floor(3 * x);
+            if (kind == 4) x = 1 + 1e-9 * x;
+            if (kind == 5) x = std::exp(3 * x) * (random() % 2 ? 1 : -1);
+            row.scores.push_back(x);
+            const double p =
+                prior == 0 ? 1 : (prior == 1 ? uniform(random) : (random() % 2 ? std::exp(4 * normal(random)) : 0));
+            row.prior.push_back(p);
+            mass += p;
+        }
+        if (mass == 0) row.prior[0] = mass = 1;
+        for (double& p : row.prior) p /= mass;
+        row.regularization = regularizations[random() % 6];
+        if (row.regularization > 0 && random() % 3 == 0) row.scale = std::exp(3 * normal(random));
+        check(row);
+        if (kind < 4 && row.regularization == 0 && n < 10) check_limit(row);
+        check_permutation(row);
+        if (k % 10 == 0 && row.scale < 0 && kind < 5) check_scale(row);
+    }
+    check_absent();
+    std::printf("simplex: %d rows, %d failures\n", cases, failures);
+    return failures != 0;
+}
