@@ -48,6 +48,20 @@ def weights(
     optimum: int,
     threads: int,
 ) -> None: ...
+def min_norm(
+    rows: int,
+    objectives: int,
+    wide: bool,
+    gram: int,
+    batch_stride: int,
+    row_stride: int,
+    column_stride: int,
+    prior: int,
+    regularization: float,
+    weights: int,
+    optimum: int,
+    threads: int,
+) -> int: ...
 def multi_objective_gae(
     rows: int,
     width: int,

@@ -7,16 +7,20 @@
 // so that c'Hc is twice the objective plus sigma for every c in D. On a support S the optimum is
 // H_SS y_S = e, one factorisation, and the point is optimal when y_S > 0 and (Hy)_j >= 1 outside.
 //
-// 1. Exchange: from the full support swap every index of the wrong sign (y_i < 0 inside, (Hy)_j < 1
-//    outside) while their number reaches new minima, with kSpareExchanges exceptions: at most
-//    n + 1 + kSpareExchanges factorisations, mostly one to five.
-// 2. Descend, where exchange gave up: Lawson and Hanson's method (Wolfe's, in the cone) with block
-//    additions. Every accepted step raises e'y, which is a function of the support alone and is
-//    computed from the sorted support, so no support returns, in floating point too: it ends.
-// 3. Where the minimiser may not be unique (a pivot vanishes, or a multiplier outside the support
-//    does), proximal steps: add ridge/2 ||c - c_previous||^2, with c_0 = p, until Wolfe's certificate
-//    holds for the problem itself. The first step finds the minimiser nearest to p, the next ones
-//    remove the ridge's bias along the directions where M is positive.
+// 1. Exchange: swap every index of the wrong sign (y_i < 0 inside, (Hy)_j < 1 outside) while their number
+//    reaches new minima, with kSpareExchanges exceptions: it ends after at most n + 1 + kSpareExchanges
+//    factorisations, after one to six almost always.
+// 2. Descend, where exchange gave up: Lawson and Hanson's method (Wolfe's, in the cone) with block additions.
+//    Each try ends because every round of it drops an index. Every accepted try raises e'y, which is twice the
+//    descent of the objective, a function of the support alone, and computed from the sorted support: no
+//    support returns, in floating point too, and there are finitely many.
+// 3. Where the minimiser may not be unique (a pivot vanishes, or a multiplier outside the support does): at
+//    most kProximalSteps proximal steps, which add ridge/2 ||c - c_previous||^2 with c_0 = p, until Wolfe's gap
+//    of the problem itself closes. The first step finds the minimiser nearest to p up to O(ridge), the next
+//    ones remove that bias where M is positive and leave the rest alone.
+//
+// 1 alone decides where all pivots and all multipliers outside the support are positive: then the minimiser is
+// unique. Every answer carries Wolfe's gap, which bounds the distance of the objective from its minimum.
 #pragma once
 
 #include <cmath>
@@ -32,12 +36,13 @@ PAMA_BEGIN
 
 struct MinNormResult {
     double optimum;   // c'Mc
-    double residual;  // Wolfe's gap, max_j (lambda - gradient_j), over max_i M_ii (1 + regularization)
+    double residual;  // Wolfe's gap c'g - min_j g_j, g the gradient, over max_i M_ii (1 + regularization)
     int factorisations;
 };
 
 namespace min_norm {
 
+constexpr double kLargestRegularization = 1e100;
 constexpr double kPairSmallest = 1e-140, kPairLargest = 1e140;  // two objectives need no scaling within
 
 // The power of two s with 1 <= s x < 2 (up to the ends of the exponent range).
@@ -121,15 +126,17 @@ PAMA_HD MinNormResult solve_general(int n, const T* gram, std::ptrdiff_t row_str
                           prior_of(other), regularization, weights + other, weights + last);
     ActiveSet s;
     s.bind(count, workspace);
-    const double scale = largest > 0.0 ? power_of_two_scale(largest) : 1.0;
+    const double scale = largest > 0.0 ? power_of_two_scale(largest) : 1.0, half = 0.5 * scale;
     for (int i = 0, a = 0; i < n; ++i) {
         if (present && !present[i]) continue;
         double* const row = s.row_of(a);
         s.prior[a++] = prior_of(i);
         int b = 0;
-        for (int j = 0; j < n; ++j) {
-            if (present && !present[j]) continue;
-            row[b++] = 0.5 * scale * entry(i, j) + 0.5 * scale * entry(j, i);
+        if (present) {
+            for (int j = 0; j < n; ++j)
+                if (present[j]) row[b++] = half * entry(i, j) + half * entry(j, i);
+        } else {
+            for (; b < n; ++b) row[b] = half * entry(i, b) + half * entry(b, i);
         }
         for (; b < s.stride; ++b) row[b] = 0.0;
     }
@@ -143,6 +150,8 @@ PAMA_HD MinNormResult solve_general(int n, const T* gram, std::ptrdiff_t row_str
         for (int i = 0; i < n; ++i) weights[i] = not_a_number();
         return result;
     }
+    // Beyond kLargestRegularization c = p in double, and before it overflows.
+    if (!(regularization < kLargestRegularization)) regularization = kLargestRegularization;
     if (largest > 0.0) {
         result.residual =
             s.minimise(regularization * largest * scale, &result.optimum) / (largest * scale * (1.0 + regularization));

@@ -35,12 +35,12 @@ struct ActiveSet : Problem {
         for (int i = 0; i < n; ++i) inside[i] = product[i] - mean <= row_of(i)[i] + rho;
     }
 
-    enum Outcome { kOptimal, kSingular, kStuck };
+    enum Outcome { kOptimal, kGaveUp };
 
+    // Leaves y in scratch.solution, M y in `product` unless the support is full.
     PAMA_HD Outcome exchange() {
         int fewest = n + 1, spare = kSpareExchanges;
-        for (;;) {
-            if (!solve()) return strict ? kSingular : kStuck;
+        while (solve()) {
             int wrong = 0;
             for (int a = 0; a < size; ++a) wrong += scratch.solution[a] < 0.0;
             int outside = 0;
@@ -57,16 +57,16 @@ struct ActiveSet : Problem {
             if (wrong + outside < fewest) {
                 fewest = wrong + outside;
             } else if (spare-- == 0) {
-                return kStuck;
+                break;
             }
         }
+        return kGaveUp;
     }
 
     // From a feasible `point` (y >= 0) with `inside` holding its support, and perhaps more, to the optimum
     // of a support within: e'y there, or 0 without meaningful numbers.
-    PAMA_HD double descend_to_vertex() {
-        for (;;) {
-            if (!solve()) return 0.0;
+    PAMA_HD double descend_within() {
+        while (solve()) {
             double step = 1.0;
             bool positive = true;
             for (int a = 0; a < size; ++a) {
@@ -92,15 +92,17 @@ struct ActiveSet : Problem {
                 }
             }
         }
+        return 0.0;
     }
 
+    // From the positive part of the last y to the optimum; exchange has left its y and support.
     PAMA_HD bool descend() {
         strict = false;
         for (int i = 0; i < n; ++i) point[i] = 0.0;
         for (int a = 0; a < size; ++a)
             if (scratch.solution[a] > 0.0) point[support[a]] = scratch.solution[a];
         for (int i = 0; i < n; ++i) inside[i] = point[i] > 0.0;
-        double value = descend_to_vertex();
+        double value = descend_within();
         while (value > 0.0) {
             multiply();
             const double terms = magnitude();
@@ -112,13 +114,13 @@ struct ActiveSet : Problem {
             }
             if (worst < 0) return true;
             for (int j = 0; j < n; ++j) inside[j] = inside[j] || below(j, -kViolation, terms);
-            double next = descend_to_vertex();
+            double next = descend_within();
             if (!(next > value)) {
                 for (int j = 0; j < n; ++j) {
                     point[j] = saved[j];
                     inside[j] = point[j] > 0.0 || j == worst;
                 }
-                next = descend_to_vertex();
+                next = descend_within();
             }
             if (!(next > value)) {  // no support is better in floating point
                 for (int j = 0; j < n; ++j) inside[j] = saved[j] > 0.0;
@@ -197,13 +199,15 @@ struct ActiveSet : Problem {
 
     // c into `point`; returns Wolfe's gap.
     PAMA_HD double minimise(double weight, double* optimum) {
+        const double certified = kCertified * (1.0 + weight);
         set_quadratic(weight, prior, 0.0);
         start();
         strict = true;
         if (sigma > kSmallestSigma && exchange() == kOptimal && (weight >= kRidge || !tied())) {
             normalise();
             if (weight > 0.0) average_duplicates();
-            return gap(weight, optimum);
+            const double residual = gap(weight, optimum);
+            if (residual <= certified) return residual;
         }
         strict = false;
         double ridge = kRidge, residual = 0.0;
@@ -213,22 +217,27 @@ struct ActiveSet : Problem {
             if (step > 1 && ridge > kSmallestRidge) ridge *= 0.1;
             for (int i = 0; i < n; ++i) centre[i] = (weight * prior[i] + ridge * point[i]) / (weight + ridge);
             set_quadratic(weight + ridge, centre, kProximalSigma);
-            if (exchange() == kOptimal || descend()) {
+            const bool solved = exchange() == kOptimal || descend();
+            if (solved) {
                 normalise();
-            } else {  // not positive semidefinite: the best vertex
-                int best = 0;
-                for (int i = 0; i < n; ++i) {
-                    point[i] = 0.0;
-                    if (diagonal_of(i) < diagonal_of(best)) best = i;
-                }
-                point[best] = 1.0;
-                step = kProximalSteps;
+            } else {
+                best_vertex();
             }
             average_duplicates();
             residual = gap(weight, optimum);
-            if (residual <= kCertified * (1.0 + weight)) break;
+            if (!solved || residual <= certified) break;
         }
         return residual;
+    }
+
+    // The answer for a matrix so far from semidefinite that nothing else came out.
+    PAMA_HD void best_vertex() {
+        int best = 0;
+        for (int i = 0; i < n; ++i) {
+            point[i] = 0.0;
+            if (row_of(i)[i] < row_of(best)[best]) best = i;
+        }
+        point[best] = 1.0;
     }
 };
 

@@ -199,7 +199,59 @@ double batch_weights(const double* sums, int n, bool gram, const double* prior, 
         scale = moment > scale || moment != moment ? moment : scale;
     }
     if (!gram) return simplex_row(n, a, p, regularization, scale, c);
-    return NAN;  // GRAM
+    std::vector<double> matrix(static_cast<size_t>(n) * static_cast<size_t>(n));
+    std::vector<unsigned char> present(static_cast<size_t>(n));
+    for (long i = 0; i < n; ++i) {
+        present[static_cast<size_t>(i)] = c[i] != 0;
+        for (long j = 0; j < n; ++j) matrix[static_cast<size_t>(i * n + j)] = gram_entry(sums, n, i, j);
+    }
+    const Kernels& k = kernels();
+    double optimum;
+    const Gram problem{1, n, true, matrix.data(), 0, n, 1, c, &optimum};
+    k.min_norm(problem, prior, present.data(), regularization, 0, 1, scratch(k.min_norm_scratch(n)));
+    return optimum;
+}
+
+namespace {
+
+// Symmetric, without a negative diagonal, and every 2 x 2 minor at least 0, all to a tolerance of 1e-4 of the largest
+// entry, beyond any rounding. A NaN passes: it becomes the result.
+template <class T>
+bool is_gram(const Gram& gram, long batch) {
+    const T* m = static_cast<const T*>(gram.data) + batch * gram.batch;
+    double largest = 0;
+    for (long i = 0; i < gram.n; ++i)
+        for (long j = 0; j < gram.n; ++j) {
+            const double size = std::fabs(static_cast<double>(m[i * gram.row + j * gram.column]));
+            largest = size > largest ? size : largest;
+        }
+    if (std::isinf(largest) || largest == 0) return true;
+    const double tolerance = 1e-4;
+    for (long i = 0; i < gram.n; ++i) {
+        const double own = static_cast<double>(m[i * (gram.row + gram.column)]) / largest;
+        if (own < -tolerance) return false;
+        for (long j = 0; j < i; ++j) {
+            const double upper = static_cast<double>(m[j * gram.row + i * gram.column]) / largest;
+            const double lower = static_cast<double>(m[i * gram.row + j * gram.column]) / largest;
+            const double other = static_cast<double>(m[j * (gram.row + gram.column)]) / largest;
+            if (std::fabs(upper - lower) > tolerance || upper * lower > own * other + tolerance) return false;
+        }
+    }
+    return true;
+}
+
+}  // namespace
+
+long min_norm(const Gram& gram, const double* prior, double regularization, int threads) {
+    const Kernels& k = kernels();
+    const long n = gram.n, bytes = k.min_norm_scratch(gram.n);
+    for (long row = 0; row < gram.rows; ++row)
+        if (!(gram.wide ? is_gram<double>(gram, row) : is_gram<float>(gram, row))) return row;
+    const Blocks blocks(gram.rows, gram.rows * n * n, 1);
+    for_each_block(blocks.count, threads, [&](long block) {
+        k.min_norm(gram, prior, nullptr, regularization, blocks.first(block), blocks.last(block), scratch(bytes));
+    });
+    return -1;
 }
 
 void apply(Problem problem, Apply apply, int threads) {

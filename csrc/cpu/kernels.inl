@@ -1,4 +1,5 @@
 // The kernels of one instruction set; PAMA_ISA names it.
+#include "min_norm_rows.hpp"
 #include "passes.hpp"
 
 PAMA_BEGIN

@@ -164,6 +164,14 @@ PYBIND11_MODULE(_cpu, m) {
                     reinterpret_cast<void*>(optimum), threads_for(rows * n, threads));
         });
     });
+    m.def("min_norm", [](long rows, int n, bool wide, uintptr_t data, long batch, long row, long column, uintptr_t prior,
+                         double regularization, uintptr_t out, uintptr_t optimum, int threads) {
+        const Gram gram{rows,   n,  wide, reinterpret_cast<void*>(data), batch, row, column, reinterpret_cast<void*>(out),
+                        reinterpret_cast<void*>(optimum)};
+        long bad = -1;
+        run(rows * n * n, [&] { bad = min_norm(gram, doubles(prior), regularization, threads_for(rows * n * n, threads)); });
+        return bad;
+    });
     m.def("multi_objective_gae",
           [](long rows, long width, int n, double gamma, double lam, const py::object& rewards,
              const py::object& values, const py::object& mask, const py::object& dones, const py::object& last_values,

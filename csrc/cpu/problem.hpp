@@ -66,6 +66,16 @@ struct Partial {
     double loss, optimum;
 };
 
+// Gram matrices (rows, n, n) in float or double, and where the solutions go, in the same type.
+struct Gram {
+    long rows = 0;
+    int n = 0;
+    bool wide = false;
+    const void* data = nullptr;
+    long batch = 0, row = 0, column = 0;  // strides
+    void *weights = nullptr, *optimum = nullptr;
+};
+
 // At most so many objectives have a row per SIMD lane.
 constexpr int kLaneObjectives = 32;
 
@@ -81,6 +91,10 @@ struct Kernels {
     void (*weights)(long rows, int n, const float* scores, long row, long objective, const double* prior, bool uniform,
                     double regularization, const float* scale, long scale_row, float* weights, float* optimum,
                     void* scratch);
+    long (*min_norm_scratch)(int n);  // bytes
+    // Matrices of the min-norm problem, float or double; `present` (n bytes) may be null.
+    void (*min_norm)(const Gram& gram, const double* prior, const unsigned char* present, double regularization,
+                     long first, long last, void* scratch);
 };
 
 extern const Kernels kernels_portable, kernels_avx2, kernels_avx512;

@@ -340,6 +340,40 @@ def weights_out(
     )
 
 
+def min_norm(gram: Tensor, prior: Tensor, regularization: float) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if gram.dtype == torch.float64 else torch.float32
+    result = torch.empty(gram.shape[:-1], dtype=dtype)
+    optimum = torch.empty(gram.shape[:-2], dtype=dtype)
+    min_norm_out(gram, prior, regularization, result, optimum)
+    return result, optimum
+
+
+def min_norm_out(gram: Tensor, prior: Tensor, regularization: float, result: Tensor, optimum: Tensor) -> None:
+    source = gram if gram.dtype == result.dtype else gram.to(result.dtype)
+    n = source.shape[-1]
+    if source.dim() > 3:
+        source = source.reshape(-1, n, n)
+    batched = source.dim() == 3
+    strides = source.stride()
+    bad = _cpu.min_norm(
+        source.shape[0] if batched else 1,
+        n,
+        result.dtype == torch.float64,
+        source.data_ptr(),
+        strides[0] if batched else 0,
+        strides[-2],
+        strides[-1],
+        prior.data_ptr(),
+        regularization,
+        result.data_ptr(),
+        optimum.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if bad >= 0:
+        which = f" at batch index {bad}" if batched else ""
+        raise ValueError(f"gram: expected a symmetric positive semidefinite matrix, got another{which}")
+
+
 def gae(
     rewards: Tensor,
     values: Tensor,

@@ -45,6 +45,7 @@ SCHEMAS = {
     "weights": (
         "(Tensor scores, Tensor prior, bool uniform, float regularization, Tensor? scale) -> (Tensor, Tensor)"
     ),
+    "min_norm": "(Tensor gram, Tensor prior, float regularization) -> (Tensor, Tensor)",
     "gae": (
         "(Tensor rewards, Tensor values, Tensor? mask, Tensor? dones, Tensor? last_values, "
         "float gamma, float lam) -> (Tensor, Tensor)"
@@ -113,6 +114,11 @@ def _fake_weights(
     return scores.new_empty(scores.shape, dtype=dtype), scores.new_empty(scores.shape[:-1], dtype=dtype)
 
 
+def _fake_min_norm(gram: Tensor, prior: Tensor, regularization: float) -> tuple[Tensor, Tensor]:
+    dtype = _result_dtype(gram)
+    return gram.new_empty(gram.shape[:-1], dtype=dtype), gram.new_empty(gram.shape[:-2], dtype=dtype)
+
+
 def _fake_gae(rewards: Tensor, values: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(rewards.dtype, values.dtype)
     return rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(rewards.shape, dtype=dtype)
@@ -128,6 +134,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "combine": _fake_combine,
     "loss": _fake_loss,
     "weights": _fake_weights,
+    "min_norm": _fake_min_norm,
     "gae": _fake_gae,
     "group_normalize": _fake_group_normalize,
 }
@@ -162,5 +169,6 @@ batch_weights = _define("batch_weights")
 combine = _define("combine")
 loss = _define("loss")
 weights = _define("weights")
+min_norm = _define("min_norm")
 gae = _define("gae")
 group_normalize = _define("group_normalize")
