@@ -35,6 +35,10 @@ class Layout(NamedTuple):
     per_sequence: bool  # advantages (B, N)
     mask_per_sequence: bool  # objective_mask (B, N)
 
+    def numbers(self) -> list[int]:
+        """What the backends take of it."""
+        return [self.rows, self.width, int(self.per_sequence), int(self.mask_per_sequence)]
+
 
 def shape_of(x: Tensor) -> str:
     return "(" + ", ".join(str(size) for size in x.shape) + ("," if x.dim() == 1 else "") + ")"
@@ -84,7 +88,7 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     inside = low <= value <= high if inclusive else low < value <= high
-    if not inside or (math.isinf(value) and not infinite):
+    if not inside or (value in (math.inf, -math.inf) and not infinite):
         bracket = "[" if inclusive else "("
         end = "]" if high < math.inf or infinite else ")"
         raise ValueError(f"{name}: expected a number in {bracket}{low:g}, {high:g}{end}, got {value!r}")
@@ -107,12 +111,10 @@ def clip_bounds(clip_range: Any, dual_clip: Any = None) -> tuple[float, float, f
     return low, high, dual
 
 
-@functools.lru_cache(maxsize=256)
 def _uniform_prior(n: int, device: torch.device) -> Tensor:
     return torch.full((n,), 1.0 / n, dtype=torch.float64, device=device)
 
 
-@functools.lru_cache(maxsize=256)
 def _sequence_prior(values: tuple[float, ...], device: torch.device) -> Tensor:
     if any(not 0 <= value < math.inf for value in values) or not 0 < sum(values) < math.inf:
         raise ValueError(
@@ -122,10 +124,16 @@ def _sequence_prior(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor([value / total for value in values], dtype=torch.float64, device=device)
 
 
+# Made once, not per call; while compiling they are part of the graph.
+_cached_uniform_prior = functools.lru_cache(maxsize=256)(_uniform_prior)
+_cached_sequence_prior = functools.lru_cache(maxsize=256)(_sequence_prior)
+
+
 def prior_tensor(prior: Any, n: int, device: torch.device) -> tuple[Tensor, bool]:
     """The prior on the simplex, (N,) float64 on the device, and whether it is known to be uniform."""
+    compiling = torch.compiler.is_compiling()
     if prior is None:
-        return _uniform_prior(n, device), True
+        return (_uniform_prior if compiling else _cached_uniform_prior)(n, device), True
     if isinstance(prior, Tensor):
         if prior.dtype not in MASKS[1:]:
             raise TypeError(f"prior: expected real numbers, got dtype {prior.dtype}")
@@ -134,8 +142,8 @@ def prior_tensor(prior: Any, n: int, device: torch.device) -> tuple[Tensor, bool
         if prior.device != device:
             raise ValueError(f"prior: expected device {device}, got {prior.device}")
         values = prior.detach().double()
-        if device.type == "cpu" and not torch.compiler.is_compiling():
-            return _sequence_prior(tuple(values.tolist()), device), False
+        if device.type == "cpu" and not compiling:
+            return _cached_sequence_prior(tuple(values.tolist()), device), False
         return values / values.sum(), False
     if isinstance(prior, (str, bytes)) or not hasattr(prior, "__len__"):
         raise TypeError(f"prior: expected {n} numbers or a tensor, got {type(prior).__name__}")
@@ -145,7 +153,7 @@ def prior_tensor(prior: Any, n: int, device: torch.device) -> tuple[Tensor, bool
         numbers = tuple(float(value) for value in prior)
     except (TypeError, ValueError):
         raise TypeError(f"prior: expected {n} numbers, got {prior!r}") from None
-    return _sequence_prior(numbers, device), False
+    return (_sequence_prior if compiling else _cached_sequence_prior)(numbers, device), False
 
 
 def check_regularization(value: Any) -> float:
@@ -222,7 +230,6 @@ def resolve_layout(
 
 
 def _layout(advantages: Tensor, tokens_name: str, tokens: Tensor | None, n: int) -> Layout:
-    got = shape_of(advantages)
     if tokens is None:
         if advantages.dim() == 3:
             return Layout(advantages.shape[0], advantages.shape[1], n, True, False, False, False)
@@ -230,7 +237,8 @@ def _layout(advantages: Tensor, tokens_name: str, tokens: Tensor | None, n: int)
     if tokens.dim() == 1:
         if advantages.dim() != 2 or advantages.shape[0] != tokens.shape[0]:
             raise ValueError(
-                f"advantages: expected shape ({tokens.shape[0]}, N) for flat {tokens_name}, got {got}"
+                f"advantages: expected shape ({tokens.shape[0]}, N) for flat {tokens_name}, "
+                f"got {shape_of(advantages)}"
             )
         return Layout(1, tokens.shape[0], n, False, False, False, False)
     rows, width = tokens.shape
@@ -238,19 +246,19 @@ def _layout(advantages: Tensor, tokens_name: str, tokens: Tensor | None, n: int)
         if advantages.shape[:2] != tokens.shape:
             raise ValueError(
                 f"advantages: expected shape ({rows}, {width}, N) for {tokens_name} "
-                f"{shape_of(tokens)}, got {got}"
+                f"{shape_of(tokens)}, got {shape_of(advantages)}"
             )
         return Layout(rows, width, n, True, False, False, False)
     if advantages.shape == tokens.shape:
         raise ValueError(
-            f"advantages: {got} is the shape of {tokens_name}, which is ambiguous; one objective per "
-            "token is advantages.unsqueeze(-1), per-sequence advantages with N == T are "
+            f"advantages: {shape_of(advantages)} is the shape of {tokens_name}, which is ambiguous; one "
+            "objective per token is advantages.unsqueeze(-1), per-sequence advantages with N == T are "
             "advantages[:, None].expand(B, T, N)"
         )
     if advantages.shape[0] != rows:
         raise ValueError(
             f"advantages: expected shape ({rows}, {width}, N) or ({rows}, N) for {tokens_name} "
-            f"{shape_of(tokens)}, got {got}"
+            f"{shape_of(tokens)}, got {shape_of(advantages)}"
         )
     return Layout(rows, width, n, True, False, True, False)
 

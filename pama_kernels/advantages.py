@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ._arguments import (
     ClipRange,
-    Layout,
     Prior,
     check_device,
     check_float,
@@ -40,10 +39,6 @@ def weighting_code(weights_per: str, bound: str, weights: Tensor | None) -> int:
     if weights_per == "batch":
         return GRAM if bound == "gram" else BATCH
     return SEQUENCE if weights_per == "sequence" else TOKEN
-
-
-def layout_numbers(layout: Layout) -> list[int]:
-    return [layout.rows, layout.width, int(layout.per_sequence), int(layout.mask_per_sequence)]
 
 
 def weights_from_statistics(
@@ -146,7 +141,7 @@ def combine_advantages(
     p, uniform = prior_tensor(prior, layout.objectives, advantages.device)
     if weights is not None:
         check_weights(weights, layout, advantages.device)
-    numbers = layout_numbers(layout)
+    numbers = layout.numbers()
     merged = None
     optimum = None
     code = weighting_code(weights_per, bound, weights)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ._arguments import (
     AGGREGATIONS,
@@ -25,7 +24,7 @@ from ._arguments import (
     prior_tensor,
     resolve_layout,
 )
-from .advantages import layout_numbers, weighting_code, weights_from_statistics
+from .advantages import weighting_code, weights_from_statistics
 from .backends import operators
 from .statistics import ObjectiveStatistics, objective_statistics, result_metrics
 
@@ -50,6 +49,24 @@ class PamaLossOutput(NamedTuple):
         return metrics
 
 
+class _FirstDerivative(torch.autograd.Function):
+    """Passes a gradient on; to differentiate it again is an error, where it would pass for a constant."""
+
+    @staticmethod
+    def forward(gradient: Tensor, logprobs: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "pama_loss: the second derivative is not implemented (it cannot be backwarded twice)"
+        )
+
+
 class _Loss(torch.autograd.Function):
     """The forward pass computes the gradient too; the backward pass scales it."""
 
@@ -60,20 +77,23 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(output[1])
+        ctx.save_for_backward(output[1], inputs[0])
         ctx.arguments = len(inputs)
-        ctx.dtype = inputs[0].dtype
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        scaled = None if grad_loss is None else (gradient * grad_loss).to(ctx.dtype)
+        gradient, logprobs = ctx.saved_tensors
+        scaled = None
+        if grad_loss is not None:
+            scaled = (gradient * grad_loss).to(logprobs.dtype)
+            if torch.is_grad_enabled():  # create_graph=True
+                scaled = _first_derivative(scaled, logprobs)
         return scaled, *([None] * (ctx.arguments - 1))
 
 
+_first_derivative: Callable[..., Tensor] = _FirstDerivative.apply
 _differentiable_loss: Callable[..., tuple[Tensor, ...]] = _Loss.apply
 
 
@@ -157,7 +177,7 @@ def pama_loss(
     p, uniform = prior_tensor(prior, layout.objectives, logprobs.device)
     if weights is not None:
         check_weights(weights, layout, logprobs.device)
-    numbers = layout_numbers(layout)
+    numbers = layout.numbers()
 
     statistics = optimum = None
     if process_group is not None:
@@ -178,7 +198,7 @@ def pama_loss(
         if weights is None:
             wide = logprobs.dtype == torch.float64
             weights, optimum = weights_from_statistics(statistics, bound, p, regularization, wide)
-    arguments = (
+    arguments: tuple[Any, ...] = (
         old_logprobs,
         advantages,
         mask,
@@ -199,6 +219,8 @@ def pama_loss(
         fixed,
         kl_coef,
     )
+    if torch.compiler.is_compiling():  # the compiler refuses one tensor in two places
+        arguments = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
     if logprobs.requires_grad and torch.is_grad_enabled():
         value, _, solved, local_optimum, sums = _differentiable_loss(logprobs, *arguments, True)
     else:

@@ -286,7 +286,7 @@ def objective_statistics(
         objective_mask,
         importance_weights,
         cu_seqlens,
-        [layout.rows, layout.width, layout.per_sequence, layout.mask_per_sequence],
+        layout.numbers(),
         list(clip_bounds(clip_range, dual_clip)),
         bool(noon),
         bool(gram),

@@ -11,9 +11,10 @@
 //    reaches new minima, with kSpareExchanges exceptions: it ends after at most n + 1 + kSpareExchanges
 //    factorisations, after one to six almost always.
 // 2. Descend, where exchange gave up: Lawson and Hanson's method (Wolfe's, in the cone) with block additions.
-//    Each try ends because every round of it drops an index. Every accepted try raises e'y, which is twice the
-//    descent of the objective, a function of the support alone, and computed from the sorted support: no
-//    support returns, in floating point too, and there are finitely many.
+//    Each addition ends because every round of it drops an index, and raises e'y, which is twice the descent of
+//    the objective and a function of the support alone: no support returns, and there are finitely many. In
+//    floating point too: what counts as a rise is a new record of the e'y computed from the sorted support, and
+//    at most n additions (of one index each, where the rise may be lost to rounding) pass without a record.
 // 3. Where the minimiser may not be unique (a pivot vanishes, or a multiplier outside the support does): at
 //    most kProximalSteps proximal steps, which add ridge/2 ||c - c_previous||^2 with c_0 = p, until Wolfe's gap
 //    of the problem itself closes. The first step finds the minimiser nearest to p up to O(ridge), the next
@@ -42,6 +43,7 @@ struct MinNormResult {
 
 namespace min_norm {
 
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 constexpr double kLargestRegularization = 1e100;
 constexpr double kPairSmallest = 1e-140, kPairLargest = 1e140;  // two objectives need no scaling within
 
@@ -56,8 +58,6 @@ PAMA_HD inline double power_of_two_scale(double x) {
     return scale;
 }
 
-PAMA_HD inline double not_a_number() { return std::numeric_limits<double>::quiet_NaN(); }
-
 // Two objectives: with a = M_11, b = M_12, d = M_22 the first weight is s / (s + s'), where s and s' are the
 // descents from the second vertex and from the first, cut off at 0.
 PAMA_HD inline MinNormResult solve_scaled_pair(double a, double b, double d, double prior_first, double regularization,
@@ -69,7 +69,7 @@ PAMA_HD inline MinNormResult solve_scaled_pair(double a, double b, double d, dou
     const double s = descent + std::fabs(descent), s_back = descent_back + std::fabs(descent_back);
     const double sum = s + s_back;  // twice the positive parts: a branch would be mispredicted
     double t = s / sum, rest = s_back / sum;
-    if (!(sum > 0.0 && sum <= std::numeric_limits<double>::max())) {
+    if (!(sum > 0.0 && sum <= kLargestDouble)) {
         const double check = 0.0 * a + 0.0 * b + 0.0 * d + 0.0 * regularization + 0.0 * prior_first;
         const bool equal = descent == descent_back;  // duplicates; else not positive semidefinite
         t = check + (equal ? prior_first : descent > descent_back ? 1.0 : 0.0);
@@ -87,8 +87,7 @@ PAMA_HD inline MinNormResult solve_pair(double a, double b, double d, double pri
                                         double* first, double* second) {
     const double diagonal = a > d ? a : d;
     const double size = 0.25 * std::fabs(a) + 0.25 * std::fabs(b) + 0.25 * std::fabs(d);
-    if ((diagonal > kPairSmallest && size < kPairLargest) || !(size > 0.0) ||
-        !(size <= std::numeric_limits<double>::max()))
+    if ((diagonal > kPairSmallest && size < kPairLargest) || !(size > 0.0) || !(size <= kLargestDouble))
         return solve_scaled_pair(a, b, d, prior_first, regularization, first, second);
     const double scale = power_of_two_scale(size);
     MinNormResult result =
@@ -146,8 +145,8 @@ PAMA_HD MinNormResult solve_general(int n, const T* gram, std::ptrdiff_t row_str
             for (int j = 0; j < n; ++j)
                 if (!present || (present[i] && present[j])) finite = finite && 0.0 * entry(i, j) == 0.0;
     if (!finite) {
-        result.optimum = not_a_number();
-        for (int i = 0; i < n; ++i) weights[i] = not_a_number();
+        result.optimum = kNan;
+        for (int i = 0; i < n; ++i) weights[i] = kNan;
         return result;
     }
     // Beyond kLargestRegularization c = p in double, and before it overflows.

@@ -1,8 +1,6 @@
 // The min-norm problem on all supports: exchange, descend, and proximal steps, as min_norm.hpp lays out.
 #pragma once
 
-#include <limits>
-
 #include "config.hpp"
 #include "min_norm_problem.hpp"
 
@@ -102,7 +100,8 @@ struct ActiveSet : Problem {
         for (int a = 0; a < size; ++a)
             if (scratch.solution[a] > 0.0) point[support[a]] = scratch.solution[a];
         for (int i = 0; i < n; ++i) inside[i] = point[i] > 0.0;
-        double value = descend_within();
+        double value = descend_within(), best = value;
+        int spare = n;  // additions between two records of the value
         while (value > 0.0) {
             multiply();
             const double terms = magnitude();
@@ -112,23 +111,20 @@ struct ActiveSet : Problem {
                 if (inside[j] || !below(j, -kViolation, terms)) continue;
                 if (worst < 0 || multiplier(j) < multiplier(worst)) worst = j;
             }
-            if (worst < 0) return true;
-            for (int j = 0; j < n; ++j) inside[j] = inside[j] || below(j, -kViolation, terms);
-            double next = descend_within();
-            if (!(next > value)) {
+            if (worst < 0 || spare == 0) return true;
+            if (spare == n) {
+                for (int j = 0; j < n; ++j) inside[j] = inside[j] || below(j, -kViolation, terms);
+                value = descend_within();
+            }
+            if (!(value > best)) {
                 for (int j = 0; j < n; ++j) {
                     point[j] = saved[j];
                     inside[j] = point[j] > 0.0 || j == worst;
                 }
-                next = descend_within();
+                value = descend_within();
             }
-            if (!(next > value)) {  // no support is better in floating point
-                for (int j = 0; j < n; ++j) inside[j] = saved[j] > 0.0;
-                const bool solved = solve();
-                multiply();
-                return solved;
-            }
-            value = next;
+            spare = value > best ? n : spare - 1;
+            best = value > best ? value : best;
         }
         return false;
     }
@@ -184,7 +180,7 @@ struct ActiveSet : Problem {
             support[size++] = j;
         }
         multiply();
-        double value = 0.0, mean = 0.0, smallest = std::numeric_limits<double>::infinity();
+        double value = 0.0, mean = 0.0, smallest = kLargestDouble;
         for (int j = 0; j < n; ++j) {
             const double gradient = product[j] + weight * (point[j] - prior[j]);
             if (point[j] > 0.0) {
@@ -214,7 +210,7 @@ struct ActiveSet : Problem {
         start();
         for (int i = 0; i < n; ++i) point[i] = prior[i];
         for (int step = 0; step < kProximalSteps; ++step) {
-            if (step > 1 && ridge > kSmallestRidge) ridge *= 0.1;
+            if (step > 1) ridge = 0.1 * ridge > kSmallestRidge ? 0.1 * ridge : kSmallestRidge;
             for (int i = 0; i < n; ++i) centre[i] = (weight * prior[i] + ridge * point[i]) / (weight + ridge);
             set_quadratic(weight + ridge, centre, kProximalSigma);
             const bool solved = exchange() == kOptimal || descend();

@@ -16,6 +16,7 @@ constexpr double kSingularPivot = 1e-11;
 // What a smaller pivot is raised to where a ridge has made the matrix regular.
 constexpr double kSmallestPivot = 1e-15;
 
+constexpr double kLargestDouble = std::numeric_limits<double>::max();
 constexpr int kLargestInRegisters = 8;
 constexpr int kVectorCount = 14;  // arrays of leading_dimension(n) doubles in the workspace
 
@@ -73,7 +74,6 @@ struct Problem {
         }
         sigma = smallest + rho;
         if (!(sigma > smallest_sigma)) sigma = smallest_sigma;
-        for (int i = n; i < ld; ++i) shift[i] = 0.0;
         for (int i = 0; i < n; ++i) shift[i] = 0.5 * (sigma + rho * norm2) - rho * middle[i];
     }
 
@@ -89,7 +89,7 @@ struct Problem {
             total += scratch.solution[a];
             linear += shift[support[a]] * scratch.solution[a];
         }
-        return total > 0.0 && total < std::numeric_limits<double>::max();
+        return total > 0.0 && total < kLargestDouble;
     }
 
     template <int K>

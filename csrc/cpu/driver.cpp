@@ -273,6 +273,7 @@ void apply(Problem problem, Apply apply, int threads) {
         store_weights(apply.weights, n, solved.data());
         apply.weights = apply.optimum = Array{};
         apply.statistics = nullptr;
+        apply.pairs = false;
         apply.weights_per = WeightsPer::given;
         apply.given = Array{solved.data(), Dtype::f64, 0, 0, 1};
     }

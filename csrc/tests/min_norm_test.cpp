@@ -395,6 +395,11 @@ void test_known() {
     CHECK(solve(2, {1.0, 2.0, 2.0, 4.0}).weights == (Vec{1.0, 0.0}), "parallel");
     CHECK(solve(3, Vec(9, 0.0), {0.5, 0.25, 0.25}).weights == (Vec{0.5, 0.25, 0.25}), "zeros");
     const Solution wide = solve(3, {1.0, 0.0, 0.0, 0.0, 1e-30, 0.0, 0.0, 0.0, 1e-30});
+    for (const double huge : {1e12, 1e40, 1e300}) {
+        const Solution s = solve(3, {4.0, 1.0, 0.0, 1.0, 3.0, 1.0, 0.0, 1.0, 2.0}, {0.5, 0.25, 0.25}, huge);
+        CHECK(std::fabs(s.weights[0] - 0.5) < 1e-11 && std::fabs(s.weights[1] - 0.25) < 1e-11,
+              "regularization %g: %g, %g", huge, s.weights[0], s.weights[1]);
+    }
     CHECK(wide.weights[1] == 0.5 && std::fabs(wide.weights[0] / 5e-31 - 1.0) < 1e-12, "wide diagonal");
     families::Generator random(37);
     for (const int n : {128, 300, 512}) {

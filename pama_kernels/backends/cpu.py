@@ -21,6 +21,7 @@ _DTYPES = {
     torch.int32: 7,
     torch.int64: 8,
 }
+_COMPUTED = (torch.float32, torch.float64)
 _FIELDS, _TOTALS, _PAIRS = 9, 2, 5
 
 Array = tuple[int, int, int, int, int]
@@ -300,11 +301,12 @@ def loss(
 def weights(
     scores: Tensor, prior: Tensor, uniform: bool, regularization: float, scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    wide = scores.dtype == torch.float64
-    dtype = torch.float64 if wide else torch.float32
-    result = torch.empty(scores.shape, dtype=dtype)
-    optimum = torch.empty(scores.shape[:-1], dtype=dtype)
-    weights_out(scores, prior, uniform, regularization, scale, result, optimum)
+    source = scores if scores.dtype in _COMPUTED else scores.float()
+    if source.dim() == 1:
+        result, optimum = source.new_empty(source.shape[0]), source.new_empty(())
+    else:
+        result, optimum = source.new_empty(source.shape), source.new_empty(source.shape[:-1])
+    weights_out(source, prior, uniform, regularization, scale, result, optimum)
     return result, optimum
 
 
@@ -317,19 +319,22 @@ def weights_out(
     result: Tensor,
     optimum: Tensor,
 ) -> None:
-    n = scores.shape[-1]
-    source = scores if scores.dtype == result.dtype else scores.to(result.dtype)
-    if source.dim() != 2:
-        source = source.reshape(-1, n)
+    source = scores if scores.dtype in _COMPUTED else scores.float()
+    dim, n = source.dim(), source.shape[-1]
+    rows = 1
+    if dim > 1:
+        if dim > 2:
+            source = source.reshape(-1, n)
+        rows = source.shape[0]
     strides = source.stride()
     sizes = None
     if scale is not None:
         scale = scale.to(result.dtype).expand(scores.shape[:-1]).reshape(-1)
         sizes = _array(scale, scale.stride(0), 0, 0)
     _cpu.weights(
-        source.shape[0],
+        rows,
         n,
-        _array(source, strides[0], 0, strides[1]),
+        (source.data_ptr(), _DTYPES[source.dtype], strides[0], 0, strides[-1]),
         prior.data_ptr(),
         uniform,
         regularization,
@@ -341,15 +346,17 @@ def weights_out(
 
 
 def min_norm(gram: Tensor, prior: Tensor, regularization: float) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if gram.dtype == torch.float64 else torch.float32
-    result = torch.empty(gram.shape[:-1], dtype=dtype)
-    optimum = torch.empty(gram.shape[:-2], dtype=dtype)
-    min_norm_out(gram, prior, regularization, result, optimum)
+    source = gram if gram.dtype in _COMPUTED else gram.float()
+    if source.dim() == 2:
+        result, optimum = source.new_empty(source.shape[0]), source.new_empty(())
+    else:
+        result, optimum = source.new_empty(source.shape[:-1]), source.new_empty(source.shape[:-2])
+    min_norm_out(source, prior, regularization, result, optimum)
     return result, optimum
 
 
 def min_norm_out(gram: Tensor, prior: Tensor, regularization: float, result: Tensor, optimum: Tensor) -> None:
-    source = gram if gram.dtype == result.dtype else gram.to(result.dtype)
+    source = gram if gram.dtype in _COMPUTED else gram.float()
     n = source.shape[-1]
     if source.dim() > 3:
         source = source.reshape(-1, n, n)

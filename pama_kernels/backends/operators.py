@@ -155,11 +155,18 @@ def _define(name: str) -> Callable[..., Any]:
     _LIBRARY.impl(name, implementation, "CUDA")
     torch.library.register_fake(f"pama::{name}", _FAKES[name], lib=_LIBRARY)
     operator = getattr(torch.ops.pama, name).default
+    on_cpu: Callable[..., Any] | None = None
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or type(args[place]) not in _PLAIN:
+        nonlocal on_cpu
+        x = args[place]
+        if torch.compiler.is_compiling() or type(x) not in _PLAIN:
             return operator(*args)
-        return implementation(*args)
+        if not x.is_cpu:
+            return implementation(*args)
+        if on_cpu is None:
+            on_cpu = getattr(backend_for(x), name)
+        return on_cpu(*args)
 
     return call
 
