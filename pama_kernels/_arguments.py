@@ -295,12 +295,12 @@ def _packed_layout(
 def check_weights(weights: Any, layout: Layout, device: torch.device) -> None:
     check_float("weights", weights)
     n = layout.objectives
-    shapes = [(n,), (layout.rows, n)] if layout.sequences else [(n,)]
-    if tuple(weights.shape) not in shapes:
-        expected = " or ".join(
-            "(" + ", ".join(map(str, s)) + ("," if len(s) == 1 else "") + ")" for s in shapes
-        )
-        raise ValueError(f"weights: expected shape {expected}, got {shape_of(weights)}")
+    fits = weights.dim() == 1 and weights.shape[0] == n
+    if layout.sequences and weights.dim() == 2:
+        fits = weights.shape[0] == layout.rows and weights.shape[1] == n
+    if not fits:
+        rows = f" or ({layout.rows}, {n})" if layout.sequences else ""
+        raise ValueError(f"weights: expected shape ({n},){rows}, got {shape_of(weights)}")
     if weights.device != device:
         raise ValueError(f"weights: expected device {device}, got {weights.device}")
 

@@ -153,6 +153,8 @@ def _define(name: str) -> Callable[..., Any]:
     _LIBRARY.define(name + SCHEMAS[name], tags=(torch.Tag.needs_exact_strides,))
     _LIBRARY.impl(name, implementation, "CPU")
     _LIBRARY.impl(name, implementation, "CUDA")
+    # No result has a gradient: that of the loss is put on by `loss._Loss`.
+    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"pama::{name}", _FAKES[name], lib=_LIBRARY)
     operator = getattr(torch.ops.pama, name).default
     on_cpu: Callable[..., Any] | None = None
