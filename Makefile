@@ -1,5 +1,5 @@
 # Every target makes what it needs in one virtual environment, and does nothing twice.
-# To choose: make test PYTHON=python3.12 VENV=/tmp/venv
+# To choose: make test PYTHON=python3.12 VENV=.venv312
 
 PYTHON ?= python3
 VENV ?= .venv

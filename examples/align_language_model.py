@@ -18,37 +18,35 @@ Two runs differ in nothing but the weights of the objectives: PAMA's (positive a
 from __future__ import annotations
 
 import argparse
-import ast
-import csv
-import json
+import copy
 import os
 import platform
 import random
-import re
-import sysconfig
+import statistics
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from pydoc_data.topics import topics
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from _corpus import END, Corpus
+from _report import draw, mean_and_error, reward_table, write_files
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 import pama_kernels as pk
 
 ROOT = Path(__file__).resolve().parent.parent
 OBJECTIVES = ("sentiment", "length", "diversity")
-END = 0  # token that begins and ends every sentence
 
 
 @dataclass(frozen=True)
@@ -59,18 +57,18 @@ class Settings:
     seed: int = 0
     weights_per: str = "batch"
     regularization: float = 1.0
-    fit_steps: int = 600
-    vocabulary: int = 2048
-    width: int = 160
-    layers: int = 4
-    heads: int = 5
-    prompt_tokens: int = 8  # the first is END
+    fit_steps: int = 700
+    vocabulary: int = 4096
+    width: int = 128
+    layers: int = 3
+    heads: int = 4
+    prompt_tokens: int = 5  # the first is END
     new_tokens: int = 40
-    fit_batch: int = 64
-    batch: int = 64
-    epochs: int = 3
-    learning_rate: float = 5e-4
-    value_coef: float = 0.1
+    fit_batch: int = 32
+    batch: int = 128
+    epochs: int = 2
+    learning_rate: float = 1e-3
+    value_learning_rate: float = 3e-3
     kl_coef: float = 0.1  # per token, against rewards of unit variance
     gamma: float = 1.0
     lam: float = 0.95
@@ -79,30 +77,359 @@ class Settings:
     eval_prompts: int = 256
 
 
-# --- text ----------------------------------------------------------------------------------------
+# --- policy --------------------------------------------------------------------------------------
 
 
-def english_of_python() -> Iterator[str]:
-    """The language reference that `help()` shows, and the docstrings of the standard library."""
-    yield from topics.values()
-    library = Path(sysconfig.get_path("stdlib"))
-    for path in sorted([*library.glob("*.py"), *library.glob("[a-z]*/*.py")]):
-        if {"test", "tests", "site-packages", "lib2to3"} & set(path.parts):
-            continue
-        for node in ast.walk(ast.parse(path.read_bytes())):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-                yield ast.get_docstring(node) or ""
+class Policy(nn.Module):
+    """A causal language model with one value head per objective."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        config = LlamaConfig(
+            vocab_size=settings.vocabulary,
+            hidden_size=settings.width,
+            intermediate_size=settings.width * 8 // 3,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            max_position_embeddings=settings.prompt_tokens + settings.new_tokens,
+            bos_token_id=END,
+            eos_token_id=END,
+        )
+        self.model = LlamaForCausalLM(config)
+        self.value_heads = nn.Sequential(
+            nn.Linear(settings.width, settings.width),
+            nn.GELU(),
+            nn.Linear(settings.width, len(OBJECTIVES)),
+        )
+        nn.init.zeros_(self.value_heads[-1].weight)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (B, T) of the last T tokens, and the values (B, T, N) before each.
+
+        Both are 0 where masked: the vocabulary costs more than the rest of so small a model.
+        """
+        size = mask.shape[1]
+        hidden = self.model.model(tokens[:, :-1]).last_hidden_state[:, -size:]
+        logits = self.model.lm_head(hidden[mask])
+        logprobs = torch.zeros(mask.shape).masked_scatter(
+            mask, -F.cross_entropy(logits, tokens[:, -size:][mask], reduction="none")
+        )
+        # The value heads read the trunk and leave it alone: what moves the policy is its loss.
+        return logprobs, self.value_heads(hidden.detach()) * mask.unsqueeze(-1)
+
+    @torch.no_grad()
+    def sample(self, prompts: Tensor, new_tokens: int, generator: torch.Generator) -> Tensor:
+        """The prompts and what follows them (B, P + T), T as long as the longest needs."""
+        cache = DynamicCache(config=self.model.config)
+        tokens = step = prompts
+        ended = torch.zeros(len(prompts), 1, dtype=torch.bool)
+        for _ in range(new_tokens):
+            logits = self.model(step, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+            step = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            step = step.masked_fill(ended, END)
+            ended |= step == END
+            tokens = torch.cat([tokens, step], 1)
+            if ended.all():
+                break
+        return tokens
 
 
-def sentences() -> list[str]:
-    """Distinct sentences of ordinary prose, in a fixed order."""
-    found = []
-    for text in english_of_python():
-        for paragraph in re.split(r"\n\s*\n", text):
-            if re.search(r"::=|>>>|^\s*[-=+|*~\"#]{3}", paragraph, re.MULTILINE):
-                continue
-            line = re.sub(r"\[\d+\]|[*`]", "", " ".join(paragraph.split()))
-            for sentence in re.split(r"(?<=[.!?:])\s+(?=[A-Z])", line):
-                if re.fullmatch(r"[A-Z][\w\s,;:'’()/-]{20,220}[.!]", sentence):
-                    found.append(sentence)
-    return list(dict.fromkeys(found))
+def fit(policy: Policy, corpus: Corpus, settings: Settings) -> float:
+    """Next-token prediction on the paragraphs; returns the perplexity on those held out."""
+    steps, size = settings.fit_steps, settings.fit_batch
+    width = settings.prompt_tokens + settings.new_tokens
+    optimiser = torch.optim.AdamW(policy.model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=5e-3, total_steps=steps, pct_start=0.1)
+
+    def loss_of(batch: list[list[int]]) -> Tensor:
+        rows = [torch.tensor(ids[:width]) for ids in batch]
+        tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+        logits = policy.model(tokens[:, :-1].clamp(min=END)).logits
+        return F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:])
+
+    shuffle = random.Random(settings.seed)
+    progress = tqdm(range(steps), desc="fit the model", unit="step", mininterval=0.5)
+    for _ in progress:
+        # Neighbours in length, so that little of the batch is padding.
+        pool = sorted(shuffle.sample(corpus.train, 16 * size), key=len)
+        start = size * shuffle.randrange(16)
+        loss = loss_of(pool[start : start + size])
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+    with torch.no_grad():
+        return float(loss_of(corpus.valid).exp())
+
+
+# --- rewards -------------------------------------------------------------------------------------
+
+
+class Rewards:
+    """Scores what follows the prompt: (B, N), and the mask (B, T) of its tokens, END included."""
+
+    def __init__(self, corpus: Corpus, settings: Settings) -> None:
+        self.corpus, self.settings = corpus, settings
+        self.sentiment = SentimentIntensityAnalyzer()
+
+    def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        answers = tokens[:, self.settings.prompt_tokens :]
+        ended = (answers == END).cumsum(1)
+        mask = ended - (answers == END).long() == 0
+        rows = []
+        for answer, length in zip(answers, (ended == 0).sum(1).tolist(), strict=True):
+            text = self.corpus.decode(answer)
+            rows.append(
+                (
+                    self.sentiment.polarity_scores(text)["compound"],
+                    length / self.settings.new_tokens,
+                    len(set(answer[:length].tolist())) / max(length, 1),
+                )
+            )
+        return torch.tensor(rows), mask
+
+
+# --- alignment -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What one method did."""
+
+    name: str
+    policy: Policy
+    curve: list[dict[str, Any]] = field(default_factory=list)  # a row per step
+    step_ms: list[float] = field(default_factory=list)
+    kernel_ms: list[float] = field(default_factory=list)
+
+
+class Stopwatch:
+    """Milliseconds spent inside of `with`, added up."""
+
+    def __init__(self) -> None:
+        self.ms = 0.0
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.ms += 1e3 * (time.perf_counter() - self.start)
+
+
+@torch.no_grad()
+def evaluate(
+    policy: Policy, reference: Policy, rewards: Rewards, prompts: Tensor, seed: int
+) -> tuple[Tensor, float]:
+    """Rewards (B, N) of one answer to each prompt, and the KL to the reference per token."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = policy.sample(prompts, rewards.settings.new_tokens, generator)
+    scores, mask = rewards(tokens)
+    log_ratio = policy(tokens, mask)[0] - reference(tokens, mask)[0]
+    return scores, float(log_ratio[mask].mean())
+
+
+def per_objective(name: str, values: Tensor) -> dict[str, float]:
+    return {f"{name}_{key}": x for key, x in zip(OBJECTIVES, values.tolist(), strict=True)}
+
+
+def align(
+    name: str, reference: Policy, corpus: Corpus, rewards: Rewards, s: Settings, **weighting: Any
+) -> Run:
+    """Algorithm 1: sample, score, N advantages, weights, policy step, N value-head steps.
+
+    `weighting` goes to `pk.pama_loss` and is all that the methods differ in.
+    """
+    policy = copy.deepcopy(reference)
+    run = Run(name, policy)
+    optimiser = torch.optim.Adam(
+        [
+            {"params": policy.model.parameters(), "lr": s.learning_rate},
+            {"params": policy.value_heads.parameters(), "lr": s.value_learning_rate},
+        ]
+    )
+    shuffle = torch.Generator().manual_seed(s.seed)  # the same prompts for both methods
+    generator = torch.Generator().manual_seed(s.seed)
+
+    def prompts(size: int) -> Tensor:
+        chosen = torch.randint(len(corpus.train_prompts), (size,), generator=shuffle)
+        return corpus.train_prompts[chosen]
+
+    def held_out() -> dict[str, float]:
+        """The same prompts and random numbers every time: the curve moves with the policy alone."""
+        fixed = corpus.valid_prompts[: s.eval_prompts]
+        return per_objective("held_out", evaluate(policy, reference, rewards, fixed, s.seed)[0].mean(0))
+
+    # Rewards are put on one scale, once and for all: mean 0 and variance 1 under the reference.
+    start, _ = evaluate(reference, reference, rewards, prompts(512), s.seed)
+    mean, std = start.mean(0), start.std(0)
+
+    progress = tqdm(range(s.steps), desc=f"align by {name}", unit="step")
+    for step in progress:
+        row: dict[str, Any] = {"method": name, "step": step}
+        if step % s.eval_every == 0:
+            row |= held_out()
+        whole, kernels = Stopwatch(), Stopwatch()
+        with whole:
+            tokens = policy.sample(prompts(s.batch), s.new_tokens, generator)
+            scores, mask = rewards(tokens)
+            with torch.no_grad():
+                old_logprobs, values = policy(tokens, mask)
+                log_ratio = old_logprobs - reference(tokens, mask)[0]
+
+            # Every objective pays for leaving the reference (k1), so that each convex combination
+            # of them pays once. The score comes with the last token.
+            token_rewards = (-s.kl_coef * log_ratio).unsqueeze(-1).repeat(1, 1, len(OBJECTIVES))
+            token_rewards[torch.arange(s.batch), mask.sum(1) - 1] += (scores - mean) / std
+            with kernels:
+                advantages, returns = pk.multi_objective_gae(
+                    token_rewards, values, mask, gamma=s.gamma, lam=s.lam
+                )
+            # Each objective whitened: else the one of the widest advantages decides, and where a
+            # value head lags behind its reward, no sign (which Noon goes by) means anything.
+            valid = advantages[mask]
+            advantages = (advantages - valid.mean(0)) / valid.std(0)
+
+            for _ in range(s.epochs):
+                logprobs, values = policy(tokens, mask)
+                with kernels:
+                    out = pk.pama_loss(
+                        logprobs, old_logprobs, advantages, mask, clip_range=s.clip_range, **weighting
+                    )
+                value_loss = (values - returns)[mask].square().mean()
+                optimiser.zero_grad()
+                (out.loss + value_loss).backward()
+                nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+                optimiser.step()
+
+        run.step_ms.append(whole.ms)
+        run.kernel_ms.append(kernels.ms)
+        weights = out.weights if out.weights.dim() == 1 else out.weights.mean(0)
+        row |= {"kl": float(log_ratio[mask].mean())}
+        row |= per_objective("reward", scores.mean(0)) | per_objective("weight", weights)
+        run.curve.append(row)
+        live = {key: f"{row['reward_' + key]:.2f} (w {row['weight_' + key]:.2f})" for key in OBJECTIVES}
+        progress.set_postfix(live | {"KL": f"{row['kl']:.2f}"})
+    run.curve.append({"method": name, "step": s.steps} | held_out())
+    return run
+
+
+# --- main job ------------------------------------------------------------------------------------
+
+
+def samples_of(policy: Policy, corpus: Corpus, settings: Settings, prompts: Tensor) -> list[str]:
+    generator = torch.Generator().manual_seed(settings.seed)
+    tokens = policy.sample(prompts, settings.new_tokens, generator)
+    size = settings.prompt_tokens
+    return [f"{corpus.decode(row[:size])} | {corpus.decode(row[size:])}" for row in tokens]
+
+
+def arguments() -> argparse.Namespace:
+    defaults = Settings()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, help="policy steps of each method")
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--weights-per", choices=("batch", "sequence", "token"), default=defaults.weights_per)
+    parser.add_argument("--regularization", type=float, default=defaults.regularization)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for demo.png, demo.json and demo.csv "
+        "(default: docs/images and examples/results; with --quick a temporary folder)",
+    )
+    parser.add_argument("--quick", action="store_true", help="half a minute, to see that it runs")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    settings = Settings(
+        seed=options.seed,
+        weights_per=options.weights_per,
+        regularization=options.regularization,
+    )
+    if options.quick:
+        settings = replace(settings, fit_steps=60, steps=6, batch=32, eval_every=3, eval_prompts=32)
+    if options.steps is not None:
+        settings = replace(settings, steps=options.steps)
+    picture_folder, results_folder = ROOT / "docs" / "images", ROOT / "examples" / "results"
+    if options.out or options.quick:
+        folder = options.out or Path(tempfile.gettempdir()) / "pama-demo"
+        picture_folder = results_folder = folder
+
+    began, cpu_began = time.perf_counter(), time.process_time()
+    torch.manual_seed(settings.seed)
+    corpus = Corpus(settings.vocabulary, settings.prompt_tokens, settings.seed)
+    prompts = corpus.valid_prompts
+    reference = Policy(settings)
+    parameters = sum(p.numel() for p in reference.model.parameters())
+    print(
+        f"{len(corpus.train)} paragraphs, {sum(map(len, corpus.train))} tokens; "
+        f"{len(prompts)} held-out prompts; a model of {parameters / 1e6:.1f} million parameters"
+    )
+    perplexity = fit(reference, corpus, settings)
+    print(f"perplexity on held-out text: {perplexity:.0f}")
+
+    rewards = Rewards(corpus, settings)
+    pama = {"weights_per": settings.weights_per, "regularization": settings.regularization}
+    equal = torch.full((len(OBJECTIVES),), 1 / len(OBJECTIVES))
+    morlhf = {"weights_per": "batch", "weights": equal, "noon": False}
+    runs = [
+        align("PAMA", reference, corpus, rewards, settings, **pama),
+        align("MORLHF", reference, corpus, rewards, settings, **morlhf),
+    ]
+
+    policies = {"before": reference} | {run.name: run.policy for run in runs}
+    table, samples = {}, {}
+    for name, policy in policies.items():
+        # Several answers to every held-out prompt, with random numbers that no curve has used.
+        answers = [
+            evaluate(policy, reference, rewards, prompts, settings.seed + 1 + repeat)
+            for repeat in range(1 if options.quick else 4)
+        ]
+        scores = torch.cat([scores for scores, _ in answers])
+        kl = statistics.mean(kl for _, kl in answers)
+        table[name] = {"rewards": mean_and_error(scores), "kl": round(kl, 4)}
+        samples[name] = samples_of(policy, corpus, settings, prompts[:5])
+    step_ms, kernel_ms = (statistics.mean(ms) for ms in (runs[0].step_ms, runs[0].kernel_ms))
+    result = {
+        "command": " ".join(["python examples/align_language_model.py", *sys.argv[1:]]),
+        "settings": asdict(settings),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("pama-kernels", "torch", "transformers")},
+        },
+        "threads": torch.get_num_threads(),
+        "parameters": parameters,
+        "perplexity": round(perplexity, 1),
+        "objectives": OBJECTIVES,
+        "answers": len(scores),
+        "table": table,
+        "step_ms": round(step_ms, 1),
+        "kernel_ms": round(kernel_ms, 3),
+        "kernel_percent": round(100 * kernel_ms / step_ms, 3),
+        "wall_s": round(time.perf_counter() - began, 1),
+        "cpu_s": round(time.process_time() - cpu_began, 1),
+        "samples": samples,
+    }
+    curves = [row for run in runs for row in run.curve]
+    write_files(results_folder, result, curves)
+    title = f"A language model of {parameters / 1e6:.1f} M parameters and three conflicting rewards"
+    draw(picture_folder / "demo.png", OBJECTIVES, curves, title)
+
+    for name, texts in samples.items():
+        print(f"\n{name}:")
+        print("\n".join(f"  {text}" for text in texts))
+    print(f"\n{reward_table(OBJECTIVES, table)}")
+    print(
+        f"\nPAMA's kernels: {kernel_ms:.2f} ms of a step of {step_ms:.0f} ms "
+        f"({100 * kernel_ms / step_ms:.2f} %), GAE once and the loss with its gradient "
+        f"{settings.epochs} times"
+    )
+    print(f"picture: {picture_folder / 'demo.png'}; figures: {results_folder / 'demo.json'}, demo.csv")
+    print(f"{result['wall_s']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

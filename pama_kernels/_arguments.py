@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -85,14 +86,15 @@ def check_number(
     infinite: bool = False,
 ) -> float:
     """A real number in [low, high] (or above low), as float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    inside = low <= value <= high if inclusive else low < value <= high
-    if not inside or (value in (math.inf, -math.inf) and not infinite):
+    number = float(value)
+    inside = low <= number <= high if inclusive else low < number <= high
+    if not inside or (number in (math.inf, -math.inf) and not infinite):
         bracket = "[" if inclusive else "("
         end = "]" if high < math.inf or infinite else ")"
         raise ValueError(f"{name}: expected a number in {bracket}{low:g}, {high:g}{end}, got {value!r}")
-    return float(value)
+    return number
 
 
 def clip_bounds(clip_range: Any, dual_clip: Any = None) -> tuple[float, float, float]:
@@ -305,11 +307,15 @@ def check_weights(weights: Any, layout: Layout, device: torch.device) -> None:
         raise ValueError(f"weights: expected device {device}, got {weights.device}")
 
 
-def check_weighting(layout: Layout, weights_per: Any, bound: Any, process_group: Any, weights: Any) -> None:
+def check_rule(weights_per: Any, bound: Any) -> None:
     check_choice("weights_per", weights_per, WEIGHTS_PER)
     check_choice("bound", bound, BOUNDS)
     if bound == "gram" and weights_per != "batch":
         raise ValueError(f"bound: 'gram' goes with weights_per='batch' only, got {weights_per!r}")
+
+
+def check_weighting(layout: Layout, weights_per: Any, bound: Any, process_group: Any, weights: Any) -> None:
+    check_rule(weights_per, bound)
     if process_group is not None and weights_per != "batch":
         raise ValueError(
             f"process_group: goes with weights_per='batch' only, got weights_per={weights_per!r}"

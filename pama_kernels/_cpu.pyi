@@ -23,6 +23,7 @@ def apply(
     uniform: bool,
     regularization: float,
     given: Array | None,
+    given_per_row: bool,
     aggregation: int,
     normalizer: float,
     kl_coef: float,

@@ -18,6 +18,7 @@ from ._arguments import (
     check_float,
     check_number,
     check_regularization,
+    check_rule,
     check_weighting,
     check_weights,
     clip_bounds,
@@ -31,7 +32,7 @@ from .statistics import ObjectiveStatistics, objective_statistics, result_metric
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_NO_NORMALIZER = -1.0
+_NO_NORMALIZER = float("-inf")
 
 
 class PamaLossOutput(NamedTuple):
@@ -95,6 +96,11 @@ class _Loss(torch.autograd.Function):
 
 _first_derivative: Callable[..., Tensor] = _FirstDerivative.apply
 _differentiable_loss: Callable[..., tuple[Tensor, ...]] = _Loss.apply
+
+
+def _forward_mode() -> bool:
+    """Within forward-mode differentiation, which `_Loss` refuses in so many words."""
+    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
 
 
 def pama_loss(
@@ -221,7 +227,8 @@ def pama_loss(
     )
     if torch.compiler.is_compiling():  # the compiler refuses one tensor in two places
         arguments = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
-    if logprobs.requires_grad and torch.is_grad_enabled():
+    differentiated = logprobs.requires_grad and torch.is_grad_enabled()
+    if differentiated or _forward_mode():
         value, _, solved, local_optimum, sums = _differentiable_loss(logprobs, *arguments, True)
     else:
         value, _, solved, local_optimum, sums = operators.loss(logprobs, *arguments, False)
@@ -293,6 +300,7 @@ class PamaLoss(nn.Module):
         if self.momentum and weights_per != "batch":
             raise ValueError(f"momentum: goes with weights_per='batch' only, got weights_per={weights_per!r}")
         clip_bounds(clip_range, dual_clip)
+        check_rule(weights_per, bound)
         self.settings: dict[str, Any] = {
             "weights_per": weights_per,
             "bound": bound,
@@ -367,7 +375,8 @@ class PamaLoss(nn.Module):
         if self.running_statistics is None or self.batches is None:
             self.running_statistics = torch.zeros_like(batch)
             self.batches = torch.zeros((), dtype=torch.float64, device=batch.device)
-        running, batches = self.running_statistics, self.batches
+        running = self.running_statistics.to(batch.device)
+        batches = self.batches.to(batch.device)
         if running.shape != batch.shape:
             raise ValueError(
                 f"advantages: expected the number of objectives of earlier batches "
@@ -382,6 +391,15 @@ class PamaLoss(nn.Module):
         correction = 1 - self.momentum**batches
         mean = torch.where(batches > 0, running / correction, batch)
         return ObjectiveStatistics(mean, statistics.objectives, statistics.has_gram)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PamaLoss:
+        """Statistics follow the module to another device but stay float64: counts don't fit a half type."""
+        kept = {name: x for name, x in self._buffers.items() if x is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, x in kept.items():
+            moved = self._buffers[name]
+            setattr(self, name, x if moved is None else x.to(moved.device))
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """The buffers exist from the first batch on; a checkpoint brings them along."""

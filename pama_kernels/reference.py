@@ -293,10 +293,11 @@ def _dense(
     n, rows = layout.objectives, layout.rows
     if cu_seqlens is None:
         starts, lengths = [b * layout.width for b in range(rows)], [layout.width] * rows
+        width = layout.width
     else:
         offsets = [int(x) for x in cu_seqlens]
         starts, lengths = offsets[:-1], [b - a for a, b in pairwise(offsets)]
-    width = max(lengths, default=0)
+        width = max(lengths, default=0)
     # Token t of row b stands at position[b, t] of the flat tensors.
     position = torch.zeros(rows, width, dtype=torch.long)
     inside = torch.zeros(rows, width, dtype=torch.bool)
@@ -361,8 +362,8 @@ def _terms(x: _Dense, clip_range: object, noon: bool, dual_clip: float | None) -
     u = torch.exp(d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))[..., None]
     raw = x.advantages
     token_ok = torch.isfinite(logp) & torch.isfinite(old) & torch.isfinite(x.importance_weights)
-    ok = torch.isfinite(raw) & token_ok[..., None]
-    poison = torch.where(x.present & ~ok, math.nan, 0.0)
+    own = torch.where(x.present & ~torch.isfinite(raw), math.nan, 0.0)
+    poison = torch.where(x.present & ~token_ok[..., None], math.nan, own)
 
     a = raw.clamp(min=0) if noon else raw
     ratio = u if dual_clip is None else u.clamp(max=dual_clip)
@@ -378,7 +379,7 @@ def _terms(x: _Dense, clip_range: object, noon: bool, dual_clip: float | None) -
     kl = clamped.exp() - 1 - clamped
     kl = torch.where(x.valid & ~token_ok, math.nan, kl)
     return _Terms(
-        torch.where(x.present, a + poison, 0.0),
+        torch.where(x.present, a + own, 0.0),
         torch.where(x.present, bound + poison, 0.0),
         torch.where(x.present, surrogate + poison, 0.0),
         stopped & (a != 0) & x.present,
@@ -598,7 +599,8 @@ def pama_loss(
         assert x.logprobs is not None
         assert x.ref_logprobs is not None
         r = x.ref_logprobs.detach() - x.logprobs
-        per_token = per_token + kl_coef * (r.exp() - r - 1)
+        k3 = torch.where(torch.isfinite(r), r.exp() - r - 1, math.nan)
+        per_token = per_token + kl_coef * k3
     per_token = torch.where(x.valid, per_token, 0.0)
     tokens = x.valid.double().sum(1)
     rows = float(len(tokens))

@@ -60,14 +60,13 @@ def pama_weights(
     check_float("scores", scores)
     if scores.dim() < 1 or scores.shape[-1] < 1:
         raise ValueError(f"scores: expected shape (..., N) with N >= 1, got {shape_of(scores)}")
-    if regularization:
-        regularization = check_regularization(regularization)
+    regularization = check_regularization(regularization)
     p, uniform = prior_tensor(prior, scores.shape[-1], scores.device)
     sizes = None if scale is None else _scale(scale, scores)
     if out is None:
-        return WeightSolution(*operators.weights(scores, p, uniform, float(regularization), sizes))
+        return WeightSolution(*operators.weights(scores, p, uniform, regularization, sizes))
     _check_out(out, scores.shape, scores.shape[:-1], scores)
-    backend_for(scores).weights_out(scores, p, uniform, float(regularization), sizes, *out)
+    backend_for(scores).weights_out(scores, p, uniform, regularization, sizes, *out)
     return out
 
 
@@ -133,13 +132,12 @@ def min_norm_weights(
     check_float("gram", gram)
     if gram.dim() < 2 or gram.shape[-1] != gram.shape[-2] or gram.shape[-1] < 1:
         raise ValueError(f"gram: expected shape (..., N, N) with N >= 1, got {shape_of(gram)}")
-    if regularization:
-        regularization = check_regularization(regularization)
+    regularization = check_regularization(regularization)
     p, _ = prior_tensor(prior, gram.shape[-1], gram.device)
     if out is None:
-        return WeightSolution(*operators.min_norm(gram, p, float(regularization)))
+        return WeightSolution(*operators.min_norm(gram, p, regularization))
     _check_out(out, gram.shape[:-1], gram.shape[:-2], gram)
-    backend_for(gram).min_norm_out(gram, p, float(regularization), *out)
+    backend_for(gram).min_norm_out(gram, p, regularization, *out)
     return out
 
 

@@ -53,7 +53,10 @@ PAMA_HD inline V min_of(V x, V y) {
     return x < y ? x : y;
 }
 
-// a: n scores, each at most 1 in size (the caller rescales); p: prior of the objectives that take part, 0
+// For rho = 0 and 0 outside the open interval (min a, max a) the answer is exact and no path is needed: a.c is the
+// score nearest 0, and the objectives that have it share the weight. The caller keeps these alone, with scores of 0.
+//
+// a: n scores, each below 4 in size (the caller rescales); p: prior of the objectives that take part, 0
 // elsewhere; c: in, 1 where an objective takes part and 0 elsewhere; out, the weights. Returns a.c.
 // `hold` is false only for a uniform prior. A compile-time N > 0 unrolls the loops; n is then ignored.
 template <class V, int N = 0>
@@ -62,24 +65,20 @@ PAMA_HD inline V simplex_solve(int n, const V* PAMA_RESTRICT a, const V* PAMA_RE
     const int size = N > 0 ? N : n;
     const V zero = V{} * 0, one = zero + 1;
     const V huge = zero + 3e38f;
+    const auto nobody = rho != rho;
 
     V low = huge, high = -huge;
     for (int i = 0; i < size; ++i) {
         low = min_of(low, c[i] > zero ? a[i] : huge);
         high = max_of(high, c[i] > zero ? a[i] : -huge);
     }
-    // Exact answer for rho = 0 where 0 is outside the open interval: the members tied at the nearest score.
-    const auto one_sided = (rho == zero) & ((low >= zero) | (high <= zero));
-    const V nearest = low > zero ? low : (high < zero ? high : zero);
-    for (int i = 0; i < size; ++i) c[i] = one_sided & (a[i] != nearest) ? zero : c[i];
-
     // Scores are taken relative to the one that never leaves: exact for near ties, where lambda is large.
     V at_prior = zero;
     for (int i = 0; i < size; ++i) at_prior += c[i] * a[i] * p[i];
     const V nearby = at_prior >= zero ? low : high;
     V lambda = zero;
     V shift = zero, mean = zero;
-    auto holding = one_sided & (rho != rho);  // nobody yet
+    auto holding = nobody;
     for (int round = 0; round < 2 * size + 2; ++round) {
         V m = zero, sum_a = zero, sum_p = zero;
         for (int i = 0; i < size; ++i) {
@@ -97,8 +96,8 @@ PAMA_HD inline V simplex_solve(int n, const V* PAMA_RESTRICT a, const V* PAMA_RE
         }
         const V curvature = rho + spread;
         const V step = curvature > zero ? (nearby + mean + slope) / curvature : zero;
-        lambda = one_sided ? zero : (holding ? lambda : step);
-        auto left = one_sided & (rho != rho);
+        lambda = holding ? lambda : step;
+        auto left = nobody;
         for (int i = 0; i < size; ++i) {
             const auto negative = (c[i] > zero) & (p[i] + shift - lambda * ((a[i] - nearby) - mean) < zero);
             c[i] = negative ? zero : c[i];
@@ -113,7 +112,7 @@ PAMA_HD inline V simplex_solve(int n, const V* PAMA_RESTRICT a, const V* PAMA_RE
         c[i] = (c[i] > zero) & (weight > zero) ? weight : zero;
         optimum += c[i] * a[i];
     }
-    return rho == zero ? (one_sided ? nearest : zero) : optimum;
+    return rho == zero ? zero : optimum;
 }
 
 // One row of any scale, in double. a: scores; p: prior; c: in, 1 where the objective takes part, else 0; out,
@@ -121,9 +120,11 @@ PAMA_HD inline V simplex_solve(int n, const V* PAMA_RESTRICT a, const V* PAMA_RE
 // No objective takes part: c = p. A NaN or infinity among those that do: everything is NaN.
 PAMA_HD inline double simplex_row(int n, double* PAMA_RESTRICT a, double* PAMA_RESTRICT p, double regularization,
                                   double scale, double* PAMA_RESTRICT c) {
-    double largest = 0, poison = 0, mass = 0, count = 0;
+    double largest = 0, poison = 0, mass = 0, count = 0, low = INFINITY, high = -INFINITY;
     for (int i = 0; i < n; ++i) {
         if (c[i] == 0) continue;
+        low = min_of(a[i], low);
+        high = max_of(a[i], high);
         poison += 0 * a[i];
         largest = max_of(std::fabs(a[i]), largest);
         mass += p[i];
@@ -142,9 +143,15 @@ PAMA_HD inline double simplex_row(int n, double* PAMA_RESTRICT a, double* PAMA_R
         if (first < 0) first = p[i];
         uniform = uniform && p[i] == first;
     }
-    if (largest == 0) {
-        for (int i = 0; i < n; ++i) c[i] = p[i];
-        return 0;
+    const bool one_sided = !(low < 0 && high > 0) && (largest == 0 || !(regularization > 0) || scale == 0);
+    const double nearest = low > 0 ? low : (high < 0 ? high : 0.0);
+    if (one_sided) {
+        for (int i = 0; i < n; ++i) {
+            c[i] = a[i] == nearest ? c[i] : 0;
+            a[i] = 0;
+        }
+        simplex_solve(n, a, p, 0.0, !uniform, c);
+        return nearest;
     }
     int exponent;
     std::frexp(largest, &exponent);

@@ -260,7 +260,7 @@ void apply(Problem problem, Apply apply, int threads) {
     const long bytes = k.scratch_size(n);
     const bool batch = apply.weights_per == WeightsPer::batch || apply.weights_per == WeightsPer::gram;
     const bool given = apply.weights_per == WeightsPer::given;
-    const bool row_weights = apply.weights_per == WeightsPer::sequence || (given && apply.given.row != 0);
+    const bool row_weights = apply.weights_per == WeightsPer::sequence || apply.given_per_row;
     const bool rows_mode = row_weights || apply.combined_per_row;
     double* sums = apply.statistics;
 
@@ -349,7 +349,7 @@ void weights(long rows, int n, const Array& scores, const double* prior, bool un
             const long first = blocks.first(block);
             k.weights(blocks.last(block) - first, n, static_cast<const float*>(scores.data) + first * scores.row,
                       scores.row, scores.objective, prior, uniform, regularization,
-                      scale ? static_cast<const float*>(scale.data) + first * scale.row : nullptr, scale.row,
+                      scale ? static_cast<const double*>(scale.data) + first * scale.row : nullptr, scale.row,
                       static_cast<float*>(weights) + first * n, static_cast<float*>(optimum) + first,
                       scratch(k.scratch_size(n)));
         });
@@ -367,8 +367,7 @@ void weights(long rows, int n, const Array& scores, const double* prior, bool un
                     p[i] = prior[i];
                     c[i] = 1;
                 }
-                const double size =
-                    scale ? static_cast<double>(static_cast<const T*>(scale.data)[row * scale.row]) : -1.0;
+                const double size = scale ? static_cast<const double*>(scale.data)[row * scale.row] : -1.0;
                 static_cast<T*>(optimum)[row] = static_cast<T>(simplex_row(n, a, p, regularization, size, c));
                 for (int i = 0; i < n; ++i) static_cast<T*>(weights)[row * n + i] = static_cast<T>(c[i]);
             }

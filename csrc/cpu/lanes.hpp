@@ -12,7 +12,7 @@ PAMA_BEGIN
 template <class T>
 inline typename Lanes<T>::V solve_lanes(int n, const T* a, const T* present, long stride, int lanes,
                                         const double* prior, bool uniform, double regularization, bool non_negative,
-                                        T* c, typename Lanes<T>::V* work, double* row, const T* scale = nullptr) {
+                                        T* c, typename Lanes<T>::V* work, double* row, const double* scale = nullptr) {
     using V = typename Lanes<T>::V;
     const V zero = V{}, one = zero + 1;
     const auto load = [](const T* from) {
@@ -22,8 +22,8 @@ inline typename Lanes<T>::V solve_lanes(int n, const T* a, const T* present, lon
     };
     const auto put = [](T* to, V v) { memcpy(to, &v, sizeof v); };
     if (non_negative && !present) {
-        V low = load(a), poison = zero * low;
-        for (int i = 1; i < n; ++i) {
+        V low = load(a), poison = zero;
+        for (int i = 0; i < n; ++i) {
             const V x = load(a + i * stride);
             low = min_of(low, x);
             poison += zero * x;
@@ -42,17 +42,25 @@ inline typename Lanes<T>::V solve_lanes(int n, const T* a, const T* present, lon
         return low + poison;
     }
     V *x = work, *p = work + n, *keep = work + 2 * n;
-    V largest = zero, mass = zero, count = zero, poison = zero, low = zero, high = zero;
+    V largest = zero, mass = zero, count = zero, poison = zero;
+    V low = zero + static_cast<T>(3e38), high = -low;
     for (int i = 0; i < n; ++i) {
         keep[i] = present ? load(present + i * stride) : one;
         x[i] = keep[i] > zero ? load(a + i * stride) : zero;
         largest = max_of(x[i] < zero ? -x[i] : x[i], largest);
-        low = min_of(x[i], low);
-        high = max_of(x[i], high);
+        low = keep[i] > zero ? min_of(x[i], low) : low;
+        high = keep[i] > zero ? max_of(x[i], high) : high;
         poison += zero * x[i];
         mass += keep[i] * static_cast<T>(prior[i]);
         count += keep[i];
     }
+    const auto one_sided = (low >= zero) | (high <= zero);
+    const V nearest = low > zero ? low : (high < zero ? high : zero);
+    if (regularization == 0)
+        for (int i = 0; i < n; ++i) {
+            keep[i] = one_sided & (x[i] != nearest) ? zero : keep[i];
+            x[i] = one_sided ? zero : x[i];
+        }
     // Every row is scaled, exactly, by the power of two of its largest score; subnormal ones are lifted first.
     const V lift = largest < static_cast<T>(1e-30) ? zero + static_cast<T>(0x1p100) : one;
     const V unit = largest > zero ? power_below(largest * lift) : one;
@@ -64,9 +72,11 @@ inline typename Lanes<T>::V solve_lanes(int n, const T* a, const T* present, lon
     }
     V size = peak * peak;
     if (scale && regularization > 0) {
-        size = load(scale);
-        poison += zero * size;
-        size = ((size * lift) * inverse) * (lift * inverse);
+        for (int k = 0; k < lanes; ++k) {  // in double: a scale is a square
+            const double factor = static_cast<double>(lift[k]) * static_cast<double>(inverse[k]);
+            poison[k] += static_cast<T>(0 * scale[k]);
+            size[k] = static_cast<T>(scale[k] * factor * factor);
+        }
     }
     const V rho = size * static_cast<T>(regularization);
     V optimum;
@@ -78,10 +88,10 @@ inline typename Lanes<T>::V solve_lanes(int n, const T* a, const T* present, lon
         optimum = simplex_solve<V, 4>(n, x, p, rho, !uniform, keep);
     else
         optimum = simplex_solve<V>(n, x, p, rho, !uniform, keep);
-    optimum = optimum * unit / lift;
+    optimum = regularization == 0 ? (one_sided ? nearest : zero) : optimum * unit / lift;
     const auto none = present ? count == zero : count != count;
     for (int i = 0; i < n; ++i) put(c + i * stride, none ? zero + static_cast<T>(prior[i]) : keep[i] + poison);
-    optimum = optimum + poison;
+    optimum = (none ? zero : optimum) + poison;
     // Two signs of very different size and no regularization: the large score gets a weight near T's rounding, on
     // which the rest depends. These lanes are solved in double.
     const V smaller = min_of(-low, high);
@@ -103,15 +113,16 @@ inline typename Lanes<T>::V solve_lanes(int n, const T* a, const T* present, lon
 }
 
 // float32 rows in memory order, transposed in pieces to one array per objective, solved, transposed back.
-inline void weights_rows(long rows, int n, const float* scores, long row, long objective, const double* prior, bool uniform,
-                         double regularization, const float* scale, long scale_row, float* weights, float* optimum, void* scratch) {
+inline void weights_rows(long rows, int n, const float* scores, long row, long objective, const double* prior,
+                         bool uniform, double regularization, const double* scale, long scale_row, float* weights,
+                         float* optimum, void* scratch) {
     constexpr int width = Lanes<float>::count;
     constexpr long piece = 16 * width;
     auto* work = static_cast<FloatV*>(scratch);
     auto* a = reinterpret_cast<float*>(work + 3 * n);
     float* c = a + n * piece;
-    float* size = c + n * piece;
-    auto* buffer = reinterpret_cast<double*>(size + piece);
+    auto* size = reinterpret_cast<double*>(c + n * piece);
+    double* buffer = size + piece;
     for (long first = 0; first < rows; first += piece) {
         const long count = rows - first < piece ? rows - first : piece;
         for (long t = count; t < count + width && t < piece; ++t)
@@ -126,8 +137,8 @@ inline void weights_rows(long rows, int n, const float* scores, long row, long o
                 memcpy(&x, a + i * piece + t, sizeof x);
                 non_negative = !any(x < 0.0f);
             }
-            const FloatV s = solve_lanes<float>(n, a + t, nullptr, piece, used, prior, uniform, regularization, non_negative, c + t, work,
-                                                buffer, scale ? size + t : nullptr);
+            const FloatV s = solve_lanes<float>(n, a + t, nullptr, piece, used, prior, uniform, regularization,
+                                                non_negative, c + t, work, buffer, scale ? size + t : nullptr);
             if (used == width)
                 memcpy(optimum + first + t, &s, sizeof s);
             else

@@ -131,9 +131,9 @@ PYBIND11_MODULE(_cpu, m) {
     });
     m.def("apply",
           [](const py::tuple& t, int weights_per, uintptr_t prior, bool uniform, double regularization,
-             const py::object& given, int aggregation, double normalizer, double kl_coef, const py::object& combined,
-             bool combined_per_row, const py::object& gradient, const py::object& loss, const py::object& weights,
-             const py::object& optimum, uintptr_t sums, bool pairs, int threads) {
+             const py::object& given, bool given_per_row, int aggregation, double normalizer, double kl_coef,
+             const py::object& combined, bool combined_per_row, const py::object& gradient, const py::object& loss,
+             const py::object& weights, const py::object& optimum, uintptr_t sums, bool pairs, int threads) {
               Given g = problem(t);
               g.problem.offsets = g.offsets.empty() ? nullptr : g.offsets.data();
               Apply a;
@@ -142,6 +142,7 @@ PYBIND11_MODULE(_cpu, m) {
               a.uniform = uniform;
               a.regularization = regularization;
               a.given = array(given);
+              a.given_per_row = given_per_row;
               a.aggregation = static_cast<Aggregation>(aggregation);
               a.normalizer = normalizer;
               a.kl_coef = kl_coef;
@@ -164,12 +165,20 @@ PYBIND11_MODULE(_cpu, m) {
                     reinterpret_cast<void*>(optimum), threads_for(rows * n, threads));
         });
     });
-    m.def("min_norm", [](long rows, int n, bool wide, uintptr_t data, long batch, long row, long column, uintptr_t prior,
-                         double regularization, uintptr_t out, uintptr_t optimum, int threads) {
-        const Gram gram{rows,   n,  wide, reinterpret_cast<void*>(data), batch, row, column, reinterpret_cast<void*>(out),
+    m.def("min_norm", [](long rows, int n, bool wide, uintptr_t data, long batch, long row, long column,
+                         uintptr_t prior, double regularization, uintptr_t out, uintptr_t optimum, int threads) {
+        const Gram gram{rows,
+                        n,
+                        wide,
+                        reinterpret_cast<void*>(data),
+                        batch,
+                        row,
+                        column,
+                        reinterpret_cast<void*>(out),
                         reinterpret_cast<void*>(optimum)};
         long bad = -1;
-        run(rows * n * n, [&] { bad = min_norm(gram, doubles(prior), regularization, threads_for(rows * n * n, threads)); });
+        run(rows * n * n,
+            [&] { bad = min_norm(gram, doubles(prior), regularization, threads_for(rows * n * n, threads)); });
         return bad;
     });
     m.def("multi_objective_gae",
@@ -193,7 +202,9 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("group_normalize", [](long groups, uintptr_t group_begin, uintptr_t order, int n, const py::object& rewards,
                                 bool scale, double eps, const py::object& result, int threads) {
         const Array r = array(rewards), out = array(result);
-        group_normalize(groups, reinterpret_cast<const long*>(group_begin), reinterpret_cast<const long*>(order), n, r,
-                        scale, eps, out, threads);
+        const long* begin = reinterpret_cast<const long*>(group_begin);
+        run(begin[groups] * n, [&] {
+            group_normalize(groups, begin, reinterpret_cast<const long*>(order), n, r, scale, eps, out, threads);
+        });
     });
 }

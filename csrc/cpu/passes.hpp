@@ -132,6 +132,12 @@ inline void apply_tile(const Problem& problem, const Apply& apply, Workspace<T>&
             }
         }
     }
+    // NaN weights stay away from masked places.
+#pragma omp simd
+    for (long t = 0; t < count; ++t) {
+        up[t] = tile.valid[t] != 0 ? up[t] : T(0);
+        down[t] = tile.valid[t] != 0 ? down[t] : T(0);
+    }
     if (apply.combined && !apply.combined_per_row) {
 #pragma omp simd
         for (long t = 0; t < count; ++t) w.c[t] = up[t] + down[t];
@@ -191,22 +197,18 @@ inline void given_weights(const Array& given, long row, int n, T* c) {
     load_values(given, row * given.row, given.objective, n, false, c);
 }
 
+// Advantages per sequence: A_i of the row (0 where absent) and which objectives are present.
 template <class T>
-inline void store_combined_row(const Problem& problem, const Apply& apply, long row, bool any_valid, const T* c,
-                               T* values) {
-    load_values(problem.advantages, row * problem.advantages.row, problem.advantages.objective, problem.n, false,
-                values);
-    T* here = values + problem.n;
+inline void row_advantages(const Problem& problem, long row, T* a, T* present) {
+    load_values(problem.advantages, row * problem.advantages.row, problem.advantages.objective, problem.n, false, a);
+    for (int i = 0; i < problem.n; ++i) present[i] = 1;
     if (problem.objective_mask)
         load_values(problem.objective_mask, row * problem.objective_mask.row, problem.objective_mask.objective,
-                    problem.n, true, here);
-    T sum = 0;
+                    problem.n, true, present);
     for (int i = 0; i < problem.n; ++i) {
-        T value = problem.objective_mask && here[i] == 0 ? T(0) : values[i];
-        value += 0 * value;
-        sum += c[i] * (problem.noon && value < 0 ? T(0) : value);
+        const T value = present[i] == 0 ? T(0) : a[i] + 0 * a[i];
+        a[i] = problem.noon && value < 0 ? T(0) : value;
     }
-    store(apply.combined, row, any_valid ? static_cast<double>(sum) : 0.0);
 }
 
 // One row: its weights (solved on its own sums, or given), then its tokens.
@@ -227,28 +229,41 @@ inline void apply_row(const Problem& problem, const Apply& apply, long row, Work
         for (long k = 0; k < statistics_size(n, false); ++k) partial.statistics[k] += sums[k];
     double* c = w.row + 2 * n;
     double optimum = 0;
+    const double valid = sums[total_offset(n) + kTokenCount];
+    T *values = w.c, *present = w.c + n;
+    if (apply.combined_per_row) row_advantages(problem, row, values, present);
     if (apply.weights_per == WeightsPer::sequence) {
         optimum = solve_sums(sums, n, apply, w.row, c);
+    } else if (apply.weights_per == WeightsPer::token) {  // all tokens of the row have the same bound terms
+        for (int i = 0; i < n; ++i) {
+            w.row[i] = static_cast<double>(values[i]);
+            w.row[n + i] = apply.prior[i];
+            c[i] = valid > 0 ? static_cast<double>(present[i]) : 0.0;
+        }
+        optimum = simplex_row(n, w.row, w.row + n, apply.regularization, -1.0, c);
+        partial.optimum += valid * optimum;
+        for (int i = 0; i < n; ++i) partial.weights[i] += valid > 0 ? valid * c[i] : 0.0;
     } else {
         given_weights(apply.given, row, n, c);
         for (int i = 0; i < n; ++i) optimum += c[i] * score(sums, n, i);
     }
+    double combined = 0;
     for (int i = 0; i < n; ++i) {
         w.weights[i] = static_cast<T>(c[i]);
         if (apply.weights) store(apply.weights, row * n + i, c[i]);
+        if (apply.combined_per_row) combined += c[i] * static_cast<double>(values[i]);
     }
+    if (apply.combined_per_row) store(apply.combined, row, valid > 0 ? combined : 0.0);
     if (apply.optimum) store(apply.optimum, row, optimum);
     for (long at = first; at < last; at += step) {
         if (!one_tile) load_tile(problem, at, last - at < step ? last - at : step, need_ref, w.tile, w.arena);
         apply_tile(problem, apply, w, at, w.weights, partial);
     }
-    if (apply.combined_per_row)
-        store_combined_row(problem, apply, row, sums[total_offset(n) + kTokenCount] > 0, w.weights, w.c);
 }
 
 // With weights per sequence, or given per row, or one result per row, `first` and `last` are rows.
 inline bool by_rows(const Apply& apply) {
-    return apply.weights_per == WeightsPer::sequence || (apply.given && apply.given.row != 0) || apply.combined_per_row;
+    return apply.weights_per == WeightsPer::sequence || apply.given_per_row || apply.combined_per_row;
 }
 
 template <class T>

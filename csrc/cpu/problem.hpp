@@ -32,7 +32,7 @@ struct Problem {
 enum class WeightsPer { given, batch, gram, sequence, token };
 enum class Aggregation { token_mean, sequence_mean_token_sum, sequence_mean_token_mean };
 
-constexpr double kNoNormalizer = -1;
+constexpr double kNoNormalizer = -INFINITY;
 
 // How to weight, and where the results go; every output may be absent.
 struct Apply {
@@ -41,6 +41,7 @@ struct Apply {
     bool uniform = true;            // its entries are equal
     double regularization = 0;
     Array given;  // (n) or (rows, n)
+    bool given_per_row = false;
     Aggregation aggregation = Aggregation::token_mean;
     double normalizer = kNoNormalizer;  // else replaces the denominator
     double kl_coef = 0;
@@ -89,7 +90,7 @@ struct Kernels {
     void (*apply)(const Problem&, const Apply&, long first, long last, Partial& partial, void* scratch);
     // Rows of the scalar problem: float32 scores, at most kLaneObjectives of them.
     void (*weights)(long rows, int n, const float* scores, long row, long objective, const double* prior, bool uniform,
-                    double regularization, const float* scale, long scale_row, float* weights, float* optimum,
+                    double regularization, const double* scale, long scale_row, float* weights, float* optimum,
                     void* scratch);
     long (*min_norm_scratch)(int n);  // bytes
     // Matrices of the min-norm problem, float or double; `present` (n bytes) may be null.

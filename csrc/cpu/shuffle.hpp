@@ -98,15 +98,25 @@ inline void columns_to_rows(const float* PAMA_RESTRICT columns, long stride, lon
 template <class Visit>
 inline bool with_constant(int n, Visit visit) {
     switch (n) {
-        case 2: visit(std::integral_constant<int, 2>{}); return true;
-        case 4: visit(std::integral_constant<int, 4>{}); return true;
-        case 8: visit(std::integral_constant<int, 8>{}); return true;
-        case 16: visit(std::integral_constant<int, 16>{}); return true;
-        default: return false;
+        case 2:
+            visit(std::integral_constant<int, 2>{});
+            return true;
+        case 4:
+            visit(std::integral_constant<int, 4>{});
+            return true;
+        case 8:
+            visit(std::integral_constant<int, 8>{});
+            return true;
+        case 16:
+            visit(std::integral_constant<int, 16>{});
+            return true;
+        default:
+            return false;
     }
 }
 
-inline void rows_to_columns(int n, const float* rows, long row, long objective, long count, float* columns, long stride) {
+inline void rows_to_columns(int n, const float* rows, long row, long objective, long count, float* columns,
+                            long stride) {
     if (row == n && objective == 1 &&
         with_constant(n, [&](auto size) { rows_to_columns<size>(rows, count, columns, stride); }))
         return;

@@ -55,8 +55,9 @@ struct Lanes<double> {
 
 // e^x = 2^k e^r with r = x - k log 2, |r| <= log(2)/2, e^r = 1 + r + r^2 q(r); q by its Taylor series, to
 // half a unit in the last place of the type. `k3` receives e^x - 1 - x, without cancellation where k = 0.
-// x is at most 89 (float: infinity above) and at least -87.
-inline float exponential(float x, float& k3) {
+// Beyond the range of the type it is infinity above and its smallest normal number below.
+inline float exponential(float given, float& k3) {
+    float x = given;
     x = x < 89.0f ? x : 89.0f;
     x = x > -87.0f ? x : -87.0f;
     const float shifted = x * 1.44269504f + 12582912.0f;
@@ -75,12 +76,13 @@ inline float exponential(float x, float& k3) {
     float power;
     memcpy(&power, &bits, 4);
     const float u = power * (1.0f + (r + tail));
-    k3 = k == 0.0f ? tail : u - 1.0f - x;
+    k3 = k == 0.0f ? tail : u - 1.0f - given;
     return u;
 }
 
-inline double exponential(double x, double& k3) {
-    x = x < 709.0 ? x : 709.0;
+inline double exponential(double given, double& k3) {
+    double x = given;
+    x = x < 710.0 ? x : 710.0;
     x = x > -708.0 ? x : -708.0;
     const double shifted = x * 1.4426950408889634 + 6755399441055744.0;
     const double k = shifted - 6755399441055744.0;
@@ -105,7 +107,7 @@ inline double exponential(double x, double& k3) {
     double power;
     memcpy(&power, &bits, 8);
     const double u = power * (1.0 + (r + tail));
-    k3 = k == 0.0 ? tail : u - 1.0 - x;
+    k3 = k == 0.0 ? tail : u - 1.0 - given;
     return u;
 }
 

@@ -6,45 +6,37 @@
 
 PAMA_BEGIN
 
-// Sums of one objective, in the order of `Field` from kBoundSum on.
-template <class T>
-inline void objective_sums(const Tile<T>& tile, bool noon, const T* PAMA_RESTRICT a, T* PAMA_RESTRICT bound, T* sums) {
+// Sums of one objective, in the order of `Field` from kBoundSum on. Where an objective is absent the factors of its
+// token may be NaN: their products are taken out by `present`.
+template <bool Noon, bool Present, class T>
+inline void objective_sums(const Tile<T>& tile, const T* PAMA_RESTRICT a, const T* PAMA_RESTRICT present,
+                           T* PAMA_RESTRICT bound, T* sums) {
     const T *PAMA_RESTRICT logp = tile.logp, *PAMA_RESTRICT pos = tile.pos, *PAMA_RESTRICT neg = tile.neg,
                            *PAMA_RESTRICT grad_pos = tile.grad_pos, *PAMA_RESTRICT grad_neg = tile.grad_neg,
                            *PAMA_RESTRICT off_pos = tile.off_pos, *PAMA_RESTRICT off_neg = tile.off_neg;
     T s1 = 0, s2 = 0, sl = 0, sg = 0, sa = 0, sa2 = 0, positive = 0, clipped = 0;
-    if (noon) {
 #pragma omp simd reduction(+ : s1, s2, sl, sg, sa, sa2, positive, clipped)
-        for (long t = 0; t < tile.count; ++t) {
-            const T kept = a[t] < 0 ? T(0) : a[t];
-            const T one = a[t] > 0 ? T(1) : T(0);
-            const T i = kept * grad_pos[t];
-            bound[t] = i;
-            s1 += i;
-            s2 += i * i;
-            sl += i * logp[t];
-            sg += kept * pos[t];
-            sa += a[t];
-            sa2 += a[t] * a[t];
-            positive += one;
-            clipped += one * off_pos[t];
+    for (long t = 0; t < tile.count; ++t) {
+        const T up = a[t] < 0 ? T(0) : a[t], down = a[t] - up;
+        const T one = a[t] > 0 ? T(1) : T(0), other = a[t] < 0 ? T(1) : T(0);
+        T i = up * grad_pos[t], g = up * pos[t];
+        if constexpr (!Noon) {
+            i += down * grad_neg[t];
+            g += down * neg[t];
         }
-    } else {
-#pragma omp simd reduction(+ : s1, s2, sl, sg, sa, sa2, positive, clipped)
-        for (long t = 0; t < tile.count; ++t) {
-            const T up = a[t] < 0 ? T(0) : a[t], down = a[t] - up;
-            const T one = a[t] > 0 ? T(1) : T(0), other = a[t] < 0 ? T(1) : T(0);
-            const T i = up * grad_pos[t] + down * grad_neg[t];
-            bound[t] = i;
-            s1 += i;
-            s2 += i * i;
-            sl += i * logp[t];
-            sg += up * pos[t] + down * neg[t];
-            sa += a[t];
-            sa2 += a[t] * a[t];
-            positive += one;
-            clipped += one * off_pos[t] + other * off_neg[t];
+        if constexpr (Present) {
+            i = present[t] != 0 ? i : T(0);
+            g = present[t] != 0 ? g : T(0);
         }
+        bound[t] = i;
+        s1 += i;
+        s2 += i * i;
+        sl += i * logp[t];
+        sg += g;
+        sa += a[t];
+        sa2 += a[t] * a[t];
+        positive += one;
+        clipped += one * off_pos[t] + (Noon ? T(0) : other * off_neg[t]);
     }
     const T all[] = {s1, s2, sl, sg, sa, sa2, positive, clipped};
     for (int f = 0; f < kFields - 1; ++f) sums[f] = all[f];
@@ -89,11 +81,16 @@ template <class T>
 inline bool add_sums(const Problem& problem, const Tile<T>& tile, bool pairs, double* sums) {
     const long n = problem.n, count = tile.count;
     T *bound = tile.bound, *squares = tile.squares, *fields = tile.fields;
+    bool in_range = true;
     for (long i = 0; i < n; ++i) {
         const T* a = tile.advantages + i * kTileTokens;
-        objective_sums(tile, problem.noon, a, bound + i * kTileTokens, fields + i * kFields);
-        if (out_of_range(fields + i * kFields, a, count)) return false;
+        const T* here = tile.present ? tile.present + i * kTileTokens : nullptr;
+        const auto sum = problem.noon ? (here ? objective_sums<true, true, T> : objective_sums<true, false, T>)
+                                      : (here ? objective_sums<false, true, T> : objective_sums<false, false, T>);
+        sum(tile, a, here, bound + i * kTileTokens, fields + i * kFields);
+        in_range = in_range && !out_of_range(fields + i * kFields, a, count);
     }
+    if (!in_range) return false;
     const double tokens = total(tile.valid, count);
     for (long i = 0; i < n; ++i) {
         sums[kCount * n + i] += tile.present ? total(tile.present + i * kTileTokens, count) : tokens;

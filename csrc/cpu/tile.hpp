@@ -1,6 +1,6 @@
 // A tile: up to kTileTokens consecutive tokens in the first-level cache, each input a contiguous array of T,
-// the advantages objective by objective. Masked places hold 0, places with a NaN or infinity hold NaN, so that
-// the arithmetic that follows needs no test.
+// the advantages objective by objective. Masked places hold 0. A NaN or infinity makes the factors of its token, or
+// its own advantage, NaN; so the arithmetic that follows needs no test.
 #pragma once
 
 #include "../core/statistics.hpp"
@@ -134,8 +134,8 @@ inline void load_objectives(const Problem& problem, const Array& array, long fir
         const long offset = row * array.row + t * array.token;
         if constexpr (sizeof(T) == sizeof(float)) {
             if (array.dtype == Dtype::f32 && array.token != 0 && !truth) {
-                rows_to_columns(problem.n, static_cast<const float*>(array.data) + offset, array.token, array.objective, piece,
-                                target + at, kTileTokens);
+                rows_to_columns(problem.n, static_cast<const float*>(array.data) + offset, array.token, array.objective,
+                                piece, target + at, kTileTokens);
                 return;
             }
         }
@@ -190,10 +190,10 @@ inline void ratio_terms(const Problem& problem, const T* PAMA_RESTRICT d, const 
         const T stop_pos = (d[t] > log_high) | (d[t] > limit) | (d[t] < -limit) ? T(1) : T(0);
         const T stop_neg = (d[t] > log_dual) | (d[t] < log_low) | (d[t] > limit) | (d[t] < -limit) ? T(1) : T(0);
         ratio[t] = u;
-        pos[t] = w[t] * (u < high ? u : high);
-        neg[t] = w[t] * (capped > low ? capped : low);
-        grad_pos[t] = w[t] * (1 - stop_pos);
-        grad_neg[t] = w[t] * (1 - stop_neg);
+        pos[t] = w[t] * (u < high ? u : high) + bad[t];
+        neg[t] = w[t] * (capped > low ? capped : low) + bad[t];
+        grad_pos[t] = w[t] * (1 - stop_pos) + bad[t];
+        grad_neg[t] = w[t] * (1 - stop_neg) + bad[t];
         off_pos[t] = stop_pos;
         off_neg[t] = stop_neg;
         kl[t] = valid[t] * k3 + bad[t];
@@ -213,13 +213,14 @@ inline void load_tile(const Problem& problem, long first, long count, bool with_
         for (long t = 0; t < count; ++t) valid[t] = 1;
     for (long t = 0; t < count; ++t) bad[t] = 0;
 
-    // Masked places become 0; `bad` collects 0 for finite values and NaN for others.
+    // Masked places and values that are not finite become 0; `bad` collects 0 for finite values and NaN for others.
     const auto load = [&](const Array& array, T* PAMA_RESTRICT target) {
         load_tokens(problem, array, first, count, false, target);
 #pragma omp simd
         for (long t = 0; t < count; ++t) {
-            target[t] = valid[t] != 0 ? target[t] : T(0);
-            bad[t] += T(0) * target[t];
+            const T value = valid[t] != 0 ? target[t] : T(0), poison = T(0) * value;
+            target[t] = poison == 0 ? value : T(0);
+            bad[t] += poison;
         }
     };
     if (problem.importance_weights)
@@ -238,7 +239,7 @@ inline void load_tile(const Problem& problem, long first, long count, bool with_
     } else {
         for (long t = 0; t < count; ++t) {
             tile.ratio[t] = 1;
-            tile.pos[t] = tile.neg[t] = tile.grad_pos[t] = tile.grad_neg[t] = w[t];
+            tile.pos[t] = tile.neg[t] = tile.grad_pos[t] = tile.grad_neg[t] = w[t] + bad[t];
             tile.off_pos[t] = tile.off_neg[t] = 0;
             tile.kl[t] = bad[t];
         }
@@ -254,13 +255,13 @@ inline void load_tile(const Problem& problem, long first, long count, bool with_
 #pragma omp simd
             for (long t = 0; t < count; ++t) {
                 here[t] *= valid[t];
-                const T value = here[t] != 0 ? a[t] + bad[t] : T(0);
+                const T value = here[t] != 0 ? a[t] : T(0);
                 a[t] = value + T(0) * value;
             }
         } else {
 #pragma omp simd
             for (long t = 0; t < count; ++t) {
-                const T value = valid[t] != 0 ? a[t] + bad[t] : T(0);
+                const T value = valid[t] != 0 ? a[t] : T(0);
                 a[t] = value + T(0) * value;
             }
         }

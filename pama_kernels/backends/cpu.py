@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -210,8 +211,9 @@ def combine(
         uniform,
         regularization,
         given_array,
+        given is not None and given.dim() == 2,
         0,
-        -1.0,
+        -math.inf,
         0.0,
         _scalar(combined),
         bool(layout[2]) and token_shape is None,
@@ -281,6 +283,7 @@ def loss(
         uniform,
         regularization,
         given_array,
+        given is not None and given.dim() == 2,
         aggregation,
         fixed_normalizer if normalizer is None else float(normalizer),
         kl_coef,
@@ -329,7 +332,7 @@ def weights_out(
     strides = source.stride()
     sizes = None
     if scale is not None:
-        scale = scale.to(result.dtype).expand(scores.shape[:-1]).reshape(-1)
+        scale = scale.double().expand(scores.shape[:-1]).reshape(-1)
         sizes = _array(scale, scale.stride(0), 0, 0)
     _cpu.weights(
         rows,

@@ -168,7 +168,12 @@ def _define(name: str) -> Callable[..., Any]:
             return implementation(*args)
         if on_cpu is None:
             on_cpu = getattr(backend_for(x), name)
-        return on_cpu(*args)
+        try:
+            return on_cpu(*args)
+        except RuntimeError as error:
+            if "data pointer" not in str(error):
+                raise
+            return operator(*args)  # a wrapped tensor, as torch.vmap has: torch takes it apart
 
     return call
 
