@@ -86,7 +86,7 @@ def check_number(
     infinite: bool = False,
 ) -> float:
     """A real number in [low, high] (or above low), as float."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     number = float(value)
     inside = low <= number <= high if inclusive else low < number <= high

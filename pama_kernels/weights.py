@@ -57,11 +57,16 @@ def pama_weights(
 
     Source: He & Maghsudi 2025 (arXiv 2508.07768), Theorem 1.
     """
-    check_float("scores", scores)
-    if scores.dim() < 1 or scores.shape[-1] < 1:
-        raise ValueError(f"scores: expected shape (..., N) with N >= 1, got {shape_of(scores)}")
     regularization = check_regularization(regularization)
-    p, uniform = prior_tensor(prior, scores.shape[-1], scores.device)
+    if prior is None and scale is None and out is None:
+        solution = operators.quick_weights(scores, regularization)
+        if solution is not None:
+            return WeightSolution(*solution)
+    check_float("scores", scores)
+    shape = scores.shape
+    if not shape or shape[-1] < 1:
+        raise ValueError(f"scores: expected shape (..., N) with N >= 1, got {shape_of(scores)}")
+    p, uniform = prior_tensor(prior, shape[-1], scores.device)
     sizes = None if scale is None else _scale(scale, scores)
     if out is None:
         return WeightSolution(*operators.weights(scores, p, uniform, regularization, sizes))
@@ -129,11 +134,16 @@ def min_norm_weights(
 
     Source: the minimum-norm problem of MGDA (Désidéri 2012); certificate: Wolfe 1976.
     """
-    check_float("gram", gram)
-    if gram.dim() < 2 or gram.shape[-1] != gram.shape[-2] or gram.shape[-1] < 1:
-        raise ValueError(f"gram: expected shape (..., N, N) with N >= 1, got {shape_of(gram)}")
     regularization = check_regularization(regularization)
-    p, _ = prior_tensor(prior, gram.shape[-1], gram.device)
+    if prior is None and out is None:
+        solution = operators.quick_min_norm(gram, regularization)
+        if solution is not None:
+            return WeightSolution(*solution)
+    check_float("gram", gram)
+    shape = gram.shape
+    if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] < 1:
+        raise ValueError(f"gram: expected shape (..., N, N) with N >= 1, got {shape_of(gram)}")
+    p, _ = prior_tensor(prior, shape[-1], gram.device)
     if out is None:
         return WeightSolution(*operators.min_norm(gram, p, regularization))
     _check_out(out, gram.shape[:-1], gram.shape[:-2], gram)

@@ -215,29 +215,31 @@ double batch_weights(const double* sums, int n, bool gram, const double* prior, 
 namespace {
 
 // Symmetric, without a negative diagonal, and every 2 x 2 minor at least 0, all to a tolerance of 1e-4 of the largest
-// entry, beyond any rounding. A NaN passes: it becomes the result.
+// diagonal entry, beyond any rounding. A NaN passes: it becomes the result.
 template <class T>
 bool is_gram(const Gram& gram, long batch) {
     const T* m = static_cast<const T*>(gram.data) + batch * gram.batch;
-    double largest = 0;
-    for (long i = 0; i < gram.n; ++i)
-        for (long j = 0; j < gram.n; ++j) {
-            const double size = std::fabs(static_cast<double>(m[i * gram.row + j * gram.column]));
-            largest = size > largest ? size : largest;
-        }
-    if (std::isinf(largest) || largest == 0) return true;
-    const double tolerance = 1e-4;
-    for (long i = 0; i < gram.n; ++i) {
-        const double own = static_cast<double>(m[i * (gram.row + gram.column)]) / largest;
-        if (own < -tolerance) return false;
+    const long n = gram.n, step = gram.row + gram.column;
+    double largest = 0, smallest = 0;
+    for (long i = 0; i < n; ++i) {
+        const double own = static_cast<double>(m[i * step]);
+        largest = own > largest ? own : largest;
+        smallest = own < smallest ? own : smallest;
+    }
+    const double tolerance = 1e-4 * largest, area = tolerance * largest;
+    if (smallest < -tolerance) return false;
+    bool fits = true;
+    for (long i = 1; i < n; ++i) {
+        const T *row = m + i * gram.row, *column = m + i * gram.column;
+        const double own = static_cast<double>(m[i * step]);
         for (long j = 0; j < i; ++j) {
-            const double upper = static_cast<double>(m[j * gram.row + i * gram.column]) / largest;
-            const double lower = static_cast<double>(m[i * gram.row + j * gram.column]) / largest;
-            const double other = static_cast<double>(m[j * (gram.row + gram.column)]) / largest;
-            if (std::fabs(upper - lower) > tolerance || upper * lower > own * other + tolerance) return false;
+            const double lower = static_cast<double>(row[j * gram.column]),
+                         upper = static_cast<double>(column[j * gram.row]);
+            const double other = static_cast<double>(m[j * step]);
+            fits &= !(std::fabs(upper - lower) > tolerance) & !(upper * lower > own * other + area);
         }
     }
-    return true;
+    return fits || std::isinf(largest * largest);
 }
 
 }  // namespace

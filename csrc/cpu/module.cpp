@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "driver.hpp"
+#include "exchange.hpp"
 
 namespace py = pybind11;
 using namespace pama;
@@ -84,6 +85,57 @@ void run(long elements, Work work) {
 
 int threads_for(long elements, int threads) { return elements > 32768 ? threads : 1; }
 
+const double* uniform_prior(int n) {
+    thread_local std::vector<double> prior;
+    if (static_cast<int>(prior.size()) != n) prior.assign(static_cast<size_t>(n), 1.0 / n);
+    return prior.data();
+}
+
+// The leading dimensions of a tensor as one; false where no single stride runs through them.
+bool batch_of(const exchange::Tensor& t, int trailing, long& rows, long& stride) {
+    const int leading = t.ndim - trailing;
+    rows = 1;
+    stride = leading > 0 ? t.strides[leading - 1] : 0;
+    for (int d = leading - 1; d >= 0; --d) {
+        if (rows > 1 && t.strides[d] != rows * stride) return false;
+        rows *= t.shape[d];
+    }
+    return rows > 0;
+}
+
+// The whole call of the solvers for what is common: a plain CPU tensor in float32 or float64, the uniform prior, new
+// results. None for everything else: Python then looks closer.
+py::object quick_weights(const py::handle& scores, double regularization, int threads) {
+    exchange::Tensor t;
+    long rows, stride;
+    if (!exchange::read(scores, 1, t) || !batch_of(t, 1, rows, stride)) return py::none();
+    const int n = static_cast<int>(t.shape[t.ndim - 1]);
+    if (n < 1) return py::none();
+    const Array a{t.data, t.bits == 64 ? Dtype::f64 : Dtype::f32, stride, 0, t.strides[t.ndim - 1]};
+    void *out, *optimum;
+    py::object first = exchange::make(t, t.ndim, &out), second = exchange::make(t, t.ndim - 1, &optimum);
+    run(rows * n, [&] {
+        weights(rows, n, a, uniform_prior(n), true, regularization, Array{}, out, optimum,
+                threads_for(rows * n, threads));
+    });
+    return py::make_tuple(std::move(first), std::move(second));
+}
+
+py::object quick_min_norm(const py::handle& matrices, double regularization, int threads) {
+    exchange::Tensor t;
+    long rows, stride;
+    if (!exchange::read(matrices, 2, t) || !batch_of(t, 2, rows, stride)) return py::none();
+    const int n = static_cast<int>(t.shape[t.ndim - 1]);
+    if (n < 1 || t.shape[t.ndim - 2] != n) return py::none();
+    Gram gram{rows, n, t.bits == 64, t.data, stride, t.strides[t.ndim - 2], t.strides[t.ndim - 1]};
+    py::object first = exchange::make(t, t.ndim - 1, &gram.weights),
+               second = exchange::make(t, t.ndim - 2, &gram.optimum);
+    long bad = -1;
+    run(rows * n * n,
+        [&] { bad = min_norm(gram, uniform_prior(n), regularization, threads_for(rows * n * n, threads)); });
+    return bad < 0 ? py::object(py::make_tuple(std::move(first), std::move(second))) : py::object(py::none());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -108,6 +160,9 @@ PYBIND11_MODULE(_cpu, m) {
         return info;
     });
     m.def("use_isa", [](const std::string& name) { return std::string(kernels(name.c_str()).name); });
+    m.def("use_exchange", &exchange::use);
+    m.def("quick_weights", &quick_weights);
+    m.def("quick_min_norm", &quick_min_norm);
     m.def("statistics", [](const py::tuple& t, bool pairs, uintptr_t out, int threads) {
         Given g = problem(t);
         g.problem.offsets = g.offsets.empty() ? nullptr : g.offsets.data();

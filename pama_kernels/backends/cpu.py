@@ -23,6 +23,7 @@ _DTYPES = {
     torch.int64: 8,
 }
 _COMPUTED = (torch.float32, torch.float64)
+_SCALARS = {dtype: torch.empty((), dtype=dtype) for dtype in _COMPUTED}  # the quickest way to a scalar
 _FIELDS, _TOTALS, _PAIRS = 9, 2, 5
 
 Array = tuple[int, int, int, int, int]
@@ -301,12 +302,18 @@ def loss(
     return value, gradient, solved, optimum, sums
 
 
+# Whole calls in C for the common case: a plain tensor and the uniform prior. None for anything else.
+if hasattr(Tensor, "__dlpack_c_exchange_api__"):
+    _cpu.use_exchange(Tensor.__dlpack_c_exchange_api__)
+quick_weights, quick_min_norm = _cpu.quick_weights, _cpu.quick_min_norm
+
+
 def weights(
     scores: Tensor, prior: Tensor, uniform: bool, regularization: float, scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     source = scores if scores.dtype in _COMPUTED else scores.float()
     if source.dim() == 1:
-        result, optimum = source.new_empty(source.shape[0]), source.new_empty(())
+        result, optimum = torch.empty_like(source), torch.empty_like(_SCALARS[source.dtype])
     else:
         result, optimum = source.new_empty(source.shape), source.new_empty(source.shape[:-1])
     weights_out(source, prior, uniform, regularization, scale, result, optimum)
@@ -323,11 +330,10 @@ def weights_out(
     optimum: Tensor,
 ) -> None:
     source = scores if scores.dtype in _COMPUTED else scores.float()
-    dim, n = source.dim(), source.shape[-1]
-    rows = 1
-    if dim > 1:
-        if dim > 2:
-            source = source.reshape(-1, n)
+    shape, rows = source.shape, 1
+    if len(shape) > 1:
+        if len(shape) > 2:
+            source = source.reshape(-1, shape[-1])
         rows = source.shape[0]
     strides = source.stride()
     sizes = None
@@ -336,7 +342,7 @@ def weights_out(
         sizes = _array(scale, scale.stride(0), 0, 0)
     _cpu.weights(
         rows,
-        n,
+        shape[-1],
         (source.data_ptr(), _DTYPES[source.dtype], strides[0], 0, strides[-1]),
         prior.data_ptr(),
         uniform,
@@ -351,7 +357,7 @@ def weights_out(
 def min_norm(gram: Tensor, prior: Tensor, regularization: float) -> tuple[Tensor, Tensor]:
     source = gram if gram.dtype in _COMPUTED else gram.float()
     if source.dim() == 2:
-        result, optimum = source.new_empty(source.shape[0]), source.new_empty(())
+        result, optimum = source.new_empty(source.shape[0]), torch.empty_like(_SCALARS[source.dtype])
     else:
         result, optimum = source.new_empty(source.shape[:-1]), source.new_empty(source.shape[:-2])
     min_norm_out(source, prior, regularization, result, optimum)
@@ -360,17 +366,19 @@ def min_norm(gram: Tensor, prior: Tensor, regularization: float) -> tuple[Tensor
 
 def min_norm_out(gram: Tensor, prior: Tensor, regularization: float, result: Tensor, optimum: Tensor) -> None:
     source = gram if gram.dtype in _COMPUTED else gram.float()
-    n = source.shape[-1]
-    if source.dim() > 3:
-        source = source.reshape(-1, n, n)
-    batched = source.dim() == 3
+    shape = source.shape
+    n, rows, batch_stride = shape[-1], 1, 0
+    if len(shape) > 2:
+        if len(shape) > 3:
+            source = source.reshape(-1, n, n)
+        rows, batch_stride = source.shape[0], source.stride(0)
     strides = source.stride()
     bad = _cpu.min_norm(
-        source.shape[0] if batched else 1,
+        rows,
         n,
-        result.dtype == torch.float64,
+        source.dtype == torch.float64,
         source.data_ptr(),
-        strides[0] if batched else 0,
+        batch_stride,
         strides[-2],
         strides[-1],
         prior.data_ptr(),
@@ -380,7 +388,7 @@ def min_norm_out(gram: Tensor, prior: Tensor, regularization: float, result: Ten
         torch.get_num_threads(),
     )
     if bad >= 0:
-        which = f" at batch index {bad}" if batched else ""
+        which = f" at batch index {bad}" if len(shape) > 2 else ""
         raise ValueError(f"gram: expected a symmetric positive semidefinite matrix, got another{which}")
 
 

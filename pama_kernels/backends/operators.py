@@ -144,6 +144,30 @@ _DEVICE_ARGUMENT = {"statistics": 2, "combine": 2, "loss": 2}
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def _no_quick_path(x: Tensor, regularization: float, threads: int) -> None:
+    return None
+
+
+def _quick(name: str) -> Callable[[Tensor, float], tuple[Tensor, Tensor] | None]:
+    """The backend's whole call for a plain tensor and default options, or None where that does not serve."""
+    on_cpu: Any = None
+
+    def call(x: Tensor, regularization: float) -> tuple[Tensor, Tensor] | None:
+        nonlocal on_cpu
+        if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu:
+            return None
+        if on_cpu is None:
+            on_cpu = getattr(backend_for(x), name, _no_quick_path)
+        solution: tuple[Tensor, Tensor] | None = on_cpu(x, regularization, torch.get_num_threads())
+        return solution
+
+    return call
+
+
+quick_weights = _quick("quick_weights")
+quick_min_norm = _quick("quick_min_norm")
+
+
 def _define(name: str) -> Callable[..., Any]:
     place = _DEVICE_ARGUMENT.get(name, 0)
 

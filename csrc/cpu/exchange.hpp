@@ -1,0 +1,88 @@
+// Tensors read and made from C through DLPack's exchange table (DLPack 1.3; torch >= 2.10 has it), without linking
+// PyTorch. Only what the quick path of the solvers needs; everything else goes by pointers from Python.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+namespace pama {
+namespace exchange {
+
+// The layout that DLPack fixes.
+struct Version {
+    uint32_t major, minor;
+};
+struct Tensor {
+    void* data;
+    int32_t device_type, device_id;
+    int32_t ndim;
+    uint8_t code, bits;
+    uint16_t lanes;
+    int64_t *shape, *strides;
+    uint64_t byte_offset;
+};
+struct Managed {
+    Version version;
+    void* context;
+    void (*deleter)(Managed*);
+    uint64_t flags;
+    Tensor tensor;
+};
+using SetError = void (*)(void*, const char*, const char*);
+struct Table {
+    Version version;
+    Table* previous;
+    int (*allocate)(Tensor* prototype, Managed** out, void* context, SetError set_error);
+    int (*managed_from)(void* object, Managed** out);
+    int (*to_object)(Managed* tensor, void** object);
+    int (*from_object)(void* object, Tensor* out);
+    int (*stream)(int32_t device_type, int32_t device_id, void** out);
+};
+
+constexpr int32_t kCpu = 1;
+constexpr uint8_t kFloat = 2;
+
+inline const Table*& table() {
+    static const Table* known = nullptr;
+    return known;
+}
+
+// The capsule torch.Tensor.__dlpack_c_exchange_api__; another major version is not used.
+inline bool use(const pybind11::capsule& capsule) {
+    for (const auto* t = capsule.get_pointer<Table>(); t; t = t->previous)
+        if (t->version.major == 1 && t->version.minor >= 3) table() = t;
+    return table() != nullptr;
+}
+
+// A float32 or float64 CPU tensor of at least `dimensions`, with memory; false for anything else.
+inline bool read(pybind11::handle object, int dimensions, Tensor& out) {
+    if (!table()) return false;
+    if (table()->from_object(object.ptr(), &out) != 0) {
+        PyErr_Clear();
+        return false;
+    }
+    out.data = static_cast<char*>(out.data) + out.byte_offset;
+    return out.device_type == kCpu && out.code == kFloat && (out.bits == 32 || out.bits == 64) && out.lanes == 1 &&
+           out.ndim >= dimensions && out.data && out.strides;
+}
+
+// A new CPU tensor of the dtype of `like` with its first `ndim` sizes; `data` receives its memory.
+inline pybind11::object make(const Tensor& like, int ndim, void** data) {
+    Tensor prototype = like;
+    prototype.ndim = ndim;
+    prototype.strides = nullptr;
+    prototype.byte_offset = 0;
+    Managed* managed = nullptr;
+    const SetError raise = [](void*, const char*, const char* message) {
+        PyErr_SetString(PyExc_RuntimeError, message);
+    };
+    if (table()->allocate(&prototype, &managed, nullptr, raise) != 0) throw pybind11::error_already_set();
+    *data = managed->tensor.data;
+    void* object = nullptr;
+    if (table()->to_object(managed, &object) != 0) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<pybind11::object>(static_cast<PyObject*>(object));
+}
+
+}  // namespace exchange
+}  // namespace pama
