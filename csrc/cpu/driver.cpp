@@ -4,8 +4,7 @@
 #include <memory>
 #include <vector>
 
-#include "../core/simplex.hpp"
-#include "../core/statistics.hpp"
+#include "../core/weights.hpp"
 
 namespace pama {
 namespace {
@@ -189,20 +188,14 @@ void statistics(const Problem& given, bool pairs, double* out, int threads) {
 }
 
 double batch_weights(const double* sums, int n, bool gram, const double* prior, double regularization, double* c) {
-    std::vector<double> work(static_cast<size_t>(2 * n));
-    double *a = work.data(), *p = a + n, scale = 0;
-    for (int i = 0; i < n; ++i) {
-        a[i] = score(sums, n, i);
-        p[i] = prior[i];
-        c[i] = sums[kCount * n + i] > 0 ? 1 : 0;
-        const double moment = second_moment(sums, n, i);
-        scale = moment > scale || moment != moment ? moment : scale;
+    if (!gram) {
+        std::vector<double> work(static_cast<size_t>(2 * n));
+        return statistics_weights(sums, n, prior, regularization, work.data(), work.data() + n, c);
     }
-    if (!gram) return simplex_row(n, a, p, regularization, scale, c);
     std::vector<double> matrix(static_cast<size_t>(n) * static_cast<size_t>(n));
     std::vector<unsigned char> present(static_cast<size_t>(n));
     for (long i = 0; i < n; ++i) {
-        present[static_cast<size_t>(i)] = c[i] != 0;
+        present[static_cast<size_t>(i)] = sums[kCount * n + i] > 0;
         for (long j = 0; j < n; ++j) matrix[static_cast<size_t>(i * n + j)] = gram_entry(sums, n, i, j);
     }
     const Kernels& k = kernels();

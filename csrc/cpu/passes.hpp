@@ -2,7 +2,7 @@
 // with the statistics beside them.
 #pragma once
 
-#include "../core/simplex.hpp"
+#include "../core/weights.hpp"
 #include "lanes.hpp"
 #include "sums.hpp"
 
@@ -179,19 +179,6 @@ inline void apply_tile(const Problem& problem, const Apply& apply, Workspace<T>&
     if (apply.gradient) store_tokens(apply.gradient, first, count, gradient);
 }
 
-// Objectives on which a row of sums can be solved: those that it holds tokens of.
-inline double solve_sums(const double* sums, int n, const Apply& apply, double* row, double* c) {
-    double *a = row, *p = row + n, scale = 0;
-    for (int i = 0; i < n; ++i) {
-        a[i] = score(sums, n, i);
-        p[i] = apply.prior[i];
-        c[i] = sums[kCount * n + i] > 0 ? 1 : 0;
-        const double moment = second_moment(sums, n, i);
-        scale = moment > scale || moment != moment ? moment : scale;
-    }
-    return simplex_row(n, a, p, apply.regularization, scale, c);
-}
-
 template <class T>
 inline void given_weights(const Array& given, long row, int n, T* c) {
     load_values(given, row * given.row, given.objective, n, false, c);
@@ -233,7 +220,7 @@ inline void apply_row(const Problem& problem, const Apply& apply, long row, Work
     T *values = w.c, *present = w.c + n;
     if (apply.combined_per_row) row_advantages(problem, row, values, present);
     if (apply.weights_per == WeightsPer::sequence) {
-        optimum = solve_sums(sums, n, apply, w.row, c);
+        optimum = statistics_weights(sums, n, apply.prior, apply.regularization, w.row, w.row + n, c);
     } else if (apply.weights_per == WeightsPer::token) {  // all tokens of the row have the same bound terms
         for (int i = 0; i < n; ++i) {
             w.row[i] = static_cast<double>(values[i]);
