@@ -54,6 +54,8 @@ def check_tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...], kind: str) 
 
 def check_float(name: str, x: Any) -> None:
     check_tensor(name, x, FLOATS, "floating-point")
+    if not torch.compiler.is_compiling() and x.is_neg():
+        raise ValueError(f"{name}: expected a plain tensor, got a negated view; pass {name}.resolve_neg()")
 
 
 def check_mask(name: str, x: Any) -> None:
@@ -113,6 +115,11 @@ def clip_bounds(clip_range: Any, dual_clip: Any = None) -> tuple[float, float, f
     return low, high, dual
 
 
+def traced() -> bool:
+    """Whether operators are recorded (torch.compile, FakeTensorMode, make_fx), not just run."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def _uniform_prior(n: int, device: torch.device) -> Tensor:
     return torch.full((n,), 1.0 / n, dtype=torch.float64, device=device)
 
@@ -133,7 +140,7 @@ _cached_sequence_prior = functools.lru_cache(maxsize=256)(_sequence_prior)
 
 def prior_tensor(prior: Any, n: int, device: torch.device) -> tuple[Tensor, bool]:
     """The prior on the simplex, (N,) float64 on the device, and whether it is known to be uniform."""
-    compiling = torch.compiler.is_compiling()
+    compiling = traced()
     if prior is None:
         return (_uniform_prior if compiling else _cached_uniform_prior)(n, device), True
     if isinstance(prior, Tensor):

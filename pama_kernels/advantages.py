@@ -30,6 +30,9 @@ from .statistics import ObjectiveStatistics, result_metrics
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+# `combine_advantages` takes the N x N statistics along, for its logs, up to this many objectives.
+PAIRS_UP_TO = 16
+
 GIVEN, BATCH, GRAM, SEQUENCE, TOKEN = range(5)
 
 
@@ -113,7 +116,8 @@ def combine_advantages(
     Returns:
         `.advantages` in the dtype of the input and its shape less the last axis, 0 where masked ((B, T) or
         (M,) where weights per token depend on `logprobs`); `.weights` (N,), per sequence (B, N), per
-        token their mean (N,); `.optimum`, the value of a.c or c'Mc; `.statistics`; `.metrics(names)`.
+        token their mean (N,); `.optimum`, the value of a.c or c'Mc; `.statistics`, with conflict and overlap
+        for up to 16 objectives; `.metrics(names)`.
 
     A sequence or batch without a valid token gets the prior as weights and 0 as advantage. A NaN or
     infinity at a valid place makes the weights and advantages that depend on it NaN.
@@ -145,6 +149,12 @@ def combine_advantages(
     merged = None
     optimum = None
     code = weighting_code(weights_per, bound, weights)
+    pairs = bound == "gram" or layout.objectives <= PAIRS_UP_TO
+    if objective_mask is not None and layout.per_sequence and not layout.mask_per_sequence:
+        raise ValueError(
+            f"objective_mask: expected shape ({layout.rows}, {layout.objectives}) with advantages per "
+            f"sequence, got {shape_of(objective_mask)}"
+        )
     if process_group is not None:
         sums = operators.statistics(
             logprobs,
@@ -157,9 +167,9 @@ def combine_advantages(
             numbers,
             clip,
             bool(noon),
-            True,
+            pairs,
         )
-        merged = ObjectiveStatistics(sums, layout.objectives, True).all_reduce(process_group)
+        merged = ObjectiveStatistics(sums, layout.objectives, pairs).all_reduce(process_group)
         if weights is None:
             wide = advantages.dtype == torch.float64
             weights, optimum = weights_from_statistics(merged, bound, p, regularization, wide)
@@ -181,8 +191,9 @@ def combine_advantages(
         uniform,
         regularization,
         list(logprobs.shape) if by_token and logprobs is not None else None,
+        pairs,
     )
-    statistics = ObjectiveStatistics(sums, layout.objectives, True) if merged is None else merged
+    statistics = ObjectiveStatistics(sums, layout.objectives, pairs) if merged is None else merged
     if merged is not None and optimum is None:
         optimum = _given_optimum(merged, solved)
     return CombinedAdvantages(combined, solved, value if optimum is None else optimum, statistics)
@@ -212,7 +223,7 @@ def multi_objective_gae(
         mask: (B, T), non-zero where a step counts; masked steps are skipped over: the value that
             follows a step is that of the next valid one.
         gamma, lam: discount and GAE parameter, both in [0, 1].
-        dones: (B, T), non-zero where the episode ends after the step.
+        dones: (B, T), non-zero where the episode ends after the step; not looked at where masked.
         last_values: (B, N), the value of the state after the last valid step (0 by default, and where
             that step is done).
 

@@ -301,6 +301,12 @@ class PamaLoss(nn.Module):
             raise ValueError(f"momentum: goes with weights_per='batch' only, got weights_per={weights_per!r}")
         clip_bounds(clip_range, dual_clip)
         check_rule(weights_per, bound)
+        if process_group is not None and weights_per != "batch":
+            raise ValueError(
+                f"process_group: goes with weights_per='batch' only, got weights_per={weights_per!r}"
+            )
+        if prior is not None and not isinstance(prior, Tensor):
+            prior_tensor(prior, len(prior), torch.device("cpu"))
         self.settings: dict[str, Any] = {
             "weights_per": weights_per,
             "bound": bound,
@@ -379,8 +385,8 @@ class PamaLoss(nn.Module):
         batches = self.batches.to(batch.device)
         if running.shape != batch.shape:
             raise ValueError(
-                f"advantages: expected the number of objectives of earlier batches "
-                f"({running.numel()} statistics), got {statistics.objectives} objectives"
+                "advantages: expected the objectives and the bound of the running mean's batches "
+                f"({running.numel()} statistics), got {batch.numel()} statistics of {statistics!r}"
             )
         if self.training:
             usable = torch.isfinite(batch).all()

@@ -115,6 +115,7 @@ def _scalar_problem(a: Tensor, p: Tensor, regularization: float, scale: Tensor, 
         weights[present] = prior
         return Solution(weights, a.new_zeros(()))
     rho = regularization * float(scale) / unit / unit
+    rho = rho if rho > 1e-280 else 0.0
     solution = (
         Solution(prior, kept @ prior / unit) if math.isinf(rho) else _solve_scalar(kept / unit, prior, rho)
     )
@@ -349,6 +350,7 @@ class _Terms(NamedTuple):
     advantages: Tensor  # A (B, T, N), NaN where an input is not finite
     bound: Tensor  # I
     surrogate: Tensor  # g, differentiable in logprobs
+    unusable: Tensor  # tokens where an input is not finite (B, T) bool
     clipped: Tensor  # A is not 0 and has no gradient, bool
     kl: Tensor  # k3 to the behaviour policy (B, T)
 
@@ -382,7 +384,8 @@ def _terms(x: _Dense, clip_range: object, noon: bool, dual_clip: float | None) -
         torch.where(x.present, a + own, 0.0),
         torch.where(x.present, bound + poison, 0.0),
         torch.where(x.present, surrogate + poison, 0.0),
-        stopped & (a != 0) & x.present,
+        x.valid & ~token_ok,
+        stopped & (a != 0) & x.present & token_ok[..., None],
         kl,
     )
 
@@ -433,7 +436,7 @@ def _statistics(x: _Dense, t: _Terms) -> Statistics:
         scores=ratio(bound_sum, count),
         second_moments=ratio(bound_square_sum, count),
         gram=ratio(products, torch.outer(count, count).sqrt()),
-        conflict=ratio(covariance, (variance * variance.T).sqrt()),
+        conflict=ratio(covariance, (variance * variance.T).sqrt()).clamp(-1, 1),
         overlap=ratio(products, torch.outer(products.diagonal(), products.diagonal()).sqrt()),
     )
 
@@ -594,7 +597,7 @@ def pama_loss(
     c, reported, optimum = _token_weights(
         x, t, statistics, weights_per, bound, prior, regularization, weights
     )
-    per_token = -(c.detach() * t.surrogate).sum(-1)
+    per_token = -(c.detach() * t.surrogate).sum(-1) + torch.where(t.unusable, math.nan, 0.0)
     if kl_coef:
         assert x.logprobs is not None
         assert x.ref_logprobs is not None

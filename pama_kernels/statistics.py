@@ -68,6 +68,10 @@ class ObjectiveStatistics:
             raise ValueError(f"statistics: expected {self!r} on both sides of +, got {other!r}")
         return ObjectiveStatistics(self.buffer + other.buffer, self.objectives, self.has_gram)
 
+    def __radd__(self, other: int) -> ObjectiveStatistics:
+        """So that ``sum(parts)`` works."""
+        return self if other == 0 else NotImplemented
+
     def all_reduce(self, process_group: ProcessGroup | None = None) -> ObjectiveStatistics:
         """The sums over all ranks of the group (None: the default one), by one all-reduce.
 
@@ -173,6 +177,7 @@ class ObjectiveStatistics:
         """Correlations of the raw advantages A' over the tokens where both are present (N, N).
 
         Taken before the clamp, which would hide a conflict: -1 where two objectives always disagree.
+        From raw moments: digits are lost where a mean exceeds its deviation 1,000 times (float32 inputs).
         """
         product, counts = self._pair("advantage_product"), self._pair("pair_count")
         sums, squares = self._pair("pair_advantage"), self._pair("pair_advantage_square")
@@ -181,7 +186,7 @@ class ObjectiveStatistics:
         mean = _ratio(sums, counts)
         variance = (_ratio(squares, counts) - mean.square()).clamp(min=0)
         covariance = _ratio(product, counts) - mean * mean.T
-        return _ratio(covariance, variance.sqrt() * variance.T.sqrt())
+        return _ratio(covariance, variance.sqrt() * variance.T.sqrt()).clamp(-1, 1)
 
     # --- logging -------------------------------------------------------------------------------------
 

@@ -92,6 +92,16 @@ def _scale(scale: Any, scores: Tensor) -> Tensor:
 def _check_out(out: Any, shape: torch.Size, optimum_shape: torch.Size, like: Tensor) -> None:
     if not isinstance(out, WeightSolution):
         raise TypeError(f"out: expected a WeightSolution, got {type(out).__name__}")
+    for name, x in zip(("weights", "optimum"), out, strict=True):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"out.{name}: expected a tensor, got {type(x).__name__}")
+        if x.requires_grad:
+            raise ValueError(f"out.{name}: expected a tensor without requires_grad, got one with it")
+    storages = {x.untyped_storage().data_ptr() for x in (like, *out)}
+    if len(storages) < 3 and like.numel():
+        raise ValueError("out: expected three tensors with memory of their own, got some that share it")
+    for x in out:
+        torch.autograd.graph.increment_version(x)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     for name, x, wanted in (
         ("weights", out.weights, shape),
@@ -128,9 +138,9 @@ def min_norm_weights(
         a NaN or infinity makes its own matrix' result NaN.
 
     Raises:
-        ValueError: on the CPU, a matrix that is clearly not symmetric or not positive semidefinite (beyond
-            1e-4 of its largest entry). Elsewhere such a matrix gives some point of the simplex: (M + M')/2 is
-            solved as far as it goes.
+        ValueError: on the CPU, a matrix that is clearly not symmetric or not positive semidefinite (by
+            more than a few percent of its largest diagonal entry). Elsewhere such a matrix gives some point
+            of the simplex: (M + M')/2 is solved as far as it goes.
 
     Source: the minimum-norm problem of MGDA (Désidéri 2012); certificate: Wolfe 1976.
     """

@@ -406,15 +406,15 @@ def _combine_samples() -> Iterator[tuple[Any, ...]]:
     for x in (_rows(4, 6), _rows(0, 6), _rows(4, 0), _strided(4, 6), _rows(2, 3, torch.float64)):
         layout = [*x[0].shape, 0, 0]
         for code in (1, 2, 3, 4):
-            yield (*x, None, None, None, _prior(), layout, CLIP, True, code, True, 0.1, None)
+            yield (*x, None, None, None, _prior(), layout, CLIP, True, code, True, 0.1, None, True)
         given = torch.rand(x[0].shape[0], N)
-        yield (*x, None, None, given, _prior(), layout, CLIP, False, 0, True, 0.0, None)
-        yield (*x, None, None, torch.rand(N), _prior(), layout, CLIP, False, 0, True, 0.0, None)
+        yield (*x, None, None, given, _prior(), layout, CLIP, False, 0, True, 0.0, None, False)
+        yield (*x, None, None, torch.rand(N), _prior(), layout, CLIP, False, 0, True, 0.0, None, False)
         rows = [*x[:2], x[2][:, :1].sum(1), x[3]]
         layout = [*x[0].shape, 1, 0]
-        yield (*rows, None, None, None, _prior(), layout, CLIP, True, 3, True, 0.1, None)
+        yield (*rows, None, None, None, _prior(), layout, CLIP, True, 3, True, 0.1, None, True)
         shape = list(x[0].shape)
-        yield (*rows, None, None, None, _prior(), layout, CLIP, True, 4, True, 0.1, shape)
+        yield (*rows, None, None, None, _prior(), layout, CLIP, True, 4, True, 0.1, shape, True)
 
 
 def _loss_samples() -> Iterator[tuple[Any, ...]]:

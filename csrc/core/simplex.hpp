@@ -115,6 +115,8 @@ PAMA_HD inline V simplex_solve(int n, const V* PAMA_RESTRICT a, const V* PAMA_RE
     return rho == zero ? zero : optimum;
 }
 
+constexpr double kLeastRho = 1e-280;  // beside scores of 1: below it is none
+
 // One row of any scale, in double. a: scores; p: prior; c: in, 1 where the objective takes part, else 0; out,
 // the weights. a and p are overwritten. scale < 0 stands for max a^2. Returns the optimum a.c.
 // No objective takes part: c = p. A NaN or infinity among those that do: everything is NaN.
@@ -143,9 +145,14 @@ PAMA_HD inline double simplex_row(int n, double* PAMA_RESTRICT a, double* PAMA_R
         if (first < 0) first = p[i];
         uniform = uniform && p[i] == first;
     }
-    const bool one_sided = !(low < 0 && high > 0) && (largest == 0 || !(regularization > 0) || scale == 0);
+    int exponent = 0;
+    std::frexp(largest, &exponent);
+    const double unit = std::ldexp(largest, -exponent);
+    const double size = scale < 0 ? unit * unit : std::ldexp(scale, -2 * exponent);
+    const double rho = regularization * size > kLeastRho ? regularization * size : 0;
+    const bool one_sided = rho == 0 && !(low < 0 && high > 0);
     const double nearest = low > 0 ? low : (high < 0 ? high : 0.0);
-    if (one_sided) {
+    if (one_sided || largest == 0) {
         for (int i = 0; i < n; ++i) {
             c[i] = a[i] == nearest ? c[i] : 0;
             a[i] = 0;
@@ -153,12 +160,7 @@ PAMA_HD inline double simplex_row(int n, double* PAMA_RESTRICT a, double* PAMA_R
         simplex_solve(n, a, p, 0.0, !uniform, c);
         return nearest;
     }
-    int exponent;
-    std::frexp(largest, &exponent);
     for (int i = 0; i < n; ++i) a[i] = c[i] == 0 ? 0 : std::ldexp(a[i], -exponent);
-    const double unit = std::ldexp(largest, -exponent);
-    const double size = scale < 0 ? unit * unit : std::ldexp(scale, -2 * exponent);
-    const double rho = regularization > 0 ? regularization * size : 0;
     return std::ldexp(simplex_solve(n, a, p, rho, !uniform, c), exponent);
 }
 

@@ -11,7 +11,7 @@
 
 #include "config.hpp"
 
-PAMA_BEGIN
+namespace pama {
 
 constexpr double kMaxLogRatio = 20.0;
 
@@ -25,4 +25,4 @@ struct Clip {
     }
 };
 
-PAMA_END
+}  // namespace pama

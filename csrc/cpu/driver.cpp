@@ -200,52 +200,22 @@ double batch_weights(const double* sums, int n, bool gram, const double* prior, 
     }
     const Kernels& k = kernels();
     double optimum;
-    const Gram problem{1, n, true, matrix.data(), 0, n, 1, c, &optimum};
+    const Gram problem{1, n, true, matrix.data(), 0, n, 1, c, &optimum, false};
     k.min_norm(problem, prior, present.data(), regularization, 0, 1, scratch(k.min_norm_scratch(n)));
     return optimum;
 }
 
-namespace {
-
-// Symmetric, without a negative diagonal, and every 2 x 2 minor at least 0, all to a tolerance of 1e-4 of the largest
-// diagonal entry, beyond any rounding. A NaN passes: it becomes the result.
-template <class T>
-bool is_gram(const Gram& gram, long batch) {
-    const T* m = static_cast<const T*>(gram.data) + batch * gram.batch;
-    const long n = gram.n, step = gram.row + gram.column;
-    double largest = 0, smallest = 0;
-    for (long i = 0; i < n; ++i) {
-        const double own = static_cast<double>(m[i * step]);
-        largest = own > largest ? own : largest;
-        smallest = own < smallest ? own : smallest;
-    }
-    const double tolerance = 1e-4 * largest, area = tolerance * largest;
-    if (smallest < -tolerance) return false;
-    bool fits = true;
-    for (long i = 1; i < n; ++i) {
-        const T *row = m + i * gram.row, *column = m + i * gram.column;
-        const double own = static_cast<double>(m[i * step]);
-        for (long j = 0; j < i; ++j) {
-            const double lower = static_cast<double>(row[j * gram.column]),
-                         upper = static_cast<double>(column[j * gram.row]);
-            const double other = static_cast<double>(m[j * step]);
-            fits &= !(std::fabs(upper - lower) > tolerance) & !(upper * lower > own * other + area);
-        }
-    }
-    return fits || std::isinf(largest * largest);
-}
-
-}  // namespace
-
 long min_norm(const Gram& gram, const double* prior, double regularization, int threads) {
     const Kernels& k = kernels();
-    const long n = gram.n, bytes = k.min_norm_scratch(gram.n);
-    for (long row = 0; row < gram.rows; ++row)
-        if (!(gram.wide ? is_gram<double>(gram, row) : is_gram<float>(gram, row))) return row;
-    const Blocks blocks(gram.rows, gram.rows * n * n, 1);
+    const long bytes = k.min_norm_scratch(gram.n);
+    const Blocks blocks(gram.rows, gram.rows * gram.n * gram.n, 1);
+    std::vector<long> refused(static_cast<size_t>(blocks.count));
     for_each_block(blocks.count, threads, [&](long block) {
-        k.min_norm(gram, prior, nullptr, regularization, blocks.first(block), blocks.last(block), scratch(bytes));
+        refused[static_cast<size_t>(block)] =
+            k.min_norm(gram, prior, nullptr, regularization, blocks.first(block), blocks.last(block), scratch(bytes));
     });
+    for (long row : refused)
+        if (row >= 0) return row;
     return -1;
 }
 

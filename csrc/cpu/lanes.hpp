@@ -43,7 +43,7 @@ inline typename Lanes<T>::V solve_lanes(int n, const T* a, const T* present, lon
     }
     V *x = work, *p = work + n, *keep = work + 2 * n;
     V largest = zero, mass = zero, count = zero, poison = zero;
-    V low = zero + static_cast<T>(3e38), high = -low;
+    V low = zero + static_cast<T>(INFINITY), high = -low;
     for (int i = 0; i < n; ++i) {
         keep[i] = present ? load(present + i * stride) : one;
         x[i] = keep[i] > zero ? load(a + i * stride) : zero;
@@ -54,22 +54,10 @@ inline typename Lanes<T>::V solve_lanes(int n, const T* a, const T* present, lon
         mass += keep[i] * static_cast<T>(prior[i]);
         count += keep[i];
     }
-    const auto one_sided = (low >= zero) | (high <= zero);
-    const V nearest = low > zero ? low : (high < zero ? high : zero);
-    if (regularization == 0)
-        for (int i = 0; i < n; ++i) {
-            keep[i] = one_sided & (x[i] != nearest) ? zero : keep[i];
-            x[i] = one_sided ? zero : x[i];
-        }
     // Every row is scaled, exactly, by the power of two of its largest score; subnormal ones are lifted first.
     const V lift = largest < static_cast<T>(1e-30) ? zero + static_cast<T>(0x1p100) : one;
     const V unit = largest > zero ? power_below(largest * lift) : one;
     const V inverse = one / unit, peak = (largest * lift) * inverse;
-    for (int i = 0; i < n; ++i) {
-        x[i] = (x[i] * lift) * inverse;
-        p[i] = present ? (mass > zero ? keep[i] * static_cast<T>(prior[i]) / mass : keep[i] / count)
-                       : zero + static_cast<T>(prior[i]);
-    }
     V size = peak * peak;
     if (scale && regularization > 0) {
         for (int k = 0; k < lanes; ++k) {  // in double: a scale is a square
@@ -78,7 +66,16 @@ inline typename Lanes<T>::V solve_lanes(int n, const T* a, const T* present, lon
             size[k] = static_cast<T>(scale[k] * factor * factor);
         }
     }
-    const V rho = size * static_cast<T>(regularization);
+    V rho = size * static_cast<T>(regularization);
+    rho = rho < static_cast<T>(1e-30) ? zero : rho;  // what T can't tell from none
+    const auto exact = rho == zero, one_sided = (low >= zero) | (high <= zero);
+    const V nearest = low > zero ? low : (high < zero ? high : zero);
+    for (int i = 0; i < n; ++i) {
+        keep[i] = exact & one_sided & (x[i] != nearest) ? zero : keep[i];
+        x[i] = exact & one_sided ? zero : (x[i] * lift) * inverse;
+        p[i] = present ? (mass > zero ? keep[i] * static_cast<T>(prior[i]) / mass : keep[i] / count)
+                       : zero + static_cast<T>(prior[i]);
+    }
     V optimum;
     if (n == 2)
         optimum = simplex_solve<V, 2>(n, x, p, rho, !uniform, keep);
@@ -88,15 +85,15 @@ inline typename Lanes<T>::V solve_lanes(int n, const T* a, const T* present, lon
         optimum = simplex_solve<V, 4>(n, x, p, rho, !uniform, keep);
     else
         optimum = simplex_solve<V>(n, x, p, rho, !uniform, keep);
-    optimum = regularization == 0 ? (one_sided ? nearest : zero) : optimum * unit / lift;
+    optimum = exact ? (one_sided ? nearest : zero) : optimum * unit / lift;
     const auto none = present ? count == zero : count != count;
     for (int i = 0; i < n; ++i) put(c + i * stride, none ? zero + static_cast<T>(prior[i]) : keep[i] + poison);
     optimum = (none ? zero : optimum) + poison;
     // Two signs of very different size and no regularization: the large score gets a weight near T's rounding, on
     // which the rest depends. These lanes are solved in double.
     const V smaller = min_of(-low, high);
-    const auto unsure = (rho == zero) & (low < zero) & (high > zero) &
-                        (smaller < largest * static_cast<T>(sizeof(T) == 4 ? 1e-3 : 1e-9));
+    const auto unsure =
+        exact & (low < zero) & (high > zero) & (smaller < largest * static_cast<T>(sizeof(T) == 4 ? 1e-3 : 1e-9));
     if (any(unsure)) {
         for (int k = 0; k < lanes; ++k) {
             if (!unsure[k]) continue;

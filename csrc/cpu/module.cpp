@@ -1,4 +1,5 @@
-// The Python module `pama_kernels._cpu`: raw pointers in, nothing allocated for Python, errors raised here.
+// The Python module `pama_kernels._cpu`: raw pointers in, errors raised here. Python allocates the results, except on
+// the quick path of the solvers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -95,9 +96,11 @@ const double* uniform_prior(int n) {
 bool batch_of(const exchange::Tensor& t, int trailing, long& rows, long& stride) {
     const int leading = t.ndim - trailing;
     rows = 1;
-    stride = leading > 0 ? t.strides[leading - 1] : 0;
+    stride = 0;
     for (int d = leading - 1; d >= 0; --d) {
-        if (rows > 1 && t.strides[d] != rows * stride) return false;
+        if (t.shape[d] == 1) continue;
+        if (rows == 1) stride = t.strides[d];
+        if (t.strides[d] != rows * stride) return false;
         rows *= t.shape[d];
     }
     return rows > 0;

@@ -168,11 +168,11 @@ inline void apply_tile(const Problem& problem, const Apply& apply, Workspace<T>&
         for (long t = 0; t < count; ++t) {
             const T r = valid[t] != 0 ? ref[t] - logp[t] : T(0);
             T k3;
-            const T e = exponential(r, k3);
+            exponential(r, k3);  // e^r - 1 = r + k3
             const T poison = T(0) * r;
             sum += scale[t] * (coefficient * (k3 + poison) - (up[t] * pos[t] + down[t] * neg[t]));
-            gradient[t] =
-                scale[t] * (coefficient * (1 - e + poison) - ratio[t] * (up[t] * grad_pos[t] + down[t] * grad_neg[t]));
+            gradient[t] = scale[t] * (coefficient * (poison - (r + k3)) -
+                                      ratio[t] * (up[t] * grad_pos[t] + down[t] * grad_neg[t]));
         }
     }
     partial.loss += sum;
@@ -207,8 +207,16 @@ inline void apply_row(const Problem& problem, const Apply& apply, long row, Work
     double* sums = w.sums;
     for (long k = 0; k < statistics_size(n, false); ++k) sums[k] = 0;
     const bool one_tile = last - first <= step;
+    // Weights that are known and one result per row: all that the tokens tell is whether one is valid.
+    const bool only_count = apply.combined_per_row && !partial.statistics;
     for (long at = first; at < last; at += step) {
-        load_tile(problem, at, last - at < step ? last - at : step, need_ref, w.tile, w.arena);
+        const long count = last - at < step ? last - at : step;
+        if (only_count) {
+            if (problem.mask) load_tokens(problem, problem.mask, at, count, true, w.scale);
+            sums[total_offset(n) + kTokenCount] += problem.mask ? total(w.scale, count) : static_cast<T>(count);
+            continue;
+        }
+        load_tile(problem, at, count, need_ref, w.tile, w.arena);
         add_tile(problem, w, at, apply.pairs, apply.pairs ? partial.statistics : sums);
         if (apply.pairs) add_tile(problem, w, at, false, sums);
     }
@@ -242,6 +250,7 @@ inline void apply_row(const Problem& problem, const Apply& apply, long row, Work
     }
     if (apply.combined_per_row) store(apply.combined, row, valid > 0 ? combined : 0.0);
     if (apply.optimum) store(apply.optimum, row, optimum);
+    if (apply.combined_per_row && !apply.loss) return;
     for (long at = first; at < last; at += step) {
         if (!one_tile) load_tile(problem, at, last - at < step ? last - at : step, need_ref, w.tile, w.arena);
         apply_tile(problem, apply, w, at, w.weights, partial);

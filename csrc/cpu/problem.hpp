@@ -75,6 +75,7 @@ struct Gram {
     const void* data = nullptr;
     long batch = 0, row = 0, column = 0;  // strides
     void *weights = nullptr, *optimum = nullptr;
+    bool checked = true;  // refuse what is clearly no Gram matrix
 };
 
 // At most so many objectives have a row per SIMD lane.
@@ -93,8 +94,9 @@ struct Kernels {
                     double regularization, const double* scale, long scale_row, float* weights, float* optimum,
                     void* scratch);
     long (*min_norm_scratch)(int n);  // bytes
-    // Matrices of the min-norm problem, float or double; `present` (n bytes) may be null.
-    void (*min_norm)(const Gram& gram, const double* prior, const unsigned char* present, double regularization,
+    // Matrices of the min-norm problem, float or double; `present` (n bytes) may be null. Returns -1, or the first that
+    // was refused.
+    long (*min_norm)(const Gram& gram, const double* prior, const unsigned char* present, double regularization,
                      long first, long last, void* scratch);
 };
 

@@ -42,8 +42,9 @@ inline void objective_sums(const Tile<T>& tile, const T* PAMA_RESTRICT a, const 
     for (int f = 0; f < kFields - 1; ++f) sums[f] = all[f];
 }
 
+// Not inlined: GCC 12 gives the vectors up where it is.
 template <class T>
-inline T dot(const T* PAMA_RESTRICT x, const T* PAMA_RESTRICT y, long count) {
+__attribute__((noinline)) T dot(const T* PAMA_RESTRICT x, const T* PAMA_RESTRICT y, long count) {
     T sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (long t = 0; t < count; ++t) sum += x[t] * y[t];

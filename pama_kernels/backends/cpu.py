@@ -23,7 +23,9 @@ _DTYPES = {
     torch.int64: 8,
 }
 _COMPUTED = (torch.float32, torch.float64)
-_SCALARS = {dtype: torch.empty((), dtype=dtype) for dtype in _COMPUTED}  # the quickest way to a scalar
+_SCALARS = {
+    dtype: torch.empty((), device="cpu", dtype=dtype) for dtype in _COMPUTED
+}  # the quickest way to a scalar
 _FIELDS, _TOTALS, _PAIRS = 9, 2, 5
 
 Array = tuple[int, int, int, int, int]
@@ -93,7 +95,7 @@ def _problem(
 
 def _empty_statistics(n: int, gram: bool) -> Tensor:
     size = _FIELDS * n + _TOTALS + (_PAIRS * n * n if gram else 0)
-    return torch.empty(size, dtype=torch.float64)
+    return torch.empty(size, device="cpu", dtype=torch.float64)
 
 
 def statistics(
@@ -131,7 +133,10 @@ def batch_weights(
     sums: Tensor, objectives: int, gram: bool, prior: Tensor, regularization: float, wide: bool
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if wide else torch.float32
-    weights, optimum = torch.empty(objectives, dtype=dtype), torch.empty((), dtype=dtype)
+    weights, optimum = (
+        torch.empty(objectives, device="cpu", dtype=dtype),
+        torch.empty((), device="cpu", dtype=dtype),
+    )
     _cpu.batch_weights(
         sums.data_ptr(),
         objectives,
@@ -162,8 +167,18 @@ def _solved(
         stride = weights.stride()
         given = _array(weights, stride[0] if by_row else 0, 0, stride[-1])
     if by_row:
-        return weights, given, torch.empty(rows, n, dtype=dtype), torch.empty(rows, dtype=dtype)
-    return weights, given, torch.empty(n, dtype=dtype), torch.empty((), dtype=dtype)
+        return (
+            weights,
+            given,
+            torch.empty(rows, n, device="cpu", dtype=dtype),
+            torch.empty(rows, device="cpu", dtype=dtype),
+        )
+    return (
+        weights,
+        given,
+        torch.empty(n, device="cpu", dtype=dtype),
+        torch.empty((), device="cpu", dtype=dtype),
+    )
 
 
 GIVEN, BATCH, GRAM, SEQUENCE, TOKEN = range(5)
@@ -185,10 +200,11 @@ def combine(
     uniform: bool,
     regularization: float,
     token_shape: Sequence[int] | None,
+    pairs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n = advantages.shape[-1]
     dtype = torch.float64 if advantages.dtype == torch.float64 else torch.float32
-    sums = _empty_statistics(n, True)
+    sums = _empty_statistics(n, pairs)
     given, given_array, solved, optimum = _solved(layout[0], n, weights_per, weights, dtype)
     problem = _problem(
         logprobs,
@@ -204,7 +220,7 @@ def combine(
         noon,
     )
     shape = advantages.shape[:-1] if token_shape is None else token_shape
-    combined = torch.empty(shape, dtype=advantages.dtype)
+    combined = torch.empty(shape, device="cpu", dtype=advantages.dtype)
     _cpu.apply(
         problem,
         weights_per,
@@ -223,7 +239,7 @@ def combine(
         _scalar_row(solved),
         _scalar(optimum),
         sums.data_ptr(),
-        True,
+        pairs,
         torch.get_num_threads(),
     )
     del given
@@ -275,8 +291,8 @@ def loss(
         clip,
         noon,
     )
-    value = torch.empty((), dtype=dtype)
-    gradient = torch.empty(logprobs.shape if need_gradient else (0,), dtype=dtype)
+    value = torch.empty((), device="cpu", dtype=dtype)
+    gradient = torch.empty(logprobs.shape if need_gradient else (0,), device="cpu", dtype=dtype)
     _cpu.apply(
         problem,
         weights_per,
@@ -389,7 +405,9 @@ def min_norm_out(gram: Tensor, prior: Tensor, regularization: float, result: Ten
     )
     if bad >= 0:
         which = f" at batch index {bad}" if len(shape) > 2 else ""
-        raise ValueError(f"gram: expected a symmetric positive semidefinite matrix, got another{which}")
+        raise ValueError(
+            f"gram: expected a symmetric positive semidefinite matrix, got one that is clearly not{which}"
+        )
 
 
 def gae(
@@ -404,8 +422,8 @@ def gae(
     rows, width, n = rewards.shape
     dtype = torch.promote_types(rewards.dtype, values.dtype)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    advantages = torch.empty(rewards.shape, dtype=compute)
-    returns = torch.empty(rewards.shape, dtype=compute)
+    advantages = torch.empty(rewards.shape, device="cpu", dtype=compute)
+    returns = torch.empty(rewards.shape, device="cpu", dtype=compute)
     _cpu.multi_objective_gae(
         rows,
         width,
@@ -434,10 +452,10 @@ def group_normalize(
         order = inverse.argsort(stable=True)
         begin = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     else:
-        order = torch.arange(rows)
+        order = torch.arange(rows, device="cpu")
         groups = rows // group_size if group_size else 0
-        begin = torch.arange(groups + 1) * group_size
-    result = torch.empty(rows, n, dtype=compute)
+        begin = torch.arange(groups + 1, device="cpu") * group_size
+    result = torch.empty(rows, n, device="cpu", dtype=compute)
     _cpu.group_normalize(
         len(begin) - 1,
         begin.data_ptr(),

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pama_kernels._arguments import traced
+
 from . import backend_for
 
 _LIBRARY: Any = torch.library.Library("pama", "DEF")  # type: ignore[no-untyped-call]
@@ -31,7 +33,8 @@ SCHEMAS = {
     "combine": (
         "(Tensor? logprobs, Tensor? old_logprobs, Tensor advantages, Tensor? mask, "
         "Tensor? objective_mask, Tensor? cu_seqlens, Tensor? weights, Tensor prior, "
-        f"{_SURROGATE}, int weights_per, bool uniform, float regularization, SymInt[]? token_shape) "
+        f"{_SURROGATE}, int weights_per, bool uniform, float regularization, SymInt[]? token_shape, "
+        "bool pairs) "
         "-> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "loss": (
@@ -89,10 +92,10 @@ def _fake_solution(
 
 def _fake_combine(*args: Any) -> tuple[Tensor, ...]:
     advantages, weights, layout = args[2], args[6], args[8]
-    weights_per, token_shape = args[11], args[14]
+    weights_per, token_shape, pairs = args[11], args[14], args[15]
     n = advantages.shape[-1]
     shape = advantages.shape[:-1] if token_shape is None else token_shape
-    sums = advantages.new_empty(_statistics_size(n, True), dtype=torch.float64)
+    sums = advantages.new_empty(_statistics_size(n, pairs), dtype=torch.float64)
     solution = _fake_solution(advantages, layout, n, weights_per, weights)
     return advantages.new_empty(shape), *solution, sums
 
@@ -154,7 +157,7 @@ def _quick(name: str) -> Callable[[Tensor, float], tuple[Tensor, Tensor] | None]
 
     def call(x: Tensor, regularization: float) -> tuple[Tensor, Tensor] | None:
         nonlocal on_cpu
-        if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu:
+        if type(x) is not Tensor or not x.is_cpu or traced():
             return None
         if on_cpu is None:
             on_cpu = getattr(backend_for(x), name, _no_quick_path)
@@ -186,7 +189,7 @@ def _define(name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         nonlocal on_cpu
         x = args[place]
-        if torch.compiler.is_compiling() or type(x) not in _PLAIN:
+        if type(x) not in _PLAIN or traced():
             return operator(*args)
         if not x.is_cpu:
             return implementation(*args)

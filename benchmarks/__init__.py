@@ -1,0 +1,1 @@
+"""Speed of the library beside what people use today. `python -m benchmarks --help`."""
