@@ -9,10 +9,10 @@ CXX_BUILD := $(VENV)/build-tests
 CXX_FILES := $(shell find csrc -name '*.[ch]pp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(CXX_FILES)
 
-.PHONY: help demo test test-full lint test-cpp test-python bench dist format clean
+.PHONY: help demo demo-quick test test-full lint test-cpp test-python bench dist format clean
 
 help:
-	@echo 'make demo       align a small language model with three conflicting rewards (6 minutes)'
+	@echo 'make demo       align a small language model with three conflicting rewards (4 to 6 minutes)'
 	@echo 'make test       lint, types, C++ tests under sanitizers, Python tests'
 	@echo 'make test-full  the same with long fuzzing, slow tests, and the sdist'
 	@echo 'make lint       ruff, mypy, clang-format; make format mends what it can'
@@ -42,6 +42,9 @@ $(VENV)/%.stamp: $(VENV)/tools.stamp $(BUILD_FILES)
 demo: $(VENV)/examples.stamp
 	$(BIN)/python examples/align_language_model.py $(DEMO_ARGS)
 
+demo-quick: $(VENV)/examples.stamp
+	$(BIN)/python examples/align_language_model.py --quick
+
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
@@ -50,7 +53,7 @@ test: lint test-cpp test-python
 test-full: FUZZ_CASES = 1000000
 test-full: export HYPOTHESIS_PROFILE = full
 test-full: PYTEST_ARGS =
-test-full: lint test-cpp test-python dist
+test-full: lint test-cpp test-python dist demo-quick
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
 

@@ -1,17 +1,31 @@
 """Align a small language model with three conflicting rewards: PAMA beside fixed weights.
 
-A GPT-2 of two million parameters is fitted to the English that CPython brings along (language
-reference and docstrings), so nothing is downloaded. Then it is aligned by PPO, as Algorithm 1 of
-He & Maghsudi 2025 (arXiv 2508.07768) has it, with three rewards for the text it writes:
+A causal language model of 1.6 million parameters is fitted to the English that CPython brings along
+(language reference and docstrings), so nothing is downloaded. Then PPO aligns it, as Algorithm 1 of
+He & Maghsudi 2025 (arXiv 2508.07768) has it, with three rewards for what it writes after a prompt:
 
     sentiment   compound score of vaderSentiment, in [-1, 1]
-    length      tokens before the end of the sentence, as a share of those allowed
-    diversity   share of distinct words; falls with length, and with every repeated happy word
+    length      tokens before the end of the text, as a share of those allowed
+    diversity   share of distinct tokens: falls with length, and with every repeated happy word
 
-Two runs differ in nothing but the weights of the objectives: PAMA's (positive advantages only), and
-1/3 each in the ordinary PPO loss (MORLHF).
+Two runs have the same start, prompts, budget and optimiser. They differ in `pama_loss` alone: PAMA's
+weights on positive advantages only (Noon), or 1/3 each in the ordinary PPO loss (MORLHF).
 
-    python examples/align_language_model.py            # six minutes on two cores
+What trying the weights showed (seed 0, 80 steps, means on held-out prompts; 0.02, 0.19, 0.97 before):
+
+    weights per  regularization 0      0.1                 1                   (sentiment, length, diversity)
+    batch        0.62  0.38  0.83      0.27  0.30  0.94    0.23  0.28  0.94
+    sequence     0.08  0.39  0.97      0.15  0.62  0.93    0.15  0.27  0.95
+    token        0.06  0.25  0.98      0.17  0.31  0.96    0.15  0.28  0.94
+    1/3 each     0.27  0.99  0.88 in the ordinary loss (MORLHF); 0.21  0.25  0.95 with Noon
+
+One set of weights per batch is what the paper's theorem speaks of. Without regularization it is nearly
+one-hot, on sentiment: the mean of the positive part is smallest for the reward that is mostly 0. With
+0.1 it balances, hence the default. MORLHF gains most in the sum, which is what it maximises: it fills
+the length at the cost of diversity. Most of the difference is made by Noon, not by the weights. Noon
+drifts further from the start for the same reward, and at learning rates of 1e-3 the texts got shorter.
+
+    python examples/align_language_model.py            # about four minutes on two cores
     python examples/align_language_model.py --quick    # half a minute, to see that it runs
 """
 
@@ -53,10 +67,10 @@ OBJECTIVES = ("sentiment", "length", "diversity")
 class Settings:
     """Everything that decides the result. Both methods share all but the weights."""
 
-    steps: int = 80
+    steps: int = 60
     seed: int = 0
     weights_per: str = "batch"
-    regularization: float = 1.0
+    regularization: float = 0.1
     fit_steps: int = 700
     vocabulary: int = 4096
     width: int = 128
@@ -67,9 +81,9 @@ class Settings:
     fit_batch: int = 32
     batch: int = 128
     epochs: int = 2
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     value_learning_rate: float = 3e-3
-    kl_coef: float = 0.1  # per token, against rewards of unit variance
+    kl_coef: float = 0.05  # per token, against rewards of unit variance
     gamma: float = 1.0
     lam: float = 0.95
     clip_range: float = 0.2
@@ -119,19 +133,25 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompts: Tensor, new_tokens: int, generator: torch.Generator) -> Tensor:
-        """The prompts and what follows them (B, P + T), T as long as the longest needs."""
+        """The prompts and what follows them (B, P + T), filled up with END; T as the longest needs."""
+        size = prompts.shape[1]
+        tokens = F.pad(prompts, (0, new_tokens), value=END)
+        rows = torch.arange(len(prompts))  # those that go on: the cache holds no others
         cache = DynamicCache(config=self.model.config)
-        tokens = step = prompts
-        ended = torch.zeros(len(prompts), 1, dtype=torch.bool)
-        for _ in range(new_tokens):
+        step = prompts
+        for position in range(size, size + new_tokens):
             logits = self.model(step, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-            step = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-            step = step.masked_fill(ended, END)
-            ended |= step == END
-            tokens = torch.cat([tokens, step], 1)
-            if ended.all():
+            cdf = logits.softmax(-1).cumsum(-1)
+            uniform = torch.rand(len(rows), 1, generator=generator) * cdf[:, -1:]
+            step = torch.searchsorted(cdf, uniform, right=True).clamp(max=cdf.shape[1] - 1)
+            tokens[rows, position] = step.squeeze(1)
+            alive = (step != END).squeeze(1)
+            rows, step = rows[alive], step[alive]
+            if not len(rows):
                 break
-        return tokens
+            if not alive.all():
+                cache.batch_select_indices(alive)
+        return tokens[:, : position + 1]
 
 
 def fit(policy: Policy, corpus: Corpus, settings: Settings) -> float:

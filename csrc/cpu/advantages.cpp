@@ -4,6 +4,7 @@
 
 #include "../core/gae.hpp"
 #include "driver.hpp"
+#include "threads.hpp"
 #include "tile.hpp"
 
 namespace pama {
@@ -27,8 +28,7 @@ void write(const Array& array, long offset, double value) {
 void multi_objective_gae(const Gae& g, int threads) {
     const long n = g.n;
     const bool parallel = g.rows * g.width * n > 16384;
-#pragma omp parallel for schedule(static) num_threads(parallel ? threads : 1)
-    for (long b = 0; b < g.rows; ++b) {
+    for_each_block(g.rows, parallel ? threads : 1, [&](long b) {
         std::vector<GaeState> states(static_cast<size_t>(n));
         for (long i = 0; i < n && g.last_values; ++i)
             states[static_cast<size_t>(i)].value =
@@ -53,14 +53,13 @@ void multi_objective_gae(const Gae& g, int threads) {
                 write(g.returns, at + i, state.advantage + value);
             }
         }
-    }
+    });
 }
 
 void group_normalize(long groups, const long* group_begin, const long* order, int n, const Array& rewards, bool scale,
                      double eps, const Array& result, int threads) {
     const bool parallel = group_begin[groups] * n > 16384;
-#pragma omp parallel for schedule(static) num_threads(parallel ? threads : 1)
-    for (long group = 0; group < groups; ++group) {
+    for_each_block(groups, parallel ? threads : 1, [&](long group) {
         const long first = group_begin[group], last = group_begin[group + 1];
         for (long i = 0; i < n; ++i) {
             const auto value = [&](long k) { return read(rewards, order[k] * rewards.row + i * rewards.objective); };
@@ -83,7 +82,7 @@ void group_normalize(long groups, const long* group_begin, const long* order, in
                 write(result, order[k] * n + i, std::isnan(x) ? 0.0 : (x - mean) / deviation);
             }
         }
-    }
+    });
 }
 
 }  // namespace pama

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../core/weights.hpp"
+#include "threads.hpp"
 
 namespace pama {
 namespace {
@@ -40,16 +41,6 @@ void* scratch(long bytes) {
     }
     const auto address = reinterpret_cast<size_t>(memory.get());
     return memory.get() + (64 - address % 64) % 64;
-}
-
-template <class Work>
-void for_each_block(long blocks, int threads, Work work) {
-    if (blocks <= 1 || threads <= 1) {
-        for (long block = 0; block < blocks; ++block) work(block);
-        return;
-    }
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long block = 0; block < blocks; ++block) work(block);
 }
 
 // `units` tokens or rows, of `tokens` tokens together, in blocks of equal size (a multiple of a tile).
