@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 INK, GREY = "#222222", "#8a8a8a"
@@ -97,19 +98,24 @@ def _reward_curve(axis: Axes, objective: str, curves: list[dict[str, Any]]) -> N
 
 
 def _plane(axis: Axes, x: str, y: str, curves: list[dict[str, Any]]) -> None:
-    for method, colour in METHOD_COLOURS.items():
+    label: dict[str, Any] = {
+        "textcoords": "offset points",
+        "path_effects": [withStroke(linewidth=3, foreground="white")],
+        "zorder": 4,
+    }
+    beside = {"xytext": (-9, -4), "ha": "right"}
+    above = {"xytext": (0, 10), "ha": "center"}
+    for (method, colour), place in zip(METHOD_COLOURS.items(), (beside, above), strict=True):
         rows = _held_out(curves, method)
         xs = [row[f"held_out_{x}"] for row in rows]
         ys = [row[f"held_out_{y}"] for row in rows]
         axis.plot(xs, ys, color=colour, lw=1.6, marker="o", ms=3.5)
         axis.plot(xs[-1:], ys[-1:], color=colour, marker="o", ms=10)
-        axis.annotate(
-            method, (xs[-1], ys[-1]), (0, 10), textcoords="offset points", color=colour, ha="center"
-        )
+        axis.annotate(method, (xs[-1], ys[-1]), color=colour, **place, **label)
         start = (xs[0], ys[0])
     axis.plot(*start, "o", ms=9, mfc="white", mec=INK, mew=1.6, zorder=3)
-    axis.annotate("start", start, (0, -16), textcoords="offset points", color=INK, ha="center")
-    axis.margins(0.16)
+    axis.annotate("start", start, color=INK, **beside, **label)
+    axis.margins(x=0.22, y=0.14)
     axis.set(title=f"{y} against {x}", xlabel=x, ylabel=y)
 
 

@@ -435,7 +435,10 @@ def main() -> None:
     }
     curves = [row for run in runs for row in run.curve]
     write_files(results_folder, result, curves)
-    title = f"A language model of {parameters / 1e6:.1f} M parameters and three conflicting rewards"
+    title = (
+        f"Three conflicting rewards of a language model with {parameters / 1e6:.1f} M parameters: "
+        "PAMA and fixed equal weights (MORLHF)"
+    )
     draw(picture_folder / "demo.png", OBJECTIVES, curves, title)
 
     for name, texts in samples.items():
