@@ -103,9 +103,9 @@ def _plane(axis: Axes, x: str, y: str, curves: list[dict[str, Any]]) -> None:
         "path_effects": [withStroke(linewidth=3, foreground="white")],
         "zorder": 4,
     }
-    beside = {"xytext": (-9, -4), "ha": "right"}
-    above = {"xytext": (0, 10), "ha": "center"}
-    for (method, colour), place in zip(METHOD_COLOURS.items(), (beside, above), strict=True):
+    left = {"xytext": (-9, -4), "ha": "right"}
+    right = {"xytext": (9, -4), "ha": "left"}
+    for (method, colour), place in zip(METHOD_COLOURS.items(), (left, right), strict=True):
         rows = _held_out(curves, method)
         xs = [row[f"held_out_{x}"] for row in rows]
         ys = [row[f"held_out_{y}"] for row in rows]
@@ -114,8 +114,8 @@ def _plane(axis: Axes, x: str, y: str, curves: list[dict[str, Any]]) -> None:
         axis.annotate(method, (xs[-1], ys[-1]), color=colour, **place, **label)
         start = (xs[0], ys[0])
     axis.plot(*start, "o", ms=9, mfc="white", mec=INK, mew=1.6, zorder=3)
-    axis.annotate("start", start, color=INK, **beside, **label)
-    axis.margins(x=0.22, y=0.14)
+    axis.annotate("start", start, color=INK, **left, **label)
+    axis.margins(x=0.27, y=0.14)
     axis.set(title=f"{y} against {x}", xlabel=x, ylabel=y)
 
 
