@@ -151,11 +151,8 @@ def _scenarios(world: int, rank: int, collectives: _Collectives) -> dict[str, An
 
     found["refused"] = [refused("sequence"), refused("token")]
     found["refused calls"] = collectives.take()
-    try:
-        result = pk.combine_advantages(**combine, weights_per="batch", bound="gram", process_group=group)
-        found["gram"] = (result.weights, result.optimum, result.statistics.buffer)
-    except NotImplementedError as error:
-        found["gram refused"] = str(error)
+    result = pk.combine_advantages(**combine, weights_per="batch", bound="gram", process_group=group)
+    found["gram"] = (result.weights, result.optimum, result.statistics.buffer)
     return found
 
 
@@ -327,8 +324,6 @@ def test_only_batch_weights_take_a_group(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_gram_bound(ranks: list[dict[str, Any]]) -> None:
-    if "gram refused" in ranks[0]:
-        pytest.skip(f"no min-norm solver in this build: {ranks[0]['gram refused']}")
     whole = _merged(len(ranks))
     arguments = {key: whole[key] for key in whole if "logprobs" not in key}
     one = pk.combine_advantages(**arguments, weights_per="batch", bound="gram")
