@@ -1,9 +1,9 @@
 """The specification of the library: float64, plain PyTorch, obvious rather than fast.
 
 Every backend is tested against this module. The functions have the names and arguments of the public
-ones (but for `out`, `gram` and `process_group`); they accept any layout of the public API, turn it into dense float64 tensors (sequences, tokens,
-objectives), and follow the formulas of He & Maghsudi 2025 (arXiv 2508.07768) line by line.
-Nothing here avoids a host synchronisation, an allocation or a Python loop.
+ones (but for `out`, `gram` and `process_group`); they accept any layout of the public API, turn it into
+dense float64 tensors (sequences, tokens, objectives), and follow the formulas of He & Maghsudi 2025
+(arXiv 2508.07768) line by line. Nothing here avoids a host synchronisation, an allocation or a loop.
 """
 
 from __future__ import annotations
