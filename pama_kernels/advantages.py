@@ -24,6 +24,7 @@ from ._arguments import (
     resolve_layout,
     shape_of,
 )
+from ._codes import BATCH, GIVEN, GRAM, SEQUENCE, TOKEN
 from .backends import operators
 from .statistics import ObjectiveStatistics, result_metrics
 
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
 # `combine_advantages` takes the N x N statistics along, for its logs, up to this many objectives.
 PAIRS_UP_TO = 16
-
-GIVEN, BATCH, GRAM, SEQUENCE, TOKEN = range(5)
 
 
 def weighting_code(weights_per: str, bound: str, weights: Tensor | None) -> int:

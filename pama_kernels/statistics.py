@@ -9,29 +9,11 @@ import torch
 from torch import Tensor
 
 from ._arguments import ClipRange, clip_bounds, resolve_layout
+from ._codes import FIELDS, PAIRS, TOTALS
 from .backends import operators
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-FIELDS = (
-    "count",
-    "bound_sum",
-    "bound_square_sum",
-    "logprob_sum",
-    "surrogate_sum",
-    "advantage_sum",
-    "advantage_square_sum",
-    "positive_count",
-    "clipped_count",
-)
-PAIRS = (
-    "bound_product",
-    "advantage_product",
-    "pair_count",
-    "pair_advantage",
-    "pair_advantage_square",
-)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -91,7 +73,7 @@ class ObjectiveStatistics:
         if not self.has_gram:
             return None
         n = self.objectives
-        start = len(FIELDS) * n + 2 + PAIRS.index(name) * n * n
+        start = len(FIELDS) * n + len(TOTALS) + PAIRS.index(name) * n * n
         return self.buffer[start : start + n * n].view(n, n)
 
     @property

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pama_kernels import _cpu
+from pama_kernels._codes import GRAM, SEQUENCE, statistics_size
 
 _DTYPES = {
     torch.float32: 0,
@@ -26,7 +27,6 @@ _COMPUTED = (torch.float32, torch.float64)
 _SCALARS = {
     dtype: torch.empty((), device="cpu", dtype=dtype) for dtype in _COMPUTED
 }  # the quickest way to a scalar
-_FIELDS, _TOTALS, _PAIRS = 9, 2, 5
 
 Array = tuple[int, int, int, int, int]
 
@@ -94,8 +94,7 @@ def _problem(
 
 
 def _empty_statistics(n: int, gram: bool) -> Tensor:
-    size = _FIELDS * n + _TOTALS + (_PAIRS * n * n if gram else 0)
-    return torch.empty(size, device="cpu", dtype=torch.float64)
+    return torch.empty(statistics_size(n, gram), device="cpu", dtype=torch.float64)
 
 
 def statistics(
@@ -179,9 +178,6 @@ def _solved(
         torch.empty(n, device="cpu", dtype=dtype),
         torch.empty((), device="cpu", dtype=dtype),
     )
-
-
-GIVEN, BATCH, GRAM, SEQUENCE, TOKEN = range(5)
 
 
 def combine(

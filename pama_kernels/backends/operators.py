@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pama_kernels._arguments import traced
+from pama_kernels._codes import GRAM, SEQUENCE, statistics_size
 
 from . import backend_for
 
@@ -63,14 +64,10 @@ def _result_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _statistics_size(n: int, gram: bool) -> int:
-    return 9 * n + 2 + (5 * n * n if gram else 0)
-
-
 def _fake_statistics(*args: Any) -> Tensor:
     advantages: Tensor = args[2]
     gram: bool = args[-1]
-    return advantages.new_empty(_statistics_size(advantages.shape[-1], gram), dtype=torch.float64)
+    return advantages.new_empty(statistics_size(advantages.shape[-1], gram), dtype=torch.float64)
 
 
 def _fake_batch_weights(
@@ -84,7 +81,7 @@ def _fake_solution(
     like: Tensor, layout: Sequence[int], n: int, weights_per: int, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     dtype = _result_dtype(like)
-    if weights_per == 3 or (weights is not None and weights.dim() == 2):
+    if weights_per == SEQUENCE or (weights is not None and weights.dim() == 2):
         rows = layout[0]
         return like.new_empty((rows, n), dtype=dtype), like.new_empty((rows,), dtype=dtype)
     return like.new_empty(n, dtype=dtype), like.new_empty((), dtype=dtype)
@@ -95,7 +92,7 @@ def _fake_combine(*args: Any) -> tuple[Tensor, ...]:
     weights_per, token_shape, pairs = args[11], args[14], args[15]
     n = advantages.shape[-1]
     shape = advantages.shape[:-1] if token_shape is None else token_shape
-    sums = advantages.new_empty(_statistics_size(n, pairs), dtype=torch.float64)
+    sums = advantages.new_empty(statistics_size(n, pairs), dtype=torch.float64)
     solution = _fake_solution(advantages, layout, n, weights_per, weights)
     return advantages.new_empty(shape), *solution, sums
 
@@ -104,7 +101,7 @@ def _fake_loss(*args: Any) -> tuple[Tensor, ...]:
     logprobs, advantages, weights, layout = args[0], args[2], args[8], args[11]
     weights_per, need_gradient = args[14], args[20]
     n = advantages.shape[-1]
-    sums = advantages.new_empty(_statistics_size(n, weights_per == 2), dtype=torch.float64)
+    sums = advantages.new_empty(statistics_size(n, weights_per == GRAM), dtype=torch.float64)
     value = logprobs.new_empty((), dtype=_result_dtype(logprobs))
     gradient = value.new_empty(logprobs.shape if need_gradient else (0,))
     return value, gradient, *_fake_solution(logprobs, layout, n, weights_per, weights), sums
