@@ -17,7 +17,7 @@ from ._arguments import (
     prior_tensor,
     shape_of,
 )
-from .backends import backend_for, operators
+from .backends import implementation, operators
 
 
 class WeightSolution(NamedTuple):
@@ -71,7 +71,7 @@ def pama_weights(
     if out is None:
         return WeightSolution(*operators.weights(scores, p, uniform, regularization, sizes))
     _check_out(out, scores.shape, scores.shape[:-1], scores)
-    backend_for(scores).weights_out(scores, p, uniform, regularization, sizes, *out)
+    implementation(scores, "weights_out")(scores, p, uniform, regularization, sizes, *out)
     return out
 
 
@@ -157,7 +157,7 @@ def min_norm_weights(
     if out is None:
         return WeightSolution(*operators.min_norm(gram, p, regularization))
     _check_out(out, gram.shape[:-1], gram.shape[:-2], gram)
-    backend_for(gram).min_norm_out(gram, p, regularization, *out)
+    implementation(gram, "min_norm_out")(gram, p, regularization, *out)
     return out
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from pama_kernels._arguments import traced
 from pama_kernels._codes import GRAM, SEQUENCE, statistics_size
 
-from . import backend_for
+from . import find, implementation
 
 _LIBRARY: Any = torch.library.Library("pama", "DEF")  # type: ignore[no-untyped-call]
 
@@ -157,7 +157,7 @@ def _quick(name: str) -> Callable[[Tensor, float], tuple[Tensor, Tensor] | None]
         if type(x) is not Tensor or not x.is_cpu or traced():
             return None
         if on_cpu is None:
-            on_cpu = getattr(backend_for(x), name, _no_quick_path)
+            on_cpu = find("cpu", name) or _no_quick_path
         solution: tuple[Tensor, Tensor] | None = on_cpu(x, regularization, torch.get_num_threads())
         return solution
 
@@ -171,12 +171,12 @@ quick_min_norm = _quick("quick_min_norm")
 def _define(name: str) -> Callable[..., Any]:
     place = _DEVICE_ARGUMENT.get(name, 0)
 
-    def implementation(*args: Any) -> Any:
-        return getattr(backend_for(args[place]), name)(*args)
+    def run(*args: Any) -> Any:
+        return implementation(args[place], name)(*args)
 
     _LIBRARY.define(name + SCHEMAS[name], tags=(torch.Tag.needs_exact_strides,))
-    _LIBRARY.impl(name, implementation, "CPU")
-    _LIBRARY.impl(name, implementation, "CUDA")
+    _LIBRARY.impl(name, run, "CPU")
+    _LIBRARY.impl(name, run, "CUDA")
     # No result has a gradient: that of the loss is put on by `loss._Loss`.
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"pama::{name}", _FAKES[name], lib=_LIBRARY)
@@ -189,9 +189,9 @@ def _define(name: str) -> Callable[..., Any]:
         if type(x) not in _PLAIN or traced():
             return operator(*args)
         if not x.is_cpu:
-            return implementation(*args)
+            return run(*args)
         if on_cpu is None:
-            on_cpu = getattr(backend_for(x), name)
+            on_cpu = implementation(x, name)
         try:
             return on_cpu(*args)
         except RuntimeError as error:
