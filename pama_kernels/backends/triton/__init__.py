@@ -6,9 +6,7 @@ forms; `advantages.py` gae and group_normalize; `simplex.py` the scalar problem 
 
 from __future__ import annotations
 
-import triton
-
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+from .launch import INTERPRETED
 
 
 def unusable(device_type: str) -> str | None:

@@ -1,0 +1,145 @@
+"""The scalar problem of PAMA as a device function: the algorithm of csrc/core/simplex.hpp, a row of objectives each.
+
+    minimise over c in the simplex   1/2 (a.c)^2 + rho/2 ||c - p||^2,   rho = regularization * scale,
+
+rho = 0 standing for the limit rho -> 0. Tiles are (rows, objectives), the latter padded to a power of two;
+`here` is false at padding and at absent objectives. Every row is computed by itself: it gets the same bits
+whatever stands in the others.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _power_of_two(x):
+    """2^floor(log2 x) and its inverse, for positive normal x; the top binade counts as the one below it."""
+    if x.dtype == tl.float64:
+        exponent = tl.minimum((x.to(tl.int64, bitcast=True) >> 52) & 0x7FF, 2045)
+        unit = (exponent << 52).to(tl.float64, bitcast=True)
+        inverse = ((2046 - exponent) << 52).to(tl.float64, bitcast=True)
+    else:
+        exponent = tl.minimum((x.to(tl.int32, bitcast=True) >> 23) & 0xFF, 253)
+        unit = (exponent << 23).to(tl.float32, bitcast=True)
+        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    return unit, inverse
+
+
+@triton.jit
+def _descend(a, p, rho, keep, N: tl.constexpr):
+    """Newton's method along the path of the projection, as csrc/core/simplex.hpp explains it.
+
+    a, p, keep (R, N), rho (R, 1); keep is 1 where an objective takes part, else 0, and a is below 4 in size.
+    """
+    low = tl.min(tl.where(keep > 0, a, 8.0), axis=1, keep_dims=True)
+    high = tl.max(tl.where(keep > 0, a, -8.0), axis=1, keep_dims=True)
+    prior_low = tl.min(tl.where(keep > 0, p, 2.0), axis=1, keep_dims=True)
+    prior_high = tl.max(tl.where(keep > 0, p, -1.0), axis=1, keep_dims=True)
+    hold = prior_low != prior_high
+    at_prior = tl.sum(keep * a * p, axis=1, keep_dims=True)
+    nearby = tl.where(at_prior >= 0, low, high)
+    # Scores are taken relative to the one that never leaves: exact for near ties, where the multiplier is large.
+    near = tl.where(keep > 0, a - nearby, 0.0)
+    multiplier = tl.zeros_like(at_prior)
+    mean = tl.zeros_like(at_prior)
+    shift = tl.zeros_like(at_prior)
+    holding = tl.zeros_like(at_prior) != 0
+    active = 1
+    turn = 0
+    while (active > 0) & (turn < 2 * N + 2):
+        members = tl.maximum(tl.sum(keep, axis=1, keep_dims=True), 1.0)
+        mean = tl.sum(keep * near, axis=1, keep_dims=True) / members
+        shift = (1.0 - tl.sum(keep * p, axis=1, keep_dims=True)) / members
+        centred = near - mean
+        curvature = rho + tl.sum(keep * centred * centred, axis=1, keep_dims=True)
+        slope = tl.sum(keep * centred * p, axis=1, keep_dims=True)
+        step = tl.where(curvature > 0, (nearby + mean + slope) / tl.where(curvature > 0, curvature, 1.0), 0.0)
+        multiplier = tl.where(holding, multiplier, step)
+        leaves = (keep > 0) & (p + shift - multiplier * centred < 0)
+        keep = tl.where(leaves, 0.0, keep)
+        left = tl.max(leaves.to(tl.int32), axis=1, keep_dims=True)
+        active = tl.max(tl.max(left | holding.to(tl.int32), axis=1), axis=0)
+        holding = (left > 0) & hold  # the multiplier rests until nobody leaves
+        turn += 1
+    weight = p + shift - multiplier * (near - mean)
+    c = tl.where((keep > 0) & (weight > 0), weight, 0.0)
+    optimum = tl.sum(c * a, axis=1, keep_dims=True)
+    return c, tl.where(rho == 0, 0.0, optimum)
+
+
+@triton.jit
+def _rows(a, prior, here, regularization, scale, N: tl.constexpr):
+    """`solve` in the dtype of `a`; and where two signs of very different size want more digits than it has."""
+    wide: tl.constexpr = a.dtype == tl.float64
+    least_rho: tl.constexpr = 1e-280 if wide else 1e-30  # beside scores of 1: below it is none
+    small: tl.constexpr = 1e-200 if wide else 1e-30
+    raised: tl.constexpr = 1.6069380442589903e60 if wide else 1.2676506002282294e30  # 2^200, 2^100
+    lowered: tl.constexpr = 1.0 / raised
+    spread: tl.constexpr = 0.0 if wide else 1e-3
+    one = tl.full([1, 1], 1.0, a.dtype)
+
+    a = tl.where(here, a, 0.0)
+    infinity: tl.constexpr = float("inf")
+    unusable = tl.max((here & ~(tl.abs(a) < infinity)).to(tl.int32), axis=1, keep_dims=True) > 0
+    a = tl.where(unusable, 0.0, a)
+    keep = tl.where(here, one, 0.0 * one)
+    count = tl.sum(keep, axis=1, keep_dims=True)
+    p = keep * prior
+    mass = tl.sum(p, axis=1, keep_dims=True)
+    p = tl.where(mass > 0, p / tl.where(mass > 0, mass, 1.0), keep / tl.maximum(count, 1.0))
+
+    # Every row is scaled, exactly, by the power of two of its largest score; subnormal ones are lifted first.
+    largest = tl.max(tl.abs(a), axis=1, keep_dims=True)
+    lift = tl.where(largest < small, tl.full([1, 1], raised, a.dtype), one)
+    unlift = tl.where(largest < small, tl.full([1, 1], lowered, a.dtype), one)
+    unit, inverse = _power_of_two(tl.where(largest > 0, largest * lift, one))
+    low = tl.min(tl.where(here, a, infinity), axis=1, keep_dims=True)
+    high = tl.max(tl.where(here, a, -infinity), axis=1, keep_dims=True)
+    x = (a * lift) * inverse
+    if scale is None:
+        peak = (largest * lift) * inverse
+        size = (peak * peak).to(tl.float64)
+    else:
+        up = lift.to(tl.float64)
+        down = inverse.to(tl.float64)
+        size = scale * up * down * up * down
+        if regularization > 0:
+            unusable = unusable | ~(tl.abs(scale) < infinity)
+    rho = (regularization * tl.where(unusable, 0.0, size)).to(a.dtype)
+    rho = tl.where(rho > least_rho, rho, 0.0)
+
+    # With rho = 0 and scores of one sign the answer is exact: who has the score nearest 0 shares the weight.
+    nearest = tl.where(low > 0, low, tl.where(high < 0, high, 0.0))
+    one_sided = ((rho == 0) & ((low >= 0) | (high <= 0))) | (largest == 0)
+    keep = tl.where(one_sided & (a != nearest), 0.0, keep)
+    x = tl.where(one_sided, 0.0, x)
+    c, optimum = _descend(x, p, tl.where(one_sided, 0.0, rho), keep, N)
+    optimum = tl.where(one_sided, nearest, (optimum * unit) * unlift)
+
+    missing = tl.full([1, 1], float("nan"), a.dtype)
+    c = tl.where(unusable, missing, c)
+    optimum = tl.where(unusable, missing, optimum)
+    c = tl.where(count == 0, prior, c)
+    optimum = tl.where(count == 0, 0.0, optimum)
+    smaller = tl.minimum(-low, high)
+    unsure = (rho == 0) & (smaller > 0) & (smaller < largest * spread) & ~unusable
+    return c, optimum, unsure
+
+
+@triton.jit
+def solve(a, prior, here, regularization, scale, N: tl.constexpr):
+    """Weights c (R, N) and optima a.c (R, 1) in the dtype of `a`; 0 where not `here`, but for rows without any.
+
+    a (R, N) float32 or float64: scores; prior (R, N) or (1, N) float64, 0 at padding; here (R, N) bool;
+    regularization: a float64 value; scale: (R, 1) float64, or None for max a^2. A row where nobody is here gets
+    the prior, one with a NaN or infinity gets NaN.
+    """
+    c, optimum, unsure = _rows(a, tl.cast(prior, a.dtype), here, regularization, scale, N)
+    if a.dtype != tl.float64:
+        if tl.max(tl.max(unsure.to(tl.int32), axis=1), axis=0) > 0:
+            exact_c, exact_optimum, _ = _rows(a.to(tl.float64), prior, here, regularization, scale, N)
+            c = tl.where(unsure, exact_c.to(c.dtype), c)
+            optimum = tl.where(unsure, exact_optimum.to(c.dtype), optimum)
+    return c, optimum
