@@ -1,4 +1,4 @@
-"""The scalar problem of PAMA as a device function: the algorithm of csrc/core/simplex.hpp, a row of objectives each.
+"""The scalar problem of PAMA as a device function: the algorithm of csrc/core/simplex.hpp for tiles of rows.
 
     minimise over c in the simplex   1/2 (a.c)^2 + rho/2 ||c - p||^2,   rho = regularization * scale,
 
@@ -40,7 +40,7 @@ def _descend(a, p, rho, keep, N: tl.constexpr):
     hold = prior_low != prior_high
     at_prior = tl.sum(keep * a * p, axis=1, keep_dims=True)
     nearby = tl.where(at_prior >= 0, low, high)
-    # Scores are taken relative to the one that never leaves: exact for near ties, where the multiplier is large.
+    # Scores are taken relative to the one that never leaves: exact for near ties, of a large multiplier.
     near = tl.where(keep > 0, a - nearby, 0.0)
     multiplier = tl.zeros_like(at_prior)
     mean = tl.zeros_like(at_prior)
@@ -71,7 +71,7 @@ def _descend(a, p, rho, keep, N: tl.constexpr):
 
 @triton.jit
 def _rows(a, prior, here, regularization, scale, N: tl.constexpr):
-    """`solve` in the dtype of `a`; and where two signs of very different size want more digits than it has."""
+    """`solve` in the dtype of `a`; and where two signs of very different size want more digits than that."""
     wide: tl.constexpr = a.dtype == tl.float64
     least_rho: tl.constexpr = 1e-280 if wide else 1e-30  # beside scores of 1: below it is none
     small: tl.constexpr = 1e-200 if wide else 1e-30
@@ -130,11 +130,11 @@ def _rows(a, prior, here, regularization, scale, N: tl.constexpr):
 
 @triton.jit
 def solve(a, prior, here, regularization, scale, N: tl.constexpr):
-    """Weights c (R, N) and optima a.c (R, 1) in the dtype of `a`; 0 where not `here`, but for rows without any.
+    """Weights c (R, N) and optima a.c (R, 1) in the dtype of `a`; c is 0 where not `here`.
 
     a (R, N) float32 or float64: scores; prior (R, N) or (1, N) float64, 0 at padding; here (R, N) bool;
-    regularization: a float64 value; scale: (R, 1) float64, or None for max a^2. A row where nobody is here gets
-    the prior, one with a NaN or infinity gets NaN.
+    regularization: a float64 value; scale: (R, 1) float64, or None for max a^2. A row where nobody is here
+    gets the prior, one with a NaN or infinity gets NaN.
     """
     c, optimum, unsure = _rows(a, tl.cast(prior, a.dtype), here, regularization, scale, N)
     if a.dtype != tl.float64:
