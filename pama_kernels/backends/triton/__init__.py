@@ -1,12 +1,17 @@
 """The Triton backend: portable GPU kernels (NVIDIA and AMD); on the CPU they run in Triton's interpreter.
 
-`passes.py` has statistics, batch_weights, combine and loss; `solvers.py` weights, min_norm and their `_out`
-forms; `advantages.py` gae and group_normalize; `simplex.py` the scalar problem as a device function.
+`statistics.py` has statistics and batch_weights, `passes.py` combine and loss, `solvers.py` weights, min_norm
+and their `_out` forms, `advantages.py` gae and group_normalize; `simplex.py` solves the scalar problem on the
+device.
 """
 
 from __future__ import annotations
 
 from .launch import INTERPRETED
+from .passes import combine, loss
+from .statistics import batch_weights, statistics
+
+__all__ = ["batch_weights", "combine", "loss", "statistics", "unusable"]
 
 
 def unusable(device_type: str) -> str | None:

@@ -1,0 +1,261 @@
+"""`combine` and `loss`: which kernels a call takes, and what they write into.
+
+Weights of the batch: the statistics pass with its solution, then a pass over the tokens. Other weights: one
+pass, before which the valid tokens are counted where the loss is a mean over masked tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pama_kernels._codes import BATCH, FIELDS, GIVEN, GRAM, SEQUENCE, TOKEN, statistics_size
+
+from .apply import count_kernel, rows_kernel, tokens_kernel
+from .launch import counter, launch, power_of_two
+from .pairs import add_pairs, gram_weights
+from .problem import PAIRS_IN_REGISTERS, Problem, flattened, problem, programs, slot_size
+from .statistics import run_statistics
+
+_TOKEN_MEAN, _SEQUENCE_MEAN_TOKEN_SUM, _SEQUENCE_MEAN_TOKEN_MEAN = range(3)
+_KERNEL_WEIGHTS = {GIVEN: 0, BATCH: 0, GRAM: 0, SEQUENCE: 1, TOKEN: 2}
+
+
+def _counts(given: Problem, by_row: bool) -> Tensor:
+    """Valid tokens of each row, or in parts whose sum is that of all."""
+    shape = (given if by_row else flattened(given)).shape(False)
+    source = given if by_row else flattened(given)
+    tokens = 1024 if given.device.type == "cuda" else 64
+    slots = given.rows if by_row else programs(given.device, -(-source.tokens() // tokens))
+    counts = torch.empty(slots, device=given.device, dtype=torch.float64)
+    if slots:
+        launch(
+            count_kernel,
+            given.device,
+            slots,
+            source.arrays[2],
+            source.cu,
+            source.rows,
+            source.width,
+            counts,
+            TOKENS=tokens,
+            LAYOUT=0 if source.cu[0] is not None else shape.LAYOUT,
+            NARROW=shape.NARROW,
+            BY_ROW=by_row,
+        )
+    return counts
+
+
+def _denominator(
+    given: Problem, aggregation: int, fixed: float, normalizer: Tensor | None, batch_sums: Tensor | None
+) -> tuple[float, Tensor | None, bool]:
+    """What a token's loss is multiplied by, whose sum it is divided by, and whether that is a count."""
+    if fixed != -math.inf:
+        return 1 / fixed, None, False
+    if normalizer is not None:
+        return 1.0, normalizer, False
+    if aggregation != _TOKEN_MEAN:
+        return 1 / max(given.rows, 1), None, False
+    if given.arrays[2][0] is None:
+        return 1 / max(given.tokens(), 1), None, False
+    if batch_sums is not None:
+        return 1.0, batch_sums[len(FIELDS) * given.n :][:1], True
+    return 1.0, _counts(given, False), True
+
+
+def _apply(
+    given: Problem,
+    weights_per: int,
+    weights: Tensor | None,
+    prior: Tensor,
+    regularization: float,
+    pairs: bool,
+    dtype: torch.dtype,
+    combined: Tensor | None,
+    one_result: bool = False,
+    value: Tensor | None = None,
+    gradient: Tensor | None = None,
+    kl_coef: float = 0.0,
+    aggregation: int = _TOKEN_MEAN,
+    fixed: float = -math.inf,
+    normalizer: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights, optimum and statistics; the rest is written into what is given."""
+    n, rows, device = given.n, given.rows, given.device
+    by_row = weights_per == SEQUENCE or (weights is not None and weights.dim() == 2)
+    solved = torch.empty((rows, n) if by_row else (n,), device=device, dtype=dtype)
+    optimum = torch.empty((rows,) if by_row else (), device=device, dtype=dtype)
+    batch_sums = None
+    if weights_per == BATCH:
+        batch_sums = run_statistics(given, pairs, prior, regularization, (solved, optimum))
+    elif weights_per == GRAM:
+        batch_sums = run_statistics(given, True, None, 0.0, None)
+        gram_weights(batch_sums, n, prior, regularization, solved, optimum)
+    sums = batch_sums
+    if sums is None:
+        sums = torch.empty(statistics_size(n, pairs), device=device, dtype=torch.float64)
+    source = solved if weights is None else weights.detach()
+    statistics = batch_sums is None
+
+    scale, denominator, is_count = 1.0, None, False
+    if value is not None:
+        scale, denominator, is_count = _denominator(given, aggregation, fixed, normalizer, batch_sums)
+    row_mean = value is not None and aggregation == _SEQUENCE_MEAN_TOKEN_MEAN
+    over_rows = by_row or one_result
+    row_counts = _counts(given, True) if row_mean and not over_rows else None
+    if not over_rows and row_counts is None:
+        given = flattened(given)
+    inside = statistics and pairs and n <= PAIRS_IN_REGISTERS
+    shape = given.shape(inside, row_counts is not None)
+    if over_rows:
+        length = given.width if given.cu[0] is None else 256
+        shape = shape._replace(TOKENS=min(shape.TOKENS, power_of_two(length)))
+    stride = slot_size(n, statistics, inside, shape.PRESENT)
+    units = rows if over_rows else -(-given.tokens() // shape.TOKENS)
+    slots = programs(device, units, stride)
+    partial = count = None
+    if statistics or value is not None:
+        partial = torch.empty(slots * stride, device=device, dtype=torch.float64)
+        count = counter(device)
+    denominators = 0 if denominator is None else denominator.numel()
+    extra: dict[str, Any] = {"BY_ROW": by_row, "ONE_RESULT": one_result, "ROW_MEAN": row_mean}
+    launch(
+        rows_kernel if over_rows else tokens_kernel,
+        device,
+        slots,
+        given.arrays,
+        given.ref,
+        given.cu,
+        given.rows,
+        given.width,
+        *given.clip,
+        (source, source.stride(0) if by_row else 0, source.stride(-1)),
+        prior,
+        regularization,
+        scale,
+        denominator,
+        denominators,
+        *(() if over_rows else (row_counts,)),
+        kl_coef,
+        combined,
+        gradient,
+        value,
+        solved,
+        optimum,
+        sums,
+        partial,
+        count,
+        **shape._asdict(),
+        STRIDE=stride,
+        WEIGHTS=_KERNEL_WEIGHTS[weights_per],
+        STATISTICS=statistics,
+        SLOTS=power_of_two(denominators),
+        COUNT=is_count,
+        **(extra if over_rows else {}),
+        num_warps=8 if shape.TOKENS * shape.N >= 2048 else 4,
+    )
+    if statistics and pairs and not inside:
+        add_pairs(given, sums)
+    return solved, optimum, sums
+
+
+def combine(
+    logprobs: Tensor | None,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    objective_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    weights: Tensor | None,
+    prior: Tensor,
+    layout: Sequence[int],
+    clip: Sequence[float],
+    noon: bool,
+    weights_per: int,
+    uniform: bool,
+    regularization: float,
+    token_shape: Sequence[int] | None,
+    pairs: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given = problem(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        objective_mask,
+        None,
+        None,
+        cu_seqlens,
+        layout,
+        clip,
+        noon,
+    )
+    dtype = torch.float64 if advantages.dtype == torch.float64 else torch.float32
+    shape = advantages.shape[:-1] if token_shape is None else token_shape
+    combined = torch.empty(shape, device=advantages.device, dtype=advantages.dtype)
+    one_result = bool(layout[2]) and token_shape is None
+    return combined, *_apply(
+        given, weights_per, weights, prior, regularization, pairs, dtype, combined, one_result
+    )
+
+
+def loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    objective_mask: Tensor | None,
+    importance_weights: Tensor | None,
+    ref_logprobs: Tensor | None,
+    cu_seqlens: Tensor | None,
+    weights: Tensor | None,
+    normalizer: Tensor | None,
+    prior: Tensor,
+    layout: Sequence[int],
+    clip: Sequence[float],
+    noon: bool,
+    weights_per: int,
+    uniform: bool,
+    regularization: float,
+    aggregation: int,
+    fixed_normalizer: float,
+    kl_coef: float,
+    need_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = problem(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        objective_mask,
+        importance_weights,
+        ref_logprobs,
+        cu_seqlens,
+        layout,
+        clip,
+        noon,
+    )
+    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    value = torch.empty((), device=logprobs.device, dtype=dtype)
+    gradient = torch.empty(logprobs.shape if need_gradient else (0,), device=logprobs.device, dtype=dtype)
+    rest = _apply(
+        given,
+        weights_per,
+        weights,
+        prior,
+        regularization,
+        weights_per == GRAM,
+        dtype,
+        None,
+        value=value,
+        gradient=gradient if need_gradient else None,
+        kl_coef=kl_coef,
+        aggregation=aggregation,
+        fixed=fixed_normalizer,
+        normalizer=normalizer,
+    )
+    return value, gradient, *rest

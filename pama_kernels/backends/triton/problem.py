@@ -1,0 +1,176 @@
+"""The tensors of a call as the kernels take them, and the shapes of their launches."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pama_kernels._codes import FIELDS, PAIRS, TOTALS
+
+from .launch import INTERPRETED, power_of_two
+
+Array = tuple[Any, ...]  # tensor or None, row stride, token stride[, objective stride]
+
+# N x N sums ride along in the statistics pass up to so many objectives (their tile is TOKENS x N x N).
+PAIRS_IN_REGISTERS = 8
+
+
+def tokens_array(x: Tensor | None) -> Array:
+    """(B, T) or (M,)."""
+    if x is None:
+        return None, 0, 0
+    strides = x.stride()
+    return x, strides[0] if len(strides) == 2 else 0, strides[-1]
+
+
+def objectives_array(x: Tensor | None, per_sequence: bool) -> Array:
+    """(B, T, N), (B, N) or (M, N)."""
+    if x is None:
+        return None, 0, 0, 0
+    strides = x.stride()
+    if len(strides) == 3:
+        return x, *strides
+    return (x, strides[0], 0, strides[1]) if per_sequence else (x, 0, *strides)
+
+
+class Shape(NamedTuple):
+    """How the tokens are laid out and cut into tiles: constants of the kernels by their names there."""
+
+    n: int
+    N: int
+    TOKENS: int
+    LAYOUT: int
+    NARROW: bool
+    DENSE: bool
+    NOON: bool
+    WIDE: bool
+    PAIRS: bool
+    PRESENT: bool
+
+
+class Problem(NamedTuple):
+    arrays: tuple[Array, ...]
+    ref: Array
+    cu: Array
+    rows: int
+    width: int
+    clip: tuple[float, ...]
+    n: int
+    noon: bool
+    wide: bool
+    device: torch.device
+    by_row: bool  # something is given per sequence
+
+    def shape(self, pairs: bool, by_row: bool = False) -> Shape:
+        """Of a launch over all tokens; `by_row` where something else is per row."""
+        n = power_of_two(self.n)
+        area, most = (2048, 512) if self.wide else (4096, 1024)
+        if INTERPRETED:
+            most = 64
+        tokens = max(1, min(most, area // (n * n if pairs else n)))
+        if self.cu[0] is not None:
+            layout = 2 if self.by_row or by_row else 0
+        else:
+            layout = 0 if self.rows == 1 else 1
+        advantages, present = self.arrays[:2]
+        return Shape(
+            n=self.n,
+            N=n,
+            TOKENS=tokens,
+            LAYOUT=layout,
+            NARROW=self.rows * self.width < 2**31,
+            DENSE=advantages[2:] == (self.n, 1),
+            NOON=self.noon,
+            WIDE=self.wide,
+            PAIRS=pairs,
+            PRESENT=present[0] is not None,
+        )
+
+    def tokens(self) -> int:
+        """Tokens of the launch, or a guess where only the offsets tell."""
+        if self.cu[0] is None:
+            return self.rows * self.width
+        return self.width if self.width >= 0 else 256 * self.rows
+
+
+def slot_size(n: int, statistics: bool, pairs: bool, present: bool) -> int:
+    """Numbers in a program's slot, as `sums.py` lays them out."""
+    if not statistics:
+        return 2 + n
+    blocks = (len(PAIRS) if present else 2) if pairs else 0
+    return 2 + n + len(FIELDS) * n + len(TOTALS) + blocks * n * n
+
+
+@functools.lru_cache(maxsize=64)
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def programs(device: torch.device, units: int, slot: int = 1) -> int:
+    """Programs for so many tiles or rows: two to a processor, fewer where slots are large."""
+    most = 2 * _processors(device) if device.type == "cuda" else 3
+    return max(1, min(units, most, max(8, 2**19 // slot)))
+
+
+def clip_numbers(clip: Sequence[float]) -> tuple[float, ...]:
+    """(1 - eps_low, 1 + eps_high, dual_clip), then their logarithms."""
+    low, high, dual = clip
+    log_low = math.log1p(-low) if low < 1 else -math.inf
+    return 1 - low, 1 + high, dual, log_low, math.log1p(high), math.log(dual)
+
+
+def problem(
+    logprobs: Tensor | None,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    objective_mask: Tensor | None,
+    importance_weights: Tensor | None,
+    ref_logprobs: Tensor | None,
+    cu_seqlens: Tensor | None,
+    layout: Sequence[int],
+    clip: Sequence[float],
+    noon: bool,
+) -> Problem:
+    rows, width, per_sequence, mask_per_sequence = layout
+    floats = (logprobs, old_logprobs, advantages, importance_weights, ref_logprobs)
+    arrays: tuple[Array, ...] = (
+        objectives_array(advantages, bool(per_sequence)),
+        objectives_array(objective_mask, bool(mask_per_sequence)),
+        tokens_array(mask),
+        tokens_array(logprobs),
+        tokens_array(old_logprobs),
+        tokens_array(importance_weights),
+    )
+    ref = tokens_array(ref_logprobs)
+    cu: Array = (None, 0) if cu_seqlens is None else (cu_seqlens, cu_seqlens.stride(0))
+    return Problem(
+        arrays,
+        ref,
+        cu,
+        rows,
+        width,
+        clip_numbers(clip),
+        advantages.shape[-1],
+        noon,
+        any(x is not None and x.dtype == torch.float64 for x in floats),
+        advantages.device,
+        bool(per_sequence) or (objective_mask is not None and bool(mask_per_sequence)),
+    )
+
+
+def flattened(given: Problem) -> Problem:
+    """Padded sequences without a gap between them are one long sequence."""
+    if given.cu[0] is not None or given.rows == 1:
+        return given
+    for array in (*given.arrays, given.ref):
+        if array[0] is not None and array[1] != given.width * array[2]:
+            return given
+    return given._replace(rows=1, width=given.rows * given.width)
