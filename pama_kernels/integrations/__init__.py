@@ -1,0 +1,1 @@
+"""Thin adapters to trainers, one module each: import the one you need; nothing else imports them."""
