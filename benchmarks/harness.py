@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import datetime
 import gc
 import importlib.metadata
@@ -23,6 +24,12 @@ from pama_kernels import info
 
 SLICE = 2e-3  # seconds of one contestant's turn
 SLOW_SLICE = 0.1  # the same where up to 20 calls take longer
+PACKAGES = (
+    *("torch", "numpy", "daqp", "quadprog", "piqp", "proxsuite", "qpsolvers", "torchjd", "cvxpy"),
+    *("transformers", "trl", "verl"),
+)
+ROUNDS = 11  # at least, unless single calls take longer than a share of the time: then LEAST_ROUNDS
+LEAST_ROUNDS = 3
 
 
 @dataclass
@@ -40,6 +47,7 @@ class Contestant:
     tolerance: float | None = None
     note: str = ""
     threads: int = 1
+    moved: float | None = None  # bytes that one call has to read and write
 
 
 @dataclass
@@ -62,6 +70,10 @@ class Row:
     ratio: float | None  # median over rounds of theirs / ours
     difference: float | None  # from ours, as the contestant's check has it
     note: str
+    size: int | None = None  # tokens, rows or parameters
+    gigabytes_per_second: float | None = None  # counted bytes over the median
+    peak_megabytes: float | None = None  # the most that was resident during a call, beyond what was before it
+    input_megabytes: float | None = None  # of one call
 
 
 @dataclass
@@ -72,6 +84,7 @@ class Session:
     out: Path
     quick: bool
     command: str
+    seconds: float  # for ours and one peer together
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -79,31 +92,55 @@ class Session:
         """The cases, with a progress bar."""
         return iter(tqdm(cases, total=total, desc=self.part, unit="case", disable=None))
 
-    def measure(self, work: str, case: str, n: int, contestants: Sequence[Contestant | Missing]) -> list[Row]:
+    def measure(
+        self,
+        work: str,
+        case: str,
+        n: int,
+        contestants: Sequence[Contestant | Missing],
+        *,
+        size: int | None = None,
+        input_bytes: int | None = None,
+    ) -> list[Row]:
         """Checks that the contestants agree, times them, and keeps and prints their rows.
 
         Ours takes turns with one peer at a time: some slow down what runs after them in the same process.
-        Our own row is from the first pair.
+        Our own row is from the first pair. With `input_bytes`, those of one call, peak memory
+        is measured too.
         """
         ours, *others = contestants
         assert isinstance(ours, Contestant)
         where = f"{work}, {case}, N={n}"
-        seconds = 0.2 if self.quick else 2.0
         rows: list[Row] = []
+
+        def row(c: Contestant, times: list[float], ratio: float, difference: float | None) -> Row:
+            middle, spread = _summary(times)
+            speed = None if c.moved is None else c.moved / middle * 1e-3
+            peak = None if input_bytes is None else peak_memory(c)
+            return Row(
+                *(work, case, n, c.name, c.threads, middle, spread, ratio, difference, c.note, size, speed),
+                *(None if x is None else x * 1e-6 for x in (peak, input_bytes)),
+            )
+
+        own_difference = _agreement(ours, where)
         for c in others:
             if isinstance(c, Missing):
-                rows.append(Row(work, case, n, c.name, 1, None, None, None, None, f"missing: {c.reason}"))
+                reason = f"missing: {c.reason}"
+                rows.append(Row(work, case, n, c.name, 1, None, None, None, None, reason, size))
                 continue
             difference = _agreement(c, where)
-            own, theirs = interleaved((ours, c), seconds)
+            own, theirs = interleaved((ours, c), self.seconds)
             if not any(r.contestant == ours.name for r in rows):
-                first = (work, case, n, ours.name, ours.threads, *_summary(own), 1.0)
-                rows.insert(0, Row(*first, _agreement(ours, where), ours.note))
+                rows.insert(0, row(ours, own, 1.0, own_difference))
             ratio = statistics.median(t / o for t, o in zip(theirs, own, strict=True))
-            rows.append(Row(work, case, n, c.name, c.threads, *_summary(theirs), ratio, difference, c.note))
+            rows.append(row(c, theirs, ratio, difference))
+        self.add(rows)
+        return rows
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Keeps and prints the rows of one case."""
         self.rows += rows
         self._print(rows)
-        return rows
 
     def _print(self, rows: Sequence[Row]) -> None:
         first = rows[0]
@@ -115,7 +152,7 @@ class Session:
             off = "" if r.difference is None else f"  off by {r.difference:.0e}"
             lines.append(
                 f"  {r.ratio:>8.2f}x  {r.microseconds:>11.3f} us  spread {100 * (r.spread or 0):>3.0f}%  "
-                f"{r.contestant}{off}  {r.note}".rstrip()
+                f"{r.contestant}{off}{_extra(r)}  {r.note}".rstrip()
             )
         tqdm.write("\n".join(lines))
 
@@ -135,17 +172,6 @@ class Session:
 
     def provenance(self) -> dict[str, str]:
         machine = info.collect()
-        packages = (
-            "torch",
-            "numpy",
-            "daqp",
-            "quadprog",
-            "piqp",
-            "proxsuite",
-            "qpsolvers",
-            "torchjd",
-            "cvxpy",
-        )
         cpu = next(b for b in machine["backends"] if b["name"] == "cpu")
         return {
             "command": self.command,
@@ -158,11 +184,22 @@ class Session:
                 for name, version in [
                     ("python", machine["versions"]["python"]),
                     ("pama-kernels", machine["versions"]["pama-kernels"]),
-                    *((name, _version(name)) for name in packages),
+                    *((name, _version(name)) for name in PACKAGES),
                 ]
             ),
             **{f"note {i}": note for i, note in enumerate(self.notes, 1)},
         }
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV that a part has written."""
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+
+
+def _extra(row: Row) -> str:
+    speed, peak = row.gigabytes_per_second, row.peak_megabytes
+    return f"  {speed or 0:.1f} GB/s" * (speed is not None) + f"  +{peak or 0:.0f} MB" * (peak is not None)
 
 
 def _short(value: Any) -> Any:
@@ -221,6 +258,7 @@ def interleaved(contestants: Sequence[Contestant], seconds: float) -> list[list[
     """
     slices: list[Iterator[Sequence[Any]]] = []
     round_seconds = 0.0
+    turn = min(SLOW_SLICE, seconds / (ROUNDS * len(contestants)))
     for c in contestants:
         with _threads(c.threads):
             start, calls = perf_counter_ns(), 0
@@ -228,17 +266,17 @@ def interleaved(contestants: Sequence[Contestant], seconds: float) -> list[list[
                 c.call(c.inputs[calls])
                 calls += 1
             once = max((perf_counter_ns() - start) * 1e-9 / calls, 1e-7)
-        count = max(int(SLICE / once), min(20, int(SLOW_SLICE / once)), 1)
+        count = max(int(min(SLICE, turn) / once), min(20, int(turn / once)), 1)
         round_seconds += count * once
         slices.append(_slices(c.inputs, count))
     times: list[list[float]] = [[] for _ in contestants]
-    rounds = max(11, int(seconds / round_seconds))
+    rounds = max(LEAST_ROUNDS, int(seconds / round_seconds))
     enabled = gc.isenabled()
     gc.disable()
     try:
-        for turn in range(rounds):
+        for number in range(rounds):
             for k in range(len(contestants)):
-                i = (k + turn) % len(contestants)
+                i = (k + number) % len(contestants)
                 c, inputs = contestants[i], next(slices[i])
                 call = c.call
                 with _threads(c.threads):
@@ -273,6 +311,26 @@ class _threads:
     def __exit__(self, *_: object) -> None:
         if self.count != self.before:
             torch.set_num_threads(self.before)
+
+
+def peak_memory(c: Contestant) -> float | None:
+    """Bytes resident at the peak of one call beyond those before it, its result included; None off Linux."""
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+    def resident(key: str) -> int:
+        line = next(line for line in status.read_text().splitlines() if line.startswith(key))
+        return int(line.split()[1]) * 1024
+
+    try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what is free, but kept, would hide what the call takes
+        reset.write_text("5")
+        before = resident("VmRSS:")
+        with _threads(c.threads):
+            c.call(c.inputs[0])
+        return float(max(resident("VmHWM:") - before, 0))
+    except (OSError, AttributeError, StopIteration):
+        return None
 
 
 def available_threads() -> int:

@@ -11,7 +11,6 @@ Single inputs come from pools that mix interior optima, sparse supports and near
 
 from __future__ import annotations
 
-import csv
 import itertools
 import time
 import warnings
@@ -26,7 +25,8 @@ from torch import Tensor
 
 import pama_kernels as pk
 
-from .harness import Contestant, Missing, Session, available_threads
+from . import plots
+from .harness import Contestant, Missing, Session, available_threads, read
 
 Array = NDArray[np.float64]
 
@@ -474,8 +474,8 @@ def rows(session: Session, case: str) -> None:
 
 TITLES = {"scores": "pama_weights, one row, float32", "gram": "min_norm_weights, one matrix, float64"}
 STYLES = {
-    "pama_weights": ("#c1121f", "o"),
-    "min_norm_weights": ("#c1121f", "o"),
+    "pama_weights": (plots.OURS, "o"),
+    "min_norm_weights": (plots.OURS, "o"),
     "eager PyTorch": ("#e07a1f", "s"),
     "DAQP": ("#1d4e89", "s"),
     "quadprog": ("#3a86c8", "^"),
@@ -487,67 +487,19 @@ STYLES = {
 }
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8") as file:
-        return list(csv.DictReader(line for line in file if not line.startswith("#")))
-
-
 def plot(path: Path) -> None:
     """Latency against the number of objectives, from the CSV."""
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        print(f"no plot: {error}")
-        return
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     records = [r for r in read(path) if r["work"] in TITLES and "singular" not in r["case"]]
-    figure, panels = plt.subplots(1, 2, figsize=(12, 5.2), sharey=True)
-    for axes, (work, title) in zip(panels, TITLES.items(), strict=True):
-        own = [r for r in records if r["work"] == work and r["microseconds"]]
-        ends = []
-        for name in dict.fromkeys(r["contestant"] for r in own):
-            if name not in STYLES:
-                continue
-            color, marker = STYLES[name]
-            points = sorted((int(r["n"]), float(r["microseconds"])) for r in own if r["contestant"] == name)
-            ours = name in ("pama_weights", "min_norm_weights")
-            axes.plot(
-                *zip(*points, strict=True),
-                color=color,
-                marker=marker,
-                markersize=6 if ours else 4.5,
-                linewidth=2.6 if ours else 1.3,
-                zorder=3 if ours else 2,
-            )
-            ends.append((points[-1], name, color))
-        last = 0.0
-        for (n, latency), name, color in sorted(ends, key=lambda end: end[0][1]):
-            last = max(latency, 1.36 * last)  # labels that do not overlap
-            axes.annotate(
-                name,
-                (n, last),
-                xytext=(7, 0),
-                textcoords="offset points",
-                color=color,
-                va="center",
-                fontsize=9,
-                annotation_clip=False,
-            )
-        sizes = sorted({int(r["n"]) for r in own})
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(sizes, [str(n) if n & (n - 1) == 0 else "" for n in sizes])
-        axes.minorticks_off()
-        axes.set_title(title, loc="left", fontsize=11)
-        axes.set_xlabel("objectives N")
-        axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("microseconds per call, one thread (lower is better)")
-    figure.tight_layout(w_pad=7)
-    figure.subplots_adjust(right=0.88)
-    target = path.with_suffix(".png")
-    figure.savefig(target, dpi=130)
-    plt.close(figure)
-    print(f"wrote {target}")
+    with plots.figure(path.with_suffix(".png"), 2) as panels:
+        for axes, (work, title) in zip(panels, TITLES.items(), strict=False):
+            own = [r for r in records if r["work"] == work and r["microseconds"]]
+            series: plots.Series = {}
+            for r in own:
+                series.setdefault(r["contestant"], []).append((float(r["n"]), float(r["microseconds"])))
+            plots.lines(axes, series, STYLES)
+            sizes = sorted({int(r["n"]) for r in own})
+            axes.set_xticks(sizes, [str(n) if n & (n - 1) == 0 else "" for n in sizes])
+            axes.set_title(title, loc="left", fontsize=11)
+            axes.set_xlabel("objectives N")
+            axes.set_ylabel("microseconds per call, one thread (lower is better)")
+            axes.label_outer()
