@@ -24,7 +24,7 @@ from .sums import (
     store_sums,
     sums_of_tile,
 )
-from .tile import clip_numbers, dense, exponential, load, load_advantages, load_mask, tokens_in_all
+from .tile import clip_numbers, dense, exponential, load, load_advantages, load_mask, rounded, tokens_in_all
 
 GIVEN, SEQUENCE, TOKEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # whose weights: WEIGHTS below
 
@@ -161,12 +161,13 @@ def tokens_kernel(
             )  # fmt: skip
             sums_here = added(sums_here, more, PAIRS, PRESENT)
         if WEIGHTS == TOKEN:
-            c, s = solve(tile[3], p, tile[2], regularization, None, N)
+            c, s = solve(tile[3], p, tile[2], regularization, None, N, NOON)
             weights_sum += tl.sum(tl.where(valid[:, None], c, 0.0), axis=0).to(tl.float64)
             optimum_sum += tl.sum(tl.sum(tl.where(valid[:, None], s, 0.0), axis=1), axis=0).to(tl.float64)
         up, down = combine_tile(tile, c, NOON)
         if combined is not None:
-            tl.store(combined + at, tl.where(valid, up + down, 0.0), mask=inside)
+            together = rounded(tl.where(valid, up + down, 0.0), combined.dtype.element_ty)
+            tl.store(combined + at, together, mask=inside)
         if value is not None:
             factor = scale
             if row_counts is not None:
@@ -240,7 +241,8 @@ def rows_kernel(
             c, s = solution(own[0], own[1], own[2], prior, regularization, n, N)
         elif WEIGHTS == TOKEN:  # all tokens of the row have the same bound terms
             p = tl.load(prior + i, mask=i < n, other=0.0)[None, :]
-            c, s = solve(a.to(tl.float64), p, here & (valid_count > 0), regularization, None, N)
+            counts = tl.zeros([1, N], tl.float64) + valid_count
+            c, s = solve(a.to(tl.float64), p, here & (counts > 0), regularization, None, N)
             weights_sum += tl.where(valid_count > 0, valid_count * tl.sum(c, axis=0), 0.0)
             optimum_sum += tl.where(valid_count > 0, valid_count * tl.sum(tl.sum(s, axis=1), axis=0), 0.0)
         else:
@@ -251,7 +253,8 @@ def rows_kernel(
             tl.store(optimum + row + tl.zeros([1, 1], tl.int32), s)
         if ONE_RESULT:
             together = tl.sum(tl.sum(c * a.to(tl.float64), axis=1), axis=0)
-            tl.store(combined + row, tl.where(valid_count > 0, together, 0.0))
+            together = tl.where(valid_count > 0, together, 0.0)
+            tl.store(combined + row, rounded(together, combined.dtype.element_ty))
         else:
             c = c.to(D)
             factor = scale
@@ -267,7 +270,8 @@ def rows_kernel(
                 tile = load_tile(problem, clip, token_row, at, inside, 0, n, N, NOON, D)
                 up, down = combine_tile(tile, c, NOON)
                 if combined is not None:
-                    tl.store(combined + base + at, tl.where(tile[0][0], up + down, 0.0), mask=inside)
+                    together = rounded(tl.where(tile[0][0], up + down, 0.0), combined.dtype.element_ty)
+                    tl.store(combined + base + at, together, mask=inside)
                 if value is not None:
                     loss += store_loss(
                         tile, up, down, ref, token_row, at, base + at, inside, factor, kl_coef, gradient,

@@ -60,4 +60,9 @@ def launch(kernel: Any, device: torch.device, programs: int, *arguments: Any, **
     elif device.type == "cuda" and device.index != torch.cuda.current_device():
         around = torch.cuda.device(device)
     with around:
-        kernel[(programs,)](*arguments, **options)
+        run(kernel, programs, arguments, options)
+
+
+def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """What `launch` comes down to; ahead-of-time compilation puts something else in its place."""
+    kernel[(programs,)](*arguments, **options)

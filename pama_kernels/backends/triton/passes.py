@@ -110,7 +110,9 @@ def _apply(
     if not over_rows and row_counts is None:
         given = flattened(given)
     inside = statistics and pairs and n <= PAIRS_IN_REGISTERS
-    shape = given.shape(inside, row_counts is not None)
+    # Scores of both signs may want a solution in float64, which takes registers.
+    area = 1024 if weights_per != TOKEN else 512 if given.noon else 256
+    shape = given.shape(inside, row_counts is not None, area)
     if over_rows:
         length = given.width if given.cu[0] is None else 256
         shape = shape._replace(TOKENS=min(shape.TOKENS, power_of_two(length)))
@@ -156,7 +158,7 @@ def _apply(
         SLOTS=power_of_two(denominators),
         COUNT=is_count,
         **(extra if over_rows else {}),
-        num_warps=8 if shape.TOKENS * shape.N >= 2048 else 4,
+        num_warps=4,
     )
     if statistics and pairs and not inside:
         add_pairs(given, sums)

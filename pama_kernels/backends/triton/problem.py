@@ -66,13 +66,11 @@ class Problem(NamedTuple):
     device: torch.device
     by_row: bool  # something is given per sequence
 
-    def shape(self, pairs: bool, by_row: bool = False) -> Shape:
-        """Of a launch over all tokens; `by_row` where something else is per row."""
+    def shape(self, pairs: bool, by_row: bool = False, area: int = 1024) -> Shape:
+        """Of a launch over all tokens, of `area` tokens times objectives; `by_row` where something is per row."""
         n = power_of_two(self.n)
-        area, most = (2048, 512) if self.wide else (4096, 1024)
-        if INTERPRETED:
-            most = 64
-        tokens = max(1, min(most, area // (n * n if pairs else n)))
+        most = 64 if INTERPRETED else 1024
+        tokens = max(1, min(most, area // (2 if self.wide else 1) // (n * n if pairs else n)))
         if self.cu[0] is not None:
             layout = 2 if self.by_row or by_row else 0
         else:

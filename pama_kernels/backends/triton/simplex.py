@@ -129,15 +129,15 @@ def _rows(a, prior, here, regularization, scale, N: tl.constexpr):
 
 
 @triton.jit
-def solve(a, prior, here, regularization, scale, N: tl.constexpr):
+def solve(a, prior, here, regularization, scale, N: tl.constexpr, ONE_SIGN: tl.constexpr = False):
     """Weights c (R, N) and optima a.c (R, 1) in the dtype of `a`; c is 0 where not `here`.
 
     a (R, N) float32 or float64: scores; prior (R, N) or (1, N) float64, 0 at padding; here (R, N) bool;
     regularization: a float64 value; scale: (R, 1) float64, or None for max a^2. A row where nobody is here
-    gets the prior, one with a NaN or infinity gets NaN.
+    gets the prior, one with a NaN or infinity gets NaN. ONE_SIGN: no row has scores of both signs.
     """
     c, optimum, unsure = _rows(a, tl.cast(prior, a.dtype), here, regularization, scale, N)
-    if a.dtype != tl.float64:
+    if a.dtype != tl.float64 and not ONE_SIGN:
         if tl.max(tl.max(unsure.to(tl.int32), axis=1), axis=0) > 0:
             exact_c, exact_optimum, _ = _rows(a.to(tl.float64), prior, here, regularization, scale, N)
             c = tl.where(unsure, exact_c.to(c.dtype), c)

@@ -113,7 +113,7 @@ def run_statistics(
         **shape._asdict(),
         STRIDE=stride,
         SOLVE=solved is not None,
-        num_warps=8,
+        num_warps=4,
     )
     if pairs and not inside:
         add_pairs(collapsed, sums)

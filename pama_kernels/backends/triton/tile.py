@@ -13,6 +13,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .launch import INTERPRETED
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
 
 @triton.jit
 def clip_numbers(low, high, dual, log_low, log_high, log_dual):
@@ -93,6 +97,18 @@ def load(array, row, token, inside, D: tl.constexpr):
     if x.dtype == tl.bfloat16 or x.dtype == tl.float16:
         x = x.to(tl.float32)
     return x.to(D)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """x in dtype. The interpreter would cut the digits off that bfloat16 does not have."""
+    if dtype == tl.bfloat16:
+        if _INTERPRETED:
+            x = x.to(tl.float32)
+            bits = x.to(tl.int32, bitcast=True)
+            bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits) & -0x10000
+            x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit
