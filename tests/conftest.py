@@ -15,7 +15,7 @@ from pama_kernels import _cpu
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 settings.register_profile("default", max_examples=50, derandomize=True, **_COMMON)
 settings.register_profile("full", max_examples=1000, **_COMMON)
-settings.register_profile("interpreter", max_examples=3, derandomize=True, **_COMMON)  # Triton's, which is slow
+settings.register_profile("interpreter", max_examples=3, derandomize=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

@@ -67,7 +67,7 @@ class Problem(NamedTuple):
     by_row: bool  # something is given per sequence
 
     def shape(self, pairs: bool, by_row: bool = False, area: int = 1024) -> Shape:
-        """Of a launch over all tokens, of `area` tokens times objectives; `by_row` where something is per row."""
+        """Of a launch over all tokens, in tiles of `area` tokens times objectives; `by_row`: rows matter."""
         n = power_of_two(self.n)
         most = 64 if INTERPRETED else 1024
         tokens = max(1, min(most, area // (2 if self.wide else 1) // (n * n if pairs else n)))
