@@ -9,12 +9,13 @@ CXX_BUILD := $(VENV)/build-tests
 CXX_FILES := $(shell find csrc -name '*.[ch]pp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(CXX_FILES)
 
-.PHONY: help demo demo-quick test test-full lint test-cpp test-python bench dist format clean
+.PHONY: help demo demo-quick test test-full lint test-cpp test-python test-integrations bench dist format clean
 
 help:
 	@echo 'make demo       align a small language model with three conflicting rewards (4 to 6 minutes)'
 	@echo 'make test       lint, types, C++ tests under sanitizers, Python tests'
 	@echo 'make test-full  the same with long fuzzing, slow tests, and the sdist'
+	@echo 'make test-integrations  the tests that need verl, in an environment of its own'
 	@echo 'make lint       ruff, mypy, clang-format; make format mends what it can'
 	@echo 'make bench      the benchmarks; BENCH_ARGS are passed on'
 	@echo 'make dist       sdist and wheel'
@@ -35,6 +36,15 @@ $(VENV)/%.stamp: $(VENV)/tools.stamp $(BUILD_FILES)
 		--config-settings=build-dir=$(abspath $(VENV))/build-module \
 		--config-settings=cmake.define.PAMA_WERROR=$(if $(filter test,$*),ON,OFF) \
 		--editable '.[$*]'
+	@touch $@
+
+# verl wants an older transformers: an environment that adds to the one above and overrides it.
+$(VENV)-verl/stamp: $(VENV)/test.stamp
+	$(PYTHON) -m venv $(VENV)-verl
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> $$($(VENV)-verl/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth
+	grep -v '^transformers' constraints.txt > $(VENV)-verl/constraints.txt
+	$(VENV)-verl/bin/python -m pip install -q -c $(VENV)-verl/constraints.txt 'pama-kernels[verl]'
 	@touch $@
 
 # ---- what people run -------------------------------------------------------------------------------------------------
@@ -81,10 +91,13 @@ test-cpp: $(VENV)/tools.stamp
 test-python: $(VENV)/test.stamp
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-integrations: $(VENV)-verl/stamp
+	$(VENV)-verl/bin/python -m pytest tests/test_integration_verl.py tests/test_integration_verl_trainer.py
+
 # The wheel is built from the sdist, so that a file missing from the sdist shows.
 dist: $(VENV)/tools.stamp
 	$(BIN)/python -m build --outdir dist .
 
 clean:
-	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-verl build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

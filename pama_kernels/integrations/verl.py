@@ -1,0 +1,116 @@
+"""PAMA in verl: an advantage estimator, a policy loss, and trainers that bring reward components along.
+
+verl loads this module by itself (entry-point group ``verl.plugins``). It registers
+
+- the advantage estimator ``pama``: the components of the reward to one advantage, with weights solved once
+  per rollout in the driver, where all samples are together;
+- the policy loss ``pama``, for `noon=False`: the positive and the negative part are clipped each by itself;
+- the trainers ``pama_sync``, ``pama_colocate_async`` and ``pama_separate_async``: verl's own, which hand the
+  components to the estimator. verl's older trainer (``trainer.use_v1=false``) needs no other name.
+
+Settings, in ``algorithm.pama``, are `reward_keys` and those of `combine_advantages`: see docs/verl.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import re
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import Any
+
+from ._verl_algorithms import NAME, compute_pama_advantage, compute_pama_policy_loss
+from ._verl_trainers import check_config, extend_older_trainer, register_trainers
+
+__all__ = ["check", "compute_pama_advantage", "compute_pama_policy_loss"]
+
+OLDEST, NEWEST = (0, 9, 1), (0, 9, 1)  # releases of verl that were tested
+# verl's trainers are heavy and its workers need none: they are extended when they are imported.
+EXTENSIONS: dict[str, Callable[[ModuleType], None]] = {
+    "verl.trainer.ppo.ray_trainer": extend_older_trainer,
+    "verl.trainer.ppo.v1": register_trainers,
+}
+
+_log = logging.getLogger(__name__)
+_failures: list[str] = []
+
+
+def check(config: Any = None) -> None:
+    """Makes sure that pama is registered with verl, trainers included, and that a configuration can be used.
+
+    Args:
+        config: verl's whole configuration, as hydra composes it.
+
+    Raises:
+        RuntimeError: it is not registered; the message says why.
+        ValueError, TypeError: `config` cannot be used; the message names the setting.
+    """
+    if not _failures:
+        for name in EXTENSIONS:
+            _attempt(functools.partial(importlib.import_module, name))
+    if _failures:
+        raise RuntimeError(f"pama_kernels is not registered with verl: {'; '.join(_failures)}")
+    if config is not None:
+        older = not config.trainer.get("use_v1", True)
+        check_config(config, older or str(config.trainer.v1.trainer_mode).startswith(f"{NAME}_"))
+
+
+def _attempt(action: Callable[[], object]) -> None:
+    """verl logs what goes wrong in a plug-in at DEBUG: say it aloud, and keep it for `check`."""
+    try:
+        action()
+    except Exception as error:
+        _failures.append(f"{type(error).__name__}: {error}")
+        _log.exception("pama_kernels is not registered with verl")
+
+
+class _AfterImport:
+    """A finder that finds nothing itself, but extends one module after its first import."""
+
+    def __init__(self, name: str, extend: Callable[[ModuleType], None]) -> None:
+        self.name, self.extend = name, extend
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                _attempt(lambda: self.extend(module))
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _register() -> None:
+    found = version("verl")
+    if not OLDEST <= tuple(int(part) for part in re.findall(r"\d+", found)[:3]) <= NEWEST:
+        supported = "verl {}.{}.{} to {}.{}.{}".format(*OLDEST, *NEWEST)
+        raise ImportError(f"pama_kernels.integrations.verl: expected {supported}, found {found}")
+    importlib.import_module("verl")  # this module may be the first to ask for it
+    algorithms = importlib.import_module("verl.trainer.ppo.core_algos")
+    algorithms.register_adv_est(NAME)(compute_pama_advantage)
+    algorithms.register_policy_loss(NAME)(compute_pama_policy_loss)
+    for name, extend in EXTENSIONS.items():
+        if name in sys.modules:
+            extend(sys.modules[name])
+        else:
+            sys.meta_path.insert(0, _AfterImport(name, extend))
+
+
+try:
+    version("verl")
+except PackageNotFoundError:
+    _failures.append("verl is not installed")
+else:
+    _attempt(_register)
