@@ -7,11 +7,25 @@ device.
 
 from __future__ import annotations
 
+from .advantages import gae, group_normalize
 from .launch import INTERPRETED
 from .passes import combine, loss
+from .solvers import min_norm, min_norm_out, weights, weights_out
 from .statistics import batch_weights, statistics
 
-__all__ = ["batch_weights", "combine", "loss", "statistics", "unusable"]
+__all__ = [
+    "batch_weights",
+    "combine",
+    "gae",
+    "group_normalize",
+    "loss",
+    "min_norm",
+    "min_norm_out",
+    "statistics",
+    "unusable",
+    "weights",
+    "weights_out",
+]
 
 
 def unusable(device_type: str) -> str | None:
