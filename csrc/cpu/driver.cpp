@@ -12,6 +12,9 @@ namespace {
 
 constexpr long kBlockTokens = 4096, kTileMultiple = 256, kMaxBlocks = 256;
 constexpr long kMaxPartials = 1 << 24;  // doubles
+// A thread that gets less than this (about 100 us) is not worth its parallel region: where the cores are busy, the
+// region ends when the scheduler has found time for everybody, after milliseconds.
+constexpr long kThreadTokens = 1 << 14;
 
 #if defined(PAMA_HAVE_AVX512)
 bool supports_avx2() {
@@ -45,8 +48,8 @@ void* scratch(long bytes) {
 
 // `units` tokens or rows, of `tokens` tokens together, in blocks of equal size (a multiple of a tile).
 struct Blocks {
-    long units, size, count;
-    Blocks(long units, long tokens, long multiple, long partial_size = 1) : units(units) {
+    long units, tokens, size, count;
+    Blocks(long units, long tokens, long multiple, long partial_size = 1) : units(units), tokens(tokens) {
         const long most = kMaxPartials / partial_size < kMaxBlocks ? kMaxPartials / partial_size : kMaxBlocks;
         long wanted = (tokens + kBlockTokens - 1) / kBlockTokens;
         wanted = wanted > most ? most : wanted;
@@ -57,6 +60,9 @@ struct Blocks {
     }
     long first(long block) const { return block * size; }
     long last(long block) const { return (block + 1) * size < units ? (block + 1) * size : units; }
+    int threads(int most) const {
+        return tokens / kThreadTokens < most ? static_cast<int>(tokens / kThreadTokens) : most;
+    }
 };
 
 void add(std::vector<double>& parts, long count, long size, double* out) {
@@ -170,7 +176,7 @@ void statistics(const Problem& given, bool pairs, double* out, int threads) {
     const long size = statistics_size(problem.n, pairs), bytes = k.scratch_size(problem.n);
     const Blocks blocks(problem.tokens(), problem.tokens(), kTileMultiple, size);
     std::vector<double> parts(static_cast<size_t>(size * blocks.count));
-    for_each_block(blocks.count, threads, [&](long block) {
+    for_each_block(blocks.count, blocks.threads(threads), [&](long block) {
         k.statistics(problem, pairs, blocks.first(block), blocks.last(block), parts.data() + block * size,
                      scratch(bytes));
     });
@@ -201,7 +207,7 @@ long min_norm(const Gram& gram, const double* prior, double regularization, int 
     const long bytes = k.min_norm_scratch(gram.n);
     const Blocks blocks(gram.rows, gram.rows * gram.n * gram.n, 1);
     std::vector<long> refused(static_cast<size_t>(blocks.count));
-    for_each_block(blocks.count, threads, [&](long block) {
+    for_each_block(blocks.count, blocks.threads(threads), [&](long block) {
         refused[static_cast<size_t>(block)] =
             k.min_norm(gram, prior, nullptr, regularization, blocks.first(block), blocks.last(block), scratch(bytes));
     });
@@ -263,7 +269,7 @@ void apply(Problem problem, Apply apply, int threads) {
     const long size = (apply.statistics ? statistics_size(n, apply.pairs) : 0) + n + 2;
     const Blocks blocks(rows_mode ? problem.rows : tokens, tokens, rows_mode ? 1 : kTileMultiple, size);
     std::vector<double> parts(static_cast<size_t>(size * blocks.count));
-    for_each_block(blocks.count, threads, [&](long block) {
+    for_each_block(blocks.count, blocks.threads(threads), [&](long block) {
         double* part = parts.data() + block * size;
         Partial partial{apply.statistics ? part + n + 2 : nullptr, part + 2, 0, 0};
         k.apply(problem, apply, blocks.first(block), blocks.last(block), partial, scratch(bytes));
@@ -301,7 +307,7 @@ void weights(long rows, int n, const Array& scores, const double* prior, bool un
     const Kernels& k = kernels();
     const Blocks blocks(rows, rows * n, 64);
     if (scores.dtype == Dtype::f32 && n <= kLaneObjectives) {
-        for_each_block(blocks.count, threads, [&](long block) {
+        for_each_block(blocks.count, blocks.threads(threads), [&](long block) {
             const long first = blocks.first(block);
             k.weights(blocks.last(block) - first, n, static_cast<const float*>(scores.data) + first * scores.row,
                       scores.row, scores.objective, prior, uniform, regularization,
@@ -313,7 +319,7 @@ void weights(long rows, int n, const Array& scores, const double* prior, bool un
     }
     const auto solve = [&](auto zero) {
         using T = decltype(zero);
-        for_each_block(blocks.count, threads, [&](long block) {
+        for_each_block(blocks.count, blocks.threads(threads), [&](long block) {
             double* a = static_cast<double*>(scratch(static_cast<long>(sizeof(double)) * 3 * n));
             double *p = a + n, *c = p + n;
             for (long row = blocks.first(block); row < blocks.last(block); ++row) {
