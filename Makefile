@@ -9,10 +9,12 @@ CXX_BUILD := $(VENV)/build-tests
 CXX_FILES := $(shell find csrc -name '*.[ch]pp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(CXX_FILES)
 
-.PHONY: help demo demo-quick test test-full lint test-cpp test-python test-integrations bench dist format clean
+.PHONY: help demo demo-quick mo-gym mo-gym-quick test test-full lint test-cpp test-python test-integrations bench
+.PHONY: dist format clean
 
 help:
 	@echo 'make demo       align a small language model with three conflicting rewards (4 to 6 minutes)'
+	@echo 'make mo-gym     two control tasks with vector rewards against their known fronts (minutes); mo-gym-quick'
 	@echo 'make test       lint, types, C++ tests under sanitizers, Python tests'
 	@echo 'make test-full  the same with long fuzzing, slow tests, and the sdist'
 	@echo 'make test-integrations  the tests that need verl, in an environment of its own'
@@ -29,7 +31,7 @@ $(VENV)/tools.stamp: constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt build clang-format cmake ninja pybind11 ruff scikit-build-core
 	@touch $@
 
-# The package with one extra (test, examples, bench), editable: Python changes need no new installation.
+# The package with one extra (test, examples, gym, bench), editable: Python changes need no new installation.
 # Warnings are errors in tests only: a newer compiler may know new ones.
 $(VENV)/%.stamp: $(VENV)/tools.stamp $(BUILD_FILES)
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
@@ -55,6 +57,12 @@ demo: $(VENV)/examples.stamp
 demo-quick: $(VENV)/examples.stamp
 	$(BIN)/python examples/align_language_model.py --quick
 
+mo-gym: $(VENV)/gym.stamp
+	$(BIN)/python examples/mo_gymnasium_compare.py $(MO_GYM_ARGS)
+
+mo-gym-quick: $(VENV)/gym.stamp
+	$(BIN)/python examples/mo_gymnasium_compare.py --quick
+
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
@@ -63,7 +71,7 @@ test: lint test-cpp test-python
 test-full: FUZZ_CASES = 1000000
 test-full: export HYPOTHESIS_PROFILE = full
 test-full: PYTEST_ARGS =
-test-full: lint test-cpp test-python dist demo-quick
+test-full: lint test-cpp test-python dist demo-quick mo-gym-quick
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
