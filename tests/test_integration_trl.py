@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -25,7 +26,7 @@ pytest.importorskip("trl", reason="trl is not installed: pip install 'pama-kerne
 
 from transformers import HfArgumentParser, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from trl_setup import dataset, late, model, settings, short, tokenizer, trainer, vowels
+from trl_setup import TINY, dataset, late, model, settings, short, tokenizer, trainer, vowels
 
 from pama_kernels.integrations import trl as integration
 from pama_kernels.integrations.trl import LOSS_TYPES, PamaGRPOConfig, PamaGRPOTrainer
@@ -189,8 +190,10 @@ def test_sum_of_losses(loss_type: str, noon: bool, tmp_path: Path) -> None:
         max_steps=3,
         learning_rate=0.5,
         epsilon=0.1,
+        delta=1.5,
         off_policy_mask_threshold=0.01,
         pama_noon=noon,
+        pama_bound="scores" if noon or loss_type == "dapo" else "gram",
         pama_weights_per="sequence" if loss_type == "dapo" else "batch",
         pama_regularization=0.2,
         **extra,
@@ -208,7 +211,8 @@ def test_sum_of_losses(loss_type: str, noon: bool, tmp_path: Path) -> None:
 
 def test_sides_matter(tmp_path: Path) -> None:
     """Where signs disagree and clipping binds, GRPO's loss on the combination is another one."""
-    made = trainer(PamaGRPOTrainer, REWARDS, tmp_path, pama_noon=False, num_iterations=2, epsilon=0.01)
+    changes = {"pama_bound": "gram", "pama_noon": False, "num_iterations": 2, "epsilon": 0.01}
+    made = trainer(PamaGRPOTrainer, REWARDS, tmp_path, **changes)
     seen = []
     compute = made._compute_loss
 
@@ -675,7 +679,14 @@ def test_wrong_options_of_the_trainer(tmp_path: Path) -> None:
         PamaGRPOTrainer(model(), REWARDS, changed, train_dataset=dataset(), processing_class=tokenizer())
     if "use_adaptive_entropy" in GRPOConfig.__dataclass_fields__:
         with pytest.raises(ValueError, match="use_adaptive_entropy: expected False"):
-            trainer(PamaGRPOTrainer, REWARDS, tmp_path, pama_noon=False, use_adaptive_entropy=True)
+            trainer(
+                PamaGRPOTrainer,
+                REWARDS,
+                tmp_path,
+                pama_noon=False,
+                pama_bound="gram",
+                use_adaptive_entropy=True,
+            )
         trainer(PamaGRPOTrainer, REWARDS, tmp_path, use_adaptive_entropy=True)
 
 
@@ -692,10 +703,30 @@ def test_wrong_results_of_rewards(tmp_path: Path) -> None:
         trainer(PamaGRPOTrainer, [short, infinite], tmp_path).train()
 
 
-def test_constant_reward_is_not_nan(tmp_path: Path) -> None:
-    made = trainer(PamaGRPOTrainer, [constant, short], tmp_path, pama_regularization=0.1)
+@pytest.mark.parametrize("changes", [{}, {"pama_noon": False, "pama_bound": "gram"}], ids=["noon", "gram"])
+def test_nothing_to_learn_from(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Constant rewards, and completions that are all cut off and masked: weights of the prior, no NaN."""
+    made = trainer(Recorded, copies(constant, 2), tmp_path, max_steps=1, **changes)
     made.train()
-    assert all(torch.isfinite(p).all() for p in made.model.parameters())
+    assert made.rollouts[0]["advantages"].tolist() == [0] * 8
+    cut = {
+        "max_completion_length": 2,
+        "mask_truncated_completions": True,
+        "generation_kwargs": {"min_new_tokens": 2},
+    }
+    cut_off = trainer(Recorded, REWARDS, tmp_path, max_steps=1, **changes, **cut)
+    cut_off.train()
+    assert cut_off.rollouts[0]["mask"].sum() == 0
+    for trained in (made, cut_off):
+        weights = trained.rollouts[0]["weights"]
+        assert weights.tolist() == pytest.approx([1 / len(weights)] * len(weights))
+        for ours, at_start in zip(trained.model.parameters(), model().parameters(), strict=True):
+            assert torch.equal(ours, at_start)
+
+
+def test_scores_that_only_reflect_lengths(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="use pama_bound='gram'"):
+        trainer(PamaGRPOTrainer, REWARDS, tmp_path, pama_noon=False)
 
 
 @pytest.mark.parametrize("found", ["1.10.0", "0.29.1", "1.17.0", "2.0.0.dev0"])
@@ -726,3 +757,32 @@ def test_configuration_is_plain_data(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         (parsed,) = HfArgumentParser(PamaGRPOConfig).parse_args_into_dataclasses(arguments.split())
     assert (parsed.pama_prior, parsed.pama_noon, parsed.pama_momentum) == ([1.0, 2.0], False, 0.5)
+
+
+# --- what users read and start from ------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of docs/trl.md runs as it is printed, with a tiny model and on the CPU."""
+    text = (ROOT / "docs/trl.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    assert blocks
+
+    class Tiny(PamaGRPOConfig):
+        def __init__(self, **named: Any) -> None:
+            super().__init__(**TINY, **named)
+
+    monkeypatch.setattr(integration, "PamaGRPOConfig", Tiny)
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(block, {"model": model(), "tokenizer": tokenizer(), "dataset": dataset()})
+
+
+def test_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["trl_grpo.py", "--steps", "2", "--every", "1"])
+    runpy.run_path(str(ROOT / "examples/trl_grpo.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.split()[:1] in (["1"], ["2"]) for line in lines) == 2
+    assert any("weight vowels" in line for line in lines)

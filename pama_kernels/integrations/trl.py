@@ -168,6 +168,12 @@ class PamaGRPOTrainer(GRPOTrainer):
         self._columns, self._prior = self._objectives()
         self.objective_names = [self.reward_func_names[i] for i in self._columns]
         self._two_sided = not args.pama_noon and len(self._columns) > 1
+        if self._two_sided and (args.pama_weights_per, args.pama_bound) == ("batch", "scores"):
+            warnings.warn(
+                "pama_noon=False: the advantages of a group add up to 0, so that the scores of 'batch' only "
+                "reflect the lengths of completions; use pama_bound='gram'",
+                stacklevel=2,
+            )
         if self._two_sided and getattr(args, "use_adaptive_entropy", False):
             raise ValueError(
                 "use_adaptive_entropy: expected False with pama_noon=False and several objectives, got True: "

@@ -1,0 +1,138 @@
+"""Three rewards, one policy, TRL's GRPO: where to start with `PamaGRPOTrainer`.
+
+    pip install '.[trl]'
+    python examples/trl_grpo.py        # offline, under two minutes on two cores
+    accelerate launch --num_processes 2 --cpu examples/trl_grpo.py
+
+The policy is a Qwen2 of some 20,000 parameters over letters, made on the spot. For a run of your own put your
+model, tokenizer and prompts in `main` and your reward functions below; the rest can stay as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import string
+import tempfile
+import warnings
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen2Config, Qwen2ForCausalLM
+
+from pama_kernels.integrations.trl import PamaGRPOConfig, PamaGRPOTrainer
+
+# ---- the rewards: each is an objective, and its name is the one in the logs ----------------------
+
+
+def vowels(completions: list[str], **_: Any) -> list[float]:
+    """Share of vowels."""
+    return [sum(x in "aeiou" for x in text) / max(1, len(text)) for text in completions]
+
+
+def variety(completions: list[str], **_: Any) -> list[float | None]:
+    """Share of different letters, which vowels alone can't keep up; None: does not apply to such texts."""
+    return [len(set(text)) / len(text) if len(text) > 1 else None for text in completions]
+
+
+def length(completions: list[str], **_: Any) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+# ---- policy, tokenizer and prompts, made on the spot ---------------------------------------------
+
+
+def letters() -> PreTrainedTokenizerFast:
+    symbols = ["<pad>", "<eos>", *string.ascii_lowercase]
+    vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def policy(vocabulary: int) -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def prompts(number: int) -> Dataset:
+    draw = random.Random(0)
+    texts = ["".join(draw.choices(string.ascii_lowercase, k=4)) for _ in range(number)]
+    return Dataset.from_dict({"prompt": texts})
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Three rewards, one policy, TRL's GRPO.")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--every", type=int, default=10, help="steps between two lines of the table")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+    tokenizer = letters()
+    settings = PamaGRPOConfig(
+        output_dir=tempfile.mkdtemp(prefix="trl_grpo_"),
+        # PAMA: one set of weights per rollout, pulled towards equal weights, from a running mean
+        pama_weights_per="batch",
+        pama_regularization=0.5,
+        pama_momentum=0.8,
+        # what GRPO has anyway
+        per_device_train_batch_size=64,
+        num_generations=8,
+        max_completion_length=12,
+        learning_rate=3e-3,
+        max_steps=arguments.steps,
+        logging_steps=arguments.every,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+    )
+    trainer = PamaGRPOTrainer(
+        model=policy(len(tokenizer)),
+        reward_funcs=[vowels, variety, length],
+        args=settings,
+        train_dataset=prompts(256),
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        report(trainer)
+
+
+def report(trainer: PamaGRPOTrainer) -> None:
+    """The logs that TRL would send to wandb, TensorBoard and the like, as a table."""
+    names = trainer.objective_names
+    pairs = [f"{a}~{b}" for i, a in enumerate(names) for b in names[i + 1 :]]
+    columns = {
+        **{f"reward {name}": f"rewards/{name}/mean" for name in names},
+        **{f"weight {name}": f"pama/weight/{name}" for name in names},
+        **{f"conflict {pair}": f"pama/conflict/{pair}" for pair in pairs},
+    }
+    print("step".rjust(5), *columns, sep="  ")
+    for entry in trainer.state.log_history:
+        if "loss" in entry:
+            cells = [f"{entry[key]:.3f}".rjust(len(title)) for title, key in columns.items()]
+            print(str(entry["step"]).rjust(5), *cells, sep="  ")
+
+
+if __name__ == "__main__":
+    main()
