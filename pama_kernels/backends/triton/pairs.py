@@ -11,6 +11,7 @@ from pama_kernels._codes import FIELDS, PAIRS, TOTALS
 
 from .launch import launch, power_of_two
 from .problem import Problem, programs
+from .solvers import min_norm_out
 from .sums import added_slots, load_tile, place
 from .tile import clip_numbers, dense, tokens_in_all
 
@@ -174,3 +175,4 @@ def gram_weights(
     present = torch.empty(n, device=sums.device, dtype=torch.int8)
     k = min(1024, power_of_two(n * n))
     launch(gram_kernel, sums.device, -(-n * n // k), sums, gram, present, n, k)
+    min_norm_out(gram, prior, regularization, weights, optimum, present)

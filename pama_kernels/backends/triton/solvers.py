@@ -212,8 +212,8 @@ def min_norm_kernel(
         )  # fmt: skip
 
 
-# problems per program and warps, by objectives (padded)
-_SHAPES = {1: (32, 1), 2: (16, 1), 4: (8, 1), 8: (4, 1), 16: (1, 1), 32: (1, 4), 64: (1, 8)}
+# problems per program and warps, by objectives (padded): as many as spill no register
+_SHAPES = {1: (32, 1), 2: (8, 1), 4: (4, 1), 8: (2, 1), 16: (1, 1), 32: (1, 4), 64: (1, 8)}
 
 
 def min_norm(gram: Tensor, prior: Tensor, regularization: float) -> tuple[Tensor, Tensor]:
