@@ -12,17 +12,16 @@ import triton.language as tl
 
 from .simplex import solve
 from .sums import (
-    added,
+    add_slot,
+    add_tile,
     added_slots,
+    batch_solution,
+    clear,
     is_last,
     load_tile,
-    no_sums,
     place,
     scores,
-    solution,
     store_statistics,
-    store_sums,
-    sums_of_tile,
 )
 from .tile import clip_numbers, dense, exponential, load, load_advantages, load_mask, rounded, tokens_in_all
 
@@ -143,7 +142,9 @@ def tokens_kernel(
     p = tl.load(prior + i, mask=i < n, other=0.0)[None, :]
     if WEIGHTS == GIVEN:
         c = load_weights(given, 0, n, N, D)
-    sums_here = no_sums(N, PAIRS, PRESENT)
+    if partial is not None:
+        slot = partial + tl.program_id(0).to(tl.int64) * STRIDE
+        clear(slot, STRIDE)
     loss = tl.zeros([], tl.float64)
     optimum_sum = tl.zeros([], tl.float64)
     weights_sum = tl.zeros([N], tl.float64)
@@ -155,11 +156,10 @@ def tokens_kernel(
         tile = load_tile(problem, clip, row, token, inside, 0, n, N, NOON, D)
         valid = tile[0][0]
         if STATISTICS:
-            more = sums_of_tile(
-                tile, problem, clip, first, total, cu, rows, width, 0,
+            add_tile(
+                slot + 2 + n, tile, problem, clip, first, total, cu, rows, width, 0,
                 n, N, TOKENS, LAYOUT, NARROW, NOON, PAIRS, PRESENT,
             )  # fmt: skip
-            sums_here = added(sums_here, more, PAIRS, PRESENT)
         if WEIGHTS == TOKEN:
             c, s = solve(tile[3], p, tile[2], regularization, None, N, NOON)
             weights_sum += tl.sum(tl.where(valid[:, None], c, 0.0), axis=0).to(tl.float64)
@@ -176,12 +176,9 @@ def tokens_kernel(
                 tile, up, down, ref, row, token, at, inside, factor, kl_coef, gradient, NOON, D
             )
     if partial is not None:
-        slot = partial + tl.program_id(0).to(tl.int64) * STRIDE
         tl.store(slot, loss)
         tl.store(slot + 1, optimum_sum)
         tl.store(slot + 2 + i, weights_sum, mask=i < n)
-        if STATISTICS:
-            store_sums(slot + 2 + n, sums_here, n, N, PAIRS, PRESENT)
         if is_last(counter, slots):
             store_results(
                 partial, slots, sums, value, weights, optimum, given, prior,
@@ -200,10 +197,11 @@ def rows_kernel(
     DENSE: tl.constexpr, NOON: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr, PRESENT: tl.constexpr,
     STRIDE: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr, SLOTS: tl.constexpr,
     COUNT: tl.constexpr,
-    BY_ROW: tl.constexpr, ONE_RESULT: tl.constexpr, ROW_MEAN: tl.constexpr,
+    BY_ROW: tl.constexpr, ONE_RESULT: tl.constexpr, ROW_MEAN: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """BY_ROW: weights and optimum are stored for each row; ONE_RESULT: so is the combination; ROW_MEAN: the
-    loss of a row is the mean over its tokens."""
+    loss of a row is the mean over its tokens. A row is summed in the last OWN numbers of the
+    program's slot."""
     D: tl.constexpr = tl.float64 if WIDE else tl.float32
     clip = clip_numbers(low, high, dual, log_low, log_high, log_dual)
     regularization = tl.full([], regularization, tl.float64)
@@ -212,33 +210,37 @@ def rows_kernel(
     problem = dense(arrays, n, DENSE)
     slots = tl.num_programs(0)
     i = tl.arange(0, N)
-    sums_here = no_sums(N, PAIRS, PRESENT)
+    if partial is not None:
+        slot = partial + tl.program_id(0).to(tl.int64) * STRIDE
+        clear(slot, STRIDE)
+        own = slot + STRIDE - OWN
     loss = tl.zeros([], tl.float64)
     optimum_sum = tl.zeros([], tl.float64)
     weights_sum = tl.zeros([N], tl.float64)
     for row_index in range(tl.program_id(0), rows, slots):
         row = tl.cast(row_index, tl.int64)
         begin, end = row_range(cu, row, width)
-        own = no_sums(N, PAIRS, PRESENT)
+        valid_count = tl.zeros([], tl.float64)
+        if STATISTICS:
+            clear(own, OWN)
         for first in range(begin, end, TOKENS):
             at = first + tl.arange(0, TOKENS)
             if STATISTICS:
                 token_row = tl.zeros_like(at) + row
                 tile = load_tile(problem, clip, token_row, at, at < end, 0, n, N, NOON, D)
-                more = sums_of_tile(
-                    tile, problem, clip, first, end, cu, rows, width, row,
+                add_tile(
+                    own, tile, problem, clip, first, end, cu, rows, width, row,
                     n, N, TOKENS, 3, NARROW, NOON, PAIRS, PRESENT,
                 )  # fmt: skip
-                own = added(own, more, PAIRS, PRESENT)
             else:
-                own = counted(own, problem[2], row, at, at < end)
-        valid_count = own[9]
+                valid_count += count_valid(problem[2], row, at, at < end)
         if STATISTICS:
-            sums_here = added(sums_here, own, PAIRS, PRESENT)
+            add_slot(slot + 2 + n, own, OWN)
+            valid_count = tl.load(own + 9 * n)
         if ONE_RESULT:
             a, here = row_advantages(problem, row, n, N, NOON, D)
         if WEIGHTS == SEQUENCE:
-            c, s = solution(own[0], own[1], own[2], prior, regularization, n, N)
+            c, s = batch_solution(own, prior, regularization, n, N)
         elif WEIGHTS == TOKEN:  # all tokens of the row have the same bound terms
             p = tl.load(prior + i, mask=i < n, other=0.0)[None, :]
             counts = tl.zeros([1, N], tl.float64) + valid_count
@@ -247,7 +249,11 @@ def rows_kernel(
             optimum_sum += tl.where(valid_count > 0, valid_count * tl.sum(tl.sum(s, axis=1), axis=0), 0.0)
         else:
             c = load_weights(given, row, n, N, tl.float64)
-            s = tl.sum(c * scores(own[0], own[1])[None, :], axis=1, keep_dims=True)
+            s = tl.zeros([1, 1], tl.float64)
+            if STATISTICS:
+                count = tl.load(own + i, mask=i < n, other=0.0)
+                bound_sum = tl.load(own + n + i, mask=i < n, other=0.0)
+                s = tl.sum(c * scores(count, bound_sum)[None, :], axis=1, keep_dims=True)
         if BY_ROW:
             tl.store(weights + row * n + i[None, :], c, mask=i[None, :] < n)
             tl.store(optimum + row + tl.zeros([1, 1], tl.int32), s)
@@ -278,12 +284,9 @@ def rows_kernel(
                         NOON, D,
                     )  # fmt: skip
     if partial is not None:
-        slot = partial + tl.program_id(0).to(tl.int64) * STRIDE
         tl.store(slot, loss)
         tl.store(slot + 1, optimum_sum)
         tl.store(slot + 2 + i, weights_sum, mask=i < n)
-        if STATISTICS:
-            store_sums(slot + 2 + n, sums_here, n, N, PAIRS, PRESENT)
         if is_last(counter, slots):
             store_results(
                 partial, slots, sums, value, weights, optimum, given, prior,
@@ -307,13 +310,11 @@ def row_range(cu, row, width):
 
 
 @triton.jit
-def counted(own, mask, row, at, inside):
-    """The sums with the valid tokens of a tile counted, and no other."""
-    valid = inside
+def count_valid(mask, row, at, inside):
+    """The valid tokens of a tile of one row."""
     if mask[0] is not None:
-        valid = load_mask(mask, tl.zeros_like(at) + row, at, inside)
-    count = own[9] + tl.sum(valid.to(tl.int32), axis=0).to(tl.float64)
-    return (own[0], own[1], own[2], own[3], own[4], own[5], own[6], own[7], own[8], count, own[10])
+        inside = load_mask(mask, tl.zeros_like(at) + row, at, inside)
+    return tl.sum(inside.to(tl.int32), axis=0).to(tl.float64)
 
 
 @triton.jit

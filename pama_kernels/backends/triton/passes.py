@@ -110,13 +110,15 @@ def _apply(
     if not over_rows and row_counts is None:
         given = flattened(given)
     inside = statistics and pairs and n <= PAIRS_IN_REGISTERS
-    # Scores of both signs may want a solution in float64, which takes registers.
-    area = 1024 if weights_per != TOKEN else 512 if given.noon else 256
+    # Statistics beside the results take registers; so does the solution in float64 that scores of both signs want.
+    area = 1024 if not statistics else 256 if weights_per == TOKEN and not given.noon else 512
     shape = given.shape(inside, row_counts is not None, area)
     if over_rows:
         length = given.width if given.cu[0] is None else 256
         shape = shape._replace(TOKENS=min(shape.TOKENS, power_of_two(length)))
     stride = slot_size(n, statistics, inside, shape.PRESENT)
+    own = stride - 2 - n if over_rows else 0
+    stride += own
     units = rows if over_rows else -(-given.tokens() // shape.TOKENS)
     slots = programs(device, units, stride)
     partial = count = None
@@ -124,7 +126,7 @@ def _apply(
         partial = torch.empty(slots * stride, device=device, dtype=torch.float64)
         count = counter(device)
     denominators = 0 if denominator is None else denominator.numel()
-    extra: dict[str, Any] = {"BY_ROW": by_row, "ONE_RESULT": one_result, "ROW_MEAN": row_mean}
+    extra: dict[str, Any] = {"BY_ROW": by_row, "ONE_RESULT": one_result, "ROW_MEAN": row_mean, "OWN": own}
     launch(
         rows_kernel if over_rows else tokens_kernel,
         device,

@@ -15,15 +15,13 @@ from .launch import counter, launch, power_of_two
 from .pairs import add_pairs, gram_weights
 from .problem import PAIRS_IN_REGISTERS, Problem, flattened, problem, programs, slot_size
 from .sums import (
-    added,
+    add_tile,
     batch_solution,
+    clear,
     is_last,
     load_tile,
-    no_sums,
     place,
     store_statistics,
-    store_sums,
-    sums_of_tile,
 )
 from .tile import clip_numbers, dense, tokens_in_all
 
@@ -43,19 +41,17 @@ def statistics_kernel(
     problem = dense(arrays, n, DENSE)
     total = tokens_in_all(cu, rows, width, LAYOUT)
     slots = tl.num_programs(0)
-    sums_here = no_sums(N, PAIRS, PRESENT)
+    slot = partial + tl.program_id(0).to(tl.int64) * STRIDE
+    clear(slot, STRIDE)
     for tile in range(tl.program_id(0), tl.cdiv(total, TOKENS), slots):
         first = tl.cast(tile, tl.int64) * TOKENS
         at = first + tl.arange(0, TOKENS)
         row, token = place(at, cu, rows, width, 0, LAYOUT, NARROW)
         loaded = load_tile(problem, clip, row, token, at < total, 0, n, N, NOON, D)
-        more = sums_of_tile(
-            loaded, problem, clip, first, total, cu, rows, width, 0,
+        add_tile(
+            slot + 2 + n, loaded, problem, clip, first, total, cu, rows, width, 0,
             n, N, TOKENS, LAYOUT, NARROW, NOON, PAIRS, PRESENT,
         )  # fmt: skip
-        sums_here = added(sums_here, more, PAIRS, PRESENT)
-    slot = partial + tl.program_id(0).to(tl.int64) * STRIDE
-    store_sums(slot + 2 + n, sums_here, n, N, PAIRS, PRESENT)
     if is_last(counter, slots):
         store_statistics(partial + 2 + n, slots, STRIDE, sums, n, PAIRS, PRESENT)
         if SOLVE:
@@ -91,7 +87,7 @@ def run_statistics(
     sums = torch.empty(statistics_size(n, pairs), device=given.device, dtype=torch.float64)
     collapsed = flattened(given)
     inside = pairs and n <= PAIRS_IN_REGISTERS
-    shape = collapsed.shape(inside)
+    shape = collapsed.shape(inside, area=512 if inside else 1024)
     stride = slot_size(n, True, inside, shape.PRESENT)
     slots = programs(given.device, -(-collapsed.tokens() // shape.TOKENS), stride)
     partial = torch.empty(slots * stride, device=given.device, dtype=torch.float64)

@@ -23,41 +23,6 @@ _ADVANTAGE_SQUARE_SUM = tl.constexpr(FIELDS.index("advantage_square_sum"))
 
 
 @triton.jit
-def no_sums(N: tl.constexpr, PAIRS: tl.constexpr, PRESENT: tl.constexpr):
-    z = tl.zeros([N], tl.float64)
-    total = tl.sum(z, axis=0)
-    sums = (z, z, z, z, z, z, z, z, z, total, total)
-    if PAIRS:
-        pair = tl.zeros([N, N], tl.float64)
-        sums = sums + (pair, pair)
-        if PRESENT:
-            sums = sums + (pair, pair, pair)
-    return sums
-
-
-@triton.jit
-def added(x, y, PAIRS: tl.constexpr, PRESENT: tl.constexpr):
-    sums = (
-        x[0] + y[0],
-        x[1] + y[1],
-        x[2] + y[2],
-        x[3] + y[3],
-        x[4] + y[4],
-        x[5] + y[5],
-        x[6] + y[6],
-        x[7] + y[7],
-        x[8] + y[8],
-        x[9] + y[9],
-        x[10] + y[10],
-    )
-    if PAIRS:
-        sums = sums + (x[11] + y[11], x[12] + y[12])
-        if PRESENT:
-            sums = sums + (x[13] + y[13], x[14] + y[14], x[15] + y[15])
-    return sums
-
-
-@triton.jit
 def load_tile(
     problem, clip, row, token, inside, lead, n: tl.constexpr, N: tl.constexpr, NOON: tl.constexpr, D
 ):
@@ -83,41 +48,66 @@ def place(at, cu, rows, width, row, LAYOUT: tl.constexpr, NARROW: tl.constexpr):
 
 
 @triton.jit
-def sums_of_tile(
-    tile, problem, clip, first, last, cu, rows, width, row,
-    n: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr, LAYOUT: tl.constexpr, NARROW: tl.constexpr,
-    NOON: tl.constexpr, PAIRS: tl.constexpr, PRESENT: tl.constexpr,
-):  # fmt: skip
-    """The sums of a loaded tile; what float32 cannot hold is loaded again in pieces and summed in float64."""
-    tokens, a, here, bound, surrogate = tile
-    sums, fits = tile_sums(a, here, bound, surrogate, tokens, NOON, PAIRS, PRESENT)
-    if a.dtype == tl.float32:
-        if not fits:
-            PIECE: tl.constexpr = TOKENS // 8 if TOKENS >= 8 else 1
-            sums = no_sums(N, PAIRS, PRESENT)
-            for start in range(0, TOKENS, PIECE):
-                at = first + start + tl.arange(0, PIECE)
-                r, t = place(at, cu, rows, width, row, LAYOUT, NARROW)
-                wide = load_tile(problem, clip, r, t, at < last, 0, n, N, NOON, tl.float64)
-                more, _ = tile_sums(wide[1], wide[2], wide[3], wide[4], wide[0], NOON, PAIRS, PRESENT)
-                sums = added(sums, more, PAIRS, PRESENT)
-    return sums
+def _add_to(pointer, x, inside):
+    tl.store(pointer, x.to(tl.float64) + tl.load(pointer, mask=inside, other=0.0), mask=inside)
 
 
 @triton.jit
-def store_sums(slot, sums, n: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr, PRESENT: tl.constexpr):
+def _add(slot, sums, n: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr, PRESENT: tl.constexpr):
+    """Adds sums to a slot: kept in registers they would be many, in each thread."""
     i = tl.arange(0, N)
     for field in tl.static_range(_FIELDS):
-        tl.store(slot + field * n + i, sums[field], mask=i < n)
-    tl.store(slot + _FIELDS * n, sums[_FIELDS])
-    tl.store(slot + _FIELDS * n + 1, sums[_FIELDS + 1])
+        _add_to(slot + field * n + i, sums[field], i < n)
+    one = tl.zeros([1], tl.int32)
+    _add_to(slot + _FIELDS * n + one, sums[_FIELDS], one == 0)
+    _add_to(slot + _FIELDS * n + 1 + one, sums[_FIELDS + 1], one == 0)
     if PAIRS:
         pair = slot + _FIELDS * n + _TOTALS
         both = (i[:, None] < n) & (i[None, :] < n)
         at = i[:, None] * n + i[None, :]
         blocks: tl.constexpr = 5 if PRESENT else 2
         for block in tl.static_range(blocks):
-            tl.store(pair + block * n * n + at, sums[_FIELDS + _TOTALS + block], mask=both)
+            _add_to(pair + block * n * n + at, sums[_FIELDS + _TOTALS + block], both)
+    tl.debug_barrier()  # what is added next may be read by other threads
+
+
+@triton.jit
+def clear(slot, SIZE: tl.constexpr):
+    for first in range(0, SIZE, 128):
+        k = first + tl.arange(0, 128)
+        tl.store(slot + k, tl.zeros([128], tl.float64), mask=k < SIZE)
+    tl.debug_barrier()
+
+
+@triton.jit
+def add_slot(slot, other, SIZE: tl.constexpr):
+    """Adds another slot of the same program."""
+    for first in range(0, SIZE, 128):
+        k = first + tl.arange(0, 128)
+        _add_to(slot + k, tl.load(other + k, mask=k < SIZE, other=0.0), k < SIZE)
+    tl.debug_barrier()
+
+
+@triton.jit
+def add_tile(
+    slot, tile, problem, clip, first, last, cu, rows, width, row,
+    n: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr, LAYOUT: tl.constexpr, NARROW: tl.constexpr,
+    NOON: tl.constexpr, PAIRS: tl.constexpr, PRESENT: tl.constexpr,
+):  # fmt: skip
+    """Adds the sums of a loaded tile to a slot. What float32 cannot hold is loaded again in pieces, in
+    float64."""
+    tokens, a, here, bound, surrogate = tile
+    sums, fits = tile_sums(a, here, bound, surrogate, tokens, NOON, PAIRS, PRESENT)
+    if a.dtype == tl.float64 or fits:
+        _add(slot, sums, n, N, PAIRS, PRESENT)
+    else:
+        PIECE: tl.constexpr = TOKENS // 8 if TOKENS >= 8 else 1
+        for start in range(0, TOKENS, PIECE):
+            at = first + start + tl.arange(0, PIECE)
+            r, t = place(at, cu, rows, width, row, LAYOUT, NARROW)
+            wide = load_tile(problem, clip, r, t, at < last, 0, n, N, NOON, tl.float64)
+            more, _ = tile_sums(wide[1], wide[2], wide[3], wide[4], wide[0], NOON, PAIRS, PRESENT)
+            _add(slot, more, n, N, PAIRS, PRESENT)
 
 
 @triton.jit
@@ -137,7 +127,7 @@ def added_slots(partial, slots, stride, at, inside, CHUNK: tl.constexpr):
     for first in range(0, slots, CHUNK):
         slot = first + tl.arange(0, CHUNK)
         x = tl.load(
-            partial + slot[:, None].to(tl.int64) * stride + at[None, :],
+            partial + slot[:, None] * stride + at[None, :],
             mask=(slot < slots)[:, None] & inside[None, :],
             other=0.0,
             cache_modifier=".cg",
@@ -175,23 +165,14 @@ def scores(count, total):
 
 
 @triton.jit
-def solution(count, bound_sum, bound_square_sum, prior, regularization, n: tl.constexpr, N: tl.constexpr):
-    """Weights (1, N) and optimum (1, 1) of one set of sums, (N,) each."""
+def batch_solution(sums, prior, regularization, n: tl.constexpr, N: tl.constexpr):
+    """Weights (1, N) and optimum (1, 1) from the statistics of one sequence, or of the whole batch."""
     i = tl.arange(0, N)[None, :]
-    count = count[None, :]
-    moment = scores(count, bound_square_sum[None, :])
+    count = tl.load(sums + i, mask=i < n, other=0.0)
+    score = scores(count, tl.load(sums + _BOUND_SUM * n + i, mask=i < n, other=0.0))
+    moment = scores(count, tl.load(sums + _BOUND_SQUARE_SUM * n + i, mask=i < n, other=0.0))
     scale = tl.max(moment, axis=1, keep_dims=True)
     unusable = tl.max((moment != moment).to(tl.int32), axis=1, keep_dims=True) > 0
     scale = tl.where(unusable, float("nan"), scale)
     p = tl.load(prior + i, mask=i < n, other=0.0)
-    return solve(scores(count, bound_sum[None, :]), p, count > 0, regularization, scale, N)
-
-
-@triton.jit
-def batch_solution(sums, prior, regularization, n: tl.constexpr, N: tl.constexpr):
-    """The same of the statistics buffer."""
-    i = tl.arange(0, N)
-    count = tl.load(sums + i, mask=i < n, other=0.0)
-    bound_sum = tl.load(sums + _BOUND_SUM * n + i, mask=i < n, other=0.0)
-    bound_square_sum = tl.load(sums + _BOUND_SQUARE_SUM * n + i, mask=i < n, other=0.0)
-    return solution(count, bound_sum, bound_square_sum, prior, regularization, n, N)
+    return solve(score, p, count > 0, regularization, scale, N)

@@ -211,15 +211,15 @@ def bound_and_surrogate(a, here, pos, neg, grad_pos, grad_neg, NOON: tl.constexp
 
 @triton.jit
 def _outer(x, y):
-    """sum over tokens of x_i y_j, (N, N), for few objectives."""
-    return tl.sum(x[:, :, None] * y[:, None, :], axis=0).to(tl.float64)
+    """sum over tokens of x_i y_j, (N, N), of few objectives."""
+    return tl.sum(x[:, :, None] * y[:, None, :], axis=0)
 
 
 @triton.jit
 def tile_sums(
     a, here, bound, surrogate, tokens, NOON: tl.constexpr, PAIRS: tl.constexpr, PRESENT: tl.constexpr
 ):
-    """The sums of a tile in float64, and whether the type of the computation can hold them.
+    """The sums of a tile, and whether the type of the computation can hold them.
 
     A tuple in the order of `_codes.FIELDS`, (N,) each; then `TOTALS`; then, with PAIRS, the first two of
     `_codes.PAIRS`, (N, N) each, and the others where presence makes them differ from the fields.
@@ -245,17 +245,17 @@ def tile_sums(
         outside = vanished | ~(size < infinity)
         fits = tl.max(outside.to(tl.int32), axis=0) == 0
     sums = (
-        tl.sum(here.to(tl.int32), axis=0).to(tl.float64),
-        bound_sum.to(tl.float64),
-        bound_square.to(tl.float64),
-        bound_logprob.to(tl.float64),
-        surrogate_sum.to(tl.float64),
-        tl.sum(a, axis=0).to(tl.float64),
-        square.to(tl.float64),
-        tl.sum(positive.to(tl.int32), axis=0).to(tl.float64),
-        tl.sum(clipped.to(tl.int32), axis=0).to(tl.float64),
-        tl.sum(valid.to(tl.int32), axis=0).to(tl.float64),
-        tl.sum(kl, axis=0).to(tl.float64),
+        tl.sum(here.to(tl.int32), axis=0),
+        bound_sum,
+        bound_square,
+        bound_logprob,
+        surrogate_sum,
+        tl.sum(a, axis=0),
+        square,
+        tl.sum(positive.to(tl.int32), axis=0),
+        tl.sum(clipped.to(tl.int32), axis=0),
+        tl.sum(valid.to(tl.int32), axis=0),
+        tl.sum(kl, axis=0),
     )
     if PAIRS:
         sums = sums + (_outer(bound, bound), _outer(a, a))

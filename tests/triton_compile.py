@@ -1,0 +1,175 @@
+"""Compiles the Triton kernels ahead of time, as calls of the public API launch them, for absent GPUs.
+
+``python tests/triton_compile.py sm_90 gfx942`` prints a line of JSON for each kernel and variant: registers,
+spills and shared memory; ``--all`` takes every variant in use, else a sample. A process of its own: kernels
+made for the interpreter can't be compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import problems
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+import pama_kernels as pk
+from pama_kernels.backends import triton as backend
+from pama_kernels.backends.triton import launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+_AMD = {"registers": "vgpr_count", "spills": "vgpr_spill_count", "shared": "group_segment_fixed_size"}
+
+Calls = Iterator[tuple[str, Callable[[], Any]]]
+
+
+class _Driver:
+    """What the compiler asks of a driver."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)  # compiled kernels are kept by device
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """Registers of a thread, bytes (NVIDIA) or registers (AMD) that it spills, bytes of shared memory."""
+    if "cubin" not in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        return {name: int(re.search(rf"\.{key}:\s*(\d+)", text)[1]) for name, key in _AMD.items()}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        said = subprocess.run(
+            [_CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", said)
+    registers, stack, shared, local = map(int, found.groups())
+    return {"registers": registers, "spills": stack + local, "shared": shared}
+
+
+def compiled(target: str, calls: Calls) -> Iterator[dict[str, Any]]:
+    """Makes the calls on CPU tensors; each kernel that they would launch is compiled instead."""
+    driver.set_active(_Driver(TARGETS[target]))
+    found: list[dict[str, Any]] = []
+    seen: set[str] = set()
+
+    def compile_instead(kernel: Any, programs: int, arguments: Any, options: dict[str, Any]) -> None:
+        result = kernel.warmup(*arguments, grid=(programs,), **options)
+        if result.hash not in seen:
+            seen.add(result.hash)
+            kind = {"kernel": kernel.fn.__name__, "target": target, "call": name}
+            found.append({**kind, **resources(result)})
+
+    launch.run = compile_instead
+    for name, call in calls:  # noqa: B007, `compile_instead` reads it
+        call()
+        yield from found
+        found.clear()
+
+
+def token_calls(
+    layout: str,
+    n: int,
+    dtype: torch.dtype,
+    noons: tuple[bool, ...],
+    everything: bool,
+) -> Calls:
+    """Statistics, combinations and losses; `everything`: with all optional tensors."""
+    p = problems.make(
+        layout,
+        rows=4,
+        width=512,
+        objectives=n,
+        dtype=dtype,
+        ref_logprobs=everything,
+        importance_weights=everything,
+        objective_mask=torch.bool if everything else None,
+    )
+    title = f"{layout}, N={n}, {str(dtype).removeprefix('torch.')}, {'all' if everything else 'few'} tensors"
+    flat = layout == "flat"
+    for noon in noons:
+        for gram in (False, True):
+            yield (
+                f"statistics, {title}, noon={noon}, gram={gram}",
+                lambda noon=noon, gram=gram: pk.objective_statistics(
+                    **p.statistics_arguments(), noon=noon, gram=gram
+                ),
+            )
+        for weights_per in ("batch", "token") if flat else ("batch", "token", "sequence"):
+            o: dict[str, Any] = {"weights_per": weights_per, "noon": noon, "regularization": 0.1}
+            means = {"kl_coef": 0.1, "aggregation": "token-mean" if flat else "seq-mean-token-mean"}
+            extra = means if everything else {}
+            name = f"per {weights_per}, {title}, noon={noon}"
+            yield f"loss {name}", lambda o=o, extra=extra: pk.pama_loss(**p.loss_arguments(), **o, **extra)
+            yield f"combine {name}", lambda o=o: pk.combine_advantages(**p.combine_arguments(False), **o)
+
+
+def batch_calls(n: int, dtype: torch.dtype) -> Calls:
+    """The solvers in batches, and advantages from rewards."""
+    title = f"N={n}, {str(dtype).removeprefix('torch.')}"
+    scores = torch.randn(64, n).to(dtype)
+    gram = (scores.mT @ scores).expand(3, n, n)
+    rewards = torch.randn(4, 128, n).to(dtype)
+    mask = torch.ones(4, 128, dtype=torch.bool)
+    ids = torch.arange(64) % 8
+    yield f"weights, {title}", lambda: pk.pama_weights(scores, regularization=0.1)
+    yield f"weights with scale, {title}", lambda: pk.pama_weights(scores, scale=2.0)
+    yield f"min norm, {title}", lambda: pk.min_norm_weights(gram)
+    yield f"gae, {title}", lambda: pk.multi_objective_gae(rewards, rewards, mask, dones=mask)
+    yield f"group normalize, {title}", lambda: pk.group_normalize(scores, group_size=8)
+    yield f"group normalize by ids, {title}", lambda: pk.group_normalize(scores, group_ids=ids)
+
+
+def sample() -> Calls:
+    yield from token_calls("padded", 4, torch.float32, (True,), False)
+
+
+def everything() -> Calls:
+    for layout in problems.LAYOUTS:
+        for dtype in problems.FLOATS:
+            for n in (2, 4, 8):
+                yield from token_calls(layout, n, dtype, (True, False), False)
+            yield from token_calls(layout, 3, dtype, (True, False), True)
+    for n in (1, 16, 33, 128):
+        yield from token_calls("padded", n, torch.float32, (True, False), False)
+    for dtype in problems.FLOATS:
+        for n in (1, 2, 3, 8, 16, 64, 128):
+            yield from batch_calls(n, dtype)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("targets", nargs="*", choices=[*TARGETS, []], help="default: all of them")
+    parser.add_argument("--all", action="store_true", help="every variant in use")
+    arguments = parser.parse_args()
+    backend.unusable = lambda device_type: None
+    for target in arguments.targets or TARGETS:
+        for line in compiled(target, everything() if arguments.all else sample()):
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
