@@ -110,7 +110,7 @@ def _apply(
     if not over_rows and row_counts is None:
         given = flattened(given)
     inside = statistics and pairs and n <= PAIRS_IN_REGISTERS
-    # Statistics beside the results take registers; so does the solution in float64 that scores of both signs want.
+    # Statistics beside the results take registers, and so does the float64 that both signs may want.
     area = 1024 if not statistics else 256 if weights_per == TOKEN and not given.noon else 512
     shape = given.shape(inside, row_counts is not None, area)
     if over_rows:
