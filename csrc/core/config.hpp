@@ -9,6 +9,14 @@
 
 #define PAMA_RESTRICT __restrict__
 
+#if defined(__CUDA_ARCH__) || defined(__clang__)
+#define PAMA_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__)
+#define PAMA_UNROLL
+#else
+#define PAMA_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 // Each translation unit that is compiled for another instruction set names its own inline namespace, so
 // that the linker can't merge a function built for one processor with its twin built for another.
 #if !defined(PAMA_ISA)

@@ -6,14 +6,6 @@
 
 #include "config.hpp"
 
-#if defined(__CUDA_ARCH__) || defined(__clang__)
-#define PAMA_UNROLL _Pragma("unroll")
-#elif defined(__CUDACC__)
-#define PAMA_UNROLL
-#else
-#define PAMA_UNROLL _Pragma("GCC unroll 16")
-#endif
-
 PAMA_BEGIN
 namespace ldlt {
 

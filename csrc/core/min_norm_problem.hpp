@@ -17,7 +17,11 @@ constexpr double kSingularPivot = 1e-11;
 constexpr double kSmallestPivot = 1e-15;
 
 constexpr double kLargestDouble = std::numeric_limits<double>::max();
+#if defined(__CUDACC__)
+constexpr int kLargestInRegisters = 4;  // more would double the time of the whole CUDA build
+#else
 constexpr int kLargestInRegisters = 8;
+#endif
 constexpr int kVectorCount = 14;  // arrays of leading_dimension(n) doubles in the workspace
 
 // One problem in the workspace, over the n objectives that are present.

@@ -119,9 +119,11 @@ constexpr double kLeastRho = 1e-280;  // beside scores of 1: below it is none
 
 // One row of any scale, in double. a: scores; p: prior; c: in, 1 where the objective takes part, else 0; out,
 // the weights. a and p are overwritten. scale < 0 stands for max a^2. Returns the optimum a.c.
-// No objective takes part: c = p. A NaN or infinity among those that do: everything is NaN.
-PAMA_HD inline double simplex_row(int n, double* PAMA_RESTRICT a, double* PAMA_RESTRICT p, double regularization,
+// No objective takes part: c = p. A NaN or infinity among those that do: everything is NaN. N as in simplex_solve.
+template <int N = 0>
+PAMA_HD inline double simplex_row(int given_n, double* PAMA_RESTRICT a, double* PAMA_RESTRICT p, double regularization,
                                   double scale, double* PAMA_RESTRICT c) {
+    const int n = N > 0 ? N : given_n;
     double largest = 0, poison = 0, mass = 0, count = 0, low = INFINITY, high = -INFINITY;
     for (int i = 0; i < n; ++i) {
         if (c[i] == 0) continue;
@@ -157,11 +159,11 @@ PAMA_HD inline double simplex_row(int n, double* PAMA_RESTRICT a, double* PAMA_R
             c[i] = a[i] == nearest ? c[i] : 0;
             a[i] = 0;
         }
-        simplex_solve(n, a, p, 0.0, !uniform, c);
+        simplex_solve<double, N>(n, a, p, 0.0, !uniform, c);
         return nearest;
     }
     for (int i = 0; i < n; ++i) a[i] = c[i] == 0 ? 0 : std::ldexp(a[i], -exponent);
-    return std::ldexp(simplex_solve(n, a, p, rho, !uniform, c), exponent);
+    return std::ldexp(simplex_solve<double, N>(n, a, p, rho, !uniform, c), exponent);
 }
 
 PAMA_END

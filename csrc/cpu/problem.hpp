@@ -1,19 +1,10 @@
 // What the CPU kernels read and write. Plain data: pointers, sizes and strides in elements.
 #pragma once
 
+#include "../core/array.hpp"
 #include "../core/surrogate.hpp"
 
 namespace pama {
-
-enum class Dtype { f32, f64, bf16, f16, u8, i8, i16, i32, i64 };
-
-// A strided array (rows, tokens, objectives); a stride of 0 broadcasts. No data: the argument was not given.
-struct Array {
-    void* data = nullptr;
-    Dtype dtype = Dtype::f32;
-    long row = 0, token = 0, objective = 0;
-    explicit operator bool() const { return data != nullptr; }
-};
 
 struct Problem {
     long rows = 0;                  // sequences

@@ -11,86 +11,12 @@ from torch import Tensor
 from pama_kernels import _cpu
 from pama_kernels._codes import GRAM, SEQUENCE, statistics_size
 
-_DTYPES = {
-    torch.float32: 0,
-    torch.float64: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-    torch.uint8: 4,
-    torch.bool: 4,
-    torch.int8: 5,
-    torch.int16: 6,
-    torch.int32: 7,
-    torch.int64: 8,
-}
+from ._native import DTYPES, Array, array, objectives, token_problem, tokens
+
 _COMPUTED = (torch.float32, torch.float64)
 _SCALARS = {
     dtype: torch.empty((), device="cpu", dtype=dtype) for dtype in _COMPUTED
 }  # the quickest way to a scalar
-
-Array = tuple[int, int, int, int, int]
-
-
-def _array(x: Tensor, row: int, token: int, objective: int) -> Array:
-    return x.data_ptr(), _DTYPES[x.dtype], row, token, objective
-
-
-def _tokens(x: Tensor | None) -> Array | None:
-    """(B, T) or (M,)."""
-    if x is None:
-        return None
-    strides = x.stride()
-    return _array(x, strides[0] if len(strides) == 2 else 0, strides[-1], 0)
-
-
-def _objectives(x: Tensor | None, per_sequence: bool) -> Array | None:
-    """(B, T, N), (B, N) or (M, N)."""
-    if x is None:
-        return None
-    strides = x.stride()
-    if len(strides) == 3:
-        return _array(x, *strides)
-    if per_sequence:
-        return _array(x, strides[0], 0, strides[1])
-    return _array(x, 0, strides[0], strides[1])
-
-
-def _problem(
-    logprobs: Tensor | None,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None,
-    objective_mask: Tensor | None,
-    importance_weights: Tensor | None,
-    ref_logprobs: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: Sequence[int],
-    clip: Sequence[float],
-    noon: bool,
-) -> tuple[object, ...]:
-    rows, width, per_sequence, mask_per_sequence = layout
-    floats = (logprobs, old_logprobs, advantages, importance_weights, ref_logprobs)
-    wide = any(x is not None and x.dtype == torch.float64 for x in floats)
-    offsets = None
-    if cu_seqlens is not None:
-        wide_offsets = cu_seqlens.dtype == torch.int64
-        offsets = (cu_seqlens.data_ptr(), wide_offsets, rows + 1, cu_seqlens.stride(0))
-    return (
-        rows,
-        width,
-        offsets,
-        advantages.shape[-1],
-        noon,
-        wide,
-        *clip,
-        _objectives(advantages, bool(per_sequence)),
-        _tokens(mask),
-        _objectives(objective_mask, bool(mask_per_sequence)),
-        _tokens(logprobs),
-        _tokens(old_logprobs),
-        _tokens(ref_logprobs),
-        _tokens(importance_weights),
-    )
 
 
 def _empty_statistics(n: int, gram: bool) -> Tensor:
@@ -111,7 +37,7 @@ def statistics(
     gram: bool,
 ) -> Tensor:
     sums = _empty_statistics(advantages.shape[-1], gram)
-    problem = _problem(
+    problem = token_problem(
         logprobs,
         old_logprobs,
         advantages,
@@ -150,7 +76,7 @@ def batch_weights(
 
 
 def _scalar(x: Tensor) -> Array:
-    return _array(x, 0, 0, 0)
+    return array(x, 0, 0, 0)
 
 
 def _solved(
@@ -164,7 +90,7 @@ def _solved(
         if weights.dtype not in (torch.float32, torch.float64):
             weights = weights.float()
         stride = weights.stride()
-        given = _array(weights, stride[0] if by_row else 0, 0, stride[-1])
+        given = array(weights, stride[0] if by_row else 0, 0, stride[-1])
     if by_row:
         return (
             weights,
@@ -202,7 +128,7 @@ def combine(
     dtype = torch.float64 if advantages.dtype == torch.float64 else torch.float32
     sums = _empty_statistics(n, pairs)
     given, given_array, solved, optimum = _solved(layout[0], n, weights_per, weights, dtype)
-    problem = _problem(
+    problem = token_problem(
         logprobs,
         old_logprobs,
         advantages,
@@ -243,7 +169,7 @@ def combine(
 
 
 def _scalar_row(x: Tensor) -> Array:
-    return _array(x, 0, 0, 1)
+    return array(x, 0, 0, 1)
 
 
 def loss(
@@ -274,7 +200,7 @@ def loss(
     gram = weights_per == GRAM
     sums = _empty_statistics(n, gram)
     given, given_array, solved, optimum = _solved(layout[0], n, weights_per, weights, dtype)
-    problem = _problem(
+    problem = token_problem(
         logprobs,
         old_logprobs,
         advantages,
@@ -351,11 +277,11 @@ def weights_out(
     sizes = None
     if scale is not None:
         scale = scale.double().expand(scores.shape[:-1]).reshape(-1)
-        sizes = _array(scale, scale.stride(0), 0, 0)
+        sizes = array(scale, scale.stride(0), 0, 0)
     _cpu.weights(
         rows,
         shape[-1],
-        (source.data_ptr(), _DTYPES[source.dtype], strides[0], 0, strides[-1]),
+        (source.data_ptr(), DTYPES[source.dtype], strides[0], 0, strides[-1]),
         prior.data_ptr(),
         uniform,
         regularization,
@@ -426,13 +352,13 @@ def gae(
         n,
         gamma,
         lam,
-        _objectives(rewards, False),
-        _objectives(values, False),
-        _tokens(mask),
-        _tokens(dones),
-        _objectives(last_values, True),
-        _objectives(advantages, False),
-        _objectives(returns, False),
+        objectives(rewards, False),
+        objectives(values, False),
+        tokens(mask),
+        tokens(dones),
+        objectives(last_values, True),
+        objectives(advantages, False),
+        objectives(returns, False),
         torch.get_num_threads(),
     )
     return advantages.to(dtype), returns.to(dtype)
@@ -457,10 +383,10 @@ def group_normalize(
         begin.data_ptr(),
         order.data_ptr(),
         n,
-        _objectives(rewards, True),
+        objectives(rewards, True),
         scale,
         eps,
-        _objectives(result, True),
+        objectives(result, True),
         torch.get_num_threads(),
     )
     return result.to(rewards.dtype)

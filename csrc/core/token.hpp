@@ -1,0 +1,102 @@
+// The statistics of one token: what core/statistics.hpp sums, from loaded values.
+//
+// A masked place counts as 0 whatever it holds. A NaN or infinity at a valid place makes the factors of its token, or
+// its own advantage, NaN; so the arithmetic that follows needs no test.
+#pragma once
+
+#include "numbers.hpp"
+#include "statistics.hpp"
+#include "surrogate.hpp"
+
+PAMA_BEGIN
+
+// Factors of the surrogate and of the bound term, times w: for positive advantages and for negative ones.
+template <class T>
+struct TokenFactors {
+    T logp, pos, neg, grad_pos, grad_neg;
+    T kl;
+    bool off_pos, off_neg;  // no gradient
+};
+
+// Clip in the type of the computation.
+template <class T>
+struct ClipIn {
+    T low, high, dual, log_low, log_high, log_dual;
+    PAMA_HD explicit ClipIn(const Clip& clip)
+        : low(static_cast<T>(clip.low)),
+          high(static_cast<T>(clip.high)),
+          dual(static_cast<T>(clip.dual)),
+          log_low(static_cast<T>(clip.log_low)),
+          log_high(static_cast<T>(clip.log_high)),
+          log_dual(static_cast<T>(clip.log_dual)) {}
+};
+
+// On-policy `old` is `logp`; without log-probabilities both are 0.
+template <class T>
+PAMA_HD inline TokenFactors<T> token_factors(const ClipIn<T>& clip, bool valid, T logp, T old, T w) {
+    const T zero = 0, limit = static_cast<T>(kMaxLogRatio);
+    logp = valid ? logp : zero;
+    old = valid ? old : zero;
+    w = valid ? w : zero;
+    const T bad = zero * logp + zero * old + zero * w;  // 0, or NaN
+    const bool finite = bad == zero;
+    logp = finite ? logp : zero;
+    const T d = finite ? logp - old : zero, factor = finite ? w : zero;
+    const bool outside = d > limit || d < -limit;
+    T k3;
+    const T u = exponential(d > limit ? limit : (d < -limit ? -limit : d), k3);
+    const T capped = u < clip.dual ? u : clip.dual;
+    TokenFactors<T> f;
+    f.logp = logp;
+    f.off_pos = d > clip.log_high || outside;
+    f.off_neg = d > clip.log_dual || d < clip.log_low || outside;
+    f.pos = factor * (u < clip.high ? u : clip.high) + bad;
+    f.neg = factor * (capped > clip.low ? capped : clip.low) + bad;
+    f.grad_pos = (f.off_pos ? zero : factor) + bad;
+    f.grad_neg = (f.off_neg ? zero : factor) + bad;
+    f.kl = k3 + bad;  // k3 is 0 at d = 0, so at masked places
+    return f;
+}
+
+// The raw advantage as the sums take it: 0 where absent, NaN for infinity.
+template <class T>
+PAMA_HD inline T raw_advantage(T value, bool present) {
+    value = present ? value : T(0);
+    return value + T(0) * value;
+}
+
+// The bound term I.
+template <class T>
+PAMA_HD inline T bound_term(const TokenFactors<T>& f, bool noon, T advantage, bool present) {
+    const T up = advantage < 0 ? T(0) : advantage;
+    const T term = up * f.grad_pos + (noon ? T(0) : (advantage - up) * f.grad_neg);
+    return present ? term : T(0);
+}
+
+// Sums of one objective over some tokens, counts apart.
+template <class T>
+struct ObjectiveSums {
+    T bound = 0, bound_square = 0, bound_logp = 0, surrogate = 0, advantage = 0, advantage_square = 0;
+
+    PAMA_HD void add(const TokenFactors<T>& f, bool noon, T a, bool present) {
+        const T up = a < 0 ? T(0) : a;
+        const T i = bound_term(f, noon, a, present);
+        const T g = up * f.pos + (noon ? T(0) : (a - up) * f.neg);
+        bound += i;
+        bound_square += i * i;
+        bound_logp += i * f.logp;
+        surrogate += present ? g : T(0);
+        advantage += a;
+        advantage_square += a * a;
+    }
+
+    // Whether T held the sums: float32 squares overflow above 1e19 and vanish below 1e-19. `advantages`: one was not 0.
+    PAMA_HD bool in_range(bool advantages) const {
+        const T poison = T(0) * bound + T(0) * bound_square + T(0) * bound_logp + T(0) * surrogate + T(0) * advantage +
+                         T(0) * advantage_square;
+        const T tiny = static_cast<T>(0x1p-80);
+        return poison == 0 && (advantage_square >= tiny || !advantages) && (bound_square >= tiny || bound == 0);
+    }
+};
+
+PAMA_END

@@ -1,0 +1,68 @@
+// What kernels use of CUDA, and how they are launched. With PAMA_CUDA_EMULATION the same sources are plain C++.
+#pragma once
+
+#include "../core/config.hpp"
+
+#if defined(PAMA_CUDA_EMULATION)
+#include "emulation.hpp"
+#else
+#include <cuda_runtime.h>
+#define PAMA_SHARED(type, name) __shared__ type name
+#define PAMA_ROLLED _Pragma("unroll 1")
+
+namespace pama {
+template <class Kernel, class... Arguments>
+inline cudaError_t launch(Kernel kernel, dim3 grid, int threads, cudaStream_t stream, const Arguments&... arguments) {
+    kernel<<<grid, threads, 0, stream>>>(arguments...);
+    return cudaGetLastError();
+}
+}  // namespace pama
+#endif
+
+#if !defined(PAMA_CUDA_THREADS)
+#define PAMA_CUDA_THREADS 128
+#endif
+
+namespace pama {
+
+constexpr int kWarp = 32;
+constexpr int kThreads = PAMA_CUDA_THREADS;
+constexpr int kWarps = kThreads / kWarp;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// 32 sums over a warp with 31 exchanges: lane k receives the sum of every lane's values[k]. The order is fixed.
+template <int Half = kWarp / 2>
+__device__ inline double transposed_sums(double (&values)[kWarp], int lane) {
+    const bool upper = lane & Half;
+    PAMA_UNROLL
+    for (int k = 0; k < Half; ++k) {
+        const double mine = upper ? values[k + Half] : values[k], other = upper ? values[k] : values[k + Half];
+        values[k] = mine + __shfl_xor_sync(kAllLanes, other, Half);
+    }
+    if constexpr (Half > 1) return transposed_sums<Half / 2>(values, lane);
+    return values[0];
+}
+
+// The sum over a warp, the same in every lane.
+__device__ inline double warp_sum(double value) {
+    PAMA_UNROLL
+    for (int half = kWarp / 2; half > 0; half /= 2) value += __shfl_xor_sync(kAllLanes, value, half);
+    return value;
+}
+
+// Whether this is the last block of the grid to come here, told to all its threads. What every block wrote to global
+// memory before is then visible to it. The counter is 0 before and after every launch.
+__device__ inline bool last_block(unsigned* counter) {
+    PAMA_SHARED(bool, last);
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        const unsigned blocks = gridDim.x * gridDim.y;
+        last = atomicInc(counter, blocks - 1) == blocks - 1;
+    }
+    __syncthreads();
+    __threadfence();
+    return last;
+}
+
+}  // namespace pama
