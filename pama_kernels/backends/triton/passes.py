@@ -14,14 +14,18 @@ import torch
 from torch import Tensor
 
 from pama_kernels._codes import BATCH, FIELDS, GIVEN, GRAM, SEQUENCE, TOKEN, statistics_size
+from pama_kernels.backends._counter import counter
 
 from .apply import count_kernel, rows_kernel, tokens_kernel
-from .launch import counter, launch, power_of_two
+from .launch import launch, power_of_two
 from .pairs import add_pairs, gram_weights
 from .problem import PAIRS_IN_REGISTERS, Problem, flattened, problem, programs, slot_size
 from .statistics import run_statistics
 
 _TOKEN_MEAN, _SEQUENCE_MEAN_TOKEN_SUM, _SEQUENCE_MEAN_TOKEN_MEAN = range(3)
+# What a first pass by another backend found: the weights of the batch, the optimum and the statistics.
+Solved = tuple[Tensor, Tensor, Tensor]
+
 _KERNEL_WEIGHTS = {GIVEN: 0, BATCH: 0, GRAM: 0, SEQUENCE: 1, TOKEN: 2}
 
 
@@ -83,16 +87,20 @@ def _apply(
     aggregation: int = _TOKEN_MEAN,
     fixed: float = -math.inf,
     normalizer: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    first: Solved | None = None,
+) -> Solved:
     """Weights, optimum and statistics; the rest is written into what is given."""
     n, rows, device = given.n, given.rows, given.device
     by_row = weights_per == SEQUENCE or (weights is not None and weights.dim() == 2)
-    solved = torch.empty((rows, n) if by_row else (n,), device=device, dtype=dtype)
-    optimum = torch.empty((rows,) if by_row else (), device=device, dtype=dtype)
     batch_sums = None
-    if weights_per == BATCH:
+    if first is None:
+        solved = torch.empty((rows, n) if by_row else (n,), device=device, dtype=dtype)
+        optimum = torch.empty((rows,) if by_row else (), device=device, dtype=dtype)
+    else:
+        solved, optimum, batch_sums = first
+    if first is None and weights_per == BATCH:
         batch_sums = run_statistics(given, pairs, prior, regularization, (solved, optimum))
-    elif weights_per == GRAM:
+    elif first is None and weights_per == GRAM:
         batch_sums = run_statistics(given, True, None, 0.0, None)
         gram_weights(batch_sums, n, prior, regularization, solved, optimum)
     sums = batch_sums
@@ -184,6 +192,8 @@ def combine(
     regularization: float,
     token_shape: Sequence[int] | None,
     pairs: bool,
+    *,
+    first: Solved | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     given = problem(
         logprobs,
@@ -203,7 +213,7 @@ def combine(
     combined = torch.empty(shape, device=advantages.device, dtype=advantages.dtype)
     one_result = bool(layout[2]) and token_shape is None
     return combined, *_apply(
-        given, weights_per, weights, prior, regularization, pairs, dtype, combined, one_result
+        given, weights_per, weights, prior, regularization, pairs, dtype, combined, one_result, first=first
     )
 
 
@@ -229,6 +239,8 @@ def loss(
     fixed_normalizer: float,
     kl_coef: float,
     need_gradient: bool,
+    *,
+    first: Solved | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     given = problem(
         logprobs,
@@ -261,5 +273,6 @@ def loss(
         aggregation=aggregation,
         fixed=fixed_normalizer,
         normalizer=normalizer,
+        first=first,
     )
     return value, gradient, *rest

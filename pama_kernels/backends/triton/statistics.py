@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from pama_kernels._codes import statistics_size
+from pama_kernels.backends._counter import counter
 
-from .launch import counter, launch, power_of_two
+from .launch import launch, power_of_two
 from .pairs import add_pairs, gram_weights
 from .problem import PAIRS_IN_REGISTERS, Problem, flattened, problem, programs, slot_size
 from .sums import (
