@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import time
-import traceback
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,7 +13,6 @@ from torch import Tensor
 import pama_kernels as pk
 
 N = 3
-SECONDS = 120  # for all processes of a world together; they need about 10
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "regularized": {"regularization": 0.1, "prior": [1.0, 2.0, 3.0]},
@@ -156,54 +151,14 @@ def _scenarios(world: int, rank: int, collectives: _Collectives) -> dict[str, An
     return found
 
 
-def _process(world: int, rank: int, directory: str) -> None:
-    try:
-        torch.set_num_threads(1)
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{directory}/rendezvous",
-            world_size=world,
-            rank=rank,
-            timeout=timedelta(seconds=SECONDS),
-        )
-        torch.save(_scenarios(world, rank, _Collectives()), f"{directory}/{rank}.pt")
-        dist.destroy_process_group()
-    except BaseException:
-        Path(directory, f"{rank}.error").write_text(traceback.format_exc())
-        raise
-
-
-def _run(world: int, directory: Path) -> list[dict[str, Any]]:
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=_process, args=(world, rank, str(directory)), daemon=True)
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
-        codes = [process.exitcode for process in processes]
-        if None not in codes or any(codes):
-            break
-        time.sleep(0.05)
-    for process in processes:
-        if process.exitcode is None and any(code for code in codes):
-            process.join(2)  # the others wait for one that has failed
-        if process.exitcode is None:
-            process.kill()
-        process.join()
-    errors = "\n".join(path.read_text() for path in sorted(directory.glob("*.error")))
-    assert [process.exitcode for process in processes] == [0] * world, errors or "out of time"
-    return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(world)]
+def _work(world: int, rank: int) -> dict[str, Any]:
+    return _scenarios(world, rank, _Collectives())
 
 
 @pytest.fixture(scope="module", params=sorted(LENGTHS))
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What every rank found: the processes run once for all tests."""
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this PyTorch has no gloo backend")
-    return _run(request.param, tmp_path_factory.mktemp("world"))
+    return processes.run(_work, request.param, tmp_path_factory.mktemp("world"))
 
 
 def _all_equal(values: list[Tensor]) -> Tensor:

@@ -252,3 +252,15 @@ def test_a_key_that_no_reward_has(queue: Any) -> None:
     rollout = Rollout(queue, "missing")
     with pytest.raises(ValueError, match=r"got 'brief'; it has .*'concise', 'correct', 'polite', 'score'"):
         trainer._compute_advantage(rollout.batch, {})
+
+
+def test_why_a_trainer_of_our_own(queue: Any) -> None:
+    """docs/verl.md says it of verl's own multi-reward estimator: V1 does not bring it the components."""
+    from verl.trainer.ppo.v1 import get_trainer_cls
+
+    keys = f"+algorithm.gdpo_reward_keys=[{','.join(KEYS)}]"
+    trainer = _trainer("sync", "actor_rollout_ref.actor.use_kl_loss=false", keys)
+    trainer.config.algorithm.adv_estimator = "gdpo"
+    rollout = Rollout(queue, "gdpo")
+    with pytest.raises((AssertionError, KeyError)):
+        get_trainer_cls("sync")._compute_advantage(trainer, rollout.batch, {})
