@@ -2,7 +2,8 @@
 
 Every part times our call beside its peers in one process, in interleaved rounds, after it has
 checked that they agree, and writes PART.csv and PART.png. At the end the goals are held against
-what was measured (goals.csv). --docs writes the tables of the documentation from the CSVs instead.
+the CSVs in DIR (goals.csv). --docs writes the tables of the documentation instead, from the results
+that are part of the repository: `python -m benchmarks --out benchmarks/results` makes those.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ for _name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 PARTS = {"solvers": 0.8, "tokens": 0.35, "headline": 1.0, "step": 3.0}
 QUICK_SECONDS = 0.1
 
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"  # the documentation's, committed
+LOCAL = HERE / "local"  # one's own, ignored by git
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -30,13 +35,9 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds: to see that it works")
     parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).parent / "results",
-        metavar="DIR",
-        help="for results",
+        "--out", type=Path, default=LOCAL, metavar="DIR", help="for results (benchmarks/local)"
     )
-    parser.add_argument("--docs", action="store_true", help="tables of the documentation from --out")
+    parser.add_argument("--docs", action="store_true", help="write the documentation's tables")
     arguments = parser.parse_args()
     unknown = set(arguments.parts) - set(PARTS)
     if unknown:
@@ -45,7 +46,10 @@ def main() -> None:
     if arguments.docs:
         from . import report
 
-        report.fill(arguments.out)
+        try:
+            report.fill(RESULTS)
+        except FileNotFoundError as error:
+            parser.error(f"{error.filename} is missing: python -m benchmarks --out benchmarks/results")
         return
 
     import torch
@@ -55,13 +59,15 @@ def main() -> None:
 
     torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    parts = arguments.parts or list(PARTS)
-    for part in parts:
+    for part in arguments.parts or PARTS:
         command = ["python", "-m", "benchmarks", part] + ["--quick"] * arguments.quick
         seconds = QUICK_SECONDS if arguments.quick else PARTS[part]
         session = Session(part, arguments.out, arguments.quick, shlex.join(command), seconds)
-        importlib.import_module(f"{__package__}.{part}").run(session)
-    judged = goals.verdicts(arguments.out, parts)
+        try:
+            importlib.import_module(f"{__package__}.{part}").run(session)
+        except ImportError as error:
+            print(f"{part}: missing: {error}")
+    judged = goals.verdicts(arguments.out)
     print(f"\n{goals.table(judged)}\nwrote {goals.write(arguments.out, judged)}")
 
 

@@ -181,12 +181,10 @@ def kernels(path: Path) -> str:
         return next((line[len("# kernels: ") :] for line in file if line.startswith("# kernels: ")), "")
 
 
-def verdicts(folder: Path, parts: Iterable[str]) -> list[Verdict]:
-    """Of the goals of these parts, from their CSVs in `folder`; where one is missing, nothing is measured."""
+def verdicts(folder: Path) -> list[Verdict]:
+    """Of every goal, from the CSVs in `folder`; where one is missing, nothing is measured."""
     judged = []
     for goal in GOALS:
-        if goal.part not in parts:
-            continue
         path = folder / f"{goal.part}.csv"
         there = path.exists()
         judged.append(judge(goal, read(path) if there else [], kernels(path) if there else ""))
