@@ -24,6 +24,7 @@ from ._arguments import (
     clip_bounds,
     prior_tensor,
     resolve_layout,
+    traced,
 )
 from .advantages import weighting_code, weights_from_statistics
 from .backends import operators
@@ -85,17 +86,50 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        gradient, logprobs = ctx.saved_tensors
-        scaled = None
-        if grad_loss is not None:
-            scaled = (gradient * grad_loss).to(logprobs.dtype)
-            if torch.is_grad_enabled():  # create_graph=True
-                scaled = _first_derivative(scaled, logprobs)
-        return scaled, *([None] * (ctx.arguments - 1))
+        return _scaled(ctx, grad_loss), *([None] * (ctx.arguments - 1))
+
+
+class _Attached(torch.autograd.Function):
+    """`_Loss` for eager mode: puts a gradient on results that are there, for a tenth of the cost.
+
+    Most of `_Loss` is the binding of its many arguments, which `setup_context` brings along.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logprobs: Tensor, results: tuple[Tensor, ...]) -> Tensor:
+        ctx.save_for_backward(results[1], logprobs)
+        ctx.set_materialize_grads(False)
+        return results[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, None]:
+        return _scaled(ctx, grad_loss), None
+
+
+def _scaled(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
+    gradient, logprobs = ctx.saved_tensors
+    if grad_loss is None:
+        return None
+    scaled: Tensor = (gradient * grad_loss).to(logprobs.dtype)
+    return _first_derivative(scaled, logprobs) if torch.is_grad_enabled() else scaled  # create_graph=True
 
 
 _first_derivative: Callable[..., Tensor] = _FirstDerivative.apply
-_differentiable_loss: Callable[..., tuple[Tensor, ...]] = _Loss.apply
+_attached: Callable[..., Tensor] = _Attached.apply
+
+
+def _differentiable_loss(logprobs: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    results: tuple[Tensor, ...]
+    if (
+        type(logprobs) is not Tensor
+        or traced()
+        or _forward_mode()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        results = _Loss.apply(logprobs, *arguments)  # type: ignore[no-untyped-call]
+        return results
+    results = operators.loss(logprobs.detach(), *arguments)
+    return _attached(logprobs, results), *results[1:]
 
 
 def _forward_mode() -> bool:
