@@ -9,6 +9,8 @@ range used in the tests, or near the log of a dual clip.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from pama_kernels import reference
 
+INF = math.inf
 LAYOUTS = (
     "padded",
     "strided",
@@ -30,6 +33,9 @@ LAYOUTS = (
 SEQUENCE_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != "flat")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MASKS = (torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64, *FLOATS)
+WEIGHTS_PER = ("batch", "sequence", "token")
+AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
+CLIPS: tuple[Any, ...] = (0.2, (0.2, 0.28), (0.0, 0.0), (1.0, INF), (0.0, INF), (1.0, 0.2), 0.5)
 EPS32, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
 # Float32 runs over at most 256 tokens (error at most 256 eps of the sum of the sizes); 16 roundings per term.
 SUM_ERROR = 272
@@ -59,6 +65,11 @@ class Problem:
             return len(self.cu_seqlens) - 1
         return self.logprobs.shape[0] if self.logprobs.dim() == 2 else 1
 
+    @property
+    def flat(self) -> bool:
+        """Without sequences."""
+        return self.logprobs.dim() == 1 and self.cu_seqlens is None
+
     def statistics_arguments(self) -> dict[str, Any]:
         names = ("logprobs", "old_logprobs", "advantages", "mask", "objective_mask")
         names += ("importance_weights", "cu_seqlens")
@@ -78,8 +89,8 @@ class Problem:
 
     def wide(self) -> bool:
         """Whether the library computes in float64."""
-        values = vars(self).values()
-        return any(x is not None and x.dtype == torch.float64 and x is not self.mask for x in values)
+        values = (x for name, x in vars(self).items() if not name.endswith("mask"))
+        return any(x is not None and x.dtype == torch.float64 for x in values)
 
     def eps(self) -> float:
         return EPS64 if self.wide() else EPS32
@@ -169,6 +180,30 @@ def copied(x: Any) -> Any:
     return replace(x, **{k: v.clone() for k, v in vars(x).items() if v is not None})
 
 
+def poisoned(problem: Problem, bad: float) -> Problem:
+    """`bad` at every place that is masked, or where an objective is absent."""
+    p = copied(problem)
+    valid = p.valid()
+    per_token = ("logprobs", "old_logprobs", "importance_weights", "ref_logprobs")
+    for name in per_token:
+        if getattr(p, name) is not None:
+            getattr(p, name)[~valid] = bad
+    objectives = p.objectives
+    if p.advantages.shape[:-1] == valid.shape:
+        p.advantages[~valid] = bad
+        if p.objective_mask is not None:
+            absent = p.objective_mask == 0
+            if absent.shape == p.advantages.shape:
+                p.advantages[absent] = bad
+            elif p.cu_seqlens is None:
+                p.advantages[absent[:, None].expand(*valid.shape, objectives)] = bad
+            else:
+                p.advantages[absent.repeat_interleave(p.cu_seqlens.diff(), 0)] = bad
+    elif p.objective_mask is not None:
+        p.advantages[p.objective_mask == 0] = bad
+    return p
+
+
 def loss_scale(problem: Problem, **options: Any) -> tuple[float, Tensor]:
     """Sum of the sizes of the terms of the loss, and the size of the terms of its gradient per token.
 
@@ -215,11 +250,49 @@ def reference_gradient(problem: Problem, **options: Any) -> tuple[Any, Tensor]:
     return result._replace(loss=result.loss.detach()), gradient
 
 
+@st.composite
+def batches(
+    draw: st.DrawFn,
+    *,
+    shapes: Sequence[tuple[int, int]] = ((3, 5),),
+    objectives: Sequence[int] = (1, 2, 3, 4, 6),
+    dtypes: Sequence[torch.dtype] = FLOATS,
+) -> Problem:
+    """A problem of `make`, in every layout, with or without what is optional; `shapes`: rows and width."""
+    layout, n = draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from(objectives))
+    rows, width = draw(st.sampled_from(shapes))
+    if layout == "per-sequence" and n == width:
+        n += 1  # the ambiguous shape, which is refused
+    return make(
+        layout,
+        rows=rows,
+        width=width,
+        objectives=n,
+        seed=draw(st.integers(0, 1000)),
+        dtype=draw(st.sampled_from(dtypes)),
+        mask=draw(st.sampled_from([None, *MASKS])),
+        objective_mask=draw(st.sampled_from([None, *MASKS])),
+        ratio=draw(st.booleans()),
+        importance_weights=draw(st.booleans()),
+        overflow=draw(st.booleans()),
+        ref_logprobs=True,
+    )
+
+
+@st.composite
+def clippings(draw: st.DrawFn) -> dict[str, Any]:
+    """clip_range, and a dual_clip above it."""
+    clip_range = draw(st.sampled_from(CLIPS))
+    high = clip_range[1] if isinstance(clip_range, tuple) else clip_range
+    above = [x for x in (3.0, 40.0) if x > 1 + high]
+    return {"clip_range": clip_range, "dual_clip": draw(st.sampled_from([None, *above]))}
+
+
 def weightings(draw: Any, problem: Problem) -> dict[str, Any]:
     """Options that say whose weights: hypothesis draws them."""
     n = problem.objectives
-    flat = problem.logprobs.dim() == 1 and problem.cu_seqlens is None
-    choices = ["batch", "token"] if flat else ["batch", "sequence", "token"]
+    flat = problem.flat
+    choices = ("batch", "token") if flat else WEIGHTS_PER
     options: dict[str, Any] = {
         "weights_per": draw(st.sampled_from(choices)),
         "noon": draw(st.booleans()),

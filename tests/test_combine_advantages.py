@@ -11,17 +11,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import (
-    FLOATS,
+    CLIPS,
     LAYOUTS,
-    MASKS,
     SEQUENCE_LAYOUTS,
+    WEIGHTS_PER,
     Problem,
+    batches,
     copied,
     make,
+    poisoned,
     solution_error,
     weightings,
 )
-from test_statistics import poisoned
 
 import pama_kernels as pk
 from pama_kernels import reference
@@ -58,7 +59,7 @@ def assert_matches(problem: Problem, ratio: bool = True, **options: Any) -> pk.C
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("weights_per", ["batch", "sequence", "token"])
+@pytest.mark.parametrize("weights_per", WEIGHTS_PER)
 @pytest.mark.parametrize("noon", [True, False])
 def test_every_layout(layout: str, weights_per: str, noon: bool) -> None:
     if layout == "flat" and weights_per == "sequence":
@@ -74,45 +75,12 @@ def test_every_layout(layout: str, weights_per: str, noon: bool) -> None:
                 assert_matches(problem, ratio, **options)
 
 
-@given(
-    data=st.data(),
-    layout=st.sampled_from(LAYOUTS),
-    ratio=st.booleans(),
-    on_policy=st.booleans(),
-    dtype=st.sampled_from(FLOATS),
-    n=st.sampled_from([1, 2, 3, 4, 6]),
-    mask=st.sampled_from([None, *MASKS]),
-    objective_mask=st.sampled_from([None, *MASKS]),
-    clip_range=st.sampled_from([0.2, (0.2, 0.28), (1.0, INF), (0.0, 0.0)]),
-    seed=st.integers(0, 1000),
-)
-def test_every_option(
-    data: st.DataObject,
-    layout: str,
-    ratio: bool,
-    on_policy: bool,
-    dtype: torch.dtype,
-    n: int,
-    mask: torch.dtype | None,
-    objective_mask: torch.dtype | None,
-    clip_range: Any,
-    seed: int,
-) -> None:
-    problem = make(
-        layout,
-        rows=3,
-        width=5,
-        objectives=n,
-        seed=seed,
-        dtype=dtype,
-        mask=mask,
-        objective_mask=objective_mask,
-        ratio=not on_policy,
-    )
+@given(data=st.data(), problem=batches(), ratio=st.booleans(), clip_range=st.sampled_from(CLIPS))
+def test_every_option(data: st.DataObject, problem: Problem, ratio: bool, clip_range: Any) -> None:
     assert_matches(problem, ratio, **weightings(data.draw, problem), clip_range=clip_range)
 
 
-@pytest.mark.parametrize("weights_per", ["batch", "sequence", "token"])
+@pytest.mark.parametrize("weights_per", WEIGHTS_PER)
 @pytest.mark.parametrize("form", ["(B, N)", "(B, N) with mask", "(B, T, N)", "packed", "one row"])
 def test_without_logprobs(weights_per: str, form: str) -> None:
     g = torch.Generator().manual_seed(0)
@@ -151,12 +119,12 @@ def test_given_weights(layout: str) -> None:
     row = torch.tensor([0.5, 0.25, 2.0])
     each = torch.arange(12.0).reshape(4, 3) / 8
     for weights in (row, each, row.expand(4, 3), each.T.contiguous().T, each[:1].expand(4, 3), each.double()):
-        for weights_per in ("batch", "sequence", "token"):
+        for weights_per in WEIGHTS_PER:
             got = assert_matches(problem, weights_per=weights_per, weights=weights)
             assert torch.equal(got.weights, weights.float())
 
 
-@pytest.mark.parametrize("weights_per", ["batch", "sequence", "token"])
+@pytest.mark.parametrize("weights_per", WEIGHTS_PER)
 @pytest.mark.parametrize("layout", ["padded", "per-sequence", "packed", "packed-per-sequence"])
 @pytest.mark.parametrize("n", [1, 4, 70])
 def test_many_tokens(weights_per: str, layout: str, n: int) -> None:
@@ -198,7 +166,7 @@ def test_many_tokens(weights_per: str, layout: str, n: int) -> None:
 
 
 def test_instruction_sets_agree(isa: str) -> None:
-    for weights_per in ("batch", "sequence", "token"):
+    for weights_per in WEIGHTS_PER:
         for n in (1, 2, 3, 4, 5):
             for dtype in (torch.float32, torch.float64, torch.bfloat16):
                 problem = make(rows=3, width=11, objectives=n, dtype=dtype, objective_mask=torch.bool)
@@ -207,7 +175,7 @@ def test_instruction_sets_agree(isa: str) -> None:
                 assert_matches(problem, weights_per=weights_per, regularization=0.1, noon=False)
 
 
-@pytest.mark.parametrize("weights_per", ["batch", "sequence", "token"])
+@pytest.mark.parametrize("weights_per", WEIGHTS_PER)
 @pytest.mark.parametrize("k", [2.0**-100, 2.0**-60, 2.0**60, 2.0**100])
 def test_magnitudes(weights_per: str, k: float) -> None:
     """Scaling all advantages by a power of two scales the result, and changes no weight."""
@@ -237,7 +205,7 @@ def test_magnitudes(weights_per: str, k: float) -> None:
 @pytest.mark.parametrize("k", [2.0**-100, 2.0**100])
 def test_objectives_of_very_different_magnitude(k: float) -> None:
     """One objective whose squares float32 does not hold beside two that it does."""
-    for weights_per in ("batch", "sequence", "token"):
+    for weights_per in WEIGHTS_PER:
         for place in range(3):
             problem = make(rows=2, width=7, seed=4)
             problem.advantages[..., place] *= k
@@ -274,7 +242,7 @@ def test_each_sequence_is_solved_alone() -> None:
 def test_permuting_objectives() -> None:
     problem = make(rows=3, width=8, objectives=4, objective_mask=torch.bool)
     order = [2, 0, 3, 1]
-    for weights_per in ("batch", "sequence", "token"):
+    for weights_per in WEIGHTS_PER:
         for regularization in (0.0, 0.1):
             options: dict[str, Any] = {"weights_per": weights_per, "regularization": regularization}
             arguments = problem.combine_arguments(ratio=False)
@@ -290,7 +258,7 @@ def test_permuting_objectives() -> None:
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF, 1e38])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("weights_per", ["batch", "sequence", "token"])
+@pytest.mark.parametrize("weights_per", WEIGHTS_PER)
 def test_masked_values_have_no_influence(layout: str, bad: float, weights_per: str) -> None:
     if layout == "flat" and weights_per == "sequence":
         weights_per = "batch"
@@ -355,7 +323,7 @@ def test_a_nan_in_one_sequence_of_per_sequence_advantages() -> None:
         assert got.advantages[1] == 0
 
 
-@pytest.mark.parametrize("weights_per", ["batch", "sequence", "token"])
+@pytest.mark.parametrize("weights_per", WEIGHTS_PER)
 def test_nothing_valid(weights_per: str) -> None:
     prior = [1.0, 2.0, 5.0]
     wanted = torch.tensor([0.125, 0.25, 0.625])
@@ -376,7 +344,7 @@ def test_nothing_valid(weights_per: str) -> None:
             assert (got.optimum == 0).all()
 
 
-@pytest.mark.parametrize("weights_per", ["batch", "sequence", "token"])
+@pytest.mark.parametrize("weights_per", WEIGHTS_PER)
 @pytest.mark.parametrize("shape", [(0, 5, 3), (4, 0, 3), (0, 3), (1, 1, 1), (1, 1, 4), (1, 3), (7, 1)])
 def test_small_shapes(weights_per: str, shape: tuple[int, ...]) -> None:
     adv = torch.rand(shape, generator=torch.Generator().manual_seed(1)).double()
@@ -395,7 +363,7 @@ def test_small_shapes(weights_per: str, shape: tuple[int, ...]) -> None:
 
 
 def test_packed_without_tokens() -> None:
-    for weights_per in ("batch", "sequence", "token"):
+    for weights_per in WEIGHTS_PER:
         for cu in (torch.tensor([0]), torch.tensor([0, 0, 0], dtype=torch.int32)):
             got = pk.combine_advantages(torch.zeros(0, 2), cu_seqlens=cu, weights_per=weights_per)
             assert got.advantages.shape == (0,)
@@ -406,7 +374,7 @@ def test_same_bits_for_every_number_of_threads() -> None:
     g = torch.Generator().manual_seed(0)
     adv = torch.randn(50, 400, 4, generator=g)
     mask = torch.rand(50, 400, generator=g) < 0.8
-    for weights_per in ("batch", "sequence", "token"):
+    for weights_per in WEIGHTS_PER:
         for regularization in (0.0, 0.1):
             results = []
             for threads in (1, 2, 3, 1):
@@ -423,7 +391,7 @@ def test_same_bits_for_every_number_of_threads() -> None:
 
 def test_statistics_are_those_of_objective_statistics() -> None:
     problem = make(rows=6, width=400, objective_mask=torch.bool)
-    for weights_per in ("batch", "sequence", "token"):
+    for weights_per in WEIGHTS_PER:
         got = pk.combine_advantages(
             **problem.combine_arguments(), weights_per=weights_per, clip_range=(0.2, 0.28)
         ).statistics

@@ -11,30 +11,31 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import (
+    AGGREGATIONS,
     EPS32,
     EPS64,
     FLOATS,
     LAYOUTS,
-    MASKS,
     SEQUENCE_LAYOUTS,
     SUM_ERROR,
+    WEIGHTS_PER,
     Problem,
+    batches,
+    clippings,
     copied,
     loss_scale,
     make,
+    poisoned,
     reference_gradient,
     solution_error,
     weightings,
 )
-from test_statistics import CLIPS, poisoned
 from torch import Tensor
 
 import pama_kernels as pk
 from pama_kernels import reference
 
 INF, NAN = math.inf, math.nan
-AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
-WEIGHTS_PER = ("batch", "sequence", "token")
 
 
 def solve(problem: Problem, **options: Any) -> tuple[pk.PamaLossOutput, Tensor]:
@@ -103,59 +104,27 @@ def test_every_layout(layout: str, weights_per: str, noon: bool) -> None:
 
 @given(
     data=st.data(),
-    layout=st.sampled_from(LAYOUTS),
+    problem=batches(),
+    clipping=clippings(),
     aggregation=st.sampled_from(AGGREGATIONS),
     normalizer=st.sampled_from([None, None, 7.5, torch.tensor(3.0), torch.tensor(12)]),
     kl_coef=st.sampled_from([0.0, 0.1, 2.0]),
-    clip_range=st.sampled_from(CLIPS),
-    dual_clip=st.sampled_from([None, 3.0, 40.0]),
-    dtype=st.sampled_from(FLOATS),
-    n=st.sampled_from([1, 2, 3, 4, 6]),
-    mask=st.sampled_from([None, *MASKS]),
-    objective_mask=st.sampled_from([None, *MASKS]),
-    flags=st.tuples(*[st.booleans()] * 3),
-    seed=st.integers(0, 1000),
 )
 def test_every_option(
     data: st.DataObject,
-    layout: str,
+    problem: Problem,
+    clipping: dict[str, Any],
     aggregation: str,
     normalizer: Any,
     kl_coef: float,
-    clip_range: Any,
-    dual_clip: float | None,
-    dtype: torch.dtype,
-    n: int,
-    mask: torch.dtype | None,
-    objective_mask: torch.dtype | None,
-    flags: tuple[bool, bool, bool],
-    seed: int,
 ) -> None:
-    high = clip_range[1] if isinstance(clip_range, tuple) else clip_range
-    if dual_clip is not None and dual_clip <= 1 + high:
-        dual_clip = None
-    problem = make(
-        layout,
-        rows=3,
-        width=5,
-        objectives=n,
-        seed=seed,
-        dtype=dtype,
-        mask=mask,
-        objective_mask=objective_mask,
-        ratio=flags[0],
-        importance_weights=flags[1],
-        overflow=flags[2],
-        ref_logprobs=kl_coef > 0,
-    )
     assert_matches(
         problem,
         **weightings(data.draw, problem),
-        aggregation="token-mean" if layout == "flat" else aggregation,
+        **clipping,
+        aggregation="token-mean" if problem.flat else aggregation,
         normalizer=normalizer,
         kl_coef=kl_coef,
-        clip_range=clip_range,
-        dual_clip=dual_clip,
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import LAYOUTS, Problem, make
+from problems import LAYOUTS, WEIGHTS_PER, Problem, make
 
 from pama_kernels import reference
 
@@ -257,7 +257,7 @@ def test_the_bound_term_is_the_gradient_of_the_surrogate(noon: bool) -> None:
     assert float(bound.square().sum()) == pytest.approx(float(s.bound_square_sum[0]), abs=1e-10)
 
 
-@pytest.mark.parametrize("weights_per", ["batch", "sequence", "token"])
+@pytest.mark.parametrize("weights_per", WEIGHTS_PER)
 @pytest.mark.parametrize("regularization", [0.0, 0.2])
 def test_whose_weights(weights_per: str, regularization: float) -> None:
     """Scores and scales of each reading, from loops over the valid tokens."""
@@ -309,7 +309,7 @@ def test_every_layout_of_the_same_tokens() -> None:
     adv = torch.randn(4, 2, generator=g)
     wide = adv[:, None].expand(4, 5, 2)
     cu = torch.tensor([0, 3, 3, 8, 9])
-    for weights_per in ("batch", "sequence", "token"):
+    for weights_per in WEIGHTS_PER:
         losses = [
             reference.pama_loss(
                 logp, old, a, inside, weights_per=weights_per, aggregation="seq-mean-token-mean"
@@ -335,7 +335,7 @@ def test_every_layout_of_the_same_tokens() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (4, 0, 3), (0, 3)])
 def test_empty_results_have_the_shape_of_the_input(shape: tuple[int, ...]) -> None:
-    for weights_per in ("batch", "sequence", "token"):
+    for weights_per in WEIGHTS_PER:
         result = reference.combine_advantages(torch.zeros(shape), weights_per=weights_per)
         assert result.advantages.shape == shape[:-1]
 

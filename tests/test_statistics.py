@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import FLOATS, LAYOUTS, MASKS, SUM_ERROR, Problem, copied, make
+from problems import FLOATS, LAYOUTS, SUM_ERROR, Problem, batches, clippings, copied, make, poisoned
 
 import pama_kernels as pk
 from pama_kernels import reference
@@ -22,7 +22,6 @@ REFERENCE_NAMES = {
     "logprob_sum": "bound_logprob_sum",
 }
 ROUNDED = ("surrogate_sum", "kl")  # they hold exponentials; on the grid the other sums are exact
-CLIPS: tuple[Any, ...] = (0.2, (0.2, 0.28), (0.0, 0.0), (1.0, INF), (0.0, INF), (1.0, 0.2), 0.5)
 
 
 def sums(statistics: Any, n: int) -> dict[str, torch.Tensor]:
@@ -104,48 +103,16 @@ def test_every_layout(layout: str, noon: bool, mask_objectives: bool) -> None:
 
 
 @given(
-    layout=st.sampled_from(LAYOUTS),
-    clip_range=st.sampled_from(CLIPS),
+    problem=batches(
+        shapes=((1, 1), (3, 5), (5, 17), (2, 40)),
+        objectives=(1, 2, 3, 4, 5, 9),
+        dtypes=(torch.float32, torch.float64),
+    ),
+    clipping=clippings(),
     noon=st.booleans(),
-    dual_clip=st.sampled_from([None, 3.0, 40.0]),
-    n=st.sampled_from([1, 2, 3, 4, 5, 9]),
-    shape=st.sampled_from([(1, 1), (3, 5), (5, 17), (2, 40)]),
-    seed=st.integers(0, 1000),
-    flags=st.tuples(*[st.booleans()] * 4),
-    mask=st.sampled_from([None, *MASKS]),
-    objective_mask=st.sampled_from([None, *MASKS]),
 )
-def test_every_option(
-    layout: str,
-    clip_range: Any,
-    noon: bool,
-    dual_clip: float | None,
-    n: int,
-    shape: tuple[int, int],
-    seed: int,
-    flags: tuple[bool, ...],
-    mask: torch.dtype | None,
-    objective_mask: torch.dtype | None,
-) -> None:
-    high = clip_range[1] if isinstance(clip_range, tuple) else clip_range
-    if dual_clip is not None and dual_clip <= 1 + high:
-        dual_clip = None
-    if layout == "per-sequence" and n == shape[1]:
-        n += 1  # the ambiguous shape, which is refused
-    problem = make(
-        layout,
-        rows=shape[0],
-        width=shape[1],
-        objectives=n,
-        seed=seed,
-        mask=mask,
-        objective_mask=objective_mask,
-        ratio=flags[0],
-        importance_weights=flags[1],
-        overflow=flags[2],
-        dtype=torch.float64 if flags[3] else torch.float32,
-    )
-    assert_matches(problem, clip_range=clip_range, noon=noon, dual_clip=dual_clip)
+def test_every_option(problem: Problem, clipping: dict[str, Any], noon: bool) -> None:
+    assert_matches(problem, noon=noon, **clipping)
 
 
 @given(
@@ -313,30 +280,6 @@ def test_a_batch_without_valid_tokens_adds_nothing() -> None:
 
 
 # --- what has influence ------------------------------------------------------------------------------------
-
-
-def poisoned(problem: Problem, bad: float) -> Problem:
-    """`bad` at every place that is masked, or where an objective is absent."""
-    p = copied(problem)
-    valid = p.valid()
-    per_token = ("logprobs", "old_logprobs", "importance_weights", "ref_logprobs")
-    for name in per_token:
-        if getattr(p, name) is not None:
-            getattr(p, name)[~valid] = bad
-    objectives = p.objectives
-    if p.advantages.shape[:-1] == valid.shape:
-        p.advantages[~valid] = bad
-        if p.objective_mask is not None:
-            absent = p.objective_mask == 0
-            if absent.shape == p.advantages.shape:
-                p.advantages[absent] = bad
-            elif p.cu_seqlens is None:
-                p.advantages[absent[:, None].expand(*valid.shape, objectives)] = bad
-            else:
-                p.advantages[absent.repeat_interleave(p.cu_seqlens.diff(), 0)] = bad
-    elif p.objective_mask is not None:
-        p.advantages[p.objective_mask == 0] = bad
-    return p
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF, 1e38])
