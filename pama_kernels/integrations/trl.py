@@ -7,6 +7,7 @@ combined ones, sum_i c_i A_i, with weights c solved once per rollout, over the c
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -38,7 +39,8 @@ def _check_version() -> None:
         raise ImportError(
             f"pama_kernels.integrations.trl: expected {wanted}, found none (pip install 'pama-kernels[trl]')"
         ) from None
-    if not OLDEST <= tuple(int(part) for part in found.split(".")[:2]) <= NEWEST:
+    release = tuple(int(number) for number in re.findall(r"\d+", found)[:2])
+    if not OLDEST <= release <= NEWEST:
         raise ImportError(f"pama_kernels.integrations.trl: expected {wanted}, found {found}")
 
 
@@ -164,6 +166,8 @@ class PamaGRPOTrainer(GRPOTrainer):
         self.combination: CombinedAdvantages | None = None
         self._gathered_rewards: Tensor | None = None
         self._forward_cache: list[Any] | None = None
+        if isinstance(reward_funcs, tuple):  # of which TRL takes lists only
+            reward_funcs = list(reward_funcs)
         super().__init__(model, reward_funcs, args, *others, **named)
         self._columns, self._prior = self._objectives()
         self.objective_names = [self.reward_func_names[i] for i in self._columns]
