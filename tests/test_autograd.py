@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from problems import WEIGHTS_PER
 from torch import Tensor
 
 import pama_kernels as pk
 
 B, T, N = 6, 7, 3
-WEIGHTS_PER = ("batch", "sequence", "token")
 
 
 def _tensors(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
@@ -241,6 +241,34 @@ def test_through_a_policy() -> None:
         return torch.autograd.grad(loss, logits)[0]
 
     torch.testing.assert_close(gradient(pk.pama_loss), gradient(pk.reference.pama_loss), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("weights_per", WEIGHTS_PER)
+@pytest.mark.parametrize("noon", [True, False])
+def test_through_masked_scatter_and_a_sum_of_losses(weights_per: str, noon: bool) -> None:
+    """Valid tokens scattered into (B, T); two policy losses and a value loss in one backward pass."""
+    x = _tensors()
+    old, advantages, mask = x["old_logprobs"], x["advantages"], x["mask"]
+    trunk = torch.randn(int(mask.sum()), 4, generator=torch.Generator().manual_seed(1))
+    settings: dict[str, Any] = {"weights_per": weights_per, "noon": noon, "regularization": 0.1}
+    gradients = []
+    for backend in (pk, pk.reference):
+        head, critic = torch.linspace(-1, 1, 4).requires_grad_(), torch.ones(4, N, requires_grad=True)
+        dense = torch.zeros(B, T).masked_scatter(mask, x["logprobs"][mask] + 0.1 * trunk @ head)
+        values = torch.zeros(B, T, N).masked_scatter(mask.unsqueeze(-1), trunk @ critic)
+        rows = (slice(0, 2), slice(2, None))
+        losses = [
+            backend.pama_loss(dense[r], old[r], advantages[r], mask[r], **settings).loss.float() for r in rows
+        ]
+        (2 * losses[0] + losses[1] + (values - advantages)[mask].square().mean()).backward()
+        assert head.grad is not None
+        assert critic.grad is not None
+        gradients.append((head.grad, critic.grad))
+    (head_gradient, critic_gradient), (wanted, wanted_critic) = gradients
+    assert head_gradient.norm() > 1e-2
+    assert torch.equal(critic_gradient, wanted_critic)
+    # 42 tokens of either sign in float32 on both sides; |trunk| < 4
+    torch.testing.assert_close(head_gradient, wanted, rtol=0, atol=2 * 42 * 2**-24)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
