@@ -10,7 +10,7 @@ CXX_FILES := $(shell find csrc -name '*.[ch]pp' -o -name '*.inl' -o -name '*.cu'
 BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(CXX_FILES)
 
 .PHONY: help demo demo-quick mo-gym mo-gym-quick test test-full lint test-cpp test-python test-integrations bench
-.PHONY: dist format clean
+.PHONY: study dist format clean
 
 help:
 	@echo 'make demo       align a small language model with three conflicting rewards (4 to 6 minutes)'
@@ -20,6 +20,7 @@ help:
 	@echo 'make test-integrations  the tests that need verl, in an environment of its own'
 	@echo 'make lint       ruff, mypy, clang-format; make format mends what it can'
 	@echo 'make bench      the benchmarks; BENCH_ARGS are passed on'
+	@echo 'make study      does it align: every rule compared (2 hours, resumable; STUDY_ARGS=--quick: minutes)'
 	@echo 'make dist       sdist and wheel'
 	@echo 'make clean      remove the virtual environment and everything built'
 
@@ -65,6 +66,9 @@ mo-gym-quick: $(VENV)/gym.stamp
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+study: $(VENV)/study.stamp
+	$(BIN)/python -m benchmarks.study $(STUDY_ARGS)
 
 test: lint test-cpp test-python
 

@@ -36,9 +36,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import platform
-import random
 import statistics
 import sys
 import tempfile
@@ -48,17 +46,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import torch
-import torch.nn.functional as F
-from _corpus import END, Corpus
+from _corpus import Corpus
+from _language_model import SCORERS, Policy, Rewards, Shape, fit
 from _report import draw, mean_and_error, reward_table, write_files
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
-from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 import pama_kernels as pk
 
@@ -67,21 +60,13 @@ OBJECTIVES = ("sentiment", "length", "diversity")
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Shape):
     """Everything that decides the result. Both methods share all but the weights."""
 
     steps: int = 60
     seed: int = 0
     weights_per: str = "batch"
     regularization: float = 0.1
-    fit_steps: int = 700
-    vocabulary: int = 4096
-    width: int = 128
-    layers: int = 3
-    heads: int = 4
-    prompt_tokens: int = 5  # the first is END
-    new_tokens: int = 40
-    fit_batch: int = 32
     batch: int = 128
     epochs: int = 2
     learning_rate: float = 3e-4
@@ -92,126 +77,6 @@ class Settings:
     clip_range: float = 0.2
     eval_every: int = 5
     eval_prompts: int = 256
-
-
-# --- policy --------------------------------------------------------------------------------------
-
-
-class Policy(nn.Module):
-    """A causal language model with one value head per objective."""
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__()
-        config = LlamaConfig(
-            vocab_size=settings.vocabulary,
-            hidden_size=settings.width,
-            intermediate_size=settings.width * 8 // 3,
-            num_hidden_layers=settings.layers,
-            num_attention_heads=settings.heads,
-            max_position_embeddings=settings.prompt_tokens + settings.new_tokens,
-            bos_token_id=END,
-            eos_token_id=END,
-        )
-        self.model = LlamaForCausalLM(config)
-        self.value_heads = nn.Sequential(
-            nn.Linear(settings.width, settings.width),
-            nn.GELU(),
-            nn.Linear(settings.width, len(OBJECTIVES)),
-        )
-        nn.init.zeros_(self.value_heads[-1].weight)
-
-    def forward(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (B, T) of the last T tokens, and the values (B, T, N) before each.
-
-        Both are 0 where masked: the vocabulary costs more than the rest of so small a model.
-        """
-        size = mask.shape[1]
-        hidden = self.model.model(tokens[:, :-1]).last_hidden_state[:, -size:]
-        logits = self.model.lm_head(hidden[mask])
-        logprobs = torch.zeros(mask.shape).masked_scatter(
-            mask, -F.cross_entropy(logits, tokens[:, -size:][mask], reduction="none")
-        )
-        # The value heads read the trunk and leave it alone: what moves the policy is its loss.
-        return logprobs, self.value_heads(hidden.detach()) * mask.unsqueeze(-1)
-
-    @torch.no_grad()
-    def sample(self, prompts: Tensor, new_tokens: int, generator: torch.Generator) -> Tensor:
-        """The prompts and what follows them (B, P + T), filled up with END; T as the longest needs."""
-        size = prompts.shape[1]
-        tokens = F.pad(prompts, (0, new_tokens), value=END)
-        rows = torch.arange(len(prompts))  # those that go on: the cache holds no others
-        cache = DynamicCache(config=self.model.config)
-        step = prompts
-        for position in range(size, size + new_tokens):
-            logits = self.model(step, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-            cdf = logits.softmax(-1).cumsum(-1)
-            uniform = torch.rand(len(rows), 1, generator=generator) * cdf[:, -1:]
-            step = torch.searchsorted(cdf, uniform, right=True).clamp(max=cdf.shape[1] - 1)
-            tokens[rows, position] = step.squeeze(1)
-            alive = (step != END).squeeze(1)
-            rows, step = rows[alive], step[alive]
-            if not len(rows):
-                break
-            if not alive.all():
-                cache.batch_select_indices(alive)
-        return tokens[:, : position + 1]
-
-
-def fit(policy: Policy, corpus: Corpus, settings: Settings) -> float:
-    """Next-token prediction on the paragraphs; returns the perplexity on those held out."""
-    steps, size = settings.fit_steps, settings.fit_batch
-    width = settings.prompt_tokens + settings.new_tokens
-    optimiser = torch.optim.AdamW(policy.model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=5e-3, total_steps=steps, pct_start=0.1)
-
-    def loss_of(batch: list[list[int]]) -> Tensor:
-        rows = [torch.tensor(ids[:width]) for ids in batch]
-        tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
-        logits = policy.model(tokens[:, :-1].clamp(min=END)).logits
-        return F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:])
-
-    shuffle = random.Random(settings.seed)
-    progress = tqdm(range(steps), desc="fit the model", unit="step", mininterval=0.5)
-    for _ in progress:
-        # Neighbours in length, so that little of the batch is padding.
-        pool = sorted(shuffle.sample(corpus.train, 16 * size), key=len)
-        start = size * shuffle.randrange(16)
-        loss = loss_of(pool[start : start + size])
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        progress.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
-    with torch.no_grad():
-        return float(loss_of(corpus.valid).exp())
-
-
-# --- rewards -------------------------------------------------------------------------------------
-
-
-class Rewards:
-    """Scores what follows the prompt: (B, N), and the mask (B, T) of its tokens, END included."""
-
-    def __init__(self, corpus: Corpus, settings: Settings) -> None:
-        self.corpus, self.settings = corpus, settings
-        self.sentiment = SentimentIntensityAnalyzer()
-
-    def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        answers = tokens[:, self.settings.prompt_tokens :]
-        ended = (answers == END).cumsum(1)
-        mask = ended - (answers == END).long() == 0
-        rows = []
-        for answer, length in zip(answers, (ended == 0).sum(1).tolist(), strict=True):
-            text = self.corpus.decode(answer)
-            rows.append(
-                (
-                    self.sentiment.polarity_scores(text)["compound"],
-                    length / self.settings.new_tokens,
-                    len(set(answer[:length].tolist())) / max(length, 1),
-                )
-            )
-        return torch.tensor(rows), mask
 
 
 # --- alignment -----------------------------------------------------------------------------------
@@ -247,7 +112,7 @@ def evaluate(
 ) -> tuple[Tensor, float]:
     """Rewards (B, N) of one answer to each prompt, and the KL to the reference per token."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = policy.sample(prompts, rewards.settings.new_tokens, generator)
+    tokens = policy.sample(prompts, rewards.shape.new_tokens, generator)
     scores, mask = rewards(tokens)
     log_ratio = policy(tokens, mask)[0] - reference(tokens, mask)[0]
     return scores, float(log_ratio[mask].mean())
@@ -385,16 +250,16 @@ def main() -> None:
     torch.manual_seed(settings.seed)
     corpus = Corpus(settings.vocabulary, settings.prompt_tokens, settings.seed)
     prompts = corpus.valid_prompts
-    reference = Policy(settings)
+    reference = Policy(settings, len(OBJECTIVES))
     parameters = sum(p.numel() for p in reference.model.parameters())
     print(
         f"{len(corpus.train)} paragraphs, {sum(map(len, corpus.train))} tokens; "
         f"{len(prompts)} held-out prompts; a model of {parameters / 1e6:.1f} million parameters"
     )
-    perplexity = fit(reference, corpus, settings)
+    perplexity = fit(reference, corpus, settings, settings.seed)
     print(f"perplexity on held-out text: {perplexity:.0f}")
 
-    rewards = Rewards(corpus, settings)
+    rewards = Rewards(corpus, settings, [SCORERS[name] for name in OBJECTIVES])
     pama = {"weights_per": settings.weights_per, "regularization": settings.regularization}
     equal = torch.full((len(OBJECTIVES),), 1 / len(OBJECTIVES))
     morlhf = {"weights_per": "batch", "weights": equal, "noon": False}

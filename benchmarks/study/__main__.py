@@ -1,0 +1,55 @@
+"""python -m benchmarks.study [PART ...] [--quick] [--report] [--out DIR]
+
+Does PAMA align, and whose weights should it use? Every run leaves a CSV under DIR and is not repeated
+while it is there: stop at any time, start again, and it goes on. Parts: sweep (problems with a known
+front), theory (Theorems 1 and 2), language (a small language model); then the report: tables, pictures,
+docs/study.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import tempfile
+from pathlib import Path
+
+PARTS = ("sweep", "theory", "language")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.study", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument(
+        "--quick", action="store_true", help="small: to see that it runs, in a folder of its own"
+    )
+    parser.add_argument("--report", action="store_true", help="only draw and write what the logs say")
+    parser.add_argument("--out", type=Path, help="folder of the logs (default: benchmarks/results/study)")
+    arguments = parser.parse_args()
+    unknown = set(arguments.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+
+    import torch
+
+    torch.set_num_threads(1)
+    quick = arguments.quick
+    out = arguments.out or (
+        Path(tempfile.gettempdir()) / "pama-study"
+        if quick
+        else Path(__file__).parents[1] / "results" / "study"
+    )
+    if not arguments.report:
+        for part in arguments.parts or PARTS:
+            module = importlib.import_module(f"{__package__}.{part}")
+            module.run(out / part, module.QUICK if quick else module.Budget())
+    if arguments.report or not arguments.parts:
+        from . import report
+
+        report.write(out, in_docs=not quick and arguments.out is None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
