@@ -208,28 +208,39 @@ def _leaders(m, work, prior, present, diagonal, N, BLOCK: tl.constexpr, GLOBAL: 
     random = ((bits >> 12) & 0xFFFFFFFFFFFFF | 0x3FF0000000000000).to(tl.float64, bitcast=True)
     random = tl.where(present, random, 0.0)
     mark = _multiply(m, work, random, N, BLOCK, GLOBAL)
-    leader = index + tl.zeros_like(present.to(tl.int32))
-    for step in range(N):
-        k = N - 1 - step
-        chosen = index == k
-        own_mark = tl.sum(tl.where(chosen, mark, 0.0), 1)[:, None]
-        own_diagonal = tl.sum(tl.where(chosen, diagonal, 0.0), 1)[:, None]
-        own_prior = tl.sum(tl.where(chosen, prior, 0.0), 1)[:, None]
-        same = (mark == own_mark) & (diagonal == own_diagonal) & (prior == own_prior)
-        same = same & present & any_of(present & chosen)[:, None]
-        leader = tl.where(same, k, leader)
+    if GLOBAL:
+        leader = index + tl.zeros_like(present.to(tl.int32))
+        for step in range(N):
+            k = N - 1 - step
+            chosen = index == k
+            same = mark == tl.sum(tl.where(chosen, mark, 0.0), 1)[:, None]
+            same = same & (diagonal == tl.sum(tl.where(chosen, diagonal, 0.0), 1)[:, None])
+            same = same & (prior == tl.sum(tl.where(chosen, prior, 0.0), 1)[:, None])
+            leader = tl.where(same & present & any_of(present & chosen)[:, None], k, leader)
+    else:
+        same = (mark[:, :, None] == mark[:, None, :]) & (diagonal[:, :, None] == diagonal[:, None, :])
+        same = same & (prior[:, :, None] == prior[:, None, :])
+        same = same & present[:, :, None] & present[:, None, :]
+        leader = tl.min(tl.where(same, tl.arange(0, BLOCK)[None, :, None], BLOCK), 1)
+        leader = tl.where(present, leader, index)
     return leader
 
 
 @triton.jit
-def _shared(point, leader, N, BLOCK: tl.constexpr):
+def _shared(point, leader, N, BLOCK: tl.constexpr, GLOBAL: tl.constexpr):
     """Identical objectives share their weight equally."""
-    result = point
-    for k in range(N):
-        members = leader == k
+    if GLOBAL:
+        result = point
+        for k in range(N):
+            members = leader == k
+            count = tl.sum(members.to(tl.int32), 1)
+            mean = tl.sum(tl.where(members, point, 0.0), 1) / tl.maximum(count, 1)
+            result = tl.where(members & (count > 1)[:, None], mean[:, None], result)
+    else:
+        members = leader[:, :, None] == leader[:, None, :]
         count = tl.sum(members.to(tl.int32), 1)
-        mean = tl.sum(tl.where(members, point, 0.0), 1) / tl.maximum(count, 1)
-        result = tl.where(members & (count > 1)[:, None], mean[:, None], result)
+        result = tl.sum(tl.where(members, point[:, :, None], 0.0), 1)
+        result = tl.where(count > 1, result / count, point)
     return result
 
 
@@ -346,7 +357,7 @@ def min_norm_solve(
         vertex = index == tl.min(vertex, 1)[:, None]
         candidate = tl.where(solved[:, None], candidate, vertex.to(tl.float64))
         if twins:
-            equal = _shared(candidate, leader, N, BLOCK)
+            equal = _shared(candidate, leader, N, BLOCK, GLOBAL)
             apply = (weight > 0.0) | (strict == 0)
             candidate = tl.where(apply[:, None], equal, candidate)
         product = _multiply(m, work, candidate, N, BLOCK, GLOBAL)

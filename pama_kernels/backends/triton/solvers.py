@@ -213,7 +213,7 @@ def min_norm_kernel(
 
 
 # problems per program and warps, by objectives (padded): as many as spill no register
-_SHAPES = {1: (32, 1), 2: (8, 1), 4: (4, 1), 8: (2, 1), 16: (1, 1), 32: (1, 4), 64: (1, 8)}
+_SHAPES = {1: (32, 1), 2: (8, 1), 4: (8, 2), 8: (2, 1), 16: (1, 1), 32: (1, 4), 64: (1, 8)}
 
 
 def min_norm(gram: Tensor, prior: Tensor, regularization: float) -> tuple[Tensor, Tensor]:
