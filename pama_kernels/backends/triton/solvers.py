@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .active_set import LARGEST, VECTORS, min_norm_solve, power_of_two_scale
 from .launch import launch, power_of_two
-from .min_norm import LARGEST, VECTORS, min_norm_solve, power_of_two_scale
 from .simplex import solve
 
 _TILE = 256  # scores per program: more spills
