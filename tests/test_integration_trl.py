@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import re
 import runpy
@@ -214,10 +215,14 @@ def test_sides_matter(tmp_path: Path) -> None:
     changes = {"pama_bound": "gram", "pama_noon": False, "num_iterations": 2, "epsilon": 0.01}
     made = trainer(PamaGRPOTrainer, REWARDS, tmp_path, **changes)
     seen = []
+    passes: list[None] = []
+    made.model.model.register_forward_hook(lambda *_: passes.append(None))
     compute = made._compute_loss
 
     def both(model: Any, inputs: dict[str, Any]) -> Tensor:
+        passes.clear()
         loss = compute(model, inputs)
+        assert len(passes) == 1  # the model runs once for all parts of the loss
         seen.append((loss.item(), GRPOTrainer._compute_loss(made, model, inputs).item()))
         return loss
 
@@ -444,7 +449,8 @@ def test_twenty_steps(tmp_path: Path) -> None:
         assert all(0 <= entry[f"pama/positive_fraction/{name}"] <= 1 for name in NAMES)
         assert all(-1 <= entry[f"pama/conflict/{pair}"] <= 1 for pair in pairs)
         assert all(f"rewards/{name}/mean" in entry for name in NAMES)
-        assert torch.isfinite(torch.tensor([entry["loss"], entry["grad_norm"]])).all()
+        assert math.isfinite(entry["loss"])
+    assert all(torch.isfinite(p).all() for p in made.model.parameters())
 
     def mean(entries: list[dict[str, float]], name: str) -> float:
         return sum(entry[f"rewards/{name}/mean"] for entry in entries) / len(entries)
