@@ -227,8 +227,11 @@ def test_wrong_components() -> None:
     raises(ValueError, r"got 'polite'; it has \['concise', 'correct'\]", non_tensor_batch=some)
     short = {**batch.components(), "concise": [0.0] * 23}
     raises(ValueError, r"reward 'concise': expected 24 values, got 23", non_tensor_batch=short)
-    text = {**batch.components(), "concise": ["good"] * 24}
-    raises(TypeError, r"reward 'concise': expected a number or None, got 'good'", non_tensor_batch=text)
+    for wrong in ("good", math.nan, -math.inf, [1.0, 2.0]):
+        column = np.array([0.0] * 23 + [None], dtype=object)
+        column[23] = wrong
+        message = r"reward 'concise': expected a finite number or None, got "
+        raises(ValueError, message, non_tensor_batch={**batch.components(), "concise": column})
     raises(ValueError, "index: expected the group", non_tensor_batch=batch.components(), index=None)
 
 
@@ -289,12 +292,10 @@ def verl() -> Iterator[ModuleType]:
         yield verl
 
 
+@needs_verl
 def test_verl_loads_the_plug_in() -> None:
     """By the installed entry point, with nothing of ours imported."""
-    pytest.importorskip("verl", reason="verl is not installed: `make test-integrations` does it")
     code = """
-import logging
-import verl
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
 print(get_adv_estimator_fn("pama").__name__, get_policy_loss_fn("pama").__name__)
 from verl.trainer.ppo.v1 import get_trainer_cls
@@ -306,6 +307,33 @@ print(*(get_trainer_cls(f"pama_{mode}").__name__ for mode in ("sync", "colocate_
         *("compute_pama_advantage", "compute_pama_policy_loss"),
         *("PamaPPOTrainerSync", "PamaPPOTrainerColocateAsync", "PamaPPOTrainerSeparateAsync"),
     ]
+
+
+@needs_verl
+def test_a_name_that_is_taken_is_not_silent() -> None:
+    code = """
+from verl.trainer.ppo.core_algos import register_adv_est
+register_adv_est("pama")(print)
+from pama_kernels.integrations import verl
+try:
+    verl.check()
+except RuntimeError as error:
+    print(error)
+"""
+    done = _python(code, VERL_USE_EXTERNAL_PLUGINS="none")
+    assert "not registered with verl: ValueError: Adv estimator pama has already been" in done.stdout
+    assert "pama_kernels is not registered with verl" in done.stderr
+
+
+@needs_verl
+def test_check_tells_that_plug_ins_are_off(verl: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registered in this process, it would not be in verl's workers."""
+    for chosen in ("none", "other, another"):
+        monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", chosen)
+        with pytest.raises(RuntimeError, match=f"^VERL_USE_EXTERNAL_PLUGINS: .* got {chosen}"):
+            verl.check()
+    monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", "other, PAMA")
+    verl.check()
 
 
 def _actor(**settings: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -156,15 +157,18 @@ def _reward_matrix(components: Mapping[str, Any], keys: Sequence[str], rows: int
         values = list(components[key])
         if len(values) != rows:
             raise ValueError(f"reward {key!r}: expected {rows} values, got {len(values)}")
-        columns.append([float("nan") if value is None else _number(key, value) for value in values])
+        columns.append([math.nan if value is None else _number(key, value) for value in values])
     return torch.tensor(columns, dtype=torch.float32).reshape(len(keys), rows).T
 
 
 def _number(key: str, value: Any) -> float:
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"reward {key!r}: expected a number or None, got {value!r}") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"reward {key!r}: expected a finite number or None, got {value!r}")
+    return number
 
 
 def _one_wider(mask: Tensor) -> Tensor:

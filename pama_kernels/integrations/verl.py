@@ -17,11 +17,12 @@ import functools
 import importlib
 import importlib.util
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from types import ModuleType
 from typing import Any
 
@@ -31,11 +32,7 @@ from ._verl_trainers import check_config, extend_older_trainer, register_trainer
 __all__ = ["check", "compute_pama_advantage", "compute_pama_policy_loss"]
 
 OLDEST, NEWEST = (0, 9, 1), (0, 9, 1)  # releases of verl that were tested
-# verl's trainers are heavy and its workers need none: they are extended when they are imported.
-EXTENSIONS: dict[str, Callable[[ModuleType], None]] = {
-    "verl.trainer.ppo.ray_trainer": extend_older_trainer,
-    "verl.trainer.ppo.v1": register_trainers,
-}
+PLUGINS = "VERL_USE_EXTERNAL_PLUGINS"  # verl's switch: auto, none, or names of entry points
 
 _log = logging.getLogger(__name__)
 _failures: list[str] = []
@@ -48,7 +45,7 @@ def check(config: Any = None) -> None:
         config: verl's whole configuration, as hydra composes it.
 
     Raises:
-        RuntimeError: it is not registered; the message says why.
+        RuntimeError: it is not registered, or will not be in verl's other processes; the message says why.
         ValueError, TypeError: `config` cannot be used; the message names the setting.
     """
     if not _failures:
@@ -56,6 +53,11 @@ def check(config: Any = None) -> None:
             _attempt(functools.partial(importlib.import_module, name))
     if _failures:
         raise RuntimeError(f"pama_kernels is not registered with verl: {'; '.join(_failures)}")
+    if NAME not in entry_points(group="verl.plugins").names:
+        raise RuntimeError("pama_kernels is installed without its entry point: install it again")
+    chosen = os.environ.get(PLUGINS, "auto").strip().lower()
+    if chosen != "auto" and NAME not in (name.strip() for name in chosen.split(",")):
+        raise RuntimeError(f"{PLUGINS}: expected auto or a list with {NAME}, got {chosen}")
     if config is not None:
         older = not config.trainer.get("use_v1", True)
         check_config(config, older or str(config.trainer.v1.trainer_mode).startswith(f"{NAME}_"))
@@ -68,6 +70,20 @@ def _attempt(action: Callable[[], object]) -> None:
     except Exception as error:
         _failures.append(f"{type(error).__name__}: {error}")
         _log.exception("pama_kernels is not registered with verl")
+
+
+def _register_algorithms(core_algos: ModuleType) -> None:
+    core_algos.register_adv_est(NAME)(compute_pama_advantage)
+    core_algos.register_policy_loss(NAME)(compute_pama_policy_loss)
+
+
+# These modules take seconds to import, and few of verl's processes need all of them: each is extended when
+# verl imports it.
+EXTENSIONS: dict[str, Callable[[ModuleType], None]] = {
+    "verl.trainer.ppo.core_algos": _register_algorithms,
+    "verl.trainer.ppo.ray_trainer": extend_older_trainer,
+    "verl.trainer.ppo.v1": register_trainers,
+}
 
 
 class _AfterImport:
@@ -97,10 +113,6 @@ def _register() -> None:
     if not OLDEST <= tuple(int(part) for part in re.findall(r"\d+", found)[:3]) <= NEWEST:
         supported = "verl {}.{}.{} to {}.{}.{}".format(*OLDEST, *NEWEST)
         raise ImportError(f"pama_kernels.integrations.verl: expected {supported}, found {found}")
-    importlib.import_module("verl")  # this module may be the first to ask for it
-    algorithms = importlib.import_module("verl.trainer.ppo.core_algos")
-    algorithms.register_adv_est(NAME)(compute_pama_advantage)
-    algorithms.register_policy_loss(NAME)(compute_pama_policy_loss)
     for name, extend in EXTENSIONS.items():
         if name in sys.modules:
             extend(sys.modules[name])
