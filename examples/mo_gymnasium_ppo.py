@@ -75,7 +75,10 @@ class Settings:
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)
-            if entry.type == "int" and value < (entry.name != "seed"):
+            if entry.type == "float" or entry.name == "seed":
+                if not 0 <= value < math.inf:
+                    raise ValueError(f"{entry.name}: expected a number of at least 0, got {value}")
+            elif entry.type == "int" and value < 1:
                 raise ValueError(f"{entry.name}: expected a positive number, got {value}")
         if self.minibatches > self.num_envs * self.rollout:
             raise ValueError(
@@ -85,6 +88,9 @@ class Settings:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
+        for name, method in (("weights", "fixed"), ("prior", "pama")):
+            if getattr(self, name) is not None and self.method != method:
+                raise ValueError(f"{name}: goes with method {method!r} only, got method {self.method!r}")
 
 
 CHOICES = {"method": ("pama", "fixed"), "weights_per": ("batch", "token"), "bound": ("scores", "gram")}
@@ -118,6 +124,10 @@ def task_of(env: str) -> Task:
     if env in TASKS:
         return TASKS[env]
     one = mo_gymnasium.make(env)
+    if not hasattr(one.unwrapped, "reward_space"):
+        raise ValueError(
+            f"env: expected an environment of MO-Gymnasium, whose rewards are vectors, got {env}"
+        )
     size = one.unwrapped.reward_space.shape[0]
     one.close()
     return Task(tuple(f"objective {i + 1}" for i in range(size)), (1.0,) * size)
@@ -425,7 +435,11 @@ def parse(arguments: list[str] | None = None) -> Settings:
     given = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
     try:
         s = settings_for(given.pop("env", Settings.env), **given)
-        weighting_of(s, len(task_of(s.env).objectives))
+        n = len(task_of(s.env).objectives)
+        # The library checks its own arguments: on one step, before anything runs.
+        zero = torch.zeros(1, 1, n)
+        pk.multi_objective_gae(zero, zero, gamma=s.gamma, lam=s.lam)
+        pk.pama_loss(zero[0, :, 0], None, zero[0], clip_range=s.clip_range, **weighting_of(s, n))
     except (ValueError, gymnasium.error.Error) as error:
         parser.error(str(error))
     return s

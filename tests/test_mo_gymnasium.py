@@ -216,7 +216,15 @@ def test_an_environment_that_the_example_does_not_know() -> None:
         (["--steps", "0"], "steps: expected a positive number, got 0"),
         (["--minibatches", "9999"], "minibatches: expected at most"),
         (["--env", "no-such-sea-v0"], "no-such-sea"),
+        (["--env", "CartPole-v1"], "expected an environment of MO-Gymnasium"),
         (["--method", "mgda"], "invalid choice"),
+        (["--weights", "1", "2"], "weights: goes with method 'fixed' only"),
+        (["--prior", "1", "2", "--method", "fixed"], "prior: goes with method 'pama' only"),
+        (["--seed", "-1"], "seed: expected a number of at least 0"),
+        (["--learning-rate", "nan"], "learning_rate: expected a number of at least 0"),
+        (["--gamma", "1.5"], "gamma: expected a number in [0, 1]"),
+        (["--prior", "-1", "2"], "prior: expected non-negative"),
+        (["--weights-per", "token", "--bound", "gram"], "goes with weights_per='batch' only"),
     ],
 )
 def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
