@@ -1,8 +1,8 @@
 """Compiles the Triton kernels ahead of time, as calls of the public API launch them, for absent GPUs.
 
 ``python tests/triton_compile.py sm_90 gfx942`` prints a line of JSON for each kernel and variant: registers,
-spills and shared memory; ``--all`` takes every variant in use, else a sample. A process of its own: kernels
-made for the interpreter can't be compiled.
+spills, shared memory, and whether it is hot; ``--all`` takes every kind of variant, else a sample. A process
+of its own: kernels made for the interpreter can't be compiled.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 import pama_kernels as pk
+from pama_kernels.backends import operators
 from pama_kernels.backends import triton as backend
 from pama_kernels.backends.triton import launch
 
@@ -33,9 +34,10 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-_AMD = {"registers": "vgpr_count", "spills": "vgpr_spill_count", "shared": "group_segment_fixed_size"}
+_AMD = {"registers": "vgpr_count", "spills": "vgpr_spill_count"}
 
-Calls = Iterator[tuple[str, Callable[[], Any]]]
+# What is called, whether every training step may call it so, and the call.
+Calls = Iterator[tuple[str, bool, Callable[[], Any]]]
 
 
 class _Driver:
@@ -58,16 +60,16 @@ def resources(compiled: Any) -> dict[str, int]:
     """Registers of a thread, bytes (NVIDIA) or registers (AMD) that it spills, bytes of shared memory."""
     if "cubin" not in compiled.asm:
         text = compiled.asm["amdgcn"]
-        return {name: int(re.search(rf"\.{key}:\s*(\d+)", text)[1]) for name, key in _AMD.items()}
+        found = {name: int(re.search(rf"\.{key}:\s*(\d+)", text)[1]) for name, key in _AMD.items()}
+        return {**found, "shared": compiled.metadata.shared}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         said = subprocess.run(
             [_CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", said)
-    registers, stack, shared, local = map(int, found.groups())
-    return {"registers": registers, "spills": stack + local, "shared": shared}
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", said).groups())
+    return {"registers": registers, "spills": stack + local, "shared": compiled.metadata.shared}
 
 
 def compiled(target: str, calls: Calls) -> Iterator[dict[str, Any]]:
@@ -80,11 +82,11 @@ def compiled(target: str, calls: Calls) -> Iterator[dict[str, Any]]:
         result = kernel.warmup(*arguments, grid=(programs,), **options)
         if result.hash not in seen:
             seen.add(result.hash)
-            kind = {"kernel": kernel.fn.__name__, "target": target, "call": name}
+            kind = {"kernel": kernel.fn.__name__, "target": target, "call": name, "hot": hot}
             found.append({**kind, **resources(result)})
 
     launch.run = compile_instead
-    for name, call in calls:  # noqa: B007, `compile_instead` reads it
+    for name, hot, call in calls:  # noqa: B007, `compile_instead` reads them
         call()
         yield from found
         found.clear()
@@ -110,10 +112,12 @@ def token_calls(
     )
     title = f"{layout}, N={n}, {str(dtype).removeprefix('torch.')}, {'all' if everything else 'few'} tensors"
     flat = layout == "flat"
+    plain = layout in ("padded", "flat") and n <= 8 and dtype == torch.float32 and not everything
     for noon in noons:
         for gram in (False, True):
             yield (
                 f"statistics, {title}, noon={noon}, gram={gram}",
+                plain and not gram,
                 lambda noon=noon, gram=gram: pk.objective_statistics(
                     **p.statistics_arguments(), noon=noon, gram=gram
                 ),
@@ -123,8 +127,17 @@ def token_calls(
             means = {"kl_coef": 0.1, "aggregation": "token-mean" if flat else "seq-mean-token-mean"}
             extra = means if everything else {}
             name = f"per {weights_per}, {title}, noon={noon}"
-            yield f"loss {name}", lambda o=o, extra=extra: pk.pama_loss(**p.loss_arguments(), **o, **extra)
-            yield f"combine {name}", lambda o=o: pk.combine_advantages(**p.combine_arguments(False), **o)
+            hot = plain and weights_per == "batch"
+            yield (
+                f"loss {name}",
+                hot or (plain and weights_per == "token" and noon),
+                lambda o=o, extra=extra: pk.pama_loss(**p.loss_arguments(), **o, **extra),
+            )
+            yield (
+                f"combine {name}",
+                hot,
+                lambda o=o: pk.combine_advantages(**p.combine_arguments(False), **o),
+            )
 
 
 def batch_calls(n: int, dtype: torch.dtype) -> Calls:
@@ -135,39 +148,45 @@ def batch_calls(n: int, dtype: torch.dtype) -> Calls:
     rewards = torch.randn(4, 128, n).to(dtype)
     mask = torch.ones(4, 128, dtype=torch.bool)
     ids = torch.arange(64) % 8
-    yield f"weights, {title}", lambda: pk.pama_weights(scores, regularization=0.1)
-    yield f"weights with scale, {title}", lambda: pk.pama_weights(scores, scale=2.0)
-    yield f"min norm, {title}", lambda: pk.min_norm_weights(gram)
-    yield f"gae, {title}", lambda: pk.multi_objective_gae(rewards, rewards, mask, dones=mask)
-    yield f"group normalize, {title}", lambda: pk.group_normalize(scores, group_size=8)
-    yield f"group normalize by ids, {title}", lambda: pk.group_normalize(scores, group_ids=ids)
+    few = n <= 8
+    sums = torch.ones(9 * n + 2, dtype=torch.float64)
+    prior = torch.full((n,), 1 / n, dtype=torch.float64)
+    yield f"batch weights, {title}", few, lambda: operators.batch_weights(sums, n, False, prior, 0.1, False)
+    yield f"weights, {title}", few, lambda: pk.pama_weights(scores, regularization=0.1)
+    yield f"weights with scale, {title}", few, lambda: pk.pama_weights(scores, scale=2.0)
+    yield f"min norm, {title}", few, lambda: pk.min_norm_weights(gram)
+    yield f"gae, {title}", few, lambda: pk.multi_objective_gae(rewards, rewards, mask, dones=mask)
+    yield f"group normalize, {title}", few, lambda: pk.group_normalize(scores, group_size=8)
+    yield f"group normalize by ids, {title}", few, lambda: pk.group_normalize(scores, group_ids=ids)
 
 
 def sample() -> Calls:
     yield from token_calls("padded", 4, torch.float32, (True,), False)
 
 
-def everything() -> Calls:
+def every_kind() -> Calls:
+    """Layouts, dtypes and numbers of objectives, each in turn."""
     for layout in problems.LAYOUTS:
-        for dtype in problems.FLOATS:
-            for n in (2, 4, 8):
-                yield from token_calls(layout, n, dtype, (True, False), False)
-            yield from token_calls(layout, 3, dtype, (True, False), True)
-    for n in (1, 16, 33, 128):
-        yield from token_calls("padded", n, torch.float32, (True, False), False)
+        yield from token_calls(layout, 4, torch.float32, (True, False), False)
     for dtype in problems.FLOATS:
-        for n in (1, 2, 3, 8, 16, 64, 128):
-            yield from batch_calls(n, dtype)
+        yield from token_calls("padded", 3, dtype, (False,), True)
+        yield from token_calls("packed-per-sequence", 2, dtype, (True,), False)
+    for n in (1, 8, 16, 33, 128):
+        yield from token_calls("padded", n, torch.float32, (True, False), False)
+    for n in (1, 2, 3, 8, 16, 64, 128):
+        yield from batch_calls(n, torch.float32)
+    for dtype in problems.FLOATS:
+        yield from batch_calls(4, dtype)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("targets", nargs="*", choices=[*TARGETS, []], help="default: all of them")
-    parser.add_argument("--all", action="store_true", help="every variant in use")
+    parser.add_argument("targets", nargs="*", help=f"of {', '.join(TARGETS)}; default: all")
+    parser.add_argument("--all", action="store_true", help="every kind of variant")
     arguments = parser.parse_args()
     backend.unusable = lambda device_type: None
     for target in arguments.targets or TARGETS:
-        for line in compiled(target, everything() if arguments.all else sample()):
+        for line in compiled(target, every_kind() if arguments.all else sample()):
             print(json.dumps(line), flush=True)
 
 

@@ -69,7 +69,7 @@ class Problem(NamedTuple):
     def shape(self, pairs: bool, by_row: bool = False, area: int = 1024) -> Shape:
         """Of a launch over all tokens, in tiles of `area` tokens times objectives; `by_row`: rows matter."""
         n = power_of_two(self.n)
-        most = 64 if INTERPRETED else 1024
+        most = 128 if INTERPRETED else 1024
         tokens = max(1, min(most, area // (2 if self.wide else 1) // (n * n if pairs else n)))
         if self.cu[0] is not None:
             layout = 2 if self.by_row or by_row else 0

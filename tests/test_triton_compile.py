@@ -1,0 +1,58 @@
+"""The Triton kernels build for GPUs that are not there, and the hot ones spill no register."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: no kernels to compile")
+
+
+def _compiled(cache: Path, *arguments: str) -> list[dict[str, Any]]:
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("triton_compile.py")), *arguments],
+        env={
+            **{key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
+            "PAMA_BACKEND": "triton",
+            "TRITON_CACHE_DIR": str(cache),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def _check(found: list[dict[str, Any]]) -> None:
+    for line in found:
+        print(line)
+        assert line["registers"] > 0
+    spilled = [line for line in found if line["hot"] and line["spills"]]
+    assert not spilled
+
+
+@pytest.mark.timeout(900)
+def test_sample(pytestconfig: pytest.Config) -> None:
+    found = _compiled(pytestconfig.cache.mkdir("triton"), "sm_90")
+    assert {"statistics_kernel", "tokens_kernel", "rows_kernel"} <= {line["kernel"] for line in found}
+    _check(found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_kind(pytestconfig: pytest.Config, target: str) -> None:
+    found = _compiled(pytestconfig.cache.mkdir("triton"), "--all", target)
+    kernels = {line["kernel"] for line in found}
+    wanted = "statistics pairs add_pairs gram batch_weights tokens rows count "
+    wanted += "weights min_norm min_norm_pairs gae group_normalize"
+    missing = {f"{name}_kernel" for name in wanted.split()} - kernels
+    assert not missing, missing
+    _check(found)
