@@ -273,8 +273,11 @@ def interleaved(contestants: Sequence[Contestant], seconds: float) -> list[list[
     rounds = max(LEAST_ROUNDS, int(seconds / round_seconds))
     enabled = gc.isenabled()
     gc.disable()
+    end = perf_counter_ns() + 2e9 * seconds  # where the estimate was wrong
     try:
         for number in range(rounds):
+            if number >= LEAST_ROUNDS and perf_counter_ns() > end:
+                break
             for k in range(len(contestants)):
                 i = (k + number) % len(contestants)
                 c, inputs = contestants[i], next(slices[i])

@@ -205,7 +205,8 @@ STYLES = {PAMA: (plots.OURS, "o"), MGDA: ("#1d4e89", "s"), MGDA_UB: ("#2a9d8f", 
 
 def plot(path: Path) -> None:
     records = [r for r in read(path) if r["work"] == "time to the weights" and r["microseconds"]]
-    largest = max(int(r["size"]) for r in records if r["contestant"] == MGDA)
+    mgda = [(int(r["n"]), int(r["size"])) for r in records if r["contestant"] == MGDA]
+    largest = max(mgda)[1]  # the largest model with the most objectives
     with plots.figure(path.with_suffix(".png"), 2) as axes:
         if not axes:
             return
@@ -221,7 +222,7 @@ def plot(path: Path) -> None:
         plots.lines(axes[0], series(("n", MODEL_N), "size"), STYLES)
         axes[0].set_title(f"{MODEL_N} objectives", loc="left", fontsize=11)
         axes[0].set_xlabel("parameters d of the model")
-        axes[0].set_xscale("log")
+        axes[0].set_xscale("log", base=10)
         plots.lines(axes[1], series(("size", largest), "n"), STYLES)
         axes[1].set_title(f"model of {largest / 1e6:.0f} M parameters", loc="left", fontsize=11)
         axes[1].set_xlabel("objectives n")

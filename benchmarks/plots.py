@@ -28,13 +28,16 @@ def figure(path: Path, panels: int) -> Iterator[Any]:
     yield list(axes[0])
     drawn.tight_layout(w_pad=9)
     drawn.subplots_adjust(right=0.86)
-    drawn.savefig(path, dpi=130)
+    drawn.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(drawn)
     print(f"wrote {path}")
 
 
 def lines(axes: Any, series: Series, styles: Mapping[str, tuple[str, str]], gap: float = 1.36) -> None:
-    """One line for each name, in its (color, marker); names that have no style are left out."""
+    """One line for each name, in its (color, marker); names that have no style are left out.
+
+    At its end stands the name, up to a comma.
+    """
     ends = []
     for name, points in series.items():
         if name not in styles:
@@ -55,7 +58,7 @@ def lines(axes: Any, series: Series, styles: Mapping[str, tuple[str, str]], gap:
     for (x, y), name, color in sorted(ends, key=lambda end: end[0][1]):
         last = max(y, gap * last)  # labels that do not overlap
         axes.annotate(
-            name,
+            name.partition(",")[0],
             (x, last),
             xytext=(7, 0),
             textcoords="offset points",
@@ -66,6 +69,7 @@ def lines(axes: Any, series: Series, styles: Mapping[str, tuple[str, str]], gap:
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.minorticks_off()
     axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)

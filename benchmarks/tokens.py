@@ -29,7 +29,7 @@ from .harness import Contestant, Missing, Session, available_threads, read
 POOL_BYTES = 512e6  # at most; twice the last-level cache where that is less
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8}  # float32 sums; one rounding of the gradient
 PPO, TRL, VERL = "eager PPO, one objective", "TRL, one objective", "verl, one objective"
-EAGER, COMPILED = "eager, same rule", "torch.compile, same rule"
+EAGER, COMPILED = "eager PyTorch, same rule", "torch.compile, same rule"
 READ, COPY = "read of as many bytes", "copy"
 LOSS = "pama_loss"
 
