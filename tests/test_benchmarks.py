@@ -310,7 +310,7 @@ def test_goals_come_from_the_csvs(tmp_path: Path) -> None:
         written = {r["work"]: r for r in csv.DictReader(file)}
     found = written["objective_statistics, 262,144 tokens, N=4, cold"]
     assert found["measured"] == "70% of its speed"
-    assert [r["met"] for r in written.values()].count("not measured") == len(judged) - 1
+    assert [v.met for v in judged].count("not measured") == len(judged) - 1
     assert "objective_statistics" in goals.table(judged)
 
 
