@@ -107,15 +107,14 @@ def test_one_reward_is_grpo(loss_type: str, tmp_path: Path) -> None:
         ours, gradients = run(
             PamaGRPOTrainer, copies(short, number), tmp_path, pama_noon=False, pama_bound=bound, **changes
         )
-        # Advantages differ by roundings (TRL normalises in float32), and so do the later parameters.
-        torch.testing.assert_close(
-            torch.tensor(logged(ours, "loss")), torch.tensor(logged(plain, "loss")), rtol=1e-4, atol=2e-6
-        )
+        # TRL normalises in float32: advantages, and later the parameters, may differ by its roundings.
+        assert len(logged(ours, "loss")) == 4
+        assert logged(ours, "loss") == pytest.approx(logged(plain, "loss"), rel=0, abs=1e-6)
         for ours_now, expected_now in zip(gradients, expected, strict=True):
             scale = float(expected_now.abs().max())
-            torch.testing.assert_close(ours_now, expected_now, rtol=0, atol=1e-4 * scale)
-        for name in ("clip_ratio/region_mean", "clip_ratio/low_mean", "entropy", "rewards"):
-            assert logged(ours, name) == pytest.approx(logged(plain, name), abs=1e-5)
+            torch.testing.assert_close(ours_now, expected_now, rtol=0, atol=1e-5 * scale)
+        for name in ("clip_ratio/region_mean", "clip_ratio/low_mean", "entropy", "num_tokens"):
+            assert logged(ours, name) == pytest.approx(logged(plain, name), rel=0, abs=1e-6)
 
 
 @pytest.mark.parametrize("scale_rewards", ["batch", "none"])
@@ -124,7 +123,7 @@ def test_scale_rewards(scale_rewards: str, tmp_path: Path) -> None:
     ours, gradients = run(PamaGRPOTrainer, [late], tmp_path, scale_rewards=scale_rewards, pama_noon=False)
     for ours_now, expected_now in zip(gradients, expected, strict=True):
         torch.testing.assert_close(
-            ours_now, expected_now, rtol=0, atol=1e-4 * float(expected_now.abs().max())
+            ours_now, expected_now, rtol=0, atol=1e-5 * float(expected_now.abs().max())
         )
     assert ours._logs["advantages"] == pytest.approx(plain._logs["advantages"], abs=1e-5)
 
