@@ -107,7 +107,7 @@ def to_weights(session: Session, policy: models.Policy, name: str, n: int) -> No
                 part.copy_(gradient.flatten())
         gram = torch.zeros(n, n, dtype=torch.float64, device=device)
         for block in rows.split(BLOCK, dim=1):  # one float32 sum over all parameters would be far off
-            gram += block @ block.T
+            gram += block.float() @ block.float().T
         return pk.min_norm_weights(gram.cpu())
 
     def mgda(name: str, variables: Sequence[Tensor]) -> Contestant:
