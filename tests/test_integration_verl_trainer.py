@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +24,27 @@ import pama_kernels as pk
 if importlib.util.find_spec("verl") is None:
     pytest.skip("verl is not installed: `make test-integrations` does it", allow_module_level=True)
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "verl"
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "verl"
 KEYS = ("correct", "concise", "polite")
 PROMPT = 3
 pytestmark = pytest.mark.filterwarnings("ignore")  # of ray, verl and tensordict, about themselves
+
+
+@pytest.mark.timeout(600)
+def test_command_line_refuses_a_wrong_setting(tmp_path: Path) -> None:
+    """Through verl's own entry point and its Ray worker, where the plug-in has loaded itself."""
+    command = [
+        *(sys.executable, "-W", "ignore", "-m", "verl.trainer.main_ppo"),
+        *("--config-dir", "examples/verl", "--config-name", "pama_grpo", f"hydra.run.dir={tmp_path}"),
+        *("algorithm.pama.prior=[1,2]", "actor_rollout_ref.model.path=none", "trainer.n_gpus_per_node=1"),
+        *("data.train_files=none", "data.val_files=none", "ray_kwargs.ray_init.num_cpus=6"),
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
+    ]
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540, cwd=ROOT, env=environment)
+    assert done.returncode != 0
+    assert "ValueError: algorithm.pama.prior: expected 3 numbers, got 2" in done.stderr
 
 
 @pytest.fixture(scope="module")
