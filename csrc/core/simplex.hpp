@@ -43,76 +43,89 @@ inline bool any(const Mask& mask) {
     return bits != 0;
 }
 
+// condition ? x : y, in each lane.
+template <class Mask, class V>
+PAMA_HD inline V choose(Mask condition, V x, V y) {
+    return condition ? x : y;
+}
+
 template <class V>
 PAMA_HD inline V max_of(V x, V y) {
-    return x > y ? x : y;
+    return choose(x > y, x, y);
 }
 
 template <class V>
 PAMA_HD inline V min_of(V x, V y) {
-    return x < y ? x : y;
+    return choose(x < y, x, y);
+}
+
+template <class V>
+PAMA_HD inline V reciprocal(V x) {
+    return (V{} + 1) / x;
 }
 
 // For rho = 0 and 0 outside the open interval (min a, max a) the answer is exact and no path is needed: a.c is the
 // score nearest 0, and the objectives that have it share the weight. The caller keeps these alone, with scores of 0.
 //
-// a: n scores, each below 4 in size (the caller rescales); p: prior of the objectives that take part, 0
-// elsewhere; c: in, 1 where an objective takes part and 0 elsewhere; out, the weights. Returns a.c.
-// `hold` is false only for a uniform prior. A compile-time N > 0 unrolls the loops; n is then ignored.
-template <class V, int N = 0>
-PAMA_HD inline V simplex_solve(int n, const V* PAMA_RESTRICT a, const V* PAMA_RESTRICT p, V rho, bool hold,
-                               V* PAMA_RESTRICT c) {
+// a: n scores of a size whose square T holds (the caller rescales), overwritten; p: prior of the objectives that take
+// part, 0 elsewhere; c: in, 1 where an objective takes part and 0 elsewhere; out, the weights. Returns a.c. Uniform: p
+// is 1 / their number and is not read. A compile-time N > 0 unrolls the loops; n is then ignored.
+template <class V, int N = 0, bool Uniform = false>
+PAMA_HD inline V simplex_solve(int n, V* PAMA_RESTRICT a, const V* PAMA_RESTRICT p, V rho, V* PAMA_RESTRICT c) {
     const int size = N > 0 ? N : n;
-    const V zero = V{} * 0, one = zero + 1;
-    const V huge = zero + 3e38f;
+    const V zero = V{}, one = zero + 1;
+    const V huge = zero + 1e30f;  // beside a
     const auto nobody = rho != rho;
 
-    V low = huge, high = -huge;
+    V low = huge, high = -huge, at_prior = zero;
     for (int i = 0; i < size; ++i) {
-        low = min_of(low, c[i] > zero ? a[i] : huge);
-        high = max_of(high, c[i] > zero ? a[i] : -huge);
+        low = min_of(a[i] + (one - c[i]) * huge, low);
+        high = max_of(a[i] - (one - c[i]) * huge, high);
+        at_prior += Uniform ? c[i] * a[i] : c[i] * a[i] * p[i];
     }
     // Scores are taken relative to the one that never leaves: exact for near ties, where lambda is large.
-    V at_prior = zero;
-    for (int i = 0; i < size; ++i) at_prior += c[i] * a[i] * p[i];
-    const V nearby = at_prior >= zero ? low : high;
-    V lambda = zero;
-    V shift = zero, mean = zero;
+    const V nearby = choose(at_prior >= zero, low, high);
+    for (int i = 0; i < size; ++i) a[i] -= nearby;
+    V lambda = zero, shift = zero, mean = zero;
     auto holding = nobody;
-    for (int round = 0; round < 2 * size + 2; ++round) {
+    const int unconditional = N > 0 && N <= 4 ? N - 1 : 1;  // rounds without a branch: more than needed change nothing
+    for (int round = 1; round <= 2 * size + 2; ++round) {
         V m = zero, sum_a = zero, sum_p = zero;
         for (int i = 0; i < size; ++i) {
             m += c[i];
-            sum_a += c[i] * (a[i] - nearby);
-            sum_p += c[i] * p[i];
+            sum_a += c[i] * a[i];
+            if (!Uniform) sum_p += c[i] * p[i];
         }
-        mean = sum_a / m;
-        shift = (one - sum_p) / m;
-        V spread = zero, slope = zero;
+        const V share = reciprocal(m);
+        mean = sum_a * share;
+        shift = Uniform ? share : (one - sum_p) * share;
+        V spread = rho, slope = nearby + mean;
         for (int i = 0; i < size; ++i) {
-            const V centred = (a[i] - nearby) - mean;
-            spread += c[i] * centred * centred;
-            slope += c[i] * centred * p[i];
+            const V centred = c[i] * (a[i] - mean);
+            spread += centred * centred;
+            if (!Uniform) slope += centred * p[i];
         }
-        const V curvature = rho + spread;
-        const V step = curvature > zero ? (nearby + mean + slope) / curvature : zero;
-        lambda = holding ? lambda : step;
+        const V step = choose(spread > zero, slope * reciprocal(spread), zero);
+        if (Uniform)
+            lambda = step;
+        else
+            lambda = choose(holding, lambda, step);
         auto left = nobody;
         for (int i = 0; i < size; ++i) {
-            const auto negative = (c[i] > zero) & (p[i] + shift - lambda * ((a[i] - nearby) - mean) < zero);
-            c[i] = negative ? zero : c[i];
-            left = left | negative;
+            const V weight = c[i] * ((Uniform ? shift : p[i] + shift) - lambda * (a[i] - mean));
+            c[i] = choose(weight < zero, zero, c[i]);
+            left = left | (weight < zero);
         }
-        if (!any(left | holding)) break;
-        if (hold) holding = left;  // lambda rests until nobody leaves
+        if (round >= unconditional && !any(left | holding)) break;
+        if (!Uniform) holding = left;  // lambda rests until nobody leaves
     }
     V optimum = zero;
     for (int i = 0; i < size; ++i) {
-        const V weight = p[i] + shift - lambda * ((a[i] - nearby) - mean);
-        c[i] = (c[i] > zero) & (weight > zero) ? weight : zero;
-        optimum += c[i] * a[i];
+        const V weight = c[i] * ((Uniform ? shift : p[i] + shift) - lambda * (a[i] - mean));
+        c[i] = choose(weight > zero, weight, zero);
+        optimum += c[i] * (a[i] + nearby);
     }
-    return rho == zero ? zero : optimum;
+    return choose(rho == zero, zero, optimum);
 }
 
 constexpr double kLeastRho = 1e-280;  // beside scores of 1: below it is none
@@ -159,11 +172,13 @@ PAMA_HD inline double simplex_row(int given_n, double* PAMA_RESTRICT a, double* 
             c[i] = a[i] == nearest ? c[i] : 0;
             a[i] = 0;
         }
-        simplex_solve<double, N>(n, a, p, 0.0, !uniform, c);
+        uniform ? simplex_solve<double, N, true>(n, a, p, 0.0, c) : simplex_solve<double, N>(n, a, p, 0.0, c);
         return nearest;
     }
     for (int i = 0; i < n; ++i) a[i] = c[i] == 0 ? 0 : std::ldexp(a[i], -exponent);
-    return std::ldexp(simplex_solve<double, N>(n, a, p, rho, !uniform, c), exponent);
+    const double optimum =
+        uniform ? simplex_solve<double, N, true>(n, a, p, rho, c) : simplex_solve<double, N>(n, a, p, rho, c);
+    return std::ldexp(optimum, exponent);
 }
 
 PAMA_END

@@ -6,15 +6,45 @@
 
 PAMA_BEGIN
 
+// The lanes of a pass over float32 for N objectives: as many as the registers hold.
+template <int N>
+using RowLanes = typename std::conditional<(PAMA_VECTOR_BYTES == 64 && N <= 4), Two<FloatV>, FloatV>::type;
+
+// One lane in double, where T does not suffice. row: 3 n doubles.
+template <class T>
+__attribute__((noinline)) T solve_lane(int n, const T* a, const T* present, long stride, const double* prior,
+                                       double* row, T* c) {
+    for (int i = 0; i < n; ++i) {
+        row[i] = static_cast<double>(a[i * stride]);
+        row[n + i] = prior[i];
+        row[2 * n + i] = present ? static_cast<double>(present[i * stride]) : 1.0;
+    }
+    const T optimum = static_cast<T>(simplex_row(n, row, row + n, 0.0, -1.0, row + 2 * n));
+    for (int i = 0; i < n; ++i) c[i * stride] = static_cast<T>(row[2 * n + i]);
+    return optimum;
+}
+
+template <class T, class V>
+inline T lane(const V& v, int k) {
+    T x;
+    memcpy(&x, reinterpret_cast<const char*>(&v) + static_cast<long>(sizeof(T)) * k, sizeof x);
+    return x;
+}
+template <class T, class V>
+inline void set_lane(V& v, int k, T x) {
+    memcpy(reinterpret_cast<char*>(&v) + static_cast<long>(sizeof(T)) * k, &x, sizeof x);
+}
+
 // Scores a (n, stride) of `lanes` rows side by side; prior (n). c (n, stride) receives the weights. Returns the optima.
 // `present` (1 or 0, like a) may be null; `scale` (per lane) may be null, then it is max a^2.
 // `non_negative`: no score is negative and there is no regularization. work: 3 n vectors; row: 3 n doubles.
-template <class T>
-inline typename Lanes<T>::V solve_lanes(int n, const T* a, const T* present, long stride, int lanes,
-                                        const double* prior, bool uniform, double regularization, bool non_negative,
-                                        T* c, typename Lanes<T>::V* work, double* row, const double* scale = nullptr) {
-    using V = typename Lanes<T>::V;
-    const V zero = V{}, one = zero + 1;
+// A compile-time N > 0 stands for n and keeps what it can in registers.
+template <class V, int N, class T>
+inline V solve_lanes(int given, const T* a, const T* present, long stride, int lanes, const double* prior, bool uniform,
+                     double regularization, bool non_negative, T* c, V* work, double* row,
+                     const double* scale = nullptr) {
+    const V zero = V{}, one = zero + static_cast<T>(1);
+    const int n = N > 0 ? N : given;
     const auto load = [](const T* from) {
         V v;
         memcpy(&v, from, sizeof v);
@@ -31,85 +61,135 @@ inline typename Lanes<T>::V solve_lanes(int n, const T* a, const T* present, lon
         V ties = zero, mass = zero;
         for (int i = 0; i < n; ++i) {
             const auto tied = load(a + i * stride) == low;
-            ties += tied ? one : zero;
-            mass += tied ? zero + static_cast<T>(prior[i]) : zero;
+            ties += choose(tied, one, zero);
+            mass += choose(tied, zero + static_cast<T>(prior[i]), zero);
         }
         const V shift = (one - mass) / ties + poison;
         for (int i = 0; i < n; ++i) {
             const V kept = shift + static_cast<T>(prior[i]);
-            put(c + i * stride, load(a + i * stride) == low ? kept : poison);
+            put(c + i * stride, choose(load(a + i * stride) == low, kept, poison));
         }
         return low + poison;
     }
-    V *x = work, *p = work + n, *keep = work + 2 * n;
-    V largest = zero, mass = zero, count = zero, poison = zero;
+    V local[N > 0 ? 3 * N : 1];
+    V *const x = N > 0 ? local : work, *const p = x + n, *const keep = p + n;
+    V mass = zero, count = zero, poison = zero;
     V low = zero + static_cast<T>(INFINITY), high = -low;
     for (int i = 0; i < n; ++i) {
         keep[i] = present ? load(present + i * stride) : one;
-        x[i] = keep[i] > zero ? load(a + i * stride) : zero;
-        largest = max_of(x[i] < zero ? -x[i] : x[i], largest);
-        low = keep[i] > zero ? min_of(x[i], low) : low;
-        high = keep[i] > zero ? max_of(x[i], high) : high;
-        poison += zero * x[i];
-        mass += keep[i] * static_cast<T>(prior[i]);
-        count += keep[i];
-    }
-    // Every row is scaled, exactly, by the power of two of its largest score; subnormal ones are lifted first.
-    const V lift = largest < static_cast<T>(1e-30) ? zero + static_cast<T>(0x1p100) : one;
-    const V unit = largest > zero ? power_below(largest * lift) : one;
-    const V inverse = one / unit, peak = (largest * lift) * inverse;
-    V size = peak * peak;
-    if (scale && regularization > 0) {
-        for (int k = 0; k < lanes; ++k) {  // in double: a scale is a square
-            const double factor = static_cast<double>(lift[k]) * static_cast<double>(inverse[k]);
-            poison[k] += static_cast<T>(0 * scale[k]);
-            size[k] = static_cast<T>(scale[k] * factor * factor);
+        x[i] = load(a + i * stride);
+        if (present) {
+            x[i] = choose(keep[i] > zero, x[i], zero);
+            mass += keep[i] * static_cast<T>(prior[i]);
+            count += keep[i];
+            low = choose(keep[i] > zero, min_of(x[i], low), low);
+            high = choose(keep[i] > zero, max_of(x[i], high), high);
+        } else {
+            low = min_of(x[i], low);
+            high = max_of(x[i], high);
         }
+        poison += zero * x[i];
     }
+    const V largest = max_of(-low, high);
+    // A row whose squares leave the range of T is scaled, exactly, by the power of two of its largest score; a
+    // subnormal one is lifted first.
+    V unit = one, lift = one, inverse = one, size = largest * largest;
+    const auto extreme = (largest > static_cast<T>(1e12)) | ((largest < static_cast<T>(1e-12)) & (largest > zero));
+    if (any(extreme)) {
+        lift = choose(extreme & (largest < static_cast<T>(1e-30)), zero + static_cast<T>(0x1p100), one);
+        const V power = choose(extreme, power_below(largest * lift), one);
+        inverse = one / power;
+        for (int i = 0; i < n; ++i) x[i] = (x[i] * lift) * inverse;
+        size = (largest * lift) * inverse;
+        size *= size;
+        unit = power / lift;
+    }
+    const V least = size * static_cast<T>(1e-30);
+    if (scale && regularization > 0)
+        for (int k = 0; k < lanes; ++k) {  // in double: a scale is a square
+            const double own = scale[k],
+                         by = static_cast<double>(lane<T>(lift, k)) * static_cast<double>(lane<T>(inverse, k));
+            set_lane(poison, k, lane<T>(poison, k) + static_cast<T>(0 * own));
+            set_lane(size, k, static_cast<T>(own * by * by));
+        }
     V rho = size * static_cast<T>(regularization);
-    rho = rho < static_cast<T>(1e-30) ? zero : rho;  // what T can't tell from none
+    rho = choose(rho < least, zero,
+                 min_of(rho, zero + static_cast<T>(1e30)));  // what T can't tell from none, or from all
     const auto exact = rho == zero, one_sided = (low >= zero) | (high <= zero);
-    const V nearest = low > zero ? low : (high < zero ? high : zero);
+    const V nearest = choose(low > zero, low, choose(high < zero, high, zero));
+    const auto settled = exact & one_sided;
     for (int i = 0; i < n; ++i) {
-        keep[i] = exact & one_sided & (x[i] != nearest) ? zero : keep[i];
-        x[i] = exact & one_sided ? zero : (x[i] * lift) * inverse;
-        p[i] = present ? (mass > zero ? keep[i] * static_cast<T>(prior[i]) / mass : keep[i] / count)
-                       : zero + static_cast<T>(prior[i]);
+        if (!uniform)
+            p[i] = present ? choose(mass > zero, keep[i] * static_cast<T>(prior[i]) / mass, keep[i] / count)
+                           : zero + static_cast<T>(prior[i]);
+        keep[i] = choose(settled & (load(a + i * stride) != nearest), zero, keep[i]);
+        x[i] = choose(settled, zero, x[i]);
     }
-    V optimum;
-    if (n == 2)
-        optimum = simplex_solve<V, 2>(n, x, p, rho, !uniform, keep);
-    else if (n == 3)
-        optimum = simplex_solve<V, 3>(n, x, p, rho, !uniform, keep);
-    else if (n == 4)
-        optimum = simplex_solve<V, 4>(n, x, p, rho, !uniform, keep);
-    else
-        optimum = simplex_solve<V>(n, x, p, rho, !uniform, keep);
-    optimum = exact ? (one_sided ? nearest : zero) : optimum * unit / lift;
+    V optimum = uniform ? simplex_solve<V, N, true>(n, x, p, rho, keep) : simplex_solve<V, N>(n, x, p, rho, keep);
+    optimum = choose(exact, choose(one_sided, nearest, zero), optimum * unit);
     const auto none = present ? count == zero : count != count;
-    for (int i = 0; i < n; ++i) put(c + i * stride, none ? zero + static_cast<T>(prior[i]) : keep[i] + poison);
-    optimum = (none ? zero : optimum) + poison;
+    for (int i = 0; i < n; ++i) put(c + i * stride, choose(none, zero + static_cast<T>(prior[i]), keep[i] + poison));
+    optimum = choose(none, zero, optimum) + poison;
     // Two signs of very different size and no regularization: the large score gets a weight near T's rounding, on
     // which the rest depends. These lanes are solved in double.
     const V smaller = min_of(-low, high);
     const auto unsure =
         exact & (low < zero) & (high > zero) & (smaller < largest * static_cast<T>(sizeof(T) == 4 ? 1e-3 : 1e-9));
     if (any(unsure)) {
-        for (int k = 0; k < lanes; ++k) {
-            if (!unsure[k]) continue;
-            for (int i = 0; i < n; ++i) {
-                row[i] = static_cast<double>(a[i * stride + k]);
-                row[n + i] = prior[i];
-                row[2 * n + i] = present ? static_cast<double>(present[i * stride + k]) : 1.0;
-            }
-            optimum[k] = static_cast<T>(simplex_row(n, row, row + n, 0.0, -1.0, row + 2 * n));
-            for (int i = 0; i < n; ++i) c[i * stride + k] = static_cast<T>(row[2 * n + i]);
-        }
+        const V marked = choose(unsure, one, zero);
+        for (int k = 0; k < lanes; ++k)
+            if (lane<T>(marked, k) != 0)
+                set_lane(optimum, k, solve_lane(n, a + k, present ? present + k : nullptr, stride, prior, row, c + k));
     }
     return optimum;
 }
 
-// float32 rows in memory order, transposed in pieces to one array per objective, solved, transposed back.
+// The lanes of a pass over float32 for N objectives: as many as the registers hold.
+template <int N>
+using RowLanes = typename std::conditional<(PAMA_VECTOR_BYTES == 64 && N <= 4), Two<FloatV>, FloatV>::type;
+
+// Rows of N float32 scores, a register's lanes at a time; those that lie side by side are transposed in registers.
+template <int N>
+inline void weights_rows(long rows, const float* PAMA_RESTRICT scores, long row, long objective, const double* prior,
+                         bool uniform, double regularization, const double* scale, long scale_row,
+                         float* PAMA_RESTRICT weights, float* PAMA_RESTRICT optimum, double* buffer) {
+    using V = RowLanes<N>;
+    constexpr int width = Lanes<float>::count, count = sizeof(V) / sizeof(float), vectors = count / width;
+    const bool contiguous = row == N && objective == 1;
+    for (long at = 0; at < rows; at += count) {
+        const int used = static_cast<int>(rows - at < count ? rows - at : count);
+        FloatV v[vectors][N], a[N][vectors], c[N][vectors];
+        if (contiguous && used == count) {
+            memcpy(v, scores + at * N, sizeof v);
+        } else {
+            memset(v, 0, sizeof v);
+            for (int t = 0; t < used; ++t)
+                for (int i = 0; i < N; ++i)
+                    reinterpret_cast<float*>(v)[t * N + i] = scores[(at + t) * row + i * objective];
+        }
+        FloatV low = v[0][0];
+        for (int k = 0; k < vectors; ++k) {
+            for (int i = 0; i < N; ++i) low = min_of(v[k][i], low);
+            deinterleave<N>(v[k]);
+            for (int i = 0; i < N; ++i) a[i][k] = v[k][i];
+        }
+        double size[count];
+        if (scale)
+            for (int t = 0; t < count; ++t) size[t] = t < used ? scale[(at + t) * scale_row] : 1.0;
+        const bool non_negative = regularization == 0 && !any(low < 0.0f);
+        const V s = solve_lanes<V, N>(N, reinterpret_cast<const float*>(a), static_cast<const float*>(nullptr), count,
+                                      count, prior, uniform, regularization, non_negative, reinterpret_cast<float*>(c),
+                                      static_cast<V*>(nullptr), buffer, scale ? size : nullptr);
+        for (int k = 0; k < vectors; ++k) {
+            for (int i = 0; i < N; ++i) v[k][i] = c[i][k];
+            interleave<N>(v[k]);
+        }
+        memcpy(optimum + at, &s, sizeof(float) * static_cast<size_t>(used));
+        memcpy(weights + at * N, v, sizeof(float) * static_cast<size_t>(used * N));
+    }
+}
+
+// float32 rows of any number of objectives, transposed in pieces through memory.
 inline void weights_rows(long rows, int n, const float* scores, long row, long objective, const double* prior,
                          bool uniform, double regularization, const double* scale, long scale_row, float* weights,
                          float* optimum, void* scratch) {
@@ -120,7 +200,15 @@ inline void weights_rows(long rows, int n, const float* scores, long row, long o
     float* c = a + n * piece;
     auto* size = reinterpret_cast<double*>(c + n * piece);
     double* buffer = size + piece;
-    for (long first = 0; first < rows; first += piece) {
+    bool done = false;
+    with_constant(n, [&](auto constant) {
+        if constexpr (constant <= 8) {
+            weights_rows<constant>(rows, scores, row, objective, prior, uniform, regularization, scale, scale_row,
+                                   weights, optimum, buffer);
+            done = true;
+        }
+    });
+    for (long first = done ? rows : 0; first < rows; first += piece) {
         const long count = rows - first < piece ? rows - first : piece;
         for (long t = count; t < count + width && t < piece; ++t)
             for (int i = 0; i < n; ++i) a[i * piece + t] = 0;
@@ -134,12 +222,10 @@ inline void weights_rows(long rows, int n, const float* scores, long row, long o
                 memcpy(&x, a + i * piece + t, sizeof x);
                 non_negative = !any(x < 0.0f);
             }
-            const FloatV s = solve_lanes<float>(n, a + t, nullptr, piece, used, prior, uniform, regularization,
-                                                non_negative, c + t, work, buffer, scale ? size + t : nullptr);
-            if (used == width)
-                memcpy(optimum + first + t, &s, sizeof s);
-            else
-                for (int k = 0; k < used; ++k) optimum[first + t + k] = s[k];
+            const FloatV s =
+                solve_lanes<FloatV, 0>(n, a + t, static_cast<const float*>(nullptr), piece, used, prior, uniform,
+                                       regularization, non_negative, c + t, work, buffer, scale ? size + t : nullptr);
+            memcpy(optimum + first + t, &s, sizeof(float) * static_cast<size_t>(used));
         }
         columns_to_rows(n, c, piece, count, weights + first * n);
     }

@@ -90,19 +90,35 @@ inline void store_tokens(const Array& array, long first, long count, const T* PA
 }
 
 // c(t) of each token (n, kTileTokens) into w.c, from I in tile.bound. Returns the sum of the optima over valid tokens.
-template <class T>
+template <class V, int N, class T>
 inline double token_weights(const Problem& problem, const Apply& apply, Workspace<T>& w) {
     const Tile<T>& tile = w.tile;
-    constexpr int width = Lanes<T>::count;
+    constexpr int width = sizeof(V) / sizeof(T);
     double optimum = 0;
     for (long t = 0; t < tile.count; t += width) {
         const int used = static_cast<int>(tile.count - t < width ? tile.count - t : width);
-        const auto s = solve_lanes<T>(problem.n, tile.bound + t, tile.present ? tile.present + t : nullptr, kTileTokens,
-                                      used, apply.prior, apply.uniform, apply.regularization,
-                                      problem.noon && apply.regularization == 0, w.c + t, w.lanes, w.row);
-        for (int k = 0; k < used; ++k) optimum += tile.valid[t + k] != 0 ? static_cast<double>(s[k]) : 0.0;
+        const V s =
+            solve_lanes<V, N>(problem.n, tile.bound + t, tile.present ? tile.present + t : nullptr, kTileTokens, used,
+                              apply.prior, apply.uniform, apply.regularization,
+                              problem.noon && apply.regularization == 0, w.c + t, reinterpret_cast<V*>(w.lanes), w.row);
+        for (int k = 0; k < used; ++k) optimum += tile.valid[t + k] != 0 ? static_cast<double>(lane<T>(s, k)) : 0.0;
     }
     return optimum;
+}
+
+template <class T>
+inline double token_weights(const Problem& problem, const Apply& apply, Workspace<T>& w) {
+    double optimum = 0;
+    if constexpr (sizeof(T) == sizeof(float))
+        if (!w.tile.present && with_constant(problem.n, [&](auto n) {
+                if constexpr (n <= 8) {
+                    optimum = token_weights<RowLanes<n>, n>(problem, apply, w);
+                } else {
+                    optimum = token_weights<FloatV, 0>(problem, apply, w);
+                }
+            }))
+            return optimum;
+    return token_weights<typename Lanes<T>::V, 0>(problem, apply, w);
 }
 
 // Combined advantage, loss and gradient of one tile. `fixed` (n) serves all its tokens, or null: w.c does.
