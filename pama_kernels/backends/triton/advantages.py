@@ -39,14 +39,14 @@ def _truth(pointer, here):
 
 @triton.jit
 def _nearest(found, value, next_found, next_value):
-    """Scan operator: the last value that was found."""
-    return found | next_found, tl.where(next_found, next_value, value)
+    """Scan operator: the last value that was found. Truth values are int32: every GPU can shuffle them."""
+    return found | next_found, tl.where(next_found != 0, next_value, value)
 
 
 @triton.jit
 def _chain(cut, factor, term, next_cut, next_factor, next_term):
     """Scan operator: x -> term + factor x, or term alone where cut, one after the other."""
-    total = tl.where(next_cut, next_term, next_term + next_factor * term)
+    total = tl.where(next_cut != 0, next_term, next_term + next_factor * term)
     return cut | next_cut, factor * next_factor, total
 
 
@@ -90,7 +90,8 @@ def gae_kernel(
         own = read(own_values + step[:, None] * value_step, here, tl.float64)
         following_here = later[:, None] & inside[None, :]
         following = read(own_values + (step + 1)[:, None] * value_step, following_here, tl.float64)
-        found, following = tl.associative_scan((following_here, following), 0, _nearest)
+        found, following = tl.associative_scan((following_here.to(tl.int32), following), 0, _nearest)
+        found = found != 0
         following = tl.where(found, following, value[None, :])
         ends = (over & valid)[:, None] & inside[None, :]
         own_rewards = rewards + sequence * reward_row + objective[None, :] * reward_objective
@@ -98,8 +99,8 @@ def gae_kernel(
         delta += tl.where(ends, 0.0, gamma * following)
         term = tl.where(here, delta, 0.0)
         factor = tl.where(here, decay, tl.full([], 1.0, tl.float64))
-        cut, factor, term = tl.associative_scan((ends, factor, term), 0, _chain)
-        result = tl.where(cut, term, term + factor * advantage[None, :])
+        cut, factor, term = tl.associative_scan((ends.to(tl.int32), factor, term), 0, _chain)
+        result = tl.where(cut != 0, term, term + factor * advantage[None, :])
         to = (sequence * width + step[:, None]) * n + objective[None, :]
         stored = (step >= 0)[:, None] & inside[None, :]
         tl.store(advantages + to, rounded(tl.where(here, result, 0.0), advantages.dtype.element_ty), stored)
@@ -230,6 +231,6 @@ def group_normalize(
     members = min(_MEMBERS // block, power_of_two(largest))
     launch(
         group_normalize_kernel, rewards.device, groups * triton.cdiv(n, block), rewards, *rewards.stride(),
-        order, ids, result, eps, rows, n, group_size, SCALE=scale, MEMBERS=members, BLOCK=block,
+        order, ids, result, eps, rows, n, group_size, SCALE=scale, MEMBERS=members, BLOCK=block, num_warps=2,
     )  # fmt: skip
     return result
