@@ -23,7 +23,7 @@ from .sums import (
     scores,
     store_statistics,
 )
-from .tile import clip_numbers, dense, exponential, load, load_advantages, load_mask, rounded, tokens_in_all
+from .tile import clip_numbers, exponential, load, load_advantages, load_mask, rounded, tokens_in_all
 
 GIVEN, SEQUENCE, TOKEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # whose weights: WEIGHTS below
 
@@ -120,13 +120,13 @@ def store_results(
 
 @triton.jit
 def tokens_kernel(
-    arrays, ref, cu, rows, width,
+    problem, ref, cu, rows, width,
     low: tl.float64, high: tl.float64, dual: tl.float64,
     log_low: tl.float64, log_high: tl.float64, log_dual: tl.float64,
     given, prior, regularization: tl.float64, scale: tl.float64, denominator, denominators, row_counts,
     kl_coef: tl.float64, combined, gradient, value, weights, optimum, sums, partial, counter,
     n: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr, LAYOUT: tl.constexpr, NARROW: tl.constexpr,
-    DENSE: tl.constexpr, NOON: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr, PRESENT: tl.constexpr,
+    NOON: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr, PRESENT: tl.constexpr,
     STRIDE: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr, SLOTS: tl.constexpr,
     COUNT: tl.constexpr,
 ):  # fmt: skip
@@ -135,7 +135,6 @@ def tokens_kernel(
     regularization = tl.full([], regularization, tl.float64)
     kl_coef = tl.full([], kl_coef, tl.float64)
     scale = share(tl.full([], scale, tl.float64), denominator, denominators, SLOTS, COUNT)
-    problem = dense(arrays, n, DENSE)
     total = tokens_in_all(cu, rows, width, LAYOUT)
     slots = tl.num_programs(0)
     i = tl.arange(0, N)
@@ -188,13 +187,13 @@ def tokens_kernel(
 
 @triton.jit
 def rows_kernel(
-    arrays, ref, cu, rows, width,
+    problem, ref, cu, rows, width,
     low: tl.float64, high: tl.float64, dual: tl.float64,
     log_low: tl.float64, log_high: tl.float64, log_dual: tl.float64,
     given, prior, regularization: tl.float64, scale: tl.float64, denominator, denominators,
     kl_coef: tl.float64, combined, gradient, value, weights, optimum, sums, partial, counter,
     n: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr, LAYOUT: tl.constexpr, NARROW: tl.constexpr,
-    DENSE: tl.constexpr, NOON: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr, PRESENT: tl.constexpr,
+    NOON: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr, PRESENT: tl.constexpr,
     STRIDE: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr, SLOTS: tl.constexpr,
     COUNT: tl.constexpr,
     BY_ROW: tl.constexpr, ONE_RESULT: tl.constexpr, ROW_MEAN: tl.constexpr, OWN: tl.constexpr,
@@ -207,7 +206,6 @@ def rows_kernel(
     regularization = tl.full([], regularization, tl.float64)
     kl_coef = tl.full([], kl_coef, tl.float64)
     scale = share(tl.full([], scale, tl.float64), denominator, denominators, SLOTS, COUNT)
-    problem = dense(arrays, n, DENSE)
     slots = tl.num_programs(0)
     i = tl.arange(0, N)
     if partial is not None:

@@ -13,10 +13,10 @@ from .launch import launch, power_of_two
 from .problem import Problem, programs
 from .solvers import min_norm_out
 from .sums import added_slots, load_tile, place
-from .tile import clip_numbers, dense, tokens_in_all
+from .tile import clip_numbers, tokens_in_all
 
-_BLOCK = 16  # objectives: the least that tl.dot takes
-_TOKENS = 64
+_BLOCK = 16  # objectives, the least that tl.dot takes
+_TOKENS = {False: 32, True: 8}  # by whether the computation is in float64
 _FIELDS = tl.constexpr(len(FIELDS))
 _TOTALS = tl.constexpr(len(TOTALS))
 _ADVANTAGE_SUM = tl.constexpr(FIELDS.index("advantage_sum"))
@@ -26,7 +26,11 @@ _ADVANTAGE_SQUARE_SUM = tl.constexpr(FIELDS.index("advantage_square_sum"))
 @triton.jit
 def _product(x, y):
     """sum over tokens of x_i y_j in float64, (BLOCK, BLOCK)."""
-    return tl.dot(tl.trans(x), y, input_precision="ieee", out_dtype=x.dtype).to(tl.float64)
+    if x.dtype == tl.float64:  # not every target has a dot product of these
+        product = tl.sum(x[:, :, None] * y[:, None, :], axis=0)
+    else:
+        product = tl.dot(tl.trans(x), y, input_precision="ieee")
+    return product.to(tl.float64)
 
 
 @triton.jit
@@ -59,16 +63,15 @@ def _added(x, y, PRESENT: tl.constexpr):
 
 @triton.jit
 def pairs_kernel(
-    arrays, cu, rows, width,
+    problem, cu, rows, width,
     low: tl.float64, high: tl.float64, dual: tl.float64,
     log_low: tl.float64, log_high: tl.float64, log_dual: tl.float64,
     partial, slots,
     n: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, LAYOUT: tl.constexpr, NARROW: tl.constexpr,
-    DENSE: tl.constexpr, NOON: tl.constexpr, WIDE: tl.constexpr, PRESENT: tl.constexpr,
+    NOON: tl.constexpr, WIDE: tl.constexpr, PRESENT: tl.constexpr,
 ):  # fmt: skip
     D: tl.constexpr = tl.float64 if WIDE else tl.float32
     clip = clip_numbers(low, high, dual, log_low, log_high, log_dual)
-    problem = dense(arrays, n, DENSE)
     total = tokens_in_all(cu, rows, width, LAYOUT)
     slot = tl.program_id(0) % slots
     block = tl.program_id(0) // slots
@@ -91,11 +94,11 @@ def pairs_kernel(
                 more = (z, z)
                 if PRESENT:
                     more = (z, z, z, z, z)
-                for start in range(0, TOKENS, 16):
-                    at = first + start + tl.arange(0, 16)
-                    row, token = place(at, cu, rows, width, 0, LAYOUT, NARROW)
-                    u = load_tile(problem, clip, row, token, at < total, i, n, BLOCK, NOON, tl.float64)
-                    v = load_tile(problem, clip, row, token, at < total, j, n, BLOCK, NOON, tl.float64)
+                for start in range(0, TOKENS, 4):
+                    part = first + start + tl.arange(0, 4)
+                    r, t = place(part, cu, rows, width, 0, LAYOUT, NARROW)
+                    u = load_tile(problem, clip, r, t, part < total, i, n, BLOCK, NOON, tl.float64)
+                    v = load_tile(problem, clip, r, t, part < total, j, n, BLOCK, NOON, tl.float64)
                     more = _added(more, _pairs_of(u, v, PRESENT), PRESENT)
         sums = _added(sums, more, PRESENT)
     many: tl.constexpr = 5 if PRESENT else 2
@@ -126,7 +129,8 @@ def add_pairs(given: Problem, sums: Tensor) -> None:
     shape = given.shape(False)
     blocks = (-(-n // _BLOCK)) ** 2
     many = len(PAIRS) if shape.PRESENT else 2
-    slots = max(1, programs(given.device, -(-given.tokens() // _TOKENS)) // blocks)
+    tokens = _TOKENS[shape.WIDE]
+    slots = max(1, programs(given.device, -(-given.tokens() // tokens)) // blocks)
     partial = torch.empty(slots * many * n * n, device=given.device, dtype=torch.float64)
     launch(
         pairs_kernel,
@@ -141,10 +145,9 @@ def add_pairs(given: Problem, sums: Tensor) -> None:
         slots,
         n,
         _BLOCK,
-        _TOKENS,
+        tokens,
         shape.LAYOUT,
         shape.NARROW,
-        shape.DENSE,
         shape.NOON,
         shape.WIDE,
         shape.PRESENT,

@@ -14,7 +14,7 @@ from pama_kernels._codes import FIELDS, PAIRS, TOTALS
 
 from .launch import INTERPRETED, power_of_two
 
-Array = tuple[Any, ...]  # tensor or None, row stride, token stride[, objective stride]
+Array = tuple[Any, ...]  # as `tile.py` has them
 
 # N x N sums ride along in the statistics pass up to so many objectives (their tile is TOKENS x N x N).
 PAIRS_IN_REGISTERS = 8
@@ -46,7 +46,6 @@ class Shape(NamedTuple):
     TOKENS: int
     LAYOUT: int
     NARROW: bool
-    DENSE: bool
     NOON: bool
     WIDE: bool
     PAIRS: bool
@@ -75,18 +74,16 @@ class Problem(NamedTuple):
             layout = 2 if self.by_row or by_row else 0
         else:
             layout = 0 if self.rows == 1 else 1
-        advantages, present = self.arrays[:2]
         return Shape(
             n=self.n,
             N=n,
             TOKENS=tokens,
             LAYOUT=layout,
             NARROW=self.rows * self.width < 2**31,
-            DENSE=advantages[2:] == (self.n, 1),
             NOON=self.noon,
             WIDE=self.wide,
             PAIRS=pairs,
-            PRESENT=present[0] is not None,
+            PRESENT=self.arrays[1][0] is not None,
         )
 
     def tokens(self) -> int:
@@ -139,8 +136,10 @@ def problem(
 ) -> Problem:
     rows, width, per_sequence, mask_per_sequence = layout
     floats = (logprobs, old_logprobs, advantages, importance_weights, ref_logprobs)
+    raw = objectives_array(advantages, bool(per_sequence))
+    dense = raw[2:] == (advantages.shape[-1], 1)  # strides that the compiler then knows
     arrays: tuple[Array, ...] = (
-        objectives_array(advantages, bool(per_sequence)),
+        (*raw, 1 if dense else None),
         objectives_array(objective_mask, bool(mask_per_sequence)),
         tokens_array(mask),
         tokens_array(logprobs),

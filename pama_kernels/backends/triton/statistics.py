@@ -24,22 +24,21 @@ from .sums import (
     place,
     store_statistics,
 )
-from .tile import clip_numbers, dense, tokens_in_all
+from .tile import clip_numbers, tokens_in_all
 
 
 @triton.jit
 def statistics_kernel(
-    arrays, cu, rows, width,
+    problem, cu, rows, width,
     low: tl.float64, high: tl.float64, dual: tl.float64,
     log_low: tl.float64, log_high: tl.float64, log_dual: tl.float64,
     prior, regularization: tl.float64, partial, counter, sums, weights, optimum,
     n: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr, LAYOUT: tl.constexpr, NARROW: tl.constexpr,
-    DENSE: tl.constexpr, NOON: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr, PRESENT: tl.constexpr,
+    NOON: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr, PRESENT: tl.constexpr,
     STRIDE: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
     D: tl.constexpr = tl.float64 if WIDE else tl.float32
     clip = clip_numbers(low, high, dual, log_low, log_high, log_dual)
-    problem = dense(arrays, n, DENSE)
     total = tokens_in_all(cu, rows, width, LAYOUT)
     slots = tl.num_programs(0)
     slot = partial + tl.program_id(0).to(tl.int64) * STRIDE

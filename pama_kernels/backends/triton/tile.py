@@ -1,7 +1,8 @@
 """A tile of tokens on the device: its inputs, the factors of the surrogate, and its masked sums.
 
 A `problem` is the tuple (advantages, objective_mask, mask, logprobs, old_logprobs, importance_weights) of
-arrays, an array the tuple (tensor or None, row stride, token stride[, objective stride]); a `clip` is
+arrays, an array the tuple (tensor or None, row stride, token stride[, objective stride]), that of advantages
+with not None behind it where a token's n objectives stand together, one token after the other; a `clip` is
 (1 - eps_low, 1 + eps_high, dual_clip) and the logarithms of the three. Tokens are told by row and position,
 tiles of TOKENS x N objectives by `inside`, `objective` and their number n <= N. D is the type of the
 computation. The rule is that of csrc/core/surrogate.hpp and csrc/cpu/tile.hpp: masked places hold 0; a NaN or
@@ -80,15 +81,6 @@ def tokens_in_all(cu, rows, width, LAYOUT: tl.constexpr):
         if total < 0:
             total = tl.load(cu[0] + rows * cu[1]).to(tl.int64)
     return total
-
-
-@triton.jit
-def dense(arrays, n: tl.constexpr, DENSE: tl.constexpr):
-    """The problem; objectives that stand together have strides that the compiler knows."""
-    if DENSE:
-        a = arrays[0]
-        return ((a[0], a[1], n, 1), arrays[1], arrays[2], arrays[3], arrays[4], arrays[5])
-    return arrays
 
 
 @triton.jit
@@ -187,7 +179,10 @@ def load_advantages(problem, row, token, objective, valid, n: tl.constexpr, D: t
         if x.dtype == tl.bfloat16 or x.dtype == tl.float16:
             x = x.to(tl.float32)
         here = here & (x != 0)
-    offset = row * advantages[1] + token * advantages[2] + objective * advantages[3]
+    if advantages[4] is not None:
+        offset = row * advantages[1] + token * n + objective
+    else:
+        offset = row * advantages[1] + token * advantages[2] + objective * advantages[3]
     a = tl.load(advantages[0] + offset, mask=here, other=0.0)
     if a.dtype == tl.bfloat16 or a.dtype == tl.float16:
         a = a.to(tl.float32)
