@@ -183,12 +183,14 @@ def kernels(path: Path) -> str:
 
 def verdicts(folder: Path) -> list[Verdict]:
     """Of every goal, from the CSVs in `folder`; where one is missing, nothing is measured."""
-    judged = []
-    for goal in GOALS:
-        path = folder / f"{goal.part}.csv"
-        there = path.exists()
-        judged.append(judge(goal, read(path) if there else [], kernels(path) if there else ""))
-    return judged
+    paths = {part: folder / f"{part}.csv" for part in dict.fromkeys(goal.part for goal in GOALS)}
+    found = {part: path for part, path in paths.items() if path.exists()}
+    any_run = next((kernels(path) for path in found.values()), "")
+    rows = {part: read(path) for part, path in found.items()}
+    return [
+        judge(goal, rows.get(goal.part, []), kernels(found[goal.part]) if goal.part in found else any_run)
+        for goal in GOALS
+    ]
 
 
 def write(folder: Path, judged: Sequence[Verdict]) -> Path:

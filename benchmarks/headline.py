@@ -222,7 +222,7 @@ def plot(path: Path) -> None:
         plots.lines(axes[0], series(("n", MODEL_N), "size"), STYLES)
         axes[0].set_title(f"{MODEL_N} objectives", loc="left", fontsize=11)
         axes[0].set_xlabel("parameters d of the model")
-        axes[0].set_xscale("log", base=10)
+        axes[0].set_xscale("log")
         plots.lines(axes[1], series(("size", largest), "n"), STYLES)
         axes[1].set_title(f"model of {largest / 1e6:.0f} M parameters", loc="left", fontsize=11)
         axes[1].set_xlabel("objectives n")

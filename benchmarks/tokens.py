@@ -41,7 +41,8 @@ class Case:
     layout: str = "padded"  # padded | packed | per sequence (advantages (B, N))
     dtype: torch.dtype = torch.float32
     weights_per: tuple[str, ...] = ("batch", "token")
-    trainers: bool = True  # beside torch.compile, TRL and verl too
+    trainers: bool = True  # beside TRL and verl too
+    compiled: bool = False  # beside torch.compile too
     forward: bool = False  # without the gradient too
     width: int = 1024
 
@@ -160,19 +161,19 @@ def statistics_cases(quick: bool) -> Iterator[Case]:
 
 def loss_cases(quick: bool) -> Iterator[Case]:
     overhead = Case(64, 4, width=16, trainers=False)
-    middle = Case(2**18, 8)
+    middle = Case(2**18, 8, compiled=True)
     yield overhead
     if quick:
         yield replace(middle, weights_per=("batch", "token", "given"))
         return
     yield replace(middle, weights_per=("batch", "token", "sequence", "given"), forward=True)
-    for n in (1, 2, 4, 16, 32):
-        yield replace(middle, n=n, trainers=False)
-    for tokens in (2**10, 2**14, 2**20, 2**24):
-        yield Case(tokens, 4, trainers=tokens == 2**20)
+    for n in (1, 2, 16, 32):
+        yield Case(2**18, n, trainers=False)
+    for tokens in (2**10, 2**14, 2**18, 2**20, 2**24):
+        yield Case(tokens, 4, trainers=tokens < 2**24, compiled=tokens == 2**20)
     for layout in ("packed", "per sequence"):
-        yield replace(middle, layout=layout, trainers=False)
-    yield replace(middle, dtype=torch.bfloat16, trainers=False)
+        yield Case(2**18, 8, layout, trainers=False)
+    yield Case(2**18, 8, dtype=torch.bfloat16, trainers=False)
 
 
 # --- bandwidth ---------------------------------------------------------------------------------------
@@ -386,11 +387,13 @@ def loss_beside_peers(
     if not (case.layout == "packed" and weights_per == "sequence"):
         contestants.append(beside(EAGER, peers.eager_loss(weights_per), None, False))
     contestants.append(beside(PPO, peers.ppo_loss, our_single_loss(None), True))
-    if weights_per == "batch" and case.trainers and wrap is with_gradient:
+    shared = weights_per == "batch" and wrap is with_gradient
+    if shared and case.compiled:
         try:
             contestants.append(beside(COMPILED, peers.compiled_loss(weights_per), None, False))
         except ImportError as error:
             contestants.append(Missing(COMPILED, str(error)))
+    if shared and case.trainers:
         for name, dual_clip in ((TRL, None), (VERL, peers.VERL_DUAL_CLIP)):
             found = other_losses()[name]
             if isinstance(found, str):
@@ -399,7 +402,7 @@ def loss_beside_peers(
                 contestants.append(
                     beside(name, found, our_single_loss(dual_clip), True, "with the metrics it always takes")
                 )
-        if available_threads() > 1:
+        if available_threads() > 1 and case.tokens >= 2**18:
             contestants.append(Contestant(f"{LOSS}, 2 threads", ours, batches, threads=2, moved=moved))
     session.measure(
         work,
@@ -418,7 +421,6 @@ def loss_beside_peers(
 STYLES = {
     LOSS: (plots.OURS, "o"),
     EAGER: ("#e07a1f", "s"),
-    COMPILED: ("#d4a017", "P"),
     PPO: ("#1d4e89", "^"),
     TRL: ("#2a9d8f", "v"),
     VERL: ("#7ab648", "D"),
@@ -448,8 +450,10 @@ def plot(path: Path) -> None:
         axes[0].set_title(
             "loss and gradient, 4 objectives, one weight vector per batch", loc="left", fontsize=11
         )
+        axes[0].set_xscale("log", base=2)
         axes[0].set_xlabel("tokens")
-        plots.lines(axes[1], series(None, 2**18, "n"), STYLES)
+        by_objectives = {name: STYLES[name] for name in (LOSS, EAGER, PPO)}
+        plots.lines(axes[1], series(None, 2**18, "n"), by_objectives)
         axes[1].set_title("the same, 262,144 tokens", loc="left", fontsize=11)
-        axes[1].set_xlabel("objectives N (TRL, verl and eager PPO: one)")
+        axes[1].set_xlabel("objectives N (eager PPO: one)")
         axes[0].set_ylabel("nanoseconds per token, one thread (lower is better)")
