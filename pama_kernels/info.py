@@ -57,7 +57,8 @@ def _probe_triton(module: ModuleType) -> tuple[bool, str]:
     importlib.import_module("triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
         return True, "interpreter on the CPU (TRITON_INTERPRET=1)"
-    return _gpus()
+    usable, detail = _gpus()
+    return usable, detail if usable else f"{detail}; TRITON_INTERPRET=1 runs it on CPU tensors, slowly"
 
 
 def _probe_cuda(module: ModuleType) -> tuple[bool, str]:
