@@ -18,6 +18,7 @@ help:
 	@echo 'make test       lint, types, C++ tests under sanitizers, Python tests'
 	@echo 'make test-full  the same with long fuzzing, slow tests, and the sdist'
 	@echo 'make test-integrations  the tests that need verl, in an environment of its own'
+	@echo 'make test-gpu   what needs a GPU; make bench-gpu times it: docs/gpu.md'
 	@echo 'make lint       ruff, mypy, clang-format; make format mends what it can'
 	@echo 'make bench      the benchmarks; BENCH_ARGS are passed on'
 	@echo 'make study      does it align: every rule compared (2 hours, resumable; STUDY_ARGS=--quick: minutes)'
@@ -69,6 +70,13 @@ bench: $(VENV)/bench.stamp
 
 study: $(VENV)/study.stamp
 	$(BIN)/python -m benchmarks.study $(STUDY_ARGS)
+
+# The next two take the Python, the packages and the nvcc that are there, and need no network.
+test-gpu:
+	$(PYTHON) tests/run_gpu.py $(GPU_ARGS)
+
+bench-gpu:
+	$(PYTHON) benchmarks/run_gpu.py $(GPU_ARGS)
 
 test: lint test-cpp test-python
 

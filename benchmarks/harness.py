@@ -214,7 +214,7 @@ def _version(distribution: str) -> str:
 
 
 def _commit() -> str:
-    """The commit, and whether files that are part of it have been changed."""
+    """The commit, and whether files that are part of it have been changed. Without git: `PAMA_COMMIT`."""
     try:
         root = Path(__file__).parent
         head, changed = (
@@ -227,7 +227,7 @@ def _commit() -> str:
             )
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("PAMA_COMMIT", "unknown")
     return head + (" with changes" if changed else "")
 
 

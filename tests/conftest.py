@@ -14,6 +14,7 @@ from pama_kernels import _cpu
 # Fixtures here only set and restore process-wide state, which is the same for every example of a test.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 settings.register_profile("default", max_examples=50, derandomize=True, **_COMMON)
+settings.register_profile("quick", max_examples=8, derandomize=True, **_COMMON)
 settings.register_profile("full", max_examples=1000, **_COMMON)
 settings.register_profile("interpreter", max_examples=3, derandomize=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

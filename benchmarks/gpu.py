@@ -1,0 +1,560 @@
+"""What PAMA costs on a GPU: `python -m benchmarks.gpu`, or `make bench-gpu`. Less than eight minutes.
+
+Three times for each piece of work, as medians over rounds in which the contestants take turns:
+
+- device: one call captured in a CUDA graph, for each set of inputs of a pool that the cache cannot hold; the
+  replays in turn, between two events. What the GPU does, without Python.
+- eager: calls one after the other as a program makes them, until the device has finished.
+- step: within a policy step of a GPT-2 124M with random weights.
+
+GB/s are the bytes that a call has to read and write, counted from the shapes, over the device time. Beside
+them, in the same run: a copy of device memory, and an empty kernel. Results are compared before any timing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pama_kernels as pk
+from pama_kernels import backends
+
+from . import models, peers
+from .harness import Row, Session
+
+CACHE_BYTES = 200e6  # more than the second-level cache of any GPU here
+ROUNDS = 9
+SHARE_GOAL, LAUNCH_GOAL, BANDWIDTH_GOAL = 0.005, 12.0, 0.8  # DESIGN, numbers to reach
+BACKENDS = ("cuda", "triton")
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass
+class Work:
+    """One way to compute something from a set of inputs."""
+
+    name: str
+    call: Callable[[Inputs], Any]
+    moved: float | None = None  # bytes
+    backend: str | None = None
+    waits: bool = False  # for the device, so that no graph can hold it
+
+
+class Bench:
+    """The session, the device, and how long things may take."""
+
+    def __init__(self, session: Session, device: torch.device) -> None:
+        self.session, self.device = session, device
+        self.on_gpu = device.type == "cuda"
+        self.quick = session.quick
+
+    def settle(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def seconds(self, start: Any, stop: Any) -> float:
+        return float(start.elapsed_time(stop)) * 1e-3 if self.on_gpu else float(stop - start)
+
+    def now(self) -> Any:
+        if not self.on_gpu:
+            return perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def captured(self, work: Work, x: Inputs) -> Callable[[], Any]:
+        """The call on these inputs as a graph; on a CPU the call itself."""
+        with chosen(work.backend):
+            for _ in range(3):
+                work.call(x)
+            if not self.on_gpu:
+                return lambda: work.call(x)
+            self.settle()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                work.call(x)
+        return graph.replay
+
+    def device_times(self, works: Sequence[Work], pool: Sequence[Inputs]) -> list[list[float]]:
+        """Microseconds of one call by each, one figure for each round."""
+        replays = [[self.captured(work, x) for x in pool] for work in works]
+        repeats = []
+        for each in replays:  # so that one turn lasts about 20 ms
+            begin = self.now()
+            for replay in each:
+                replay()
+            end = self.now()
+            self.settle()
+            once = self.seconds(begin, end) / len(each)
+            repeats.append(max(1, min(2000, int((0.002 if self.quick else 0.02) / max(once, 1e-6)))))
+        times: list[list[float]] = [[] for _ in works]
+        for _ in range(3 if self.quick else ROUNDS):
+            for k, each in enumerate(replays):
+                begin = self.now()
+                for i in range(repeats[k]):
+                    each[i % len(each)]()
+                end = self.now()
+                self.settle()
+                times[k].append(self.seconds(begin, end) / repeats[k] * 1e6)
+        return times
+
+    def eager_times(self, works: Sequence[Work], pool: Sequence[Inputs]) -> list[list[float]]:
+        times: list[list[float]] = [[] for _ in works]
+        calls = 5 if self.quick else 100
+        for _ in range(3 if self.quick else ROUNDS):
+            for k, work in enumerate(works):
+                with chosen(work.backend):
+                    work.call(pool[0])
+                    self.settle()
+                    begin = perf_counter()
+                    for i in range(calls):
+                        work.call(pool[i % len(pool)])
+                    self.settle()
+                    times[k].append((perf_counter() - begin) / calls * 1e6)
+        return times
+
+    def measure(
+        self, what: str, case: str, n: int, tokens: int, works: Sequence[Work], pool: Sequence[Inputs]
+    ) -> None:
+        """Rows of device and of eager time; the first of `works` is ours, and what ratios are to."""
+        graphed = [work for work in works if not work.waits]
+        for kind, measured, times in (
+            ("device", graphed, self.device_times(graphed, pool)),
+            ("eager", works, self.eager_times(works, pool)),
+        ):
+            rows = []
+            for work, own in zip(measured, times, strict=True):
+                middle, spread = summary(own)
+                ratio = statistics.median(t / o for t, o in zip(own, times[0], strict=True))
+                speed = None
+                if kind == "device" and work.moved is not None:
+                    speed = work.moved / middle * 1e-3
+                name = f"{work.name}, {kind} time"
+                rows.append(Row(what, case, n, name, 1, middle, spread, ratio, None, "", tokens, speed))
+            self.session.add(rows)
+
+
+@contextmanager
+def chosen(backend: str | None) -> Any:
+    """Calls are served by this backend."""
+    if backend is None:
+        yield
+        return
+    before = os.environ.get("PAMA_BACKEND")
+    os.environ["PAMA_BACKEND"] = backend
+    backends.find.cache_clear()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PAMA_BACKEND"]
+        else:
+            os.environ["PAMA_BACKEND"] = before
+        backends.find.cache_clear()
+
+
+def summary(times: Sequence[float]) -> tuple[float, float]:
+    """Median and relative interquartile range."""
+    low, middle, high = statistics.quantiles(times, n=4)
+    return middle, (high - low) / middle
+
+
+def available(device: torch.device) -> list[str]:
+    """The backends that serve the device, by what they say themselves."""
+    if device.type != "cuda":
+        return ["cpu"]
+    return [name for name in BACKENDS if not isinstance(backends.load(name, "cuda"), str)]
+
+
+def inputs(tokens: int, n: int, device: torch.device, seed: int) -> Inputs:
+    g = torch.Generator(device=device).manual_seed(seed)
+    width = min(1024, tokens)
+    shape = (tokens // width, width)
+    logprobs = -torch.rand(shape, generator=g, device=device)
+    return {
+        "logprobs": logprobs,
+        "old_logprobs": logprobs + 0.2 * torch.randn(shape, generator=g, device=device),
+        "advantages": torch.randn(*shape, n, generator=g, device=device),
+        "mask": torch.rand(shape, generator=g, device=device) < 0.9,
+    }
+
+
+def pool_of(make: Callable[[int], Inputs], quick: bool) -> list[Inputs]:
+    """So many different inputs that they do not fit the cache."""
+    first = make(0)
+    size = sum(x.numel() * x.element_size() for x in first.values())
+    count = 2 if quick else max(2, min(64, int(CACHE_BYTES / size) + 1))
+    return [first, *(make(seed) for seed in range(1, count))]
+
+
+def agree(found: Tensor, wanted: Tensor, tolerance: float, what: str) -> None:
+    difference = float((found.double() - wanted.double()).abs().max())
+    if not difference <= tolerance:
+        raise RuntimeError(f"{what}: results differ by {difference:.2e}, more than {tolerance:g}")
+
+
+def ceilings(bench: Bench) -> float:
+    """Rows of a copy of device memory and of an empty kernel; GB/s of the copy."""
+    size = 1 << 20 if bench.quick else 1 << 30
+    pool = [
+        {"x": torch.ones(size // 4, device=bench.device), "y": torch.empty(size // 4, device=bench.device)}
+    ]
+    copy = Work("copy of device memory", lambda x: x["y"].copy_(x["x"]), 2.0 * size)
+    bench.measure("ceiling", f"{size >> 20} MiB", 0, size // 4, [copy], pool)
+    fastest = next(row.gigabytes_per_second for row in bench.session.rows if row.gigabytes_per_second)
+    empty = Work("empty kernel", empty_kernel(bench))
+    bench.measure("ceiling", "nothing", 0, 0, [empty], [{"x": torch.ones(1, device=bench.device)}])
+    return float(fastest or 0.0)
+
+
+def empty_kernel(bench: Bench) -> Callable[[Inputs], Any]:
+    if not bench.on_gpu:
+        return lambda x: None
+    import triton
+
+    @triton.jit
+    def nothing(x: Any) -> None:
+        pass
+
+    return lambda x: nothing[(1,)](x["x"])
+
+
+def eager_statistics(x: Inputs) -> Tensor:
+    """Scores of the batch with Noon and their weights without regularization, in PyTorch."""
+    inside = (x["logprobs"] - x["old_logprobs"]).exp() <= 1 + peers.CLIP
+    kept = (inside & x["mask"]).float()
+    scores = (kept.unsqueeze(-1) * x["advantages"].clamp(min=0)).sum((0, 1)) / x["mask"].sum()
+    return peers.smallest(scores)
+
+
+def first_pass(bench: Bench, tokens: int, n: int) -> None:
+    """Statistics with the weights: one launch."""
+    pool = pool_of(lambda seed: inputs(tokens, n, bench.device, seed), bench.quick)
+    moved = float(sum(x.numel() * x.element_size() for x in pool[0].values()))
+
+    def ours(x: Inputs) -> Any:
+        sums = pk.objective_statistics(**x, clip_range=peers.CLIP)
+        return pk.pama_weights(sums.scores.float())
+
+    works = []
+    for name in available(bench.device):
+        fused = launch_of(name)
+        if fused is not None:
+            works.append(Work(f"statistics and weights, one launch: {name}", fused, moved, name))
+        works.append(
+            Work(f"objective_statistics: {name}", lambda x: pk.objective_statistics(**x), moved, name)
+        )
+    works.append(Work("eager PyTorch, scores and weights alone", eager_statistics, moved))
+    with chosen(works[0].backend):
+        agree(ours(pool[0]).weights, eager_statistics(pool[0]), 1e-5, "statistics and weights")
+        if works[0].name.startswith("statistics and weights"):
+            agree(works[0].call(pool[0]), eager_statistics(pool[0]), 1e-5, works[0].name)
+    bench.measure("statistics and weights", f"{tokens} tokens", n, tokens, works, pool)
+
+
+def launch_of(backend: str) -> Callable[[Inputs], Any] | None:
+    """What `pama_loss` does before its second pass: the backend's first launch."""
+    clip = [peers.CLIP, peers.CLIP, float("inf")]
+
+    def first(x: Inputs) -> tuple[Any, ...]:
+        layout = [*x["logprobs"].shape, 0, 0]
+        return x["logprobs"], x["old_logprobs"], x["advantages"], x["mask"], None, None, layout
+
+    if backend == "cuda":
+        from pama_kernels.backends.cuda.statistics import statistics_weights
+
+        def by_cuda(x: Inputs) -> Tensor:
+            *tensors, layout = first(x)
+            return statistics_weights(
+                *(*tensors, None, layout, clip, True), *(False, False, prior_of(x), 0.0, False)
+            )[0]
+
+        return by_cuda
+    if backend == "triton":
+        from pama_kernels.backends.triton.problem import problem
+        from pama_kernels.backends.triton.statistics import run_statistics
+
+        def by_triton(x: Inputs) -> Tensor:
+            *tensors, layout = first(x)
+            prior = prior_of(x)
+            solution = (
+                torch.empty_like(prior, dtype=torch.float32),
+                x["mask"].new_empty((), dtype=torch.float32),
+            )
+            given = problem(*tensors, None, None, layout, clip, True)
+            run_statistics(given, False, prior, 0.0, solution)
+            return solution[0]
+
+        return by_triton
+    return None
+
+
+@functools.lru_cache(maxsize=16)
+def uniform(n: int, device: torch.device) -> Tensor:
+    return torch.full((n,), 1 / n, dtype=torch.float64, device=device)
+
+
+def prior_of(x: Inputs) -> Tensor:
+    """Made once, as the library does it."""
+    return uniform(x["advantages"].shape[-1], x["advantages"].device)
+
+
+def whole_loss(bench: Bench, tokens: int, n: int, weights_per: str) -> None:
+    """pama_loss, forward and backward, against the same rule in PyTorch and against one objective."""
+    pool = pool_of(lambda seed: inputs(tokens, n, bench.device, seed), bench.quick)
+    one = sum(x.numel() * x.element_size() for x in pool[0].values())
+    passes = 2 if weights_per == "batch" else 1
+    moved = passes * one + 4.0 * tokens  # the gradient
+
+    def ours(x: Inputs) -> Tensor:
+        leaf = x["logprobs"].detach().requires_grad_()
+        loss = pk.pama_loss(**{**x, "logprobs": leaf}, weights_per=weights_per, clip_range=peers.CLIP).loss
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        return gradient
+
+    def theirs(loss: peers.Loss, n: int | None) -> Callable[[Inputs], Tensor]:
+        def call(x: Inputs) -> Tensor:
+            leaf = x["logprobs"].detach().requires_grad_()
+            advantages = x["advantages"] if n is None else x["advantages"][..., 0]
+            value = loss(leaf, x["old_logprobs"], advantages, x["mask"])
+            (gradient,) = torch.autograd.grad(value, leaf)
+            return gradient
+
+        return call
+
+    works = [Work(f"pama_loss: {b}", ours, moved, b) for b in available(bench.device)]
+    same_rule = theirs(peers.eager_loss(weights_per), None)
+    works.append(Work("eager PyTorch, the same rule", same_rule))
+    works.append(Work("eager PyTorch, one objective", theirs(peers.ppo_loss, 1)))
+    scale = float(same_rule(pool[0]).abs().max())
+    for work in works[:-2]:
+        with chosen(work.backend):
+            agree(ours(pool[0]) / scale, same_rule(pool[0]) / scale, 1e-4, work.name)
+    bench.measure(f"pama_loss per {weights_per}", f"{tokens} tokens", n, tokens, works, pool)
+
+
+def solvers(bench: Bench, rows: int, n: int) -> None:
+    """Rows of both weight problems; min-norm against TorchJD's MGDA where it is there (one matrix)."""
+    g = torch.Generator(device=bench.device).manual_seed(0)
+    scores = [{"x": torch.randn(rows, n, generator=g, device=bench.device)} for _ in range(4)]
+    moved = 4.0 * rows * (2 * n + 1)
+    works = [
+        Work(f"pama_weights: {b}", lambda x: pk.pama_weights(x["x"]), moved, b)
+        for b in available(bench.device)
+    ]
+    bench.measure("pama_weights", f"{rows} rows", n, rows, works, scores)
+    grams = []
+    for _ in range(2):
+        factor = torch.randn(rows, n, n, generator=g, device=bench.device, dtype=torch.float64)
+        grams.append({"x": factor @ factor.mT})
+    works = [
+        Work(f"min_norm_weights: {b}", lambda x: pk.min_norm_weights(x["x"]), None, b)
+        for b in available(bench.device)
+    ]
+    if rows == 1:
+        works += torchjd(grams)
+    bench.measure("min_norm_weights", f"{rows} rows", n, rows, works, grams)
+
+
+def torchjd(grams: Sequence[Inputs]) -> list[Work]:
+    """Its loop branches on tensors, so that it waits for the device and has an eager time alone."""
+    try:
+        from torchjd.aggregation import MGDA
+    except ImportError:
+        print("TorchJD is not installed: its row is missing")
+        return []
+    solver = MGDA()
+    factors = {id(x): torch.linalg.cholesky(x["x"][0]) for x in grams}
+    return [Work("TorchJD MGDA", lambda x: solver(factors[id(x)]), waits=True)]
+
+
+def policy_step(bench: Bench) -> None:
+    """PAMA's whole share of one step: what the step takes with it, less what it takes with a trivial loss."""
+    shape = models.CPU_SHAPES[0] if bench.quick else models.GPU_SHAPES[0]
+    rows, width, n = (2, 16, 4) if bench.quick else (8, 1024, 4)
+    torch.manual_seed(0)
+    with bench.device:
+        policy = models.Policy(shape, width).to(torch.bfloat16 if bench.on_gpu else torch.float32)
+    tokens = torch.randint(shape.vocabulary, (rows, width + 1), device=bench.device)
+    advantages = torch.randn(rows, width, n, device=bench.device)
+    mask = torch.ones(rows, width, dtype=torch.bool, device=bench.device)
+    with torch.no_grad():
+        old = policy(tokens).detach()
+    optimiser = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.0)
+
+    def step(loss: Callable[[Tensor], Tensor]) -> Callable[[Inputs], Any]:
+        def call(_: Inputs) -> None:
+            optimiser.zero_grad()
+            loss(policy(tokens)).backward()
+            optimiser.step()
+
+        return call
+
+    def pama(logprobs: Tensor) -> Tensor:
+        return pk.pama_loss(
+            logprobs, old, advantages, mask, weights_per="batch", regularization=0.1, clip_range=peers.CLIP
+        ).loss
+
+    alone = {"logprobs": old.float(), "old_logprobs": old.float(), "advantages": advantages, "mask": mask}
+
+    def loss_alone(x: Inputs) -> Any:
+        leaf = x["logprobs"].detach().requires_grad_()
+        loss = pk.pama_loss(
+            leaf, x["old_logprobs"], x["advantages"], x["mask"], weights_per="batch", regularization=0.1
+        ).loss
+        return torch.autograd.grad(loss, leaf)
+
+    works = [Work(f"step with pama_loss: {b}", step(pama), None, b) for b in available(bench.device)]
+    works.append(Work("step with the mean of the log-probabilities", step(lambda logprobs: logprobs.mean())))
+    times = bench.eager_times(works, [{}])
+    rows_out = []
+    for work, own in zip(works, times, strict=True):
+        middle, spread = summary(own)
+        ratio = statistics.median(t / o for t, o in zip(own, times[-1], strict=True))
+        size = policy.size
+        rows_out.append(
+            Row("policy step", shape.name, n, work.name, 1, middle, spread, ratio, None, "", size)
+        )
+    whole = rows_out[0].microseconds or 1.0
+    for backend in available(bench.device):
+        (own,) = bench.device_times([Work(backend, loss_alone, None, backend)], [alone])
+        middle, spread = summary(own)
+        note = f"device time over the step with pama_loss; goal {SHARE_GOAL:.1%}"
+        share = f"share of pama_loss with its gradient: {backend}"
+        rows_out.append(
+            Row(
+                "policy step",
+                shape.name,
+                n,
+                share,
+                1,
+                middle,
+                spread,
+                middle / whole,
+                None,
+                note,
+                policy.size,
+            )
+        )
+    bench.session.add(rows_out)
+
+
+def goals(bench: Bench, copied: float) -> None:
+    """The GPU rows of the numbers to reach, each beside what was measured."""
+    rows = bench.session.rows
+    print("\ngoals")
+    for row in rows:
+        if (
+            row.work == "statistics and weights"
+            and "one launch" in row.contestant
+            and "device" in row.contestant
+        ):
+            if row.size == 1 << 20 and row.n == 4:
+                told(f"{row.contestant}, 1M tokens, N=4", row.microseconds, LAUNCH_GOAL, "us", least=False)
+            if row.size == 1 << 26 and row.gigabytes_per_second is not None:
+                share = row.gigabytes_per_second / copied
+                told(f"{row.contestant}, 64M tokens, of the copy", share, BANDWIDTH_GOAL, "", least=True)
+        if row.contestant.startswith("share of pama_loss"):
+            told(f"{row.case}: {row.contestant}", row.ratio, SHARE_GOAL, "", least=False)
+
+
+def told(what: str, value: float | None, goal: float, unit: str, least: bool) -> None:
+    if value is None:
+        return
+    reached = value >= goal if least else value <= goal
+    print(f"  {'reached' if reached else 'MISSED ':7} {value:.4g}{unit} (goal {goal:g}{unit})  {what}")
+
+
+def plot(session: Session) -> None:
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print("matplotlib is not installed: no plot")
+        return
+    series: dict[str, list[tuple[int, float]]] = {}
+    for row in session.rows:
+        if (
+            row.work == "statistics and weights"
+            and row.microseconds
+            and row.contestant.endswith("device time")
+        ):
+            series.setdefault(f"{row.contestant}, N={row.n}", []).append((row.size or 0, row.microseconds))
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, points in series.items():
+        axes.loglog(*zip(*sorted(points), strict=True), marker="o", label=name)
+    axes.set(xlabel="tokens", ylabel="microseconds on the device", title="statistics and weights")
+    axes.legend(fontsize="x-small")
+    figure.savefig(session.out / "gpu.png", dpi=150)
+
+
+def machine(device: torch.device) -> list[str]:
+    if device.type != "cuda":
+        return ["a dry run on the CPU: no figure here is one of a GPU"]
+    properties = torch.cuda.get_device_properties(device)
+    name = f"{properties.name}, {properties.multi_processor_count} multiprocessors"
+    memory = f"{properties.total_memory / 1e9:.0f} GB"
+    return [f"{name}, {memory}, CUDA {torch.version.cuda}, torch {torch.__version__}"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run, tiny sizes"
+    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("torch finds no GPU; --device cpu shows that the benchmark runs")
+        device = torch.device("cuda", torch.cuda.current_device())
+    quick = device.type == "cpu"
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    part = "gpu-dry-run" if quick else "gpu"
+    command = "python -m benchmarks.gpu" + " --device cpu" * quick
+    session = Session(part, arguments.out, quick, command, 0.0)
+    session.notes += machine(device)
+    session.notes.append(
+        f"backends: {', '.join(available(device))}; input pools of {CACHE_BYTES / 1e6:.0f} MB"
+    )
+    bench = Bench(session, device)
+    if not available(device):
+        parser.error("no backend serves this GPU: see python -m pama_kernels.info")
+    with torch.cuda.device(device) if bench.on_gpu else nullcontext():
+        copied = ceilings(bench)
+        sizes = (256, 1024) if quick else (1 << 14, 1 << 20, 1 << 23, 1 << 26)
+        for n in (4,) if quick else (1, 2, 4, 8):
+            for tokens in sizes if n == 4 else (1 << 20,):
+                first_pass(bench, tokens, n)
+        for weights_per in ("batch", "sequence", "token"):
+            whole_loss(bench, 512 if quick else 1 << 20, 4, weights_per)
+        whole_loss(bench, 256 if quick else 1 << 18, 8, "batch")
+        for rows, n in ((1, 4), (8, 3)) if quick else ((1, 2), (1, 4), (1, 8), (10_000, 8), (1_000_000, 4)):
+            solvers(bench, rows, n)
+        policy_step(bench)
+    session.write()
+    plot(session)
+    goals(bench, copied)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

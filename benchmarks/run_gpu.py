@@ -1,0 +1,28 @@
+"""`make bench-gpu`: builds the package into a folder of its own and runs `benchmarks.gpu` with it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import run_gpu  # noqa: E402
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        environment = run_gpu.install(Path(folder), shutil.which("nvcc") is not None)
+        # Started in the folder: from the root Python would find the sources of the package first.
+        environment["PYTHONPATH"] = os.pathsep.join([folder, str(ROOT)])
+        command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(ROOT / "benchmarks" / "results")]
+        return subprocess.run([*command, *sys.argv[1:]], cwd=folder, env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""pytest plugin (`-p on_device`): every public call of the test-suite runs on the device `PAMA_TEST_DEVICE`.
+
+The tests stay as they are. Around each public function the tensors it is given are copied to the device with
+their strides, storage offsets and shared memory; the call runs with synchronisation made an error; results,
+gradients and `out=` come back to the CPU. Device `cpu` copies too: it proves the plugin where no GPU is.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pama_kernels as pk
+
+FUNCTIONS = (
+    "combine_advantages",
+    "pama_loss",
+    "pama_weights",
+    "min_norm_weights",
+    "pareto_gap",
+    "objective_statistics",
+    "multi_objective_gae",
+    "group_normalize",
+)
+# What only the CPU promises, or what a wrapped call cannot show.
+CPU_FIXTURES = {"isa": "instruction sets of the CPU", "threads": "threads of the CPU"}
+CPU_TESTS = {
+    "threads": "threads of the CPU",
+    "cu_seqlens_are_checked": "offsets on a device are not read by the host",
+    "not_semidefinite": "a matrix on a device is not read by the host",
+    "indefinite": "a matrix on a device is not read by the host",
+    "asymmetric": "a matrix on a device is not read by the host",
+    "refused": "a matrix on a device is not read by the host",
+}
+
+
+class _Move(torch.autograd.Function):
+    """A differentiable copy from device to device."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, moved: Tensor) -> Tensor:
+        ctx.device = x.device
+        ctx.set_materialize_grads(False)
+        return moved
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> Any:
+        return None if gradient is None else gradient.to(ctx.device), None
+
+
+class Mover:
+    """Copies tensors to a device; those that share memory share it there too."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.storages: dict[int, Tensor] = {}
+
+    def tensor(self, x: Tensor) -> Tensor:
+        if type(x) not in (Tensor, torch.nn.Parameter) or x.is_neg() or x.device.type != "cpu":
+            return x
+        storage = x.untyped_storage()
+        key = storage.data_ptr()
+        if key not in self.storages or key == 0:
+            whole = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+            copy = torch.empty(len(whole), dtype=torch.uint8, device=self.device)
+            self.storages[key] = copy.copy_(whole)
+        empty = torch.empty(0, dtype=x.dtype, device=self.device)
+        moved = empty.set_(  # type: ignore[call-overload]
+            self.storages[key].untyped_storage(), x.storage_offset(), x.shape, x.stride()
+        )
+        return _Move.apply(x, moved) if x.requires_grad else moved
+
+    def tree(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.tensor(value)
+        if isinstance(value, tuple) and hasattr(value, "_replace"):
+            return type(value)(*map(self.tree, value))
+        return value
+
+
+def back(value: Any) -> Any:
+    """Results on the CPU."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, pk.ObjectiveStatistics):
+        return pk.ObjectiveStatistics(value.buffer.cpu(), value.objectives, value.has_gram)
+    if isinstance(value, tuple):
+        parts = [back(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_replace") else tuple(parts)
+    return value
+
+
+@contextmanager
+def no_synchronisation(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def on_device(function: Callable[..., Any], device: torch.device, method: bool = False) -> Callable[..., Any]:
+    """The same call with its tensors on the device."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        mover = Mover(device)
+        owner, given = arguments[:1] if method else (), arguments[1:] if method else arguments
+        given = [mover.tree(x) for x in given]
+        moved = {name: mover.tree(x) for name, x in options.items()}
+        with no_synchronisation(device):
+            result = function(*owner, *given, **moved)
+        out = options.get("out")
+        if out is not None:
+            for x, y in zip(out, moved["out"], strict=True):
+                x.copy_(y)
+            return out
+        return back(result)
+
+    return call
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device = torch.device(os.environ.get("PAMA_TEST_DEVICE", "cuda"))
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("PAMA_TEST_DEVICE=cuda: torch finds no GPU")
+        for count in (1, 2):  # what is made once for a process may wait for the device
+            pk.objective_statistics(None, None, torch.ones(2, 2, count, device=device), gram=True)
+    for name in FUNCTIONS:
+        setattr(pk, name, on_device(getattr(pk, name), device))
+    pk.PamaLoss.forward = on_device(pk.PamaLoss.forward, device, method=True)  # type: ignore[method-assign]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("PAMA_TEST_DEVICE", "cuda") == "cpu":
+        return
+    for item in items:
+        reasons = [why for name, why in CPU_FIXTURES.items() if name in getattr(item, "fixturenames", ())]
+        reasons += [why for part, why in CPU_TESTS.items() if part in item.name]
+        if reasons:
+            item.add_marker(pytest.mark.skip(reason=f"CPU only: {reasons[0]}"))
