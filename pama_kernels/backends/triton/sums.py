@@ -73,6 +73,7 @@ def _add(slot, sums, n: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr, PRES
 
 @triton.jit
 def clear(slot, SIZE: tl.constexpr):
+    tl.debug_barrier()  # all threads have read what was there
     for first in range(0, SIZE, 128):
         k = first + tl.arange(0, 128)
         tl.store(slot + k, tl.zeros([128], tl.float64), mask=k < SIZE)
