@@ -125,7 +125,7 @@ def test_duplicates_get_equal_weights() -> None:
             assert torch.equal(c[:, first], c[:, second])
 
 
-@pytest.mark.parametrize("n", [2, 3, 5])
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_a_matrix_has_its_own_bits_in_any_batch_and_a_nan_stays_there(n: int) -> None:
     m = torch.cat([family(name, 2, n) for name in ("square", "integer duplicates", "nearly parallel")])
     alone = [pk.min_norm_weights(x) for x in m]

@@ -179,7 +179,8 @@ def _min_norm_rows(
     finite = finite & (0.0 * mass + 0.0 * regularization == 0.0)
     solvable = here & finite
     diagonal = tl.where(solvable[:, None], diagonal * scale[:, None], 0.0)
-    c, value = min_norm_solve(m, work, diagonal, present, p, regularization + 0.0 * scale, N, BLOCK, GLOBAL)
+    usable = present & solvable[:, None]
+    c, value = min_norm_solve(m, work, diagonal, usable, p, regularization + 0.0 * scale, N, BLOCK, GLOBAL)
     c = tl.where(finite[:, None], c, float("nan"))
     value = tl.where(finite, value / scale, float("nan"))
     if part is not None:
