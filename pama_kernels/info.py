@@ -62,7 +62,13 @@ def _probe_triton(module: ModuleType) -> tuple[bool, str]:
 
 
 def _probe_cuda(module: ModuleType) -> tuple[bool, str]:
-    return _gpus()
+    build: dict[str, Any] = module.build_info()
+    built = f"CUDA {build['cuda']}, architectures {build['architectures']}"
+    usable, detail = _gpus()
+    if usable:
+        why = importlib.import_module("pama_kernels.backends.cuda").unusable("cuda")
+        usable, detail = why is None, why or f"{detail}; first choice for the statistics and both solvers"
+    return usable, f"{detail} ({built})"
 
 
 def _gpus() -> tuple[bool, str]:
