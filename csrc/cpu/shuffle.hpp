@@ -65,19 +65,24 @@ inline void interleave(FloatV* v) {
     }
 }
 
-// count rows of N contiguous floats to N arrays `stride` apart.
-template <int N>
-inline void rows_to_columns(const float* PAMA_RESTRICT rows, long count, float* PAMA_RESTRICT columns, long stride) {
+// count rows of N contiguous floats to N arrays `stride` apart, each vector of them through `change`(vector, first
+// row).
+template <int N, class Change>
+inline void rows_to_columns(const float* PAMA_RESTRICT rows, long count, float* PAMA_RESTRICT columns, long stride,
+                            Change change) {
     constexpr long width = Lanes<float>::count;
     long t = 0;
     for (; t + width <= count; t += width) {
         FloatV v[N];
         memcpy(v, rows + t * N, sizeof v);
         deinterleave<N>(v);
-        for (int i = 0; i < N; ++i) memcpy(columns + i * stride + t, &v[i], sizeof v[i]);
+        for (int i = 0; i < N; ++i) {
+            const FloatV x = change(v[i], t);
+            memcpy(columns + i * stride + t, &x, sizeof x);
+        }
     }
     for (; t < count; ++t)
-        for (int i = 0; i < N; ++i) columns[i * stride + t] = rows[t * N + i];
+        for (int i = 0; i < N; ++i) columns[i * stride + t] = change(FloatV{} + rows[t * N + i], t)[0];
 }
 
 template <int N>
@@ -115,10 +120,17 @@ inline bool with_constant(int n, Visit visit) {
     }
 }
 
+// Whether there is a transposition in registers.
+template <class Change>
+inline bool contiguous_rows_to_columns(int n, const float* rows, long row, long objective, long count, float* columns,
+                                       long stride, Change change) {
+    return row == n && objective == 1 &&
+           with_constant(n, [&](auto size) { rows_to_columns<size>(rows, count, columns, stride, change); });
+}
+
 inline void rows_to_columns(int n, const float* rows, long row, long objective, long count, float* columns,
                             long stride) {
-    if (row == n && objective == 1 &&
-        with_constant(n, [&](auto size) { rows_to_columns<size>(rows, count, columns, stride); }))
+    if (contiguous_rows_to_columns(n, rows, row, objective, count, columns, stride, [](FloatV x, long) { return x; }))
         return;
     for (int i = 0; i < n; ++i)
 #pragma omp simd

@@ -127,20 +127,40 @@ inline void load_tokens(const Problem& problem, const Array& array, long first, 
     });
 }
 
-// (tokens, objectives) to objective-major; the common contiguous float case in one sweep over the source.
+// (tokens, objectives) to objective-major. With `valid`, masked places become 0 and infinities NaN on the way.
 template <class T>
-inline void load_objectives(const Problem& problem, const Array& array, long first, long count, bool truth, T* target) {
+inline void load_objectives(const Problem& problem, const Array& array, long first, long count, bool truth,
+                            const T* valid, T* target) {
     for_each_segment(problem, first, count, [&](long row, long t, long at, long piece) {
         const long offset = row * array.row + t * array.token;
+        bool loaded = false;
         if constexpr (sizeof(T) == sizeof(float)) {
             if (array.dtype == Dtype::f32 && array.token != 0 && !truth) {
-                rows_to_columns(problem.n, static_cast<const float*>(array.data) + offset, array.token, array.objective,
-                                piece, target + at, kTileTokens);
-                return;
+                const float* from = static_cast<const float*>(array.data) + offset;
+                const auto masked = [&](FloatV x, long token) {
+                    FloatV here;
+                    memcpy(&here, valid + at + token, sizeof here);
+                    x = here != 0.0f ? x : FloatV{};
+                    return x + 0.0f * x;
+                };
+                if (valid && contiguous_rows_to_columns(problem.n, from, array.token, array.objective, piece,
+                                                        target + at, kTileTokens, masked))
+                    return;
+                rows_to_columns(problem.n, from, array.token, array.objective, piece, target + at, kTileTokens);
+                loaded = true;
             }
         }
-        for (int i = 0; i < problem.n; ++i)
+        for (int i = 0; !loaded && i < problem.n; ++i)
             load_values(array, offset + i * array.objective, array.token, piece, truth, target + i * kTileTokens + at);
+        for (int i = 0; valid && i < problem.n; ++i) {
+            T* PAMA_RESTRICT a = target + i * kTileTokens + at;
+            const T* PAMA_RESTRICT here = valid + at;
+#pragma omp simd
+            for (long k = 0; k < piece; ++k) {
+                const T value = here[k] != 0 ? a[k] : T(0);
+                a[k] = value + T(0) * value;
+            }
+        }
     });
 }
 
@@ -247,24 +267,17 @@ inline void load_tile(const Problem& problem, long first, long count, bool with_
     }
     if (with_ref) load_tokens(problem, problem.ref_logprobs, first, count, false, ref);
 
-    load_objectives(problem, problem.advantages, first, count, false, tile.advantages);
-    if (tile.present) load_objectives(problem, problem.objective_mask, first, count, true, tile.present);
+    load_objectives<T>(problem, problem.advantages, first, count, false, tile.present ? nullptr : valid,
+                       tile.advantages);
+    if (!tile.present) return;
+    load_objectives<T>(problem, problem.objective_mask, first, count, true, nullptr, tile.present);
     for (int i = 0; i < problem.n; ++i) {
-        T* PAMA_RESTRICT a = tile.advantages + i * kTileTokens;
-        if (tile.present) {
-            T* PAMA_RESTRICT here = tile.present + i * kTileTokens;
+        T *PAMA_RESTRICT a = tile.advantages + i * kTileTokens, *PAMA_RESTRICT here = tile.present + i * kTileTokens;
 #pragma omp simd
-            for (long t = 0; t < count; ++t) {
-                here[t] *= valid[t];
-                const T value = here[t] != 0 ? a[t] : T(0);
-                a[t] = value + T(0) * value;
-            }
-        } else {
-#pragma omp simd
-            for (long t = 0; t < count; ++t) {
-                const T value = valid[t] != 0 ? a[t] : T(0);
-                a[t] = value + T(0) * value;
-            }
+        for (long t = 0; t < count; ++t) {
+            here[t] *= valid[t];
+            const T value = here[t] != 0 ? a[t] : T(0);
+            a[t] = value + T(0) * value;
         }
     }
 }
