@@ -56,6 +56,20 @@ def test_kernels_on_the_host(emulated: str, file: str) -> None:
     assert int(re.findall(r"(\d+) passed", said)[0]) > 50, said
 
 
+def test_weights_of_the_batch_take_both_backends(emulated: str) -> None:
+    pytest.importorskip("triton")
+    environment = {"PAMA_CUDA_EMULATED": emulated, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)}
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "cuda_two_passes.py")],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "both passes ran" in done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("file", EMULATED)
 @pytest.mark.timeout(3600)
