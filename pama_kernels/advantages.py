@@ -74,11 +74,11 @@ def combine_advantages(
     advantages: Tensor,
     mask: Tensor | None = None,
     *,
-    weights_per: str,
+    weights_per: str = "batch",
     bound: str = "scores",
     noon: bool = True,
     prior: Prior = None,
-    regularization: float = 0.0,
+    regularization: float = 0.1,
     weights: Tensor | None = None,
     objective_mask: Tensor | None = None,
     logprobs: Tensor | None = None,
@@ -97,13 +97,18 @@ def combine_advantages(
             (M, N) flat. Any strides: an (N, B, T) array is passed as ``x.movedim(0, -1)``.
         mask: (B, T) or (M,), non-zero where a token counts. Whatever stands elsewhere has no influence.
         weights_per: whose weights: one set for the "batch", for each "sequence" or for each "token".
-            Only "batch" combines the N gradients convexly; Pareto stationarity is a statement about it.
+            "batch" is the default because it alone combines the N gradients convexly, which Pareto
+            stationarity is a statement about, and because it works for every number of objectives; "token"
+            with Noon and regularization 0 is better for two to four of them, but from about eight on hardly
+            any token remains to learn from (docs/study.md).
         bound: "scores" (Theorem 1 on the mean of each objective's bound term), or "gram" (the min-norm
             problem on their second moments; "batch" only).
         noon: keep positive advantages only. Where False, the trainer's loss on the combination differs
             from the PAMA loss where signs disagree and clipping binds: use `pama_loss`.
         prior: N non-negative numbers, normalised: where c lies when the scores do not decide.
-        regularization: pull towards the prior, relative to the scores' second moment; 0 is none.
+        regularization: pull towards the prior, relative to the scores' second moment; 0 is the paper's
+            problem. 0.1 is the default because without it one objective that has nothing to tell in a batch
+            takes all the weight and stops all learning, and weights per batch follow noise (docs/study.md).
         weights: given weights (N,) or (B, N), used as they are, instead of a solution.
         objective_mask: (B, N), or (M, N) when flat: zero where an objective does not apply.
         logprobs, old_logprobs, clip_range: with them the bound term is 0 where the policy has already

@@ -401,3 +401,37 @@ def test_statistics_are_those_of_objective_statistics() -> None:
         assert torch.allclose(got.buffer, wanted.buffer, rtol=3e-5, atol=0)
         assert torch.equal(got.scores, wanted.scores)
         assert torch.equal(got.conflict, wanted.conflict)
+
+
+# --- defaults ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noon", [True, False])
+def test_defaults_are_those_that_the_study_chose(noon: bool) -> None:
+    advantages = torch.randn(6, 5, 3)
+    logprobs = torch.zeros(6, 5)
+    chosen = {"weights_per": "batch", "regularization": 0.1}
+    for rule in ({}, chosen):
+        combined = pk.combine_advantages(advantages, noon=noon, **rule)
+        loss = pk.pama_loss(logprobs, None, advantages, noon=noon, **rule)
+        module = pk.PamaLoss(noon=noon, **rule)(logprobs, None, advantages)
+        if not rule:
+            first = (combined.advantages, combined.weights, loss.loss, loss.weights, module.loss)
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(
+            first, (combined.advantages, combined.weights, loss.loss, loss.weights, module.loss), strict=True
+        )
+    )
+
+
+@pytest.mark.parametrize("bound", ["scores", "gram"])
+def test_an_objective_with_nothing_to_tell_does_not_stop_the_others(bound: str) -> None:
+    """All its advantages are 0 (every sample got the same reward): without regularization it takes over."""
+    advantages = torch.cat([torch.randn(64, 2), torch.zeros(64, 1)], 1)
+    stopped = pk.combine_advantages(advantages, bound=bound, regularization=0.0)
+    assert stopped.weights[2] > 1 - 1e-6  # as near to the one optimum as `min_norm_weights` promises
+    assert stopped.advantages.max() < 1e-5
+    combined = pk.combine_advantages(advantages, bound=bound)
+    assert combined.weights[:2].min() > 0.02
+    assert (combined.advantages[(advantages > 0).any(1)] > 0).all()

@@ -470,17 +470,6 @@ def test_ambiguous_advantages_say_how_to_go_on() -> None:
         assert _loss(advantages=settled).loss.item() == pytest.approx(-1, rel=1e-6)
 
 
-@pytest.mark.parametrize("function", [pk.pama_loss, pk.combine_advantages, pk.PamaLoss])
-def test_weights_per_has_no_default(function: Callable[..., Any]) -> None:
-    arguments = {
-        pk.pama_loss: (_ones(B, T), None, _ones(B, T, N)),
-        pk.combine_advantages: (_ones(B, T, N),),
-        pk.PamaLoss: (),
-    }[function]
-    with pytest.raises(TypeError, match="weights_per"):
-        function(*arguments)
-
-
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(
     "offsets",

@@ -204,7 +204,7 @@ def test_gram_bound_with_momentum() -> None:
         assert result.weights.sum().item() == pytest.approx(1, abs=1e-6)
     sums = [pk.objective_statistics(**_batch(k), gram=True).buffer for k in (1, 2)]
     mean = pk.ObjectiveStatistics((sums[0] / 4 + sums[1] / 2) / 0.75, N, True)
-    wanted = pk.reference.min_norm_weights(mean.gram)
+    wanted = pk.reference.min_norm_weights(mean.gram, regularization=module.settings["regularization"])
     torch.testing.assert_close(results[1].optimum.double(), wanted.optimum, rtol=1e-5, atol=1e-7)
 
 

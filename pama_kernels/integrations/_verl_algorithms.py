@@ -28,7 +28,7 @@ class Settings:
     bound: str = "scores"
     noon: bool = True
     prior: tuple[float, ...] | None = None
-    regularization: float = 0.0
+    regularization: float = 0.1
 
     def rule(self) -> dict[str, Any]:
         # Rewards belong to whole responses: weights per token are those of the sequence.

@@ -80,7 +80,7 @@ class PamaGRPOConfig(GRPOConfig):
         metadata={"help": "Where the weights lie when the scores do not decide; uniform by default."},
     )
     pama_regularization: float = field(
-        default=0.0, metadata={"help": "Pull towards the prior, relative to the scores' second moment."}
+        default=0.1, metadata={"help": "Pull towards the prior, relative to the scores' second moment."}
     )
     pama_momentum: float = field(
         default=0.0,
