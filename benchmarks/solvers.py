@@ -2,6 +2,7 @@
 
 scores: `pama_weights` of one row beside eager PyTorch with the same rule, TorchJD's MGDA and cvxpy.
 gram: `min_norm_weights` of one float64 matrix beside QP solvers, on NumPy arrays in the form each likes best.
+cost: one small call, taken apart: the public function, its operator, the kernel.
 batch: 10,000 matrices of 8 objectives beside a loop over DAQP.
 rows: a million rows of 4 scores as a share of copy bandwidth.
 
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import pama_kernels as pk
+from pama_kernels import _cpu
 
 from . import plots
 from .harness import Contestant, Missing, Session, available_threads, read
@@ -33,6 +35,8 @@ Array = NDArray[np.float64]
 QP_TOLERANCE = 1e-5  # of the objective over max M_ii: some stop at an infeasibility of 1e-6
 # Too many for a branch predictor to learn by heart, few enough to stay in a cache as a fresh input would be.
 POOL = 500
+LARGEST = 64  # objectives for every peer; beyond, for those that take well under a second
+UP_TO_ANY = ("DAQP", "quadprog", "TorchJD MGDA")
 OTHER_PROBLEM = "another problem (the dual cone): speed only"
 
 
@@ -43,13 +47,16 @@ def run(session: Session) -> None:
         "difference, scores: largest |c - ours| for eager, else of (a.c)^2 over max a^2",
         "difference, gram and batch: largest of c'Mc over max M_ii; of ours Wolfe's gap",
     ]
-    score_sizes = (2, 4, 16) if session.quick else (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-    gram_sizes = (2, 8, 32, 64) if session.quick else score_sizes
+    sizes = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512, 1024)
+    score_sizes = (2, 4, 16) if session.quick else sizes
+    gram_sizes = (2, 8, 32, 64) if session.quick else sizes
     singular_sizes = (8,) if session.quick else (4, 8, 16, 32, 64)
     cases: list[tuple[Callable[..., None], Any]] = [
         *((scores, (n,)) for n in score_sizes),
         *((gram, (n, "regular")) for n in gram_sizes),
         *((gram, (n, "singular")) for n in singular_sizes),
+        (cost_of_scores, (4,)),
+        *((cost_of_gram, (n,)) for n in (2, 8)),
         (batch, ()),
         *((rows, (case,)) for case in ROW_CASES),
     ]
@@ -60,6 +67,11 @@ def run(session: Session) -> None:
 
 
 # --- pools -------------------------------------------------------------------------------------------
+
+
+def pool_size(n: int) -> int:
+    """POOL while the matrices take less than 8 MB."""
+    return max(5, min(POOL, 2**20 // n**2))
 
 
 def score_pool(n: int, count: int) -> list[Tensor]:
@@ -391,7 +403,7 @@ def contestant(
 
 
 def gram(session: Session, n: int, kind: str) -> None:
-    pool = gram_pool(n, POOL, kind)
+    pool = gram_pool(n, pool_size(n), kind)
     ours = [torch.from_numpy(m) for m in pool]
     optima = [float(pk.min_norm_weights(m).optimum) for m in ours]
     contestants: list[Contestant | Missing] = [
@@ -399,8 +411,62 @@ def gram(session: Session, n: int, kind: str) -> None:
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a peer's own, on singular matrices
-        contestants += [contestant(*peer, n, pool, optima) for peer in PEERS]
+        for name, *peer in PEERS:
+            if n > LARGEST and name not in UP_TO_ANY:
+                contestants.append(Missing(name, f"left out above N={LARGEST}, for time"))
+            else:
+                contestants.append(contestant(name, *peer, n, pool, optima))
         session.measure("gram", f"float64, {kind} pool", n, contestants)
+
+
+# --- the parts of a call ------------------------------------------------------------------------------
+
+
+def cost_of_scores(session: Session, n: int) -> None:
+    pool = score_pool(n, POOL)
+    prior = torch.full((n,), 1 / n, dtype=torch.float64)
+    weights, optimum = torch.empty(n), torch.empty(())
+    prior_place, out = prior.data_ptr(), (weights.data_ptr(), optimum.data_ptr())
+    arrays = [(a.data_ptr(), 0, n, 0, 1) for a in pool]
+    session.measure(
+        "cost",
+        "pama_weights, one row, float32",
+        n,
+        [
+            Contestant("pama_weights", pk.pama_weights, pool),
+            Contestant(
+                "torch.ops.pama.weights", lambda a: torch.ops.pama.weights(a, prior, True, 0.0, None), pool
+            ),
+            Contestant(
+                "kernel, from raw pointers",
+                lambda a: _cpu.weights(1, n, a, prior_place, True, 0.0, None, *out, 1),
+                arrays,
+            ),
+            Contestant("an empty Python function", lambda a: None, pool),
+        ],
+    )
+
+
+def cost_of_gram(session: Session, n: int) -> None:
+    pool = [torch.from_numpy(m) for m in gram_pool(n, POOL, "regular")]
+    prior = torch.full((n,), 1 / n, dtype=torch.float64)
+    weights, optimum = torch.empty(n, dtype=torch.float64), torch.empty((), dtype=torch.float64)
+    rest = (prior.data_ptr(), 0.0, weights.data_ptr(), optimum.data_ptr(), 1)
+    session.measure(
+        "cost",
+        "min_norm_weights, one matrix, float64",
+        n,
+        [
+            Contestant("min_norm_weights", pk.min_norm_weights, pool),
+            Contestant("torch.ops.pama.min_norm", lambda m: torch.ops.pama.min_norm(m, prior, 0.0), pool),
+            Contestant(
+                "kernel, from raw pointers",
+                lambda m: _cpu.min_norm(1, n, True, m, n * n, n, 1, *rest),
+                [m.data_ptr() for m in pool],
+            ),
+            Contestant("an empty Python function", lambda m: None, pool),
+        ],
+    )
 
 
 # --- many at once ------------------------------------------------------------------------------------
