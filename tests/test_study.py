@@ -195,7 +195,7 @@ def test_running_mean_is_that_of_the_library() -> None:
     problem, batch = rollout(1)
     weigher, module = (
         Weigher(RULES["batch-scores-r0-momentum"]),
-        pk.PamaLoss(weights_per="batch", momentum=0.9),
+        pk.PamaLoss(regularization=0.0, momentum=0.9),
     )
     for step in range(3):
         logprobs = problem.logprobs(batch).detach() + 0.1 * step

@@ -82,6 +82,8 @@ def objectives(sweep: Sweep) -> Any:
     numbers = (2, 3, 4, 8, 16)
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     for rule, (name, colour, marker) in SHOWN.items():
+        if rule == "literal":  # off the scale; in the tables
+            continue
         found = [(n, sweep.finals.get((f"bandit-{n}", rule))) for n in numbers]
         found = [(n, f) for n, f in found if f]
         if not found:
@@ -97,6 +99,9 @@ def objectives(sweep: Sweep) -> Any:
         axis.set_xticks(numbers, [str(n) for n in numbers])
         axis.set_xlabel("objectives N")
     axes[0].set(title="Left of the way to the Pareto front (0 is on it)", ylabel="%")
+    axes[0].set_yscale("symlog", linthresh=1, linscale=0.5)
+    axes[0].set_yticks([0, 1, 3, 10, 30, 100], ["0", "1", "3", "10", "30", "100"])
+    axes[0].set_ylim(-0.2, 110)
     axes[1].set(title="Gain of the objective served worst", ylabel="reward")
     axes[1].axhline(0, color=INK, lw=1)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
@@ -163,20 +168,21 @@ def convergence(theorems: Theory) -> Any:
     }
     figure, axes = plt.subplots(2, 4, figsize=(15, 6.6), layout="constrained", sharex=True)
     for column, (problem, title) in enumerate(problems.items()):
-        for rule, (name, colour) in THEORY_COLOURS.items():
+        for i, (rule, (name, colour)) in enumerate(THEORY_COLOURS.items()):
             rows = theorems.rows(problem, rule)
             if not rows:
                 continue
             steps = sorted({row["step"] for row in rows if row["step"] > 0})
             for axis, key in zip(axes[:, column], ("combined_norm", "true_min_norm"), strict=True):
                 means = [np.mean([r[key] for r in rows if r["step"] == step]) for step in steps]
-                axis.plot(steps, np.maximum(means, 1e-6), color=colour, lw=2, label=name)
-        axes[0, column].set_title(f"{title}: combined gradient")
-        axes[1, column].set_title("least true gradient")
+                axis.plot(steps, np.maximum(means, 1e-6), color=colour, lw=5.5 - 0.9 * i, label=name)
+        axes[0, column].set_title(title)
         axes[1, column].set_xlabel("steps of gradient ascent")
+    axes[0, 0].set_ylabel("combined gradient")
+    axes[1, 0].set_ylabel("least true gradient")
     for axis in axes.flat:
         axis.set(xscale="log", yscale="log", ylim=(5e-7, 1))
-    figure.legend(*axes[0, 2].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return figure
 
 

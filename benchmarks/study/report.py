@@ -157,6 +157,42 @@ class Sweep:
         return table(["rule, seven priors", *header], rows)
 
 
+GLANCE = {
+    "bandits, N 2 to 4": ("bandit-2", "bandit-3", "bandit-4"),
+    "N 8, 16": ("bandit-8", "bandit-16"),
+    "noisy": ("bandit-2-noisy",),
+    "a dead objective": ("bandit-dead",),
+    "scales 1 to 100, raw": ("bandit-2-raw-10", "bandit-2-raw-100", "words-2-raw-10", "words-2-raw-100"),
+    "words": ("words-2", "words-3"),
+}
+
+
+def at_a_glance(sweep: Sweep, lm: Language) -> str:
+    """Balance (language model: hypervolume) in percent of MORLHF's with equal weights on the same seeds."""
+    lines = []
+    for rule in RULES:
+        cells = []
+        for problems in GLANCE.values():
+            ratios = []
+            for problem in problems:
+                ours, fixed = (sweep.finals.get((problem, name)) for name in (rule.name, "fixed"))
+                if ours and fixed:
+                    ratios.append(100 * ours.balance / fixed.balance)
+            # Seeds are the sample; problems of other numbers of seeds are cut to the fewest.
+            seeds = min((len(r) for r in ratios), default=0)
+            complete = len(ratios) == len(problems)
+            cells.append(cell(np.mean([r[:seeds] for r in ratios], axis=0), 0) if complete else MISSING)
+        ratios = []
+        for experiment in language.EXPERIMENTS:
+            ours, fixed = (lm.volumes(experiment, name) for name in (rule.name, "fixed"))
+            if ours and len(ours) == len(fixed):
+                ratios.append(100 * np.array(ours) / np.array(fixed))
+        complete = len(ratios) == len(language.EXPERIMENTS)
+        cells.append(cell(np.mean(ratios, axis=0), 0) if complete else MISSING)
+        lines.append([label(rule), *cells])
+    return table(["rule", *GLANCE, "language model"], lines)
+
+
 _BY_NAME = {rule.name: rule for rule in RULES}
 
 
@@ -275,6 +311,17 @@ class Language:
         return table(["rule", *names, *header], lines)
 
 
+def published(lm: Language) -> str:
+    """Ours in the form of the paper's table: the pair after its first experiment, and the conflicting one."""
+    rules = ("mgda-ub", "fixed", "batch-scores-r0", "batch-scores-r0.1", "batch-gram-signed-r0.1")
+    lines = []
+    for experiment in ("sentiment-length", "information-conciseness"):
+        for i, name in enumerate(language.EXPERIMENTS[experiment]):
+            found = [lm.finals(experiment, rule) for rule in rules]
+            lines.append([name, *(cell(_rewards(rows)[:, i]) if rows else MISSING for rows in found)])
+    return table(["ours", *(label(_BY_NAME[rule]) for rule in rules)], lines)
+
+
 def _unrest(rows: Rows) -> float:
     return float(np.mean([row["jitter"] for row in rows if row["kind"] == "log" and row["step"] > 0]))
 
@@ -320,6 +367,8 @@ def found_tables(sweep: Sweep, theorems: Theory, lm: Language) -> dict[str, str]
         "three-arms": sweep.one_problem("three-arms"),
         "grids": sweep.grids(),
         "theorem-1": theorems.theorem_1(),
+        "glance": at_a_glance(sweep, lm),
+        "published": published(lm),
     }
     for problem in theory.PROBLEMS:
         tables[f"theorem-2-{problem}"] = theorems.theorem_2(problem)

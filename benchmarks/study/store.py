@@ -53,4 +53,5 @@ def run(jobs: Sequence[Job], title: str) -> None:
     progress = tqdm(left, desc=title, unit="run", mininterval=1.0)
     for path, make in progress:
         progress.set_postfix_str(path.stem)
-        write(path, make())
+        if not path.exists():  # another process may have made it meanwhile
+            write(path, make())

@@ -1,0 +1,123 @@
+"""The study's language model: its losses are the library's, its report that of the logs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers", reason="transformers is not installed: pip install 'pama-kernels[study]'")
+pytest.importorskip(
+    "vaderSentiment", reason="vaderSentiment is not installed: pip install 'pama-kernels[study]'"
+)
+
+import pama_kernels as pk
+from benchmarks.study import language, measures, report, store
+from benchmarks.study.rules import OTHERS, PAMA, Rule
+
+RULES = {rule.name: rule for rule in PAMA + OTHERS}
+SHAPE = replace(language.SHAPE, vocabulary=32, width=8, layers=1, heads=2, new_tokens=6)
+
+
+@pytest.fixture
+def policy() -> language.Policy:
+    return language.Policy(SHAPE, 3)
+
+
+def batch(policy: language.Policy) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, their mask, and advantages of three objectives."""
+    prompts = torch.randint(1, 32, (8, SHAPE.prompt_tokens))
+    tokens = policy.sample(prompts, SHAPE.new_tokens, torch.Generator().manual_seed(0))
+    answers = tokens[:, SHAPE.prompt_tokens :]
+    mask = (answers == 0).cumsum(1) - (answers == 0).long() == 0
+    return tokens, mask, torch.randn(*mask.shape, 3)
+
+
+@pytest.mark.parametrize("rule", [RULES[name] for name in language.SHORT_LIST], ids=lambda rule: rule.name)
+def test_loss_is_the_librarys_under_the_rules_weights(policy: language.Policy, rule: Rule) -> None:
+    losses = language.Losses(rule, policy, 0.2)
+    tokens, mask, advantages = batch(policy)
+    logprobs = policy(tokens, mask)[0]
+    old = logprobs.detach() + 0.1 * torch.randn_like(logprobs) * mask
+    loss, weights = losses(logprobs, old, advantages, mask)
+    assert weights.sum().item() == pytest.approx(1, abs=1e-5)
+    given = None if rule.kind == "pama" else weights
+    expected = pk.pama_loss(
+        logprobs,
+        old,
+        advantages,
+        mask,
+        weights_per=rule.per,
+        bound=rule.bound,
+        noon=rule.noon,
+        regularization=rule.regularization,
+        weights=given,
+    ).loss
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    if rule.kind in ("mgda", "mgda-ub"):
+        inputs = list(policy.model.parameters()) if rule.kind == "mgda" else [losses.representation]
+        grads = []
+        for one in torch.eye(3):
+            each = pk.pama_loss(logprobs, old, advantages, mask, weights_per="batch", noon=False, weights=one)
+            grads.append(torch.autograd.grad(each.loss, inputs, retain_graph=True))
+        _, c = measures.min_norm(language.gram_of(grads).numpy())
+        np.testing.assert_allclose(weights, c, atol=1e-4)
+
+
+def test_literal_reading_gives_every_token_the_same_gradient(policy: language.Policy) -> None:
+    losses = language.Losses(RULES["literal"], policy, 0.2)
+    tokens, mask, advantages = batch(policy)
+    logprobs = policy(tokens, mask)[0].detach().requires_grad_()
+    losses(logprobs, logprobs.detach(), advantages, mask)[0].backward()
+    assert logprobs.grad is not None
+    assert len(set(logprobs.grad[mask].tolist())) == 1
+
+
+def test_scorers_are_bounded_by_what_the_hypervolume_starts_from() -> None:
+    texts = [
+        "",
+        "a terrible, horrible failure",
+        "great success and wonderful happy results",
+        "the the the the",
+    ]
+    for name, scorers in language.EXPERIMENTS.items():
+        for text in texts:
+            words = list(range(len(text.split())))
+            scores = [score(text, words, 24) for score in scorers.values()]
+            assert all(s >= w for s, w in zip(scores, language.WORST[name], strict=True))
+    assert language.clipped_length("", [], 24) == 0.5
+    assert language.clipped_length("", list(range(24)), 24) == 1.5
+    assert language.information("A word, a Word: this sentence", [], 24) == pytest.approx(3 / 12)
+
+
+def test_a_killed_study_can_be_reported(tmp_path: Path) -> None:
+    """Tables name what is there and leave out the rest."""
+    rows = [
+        {"kind": kind, "step": step, "kl": 1.0, "reward_0": 0.1, "reward_1": 0.7, "jitter": 0.2}
+        | {"true_min_norm": 1.0, "largest_norm": 2.0, "loss_ms": 1.0, "step_ms": 4.0}
+        for kind, step in (("log", 9), ("final", 36))
+    ]
+    for seed in (0, 1):
+        for rule in ("start", "fixed"):
+            store.write(tmp_path / "sentiment-length" / f"{rule}--{seed}.csv", rows)
+    lm = report.Language(tmp_path)
+    tables = report.found_tables(report.Sweep(tmp_path), report.Theory(tmp_path), lm)
+    assert (
+        "| MORLHF equal | 0.100 ± 0.000 | 0.700 ± 0.000 | 1.00 ± 0.00 |"
+        in tables["language-sentiment-length"]
+    )
+    assert "PAMA" not in tables["language-sentiment-length"]
+    assert tables["language-three"] == report.MISSING
+
+
+def test_pages_are_filled_by_name_and_an_unknown_name_is_an_error() -> None:
+    page = "a\n<!-- study:x -->\nold\n<!-- end -->\nb <!--study y/z-->old<!----> c"
+    once = report.fill(page, {"x": "| new |"}, {"y/z": lambda: "0.5"})
+    assert once == "a\n<!-- study:x -->\n| new |\n<!-- end -->\nb <!--study y/z-->0.5<!----> c"
+    assert report.fill(once, {"x": "| new |"}, {"y/z": lambda: "0.5"}) == once
+    with pytest.raises(KeyError, match="x"):
+        report.fill(page, {}, {"y/z": lambda: "0.5"})
