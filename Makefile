@@ -34,11 +34,14 @@ $(VENV)/tools.stamp: constraints.txt
 	@touch $@
 
 # The package with one extra (test, examples, gym, bench), editable: Python changes need no new installation.
-# Warnings are errors in tests only: a newer compiler may know new ones.
+# Warnings are errors in tests only: a newer compiler may know new ones. Where nvcc is found, the CUDA module is built for
+# one architecture here, for all of them by `pip install .` and `make dist`.
+CUDA_ARCHITECTURES ?= 90
 $(VENV)/%.stamp: $(VENV)/tools.stamp $(BUILD_FILES)
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
-		--config-settings=build-dir=$(abspath $(VENV))/build-module \
+		--config-settings=build-dir=$(abspath $(VENV))/build-$(if $(filter test,$*),strict,module) \
 		--config-settings=cmake.define.PAMA_WERROR=$(if $(filter test,$*),ON,OFF) \
+		--config-settings='cmake.define.CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)' \
 		--editable '.[$*]'
 	@touch $@
 
