@@ -111,8 +111,8 @@ def objectives(sweep: Sweep) -> Any:
 def fronts(sweep: Sweep) -> Any:
     """The exact front of the word problem, and what each rule reaches with one or seven priors."""
     names = [("fixed", "MORLHF, seven fixed weights"), ("batch-scores-r0.1", "PAMA batch, 0.1, seven priors")]
-    names += [("batch-gram-signed-r0.1", "PAMA batch, gram, signed, 0.1, seven priors")]
-    figure, axes = plt.subplots(1, 4, figsize=(16, 4.6), layout="constrained", sharex=True, sharey=True)
+    names += [("batch-gram-signed-r0.1", "PAMA gram, signed, 0.1, seven priors")]
+    figure, axes = plt.subplots(1, 4, figsize=(16, 5), layout="constrained", sharex=True, sharey=True)
     corners = front_of_two(build("words-2", 1).vertices(0))
     for axis in axes:
         axis.plot(*corners.T, color=INK, lw=1.4, marker="o", ms=3, zorder=1)
@@ -127,7 +127,7 @@ def fronts(sweep: Sweep) -> Any:
             start = found.start.mean(0)
     if axes[0].collections:
         axes[0].plot(*start, "o", ms=8, mfc="white", mec=INK, mew=1.5, zorder=3)
-    axes[0].legend(loc="lower left", fontsize=7.5, handletextpad=0.1, labelspacing=0.25)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=11, columnspacing=1)
     for axis, (base, title) in zip(axes[1:], names, strict=True):
         axis.set_title(title)
         colour = SHOWN[base][1]
@@ -138,14 +138,18 @@ def fronts(sweep: Sweep) -> Any:
                 mean = found.rewards.mean(0)
                 share = rule.rpartition("-p")[2] if "-p" in rule else "0.5"
                 axis.plot(*mean, "o", color=colour, ms=8, mec="white")
+                # The labels of neighbours on either side of the front.
+                left = share in ("0.2", "0.65")
                 axis.annotate(
-                    share, mean, xytext=(7, 3), textcoords="offset points", fontsize=8, path_effects=_halo()
+                    share,
+                    mean,
+                    xytext=(-7, -10) if left else (7, 3),
+                    ha="right" if left else "left",
+                    textcoords="offset points",
+                    fontsize=8,
+                    path_effects=[withStroke(linewidth=2.5, foreground="white")],
                 )
     return figure
-
-
-def _halo() -> list[Any]:
-    return [withStroke(linewidth=2.5, foreground="white")]
 
 
 THEORY_COLOURS = {

@@ -168,27 +168,22 @@ GLANCE = {
 
 
 def at_a_glance(sweep: Sweep, lm: Language) -> str:
-    """Balance (language model: hypervolume) in percent of MORLHF's with equal weights on the same seeds."""
+    """Mean balance over groups of problems (language model: hypervolume over the start's)."""
     lines = []
     for rule in RULES:
         cells = []
         for problems in GLANCE.values():
-            ratios = []
-            for problem in problems:
-                ours, fixed = (sweep.finals.get((problem, name)) for name in (rule.name, "fixed"))
-                if ours and fixed:
-                    ratios.append(100 * ours.balance / fixed.balance)
-            # Seeds are the sample; problems of other numbers of seeds are cut to the fewest.
-            seeds = min((len(r) for r in ratios), default=0)
-            complete = len(ratios) == len(problems)
-            cells.append(cell(np.mean([r[:seeds] for r in ratios], axis=0), 0) if complete else MISSING)
-        ratios = []
-        for experiment in language.EXPERIMENTS:
-            ours, fixed = (lm.volumes(experiment, name) for name in (rule.name, "fixed"))
-            if ours and len(ours) == len(fixed):
-                ratios.append(100 * np.array(ours) / np.array(fixed))
-        complete = len(ratios) == len(language.EXPERIMENTS)
-        cells.append(cell(np.mean(ratios, axis=0), 0) if complete else MISSING)
+            found = [sweep.finals.get((problem, rule.name)) for problem in problems]
+            if any(f is None for f in found):
+                cells.append(MISSING)
+                continue
+            # Seeds are the sample; where problems have different numbers of them, the fewest.
+            balances = [f.balance for f in found if f]
+            seeds = min(map(len, balances))
+            cells.append(cell(np.mean([b[:seeds] for b in balances], axis=0)))
+        volumes = [lm.volumes(experiment, rule.name) for experiment in language.EXPERIMENTS]
+        seeds = min(map(len, volumes))
+        cells.append(cell(np.mean([v[:seeds] for v in volumes], axis=0), 2) if seeds else MISSING)
         lines.append([label(rule), *cells])
     return table(["rule", *GLANCE, "language model"], lines)
 
@@ -213,6 +208,15 @@ class Theory:
     def rows(self, problem: str, rule: str, size: str = "1", baseline: str = "fixed") -> Rows:
         path = self.folder / f"{problem}--{rule}--{size}--{baseline}.csv"
         return store.read(path) if path.exists() else []
+
+    def final(self, problem: str, rule: str, key: str) -> str:
+        """The mean over seeds after the last step; of what was promised, the largest."""
+        rows = self.rows(problem, rule)
+        if not rows:
+            return MISSING
+        last = max(row["step"] for row in rows)
+        values = [row[key] for row in rows if row["step"] == last]
+        return f"{max(values) if key == 'telescoped' else np.mean(values):.2g}"
 
     def theorem_1(self) -> str:
         path = self.folder / "theorem-1.csv"
@@ -273,6 +277,19 @@ class Language:
             found.append(box / hypervolume(_rewards([start[row["seed"]]]), worst))
         return found
 
+    def volume(self, experiment: str, rule: str) -> str:
+        volumes = self.volumes(experiment, rule)
+        return cell(volumes, 2) if volumes else MISSING
+
+    def reward(self, experiment: str, rule: str, index: int) -> str:
+        rows = self.finals(experiment, rule)
+        return cell(_rewards(rows)[:, index]) if rows else MISSING
+
+    def share(self, experiment: str, rule: str) -> str:
+        """Of a training step's processor time that goes into weights and loss: the median over seeds."""
+        rows = self.finals(experiment, rule)
+        return f"{np.median([row['loss_ms'] / row['step_ms'] for row in rows]):.1%}" if rows else MISSING
+
     def result(self, experiment: str) -> str:
         names = list(language.EXPERIMENTS[experiment])
         lines = []
@@ -296,7 +313,7 @@ class Language:
                     cell([row["kl"] for row in rows], 1),
                     cell(share, 2),
                     cell([_unrest(rows) for rows in self.curve(experiment, rule.name)], 2),
-                    f"{np.median([row['loss_ms'] / row['step_ms'] for row in rows]):.1%}",
+                    self.share(experiment, rule.name),
                     str(len(rows)),
                 ]
             )
@@ -391,14 +408,19 @@ def found_figures(sweep: Sweep, theorems: Theory, lm: Language) -> dict[str, Cal
             found[f"{problem}/{rule}/{measure}"] = lambda f=finals, m=measure, d=digits: cell(
                 getattr(f, m), d
             )
+    for problem in theory.PROBLEMS:
+        for rule_name in theory.RULES:
+            for key in ("combined_norm", "true_min_norm", "improvable", "telescoped"):
+                found[f"theory/{problem}/{rule_name}/{key}"] = lambda p=problem, r=rule_name, k=key: (
+                    theorems.final(p, r, k)
+                )
     for experiment, scorers in language.EXPERIMENTS.items():
         for rule in language.rules(len(scorers)):
-            found[f"{experiment}/{rule.name}/hypervolume"] = lambda e=experiment, r=rule: cell(
-                lm.volumes(e, r.name), 2
-            )
+            found[f"{experiment}/{rule.name}/hypervolume"] = lambda e=experiment, r=rule: lm.volume(e, r.name)
+            found[f"{experiment}/{rule.name}/share"] = lambda e=experiment, r=rule: lm.share(e, r.name)
             for i, name in enumerate(scorers):
-                found[f"{experiment}/{rule.name}/{name}"] = lambda e=experiment, r=rule, i=i: cell(
-                    _rewards(lm.finals(e, r.name))[:, i]
+                found[f"{experiment}/{rule.name}/{name}"] = lambda e=experiment, r=rule, i=i: lm.reward(
+                    e, r.name, i
                 )
     return found
 
@@ -412,5 +434,5 @@ def fill(text: str, tables: dict[str, str], figures: dict[str, Any]) -> str:
     def single(match: re.Match[str]) -> str:
         return f"<!--study {match[1]}-->{figures[match[1]]()}<!---->"
 
-    text = re.sub(r"<!-- study:(\S+) -->\n.*?<!-- end -->", whole, text, flags=re.DOTALL)
-    return re.sub(r"<!--study (\S+)-->.*?<!---->", single, text)
+    text = re.sub(r"<!-- study:(\S+?) -->\n.*?<!-- end -->", whole, text, flags=re.DOTALL)
+    return re.sub(r"<!--study (\S+?)-->.*?<!---->", single, text)
