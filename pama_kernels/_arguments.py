@@ -59,7 +59,7 @@ def check_float(name: str, x: Any) -> None:
 
 
 def check_mask(name: str, x: Any) -> None:
-    check_tensor(name, x, MASKS, "mask (bool, integer or floating-point)")
+    check_tensor(name, x, MASKS, "bool, integer or floating-point")
 
 
 def check_device(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
@@ -76,6 +76,13 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name}: expected one of {listed}, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """True or False and nothing that Python would take for it: "none" is true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return value
 
 
 def check_number(
@@ -138,6 +145,15 @@ _cached_uniform_prior = functools.lru_cache(maxsize=256)(_uniform_prior)
 _cached_sequence_prior = functools.lru_cache(maxsize=256)(_sequence_prior)
 
 
+def check_prior_type(prior: Any) -> None:
+    """Several numbers in order: a set has none, and a dictionary would be read by its keys."""
+    if isinstance(prior, (str, bytes, dict, set, frozenset)) or not hasattr(prior, "__len__"):
+        raise TypeError(
+            f"prior: expected a list of numbers, one for each objective, or a tensor, got {prior!r} "
+            f"({type(prior).__name__})"
+        )
+
+
 def prior_tensor(prior: Any, n: int, device: torch.device) -> tuple[Tensor, bool]:
     """The prior on the simplex, (N,) float64 on the device, and whether it is known to be uniform."""
     compiling = traced()
@@ -154,8 +170,7 @@ def prior_tensor(prior: Any, n: int, device: torch.device) -> tuple[Tensor, bool
         if device.type == "cpu" and not compiling:
             return _cached_sequence_prior(tuple(values.tolist()), device), False
         return values / values.sum(), False
-    if isinstance(prior, (str, bytes)) or not hasattr(prior, "__len__"):
-        raise TypeError(f"prior: expected {n} numbers or a tensor, got {type(prior).__name__}")
+    check_prior_type(prior)
     if len(prior) != n:
         raise ValueError(f"prior: expected {n} numbers, got {len(prior)}")
     try:
@@ -275,7 +290,7 @@ def _layout(advantages: Tensor, tokens_name: str, tokens: Tensor | None, n: int)
 def _packed_layout(
     advantages: Tensor, tokens_name: str, tokens: Tensor | None, cu_seqlens: Any, n: int
 ) -> Layout:
-    check_tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), "int32 or int64")
+    check_tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), "one-dimensional int32 or int64")
     check_device("cu_seqlens", cu_seqlens, "advantages", advantages)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(
@@ -321,11 +336,21 @@ def check_rule(weights_per: Any, bound: Any) -> None:
         raise ValueError(f"bound: 'gram' goes with weights_per='batch' only, got {weights_per!r}")
 
 
-def check_weighting(layout: Layout, weights_per: Any, bound: Any, process_group: Any, weights: Any) -> None:
-    check_rule(weights_per, bound)
-    if process_group is not None and weights_per != "batch":
+def check_process_group(process_group: Any, weights_per: Any) -> None:
+    if process_group is None:
+        return
+    if weights_per != "batch":
         raise ValueError(
             f"process_group: goes with weights_per='batch' only, got weights_per={weights_per!r}"
         )
+    if not torch.distributed.is_available() or not isinstance(process_group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"process_group: expected a torch.distributed.ProcessGroup, got {type(process_group).__name__}"
+        )
+
+
+def check_weighting(layout: Layout, weights_per: Any, bound: Any, process_group: Any, weights: Any) -> None:
+    check_rule(weights_per, bound)
+    check_process_group(process_group, weights_per)
     if weights_per == "sequence" and not layout.sequences and weights is None:
         raise ValueError("weights_per: 'sequence' needs cu_seqlens where tensors are flat")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from ._arguments import (
     ClipRange,
     Prior,
     check_device,
+    check_flag,
     check_float,
     check_mask,
     check_number,
@@ -145,6 +147,7 @@ def combine_advantages(
     if old_logprobs is not None and clip_range is None:
         raise ValueError("clip_range: expected a number or (low, high) with old_logprobs, got None")
     clip = list(clip_bounds((1.0, float("inf")) if clip_range is None else clip_range))
+    noon = check_flag("noon", noon)
     regularization = check_regularization(regularization)
     p, uniform = prior_tensor(prior, layout.objectives, advantages.device)
     if weights is not None:
@@ -170,7 +173,7 @@ def combine_advantages(
             cu_seqlens,
             numbers,
             clip,
-            bool(noon),
+            noon,
             pairs,
         )
         merged = ObjectiveStatistics(sums, layout.objectives, pairs).all_reduce(process_group)
@@ -190,7 +193,7 @@ def combine_advantages(
         p,
         numbers,
         clip,
-        bool(noon),
+        noon,
         code,
         uniform,
         regularization,
@@ -302,11 +305,12 @@ def group_normalize(
     if group_size is None:
         size: Any = rows
     else:
-        if isinstance(group_size, bool) or not isinstance(group_size, int):
+        if isinstance(group_size, bool) or not isinstance(group_size, Integral):
             raise TypeError(f"group_size: expected an integer, got {type(group_size).__name__}")
         if group_size < 1 or rows % group_size:
             raise ValueError(f"group_size: expected a positive divisor of the {rows} rows, got {group_size}")
-        size = group_size
+        size = int(group_size)
     eps = check_number("eps", eps, 0.0, float("inf"))
-    result: Tensor = operators.group_normalize(rewards, size, group_ids, bool(scale), eps)
+    scale = check_flag("scale", scale)
+    result: Tensor = operators.group_normalize(rewards, size, group_ids, scale, eps)
     return result

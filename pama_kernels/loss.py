@@ -15,8 +15,11 @@ from ._arguments import (
     Prior,
     check_choice,
     check_device,
+    check_flag,
     check_float,
     check_number,
+    check_prior_type,
+    check_process_group,
     check_regularization,
     check_rule,
     check_weighting,
@@ -209,6 +212,7 @@ def pama_loss(
     if aggregation != "token-mean" and not layout.sequences:
         raise ValueError(f"aggregation: {aggregation!r} needs cu_seqlens where tensors are flat, got none")
     clip = list(clip_bounds(clip_range, dual_clip))
+    noon = check_flag("noon", noon)
     regularization = check_regularization(regularization)
     kl_coef = check_number("kl_coef", kl_coef, 0.0, float("inf"))
     if kl_coef and ref_logprobs is None:
@@ -231,7 +235,7 @@ def pama_loss(
             cu_seqlens,
             numbers,
             clip,
-            bool(noon),
+            noon,
             bound == "gram",
         )
         statistics = ObjectiveStatistics(sums, layout.objectives, bound == "gram").all_reduce(process_group)
@@ -251,7 +255,7 @@ def pama_loss(
         p,
         numbers,
         clip,
-        bool(noon),
+        noon,
         weighting_code(weights_per, bound, weights),
         uniform,
         regularization,
@@ -335,17 +339,15 @@ class PamaLoss(nn.Module):
             raise ValueError(f"momentum: goes with weights_per='batch' only, got weights_per={weights_per!r}")
         clip_bounds(clip_range, dual_clip)
         check_rule(weights_per, bound)
-        if process_group is not None and weights_per != "batch":
-            raise ValueError(
-                f"process_group: goes with weights_per='batch' only, got weights_per={weights_per!r}"
-            )
+        check_process_group(process_group, weights_per)
         if prior is not None and not isinstance(prior, Tensor):
+            check_prior_type(prior)
             prior_tensor(prior, len(prior), torch.device("cpu"))
         self.settings: dict[str, Any] = {
             "weights_per": weights_per,
             "bound": bound,
             "clip_range": clip_range,
-            "noon": noon,
+            "noon": check_flag("noon", noon),
             "dual_clip": dual_clip,
             "prior": prior,
             "regularization": check_regularization(regularization),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._arguments import ClipRange, clip_bounds, resolve_layout
+from ._arguments import ClipRange, check_flag, clip_bounds, resolve_layout
 from ._codes import FIELDS, PAIRS, TOTALS
 from .backends import operators
 
@@ -265,6 +265,7 @@ def objective_statistics(
     )
     if logprobs is None and old_logprobs is not None:
         raise ValueError("old_logprobs: expected None without logprobs, got a tensor")
+    gram = check_flag("gram", gram)
     sums = operators.statistics(
         logprobs,
         old_logprobs,
@@ -275,7 +276,7 @@ def objective_statistics(
         cu_seqlens,
         layout.numbers(),
         list(clip_bounds(clip_range, dual_clip)),
-        bool(noon),
-        bool(gram),
+        check_flag("noon", noon),
+        gram,
     )
-    return ObjectiveStatistics(sums, layout.objectives, bool(gram))
+    return ObjectiveStatistics(sums, layout.objectives, gram)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -138,6 +139,8 @@ for _function in (_loss, _combine, _weights, _min_norm):
         (torch.ones(3, dtype=torch.complex64), TypeError, "complex64"),
         (torch.ones(3, dtype=torch.bool), TypeError, "bool"),
         ("abc", TypeError, "str"),
+        ({0: 1.0, 1: 1.0, 2: 1.0}, TypeError, "dict"),
+        ({1.0, 2.0, 3.0}, TypeError, "set"),
         (0.5, TypeError, "float"),
         ([None, 1.0, 1.0], TypeError, "None"),
         ([[1.0], [1.0], [1.0]], TypeError, "[[1.0]"),
@@ -269,8 +272,21 @@ for _function in (_loss, _combine, _module):
 for _function in (_loss, _module):
     _case(_function, ValueError, "aggregation", "'mean'", aggregation="mean")
     _case(_function, ValueError, "aggregation", "None", aggregation=None)
+for _prior, _came in ((0.5, "float"), ("abc", "str"), ({1.0, 2.0}, "set")):
+    _case(_module, TypeError, "prior", _came, prior=_prior)
+for _function in (_loss, _combine, _module):
+    _case(_function, TypeError, "process_group", "bool", process_group=True)
 _case(_loss, ValueError, "process_group", "'token'", process_group=object(), weights_per="token")
 _case(_combine, ValueError, "process_group", "'sequence'", process_group=object(), weights_per="sequence")
+
+# --- flags: a word for no is true ----------------------------------------------------------------
+
+for _value in ("no", "false", 0, None):
+    for _function in (_loss, _combine, _statistics, _module):
+        _case(_function, TypeError, "noon", repr(_value), noon=_value)
+    _case(_statistics, TypeError, "gram", repr(_value), gram=_value)
+for _value in ("none", "group", 0, None):
+    _case(_normalize, TypeError, "scale", repr(_value), scale=_value)
 
 # --- sequence-wise settings on flat tensors ----------------------------------------------------------
 
@@ -565,6 +581,8 @@ def test_good_neighbours_of_the_bad_inputs_pass() -> None:
     assert torch.isfinite(_loss(dual_clip=1.2 + 1e-9).loss)
     for prior in ([0, 0, 1], (1, 2, 3), torch.tensor([1, 0, 3]), torch.ones(3).half(), [1e-300] * 3):
         assert torch.isfinite(_loss(prior=prior).loss)
+    assert torch.isfinite(_loss(prior=np.ones(N)).loss)
+    assert torch.isfinite(_normalize(group_size=np.int64(2))).all()
     for normalizer in (3, 0.5, torch.tensor(3), torch.tensor(3.0), torch.tensor(3.0, dtype=torch.float64)):
         assert torch.isfinite(_loss(normalizer=normalizer).loss)
     for dtype in (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16):

@@ -34,7 +34,7 @@ needs_verl = pytest.mark.skipif(
 
 
 def section(keys: list[str] = KEYS, scale: bool = True, **pama: Any) -> dict[str, Any]:
-    pama = {"reward_keys": keys, "weights_per": "batch", **pama}
+    pama = {"reward_keys": keys, **pama}
     return {"adv_estimator": "pama", "norm_adv_by_std_in_grpo": scale, "pama": pama}
 
 
@@ -191,8 +191,9 @@ def test_parts(rule: str) -> None:
 WRONG_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "no section": ({}, r"algorithm\.pama: expected a section"),
     "unknown": ({"weight_per": "batch"}, r"algorithm\.pama: expected .*weights_per.*, got weight_per"),
-    "no rule": ({"weights_per": None}, r"algorithm\.pama\.weights_per: expected a value"),
+    "no rule": ({"weights_per": None}, r"algorithm\.pama\.weights_per: expected .* got None"),
     "rule": ({"weights_per": "rollout"}, r"algorithm\.pama\.weights_per: expected .*'rollout'"),
+    "no keys": ({"reward_keys": None}, r"algorithm\.pama\.reward_keys: expected a list of names, got none"),
     "no rewards": ({"reward_keys": []}, r"algorithm\.pama\.reward_keys: expected a list of names"),
     "a string": ({"reward_keys": "correct"}, r"algorithm\.pama\.reward_keys: expected a list of names"),
     "twice": ({"reward_keys": ["a", "a"]}, r"algorithm\.pama\.reward_keys: expected different names"),

@@ -83,8 +83,7 @@ TINY: dict[str, Any] = {
 
 
 def settings(kind: type[GRPOConfig], where: Path, **changes: Any) -> GRPOConfig:
-    pama = {"pama_weights_per": "batch"} if kind is PamaGRPOConfig else {}
-    return kind(**{"output_dir": str(where), **TINY, **pama, **changes})
+    return kind(**{"output_dir": str(where), **TINY, **changes})
 
 
 def trainer(

@@ -24,7 +24,7 @@ class Settings:
     """``algorithm.pama``: `reward_keys` name the objectives, the rest goes to `combine_advantages`."""
 
     reward_keys: tuple[str, ...]
-    weights_per: str
+    weights_per: str = "batch"
     bound: str = "scores"
     noon: bool = True
     prior: tuple[float, ...] | None = None
@@ -45,17 +45,14 @@ def read_settings(algorithm: Any) -> Settings:
     """
     section: Any = None if algorithm is None else algorithm.get("pama", None)
     if not hasattr(section, "items"):
-        raise ValueError(
-            f"algorithm.pama: expected a section with reward_keys and weights_per, got {section!r}"
-        )
+        raise ValueError(f"algorithm.pama: expected a section with reward_keys, got {section!r}")
     given = {str(name): _plain(value) for name, value in section.items()}
     known = [setting.name for setting in fields(Settings)]
     if unknown := sorted(set(given) - set(known)):
         raise ValueError(f"algorithm.pama: expected {', '.join(known)}, got {', '.join(unknown)}")
-    for name in ("reward_keys", "weights_per"):
-        if given.get(name) is None:
-            raise ValueError(f"algorithm.pama.{name}: expected a value, got none")
-    keys = given["reward_keys"]
+    keys = given.get("reward_keys")
+    if keys is None:
+        raise ValueError("algorithm.pama.reward_keys: expected a list of names, got none")
     if not isinstance(keys, tuple) or not keys or not all(isinstance(key, str) for key in keys):
         raise TypeError(f"algorithm.pama.reward_keys: expected a list of names, got {keys!r}")
     if len(set(keys)) != len(keys):

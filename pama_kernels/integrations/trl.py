@@ -60,13 +60,13 @@ EPS = 1e-4  # added to deviations, as TRL does
 class PamaGRPOConfig(GRPOConfig):
     """`GRPOConfig` with PAMA's settings: the arguments of `combine_advantages`, and `PamaLoss`'s momentum.
 
-    `pama_weights_per` must be given. GRPO's rewards belong to completions: "token" and "sequence" are the
-    same problem. TRL's `reward_weights`, if given, are the prior; what has weight 0 is only logged.
+    GRPO's rewards belong to completions: "token" and "sequence" are the same problem. TRL's
+    `reward_weights`, if given, are the prior; what has weight 0 is only logged.
     """
 
-    pama_weights_per: str | None = field(
-        default=None,
-        metadata={"help": "Whose weights: 'batch' (one set per rollout), 'sequence' or 'token'. No default."},
+    pama_weights_per: str = field(
+        default="batch",
+        metadata={"help": "Whose weights: 'batch' (one set per rollout), 'sequence' or 'token'."},
     )
     pama_bound: str = field(
         default="scores",
