@@ -321,7 +321,8 @@ def whole_loss(bench: Bench, tokens: int, n: int, weights_per: str) -> None:
 
     def ours(x: Inputs) -> Tensor:
         leaf = x["logprobs"].detach().requires_grad_()
-        loss = pk.pama_loss(**{**x, "logprobs": leaf}, weights_per=weights_per, clip_range=peers.CLIP).loss
+        rule = {"weights_per": weights_per, "regularization": 0.0, "clip_range": peers.CLIP}  # the eager one
+        loss = pk.pama_loss(**{**x, "logprobs": leaf}, **rule).loss
         (gradient,) = torch.autograd.grad(loss, leaf)
         return gradient
 

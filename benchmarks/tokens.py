@@ -278,6 +278,7 @@ def our_loss(case: Case, weights_per: str) -> Callable[[Batch], Tensor]:
             x.advantages,
             x.mask,
             weights_per=per,
+            regularization=0.0,  # the paper's problem, which is what the eager rule solves
             weights=given,
             clip_range=peers.CLIP,
             cu_seqlens=x.cu_seqlens,
