@@ -27,6 +27,7 @@ class Goal:
     least: float
     measure: Callable[[Rows], list[float]]
     least_avx2: float | None = None  # where the widest instructions are AVX2
+    limit: Callable[[Rows], list[float]] | None = None  # what memory alone would allow
 
     def bound(self, kernels: str) -> float:
         narrow = self.least_avx2 is not None and not kernels.startswith("avx512")
@@ -40,6 +41,7 @@ class Verdict:
     goal: str
     measured: str
     met: str  # yes | no | not measured
+    limit: str = ""  # the most that memory allows, if it is what limits
 
 
 def ratios(
@@ -66,6 +68,29 @@ def ratios(
 def exact_case(work: str, contestant: str, case: str, n: int, size: int) -> Callable[[Rows], list[float]]:
     found = ratios(work, contestant, case, [n], size)
     return lambda rows: found([r for r in rows if r["case"] == case])
+
+
+def memory_limit(
+    measure: Callable[[Rows], list[float]], contestant: str, case: str, n: int, size: int, passes: int
+) -> Callable[[Rows], list[float]]:
+    """Of a call that does nothing but read its bytes `passes` times, at the bandwidth of the same run."""
+
+    def at_most(rows: Rows) -> list[float]:
+        speeds = [
+            float(r["gigabytes_per_second"])
+            for r in rows
+            if (r["work"], r["case"], r["n"], r["size"], r["contestant"])
+            == ("loss and gradient", case, str(n), str(size), contestant)
+            and r["gigabytes_per_second"]
+        ]
+        memory = [
+            float(r["gigabytes_per_second"])
+            for r in rows
+            if r["work"] == "bandwidth" and r["contestant"] == "read" and r["gigabytes_per_second"]
+        ]
+        return [x * memory[0] / (passes * y) for x, y in zip(measure(rows), speeds, strict=True) if memory]
+
+    return at_most
 
 
 def over(a: Callable[[Rows], list[float]], b: Callable[[Rows], list[float]]) -> Callable[[Rows], list[float]]:
@@ -97,11 +122,13 @@ def _rows(case: str, wide: float, narrow: float) -> Goal:
     return Goal("solvers", work, "copy bandwidth", "% of its speed", wide, measure, narrow)
 
 
-def _loss(weights: str, wide: float, narrow: float) -> Goal:
-    measure = exact_case("loss and gradient", tokens.PPO, f"{PADDED}, {weights}", 8, 2**18)
+def _loss(weights: str, wide: float, narrow: float, passes: int) -> Goal:
+    case = f"{PADDED}, {weights}"
+    measure = exact_case("loss and gradient", tokens.PPO, case, 8, 2**18)
+    limit = memory_limit(measure, tokens.LOSS, case, 8, 2**18, passes)
     against = "eager PPO loss of one objective"
     work = f"pama_loss and gradient, 262,144 tokens, N=8, {weights}"
-    return Goal("tokens", work, against, "x faster", wide, measure, narrow)
+    return Goal("tokens", work, against, "x faster", wide, measure, narrow, limit)
 
 
 GOALS = (
@@ -150,9 +177,9 @@ GOALS = (
         exact_case("statistics", tokens.READ, PADDED, 4, 2**18),
         least_avx2=0.45,
     ),
-    _loss("weights per token", 10, 6),
-    _loss("given weights", 10, 6),
-    _loss("weights per batch", 4, 3),
+    _loss("weights per token", 10, 6, 1),
+    _loss("given weights", 10, 6, 1),
+    _loss("weights per batch", 4, 3, 2),
     Goal(
         *("tokens", "pama_loss and gradient, 64 tokens, N=4", "eager PyTorch, the same rule", "x faster", 1),
         exact_case("loss and gradient", tokens.EAGER, f"{PADDED}, weights per batch", 4, 64),
@@ -172,7 +199,11 @@ def judge(goal: Goal, rows: Rows, kernels: str) -> Verdict:
     if not measured:
         return Verdict(goal.work, goal.against, wanted, "", "not measured")
     worst = min(measured)
-    return Verdict(goal.work, goal.against, wanted, shown(worst), "yes" if worst >= bound else "no")
+    limits = goal.limit(rows) if goal.limit else []
+    return Verdict(
+        *(goal.work, goal.against, wanted, shown(worst), "yes" if worst >= bound else "no"),
+        shown(min(limits)) if limits else "",
+    )
 
 
 def kernels(path: Path) -> str:
@@ -204,8 +235,11 @@ def write(folder: Path, judged: Sequence[Verdict]) -> Path:
 
 def table(judged: Sequence[Verdict]) -> str:
     """For a terminal."""
-    lines = [("work", "against", "goal", "measured", "met"), *(tuple(asdict(v).values()) for v in judged)]
-    widths = [max(len(line[k]) for line in lines) for k in range(5)]
+    lines = [
+        ("work", "against", "goal", "measured", "met", "memory allows"),
+        *(tuple(asdict(v).values()) for v in judged),
+    ]
+    widths = [max(len(line[k]) for line in lines) for k in range(6)]
     return "\n".join(
         "  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines
     )

@@ -108,8 +108,8 @@ def latencies(results: Path, work: str, case: str) -> str:
 def goals(results: Path) -> str:
     rows = read(results / "goals.csv")
     return markdown(
-        ["work", "against", "goal", "measured", "met"],
-        [[r[key] for key in ("work", "against", "goal", "measured", "met")] for r in rows],
+        ["work", "against", "goal", "measured", "met", "memory allows"],
+        [[r[key] for key in ("work", "against", "goal", "measured", "met", "limit")] for r in rows],
     )
 
 
