@@ -86,9 +86,10 @@ def _solve_scalar(a: Tensor, p: Tensor, rho: float) -> Solution:
         c[tied] = p[tied] + (1 - p[tied].sum()) / tied.sum()
         return Solution(c, a.new_tensor(s))
     sign = 1.0 if float(a @ p) >= 0 else -1.0
+    away = sign * a - (sign * a).min()  # a shift changes no projection, and keeps p where lam is large
 
     def excess(lam: float) -> float:
-        return sign * float(a @ project_on_simplex(p - lam * sign * a)) - rho * lam
+        return sign * float(a @ project_on_simplex(p - lam * away)) - rho * lam
 
     left, right = 0.0, 1.0
     while excess(right) > 0 and right < 1e300:
@@ -98,7 +99,7 @@ def _solve_scalar(a: Tensor, p: Tensor, rho: float) -> Solution:
         if middle in (left, right):
             break
         left, right = (middle, right) if excess(middle) > 0 else (left, middle)
-    c = project_on_simplex(p - right * sign * a)
+    c = project_on_simplex(p - right * away)
     return Solution(c, a @ c if rho > 0 else a.new_zeros(()))
 
 

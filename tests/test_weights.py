@@ -379,6 +379,45 @@ def test_large_regularization_gives_the_prior() -> None:
         assert torch.equal(s.weights, torch.tensor([0.125, 0.25, 0.625]).expand(2, 3))
 
 
+@pytest.mark.parametrize("size", [1.1e-12, 1e-9, 1e-6, 1.0, 1e5, 9e11])
+@pytest.mark.parametrize("regularization", [1e-29, 1e-20, 1e-15, 1e-10, 1e9])
+def test_any_regularization_at_any_size(isa: str, size: float, regularization: float) -> None:
+    """rho times the square of the scores is far outside float32: the weights still sum to 1."""
+    for row in ([1.0, 1.0, 1.0], [1.5, 1.0, 1.0], [1.0, -0.25, 1.0]):
+        for prior in (None, [1.0, 2.0, 3.0]):
+            assert_near_reference(torch.tensor([row]) * size, prior, regularization, condition=4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("exponent", [-290, -60, -39, 39, 60, 290])
+def test_scale_and_regularization_beyond_float32(isa: str, dtype: torch.dtype, exponent: int) -> None:
+    """Their product is 1."""
+    a = torch.tensor([[1.0, 0.5], [1.0, -0.75], [0.0, 0.0]], dtype=dtype)
+    s = pk.pama_weights(a, regularization=10.0**-exponent, scale=10.0**exponent)
+    t = pk.pama_weights(a, regularization=1.0, scale=1.0)
+    # 10^-x and 10^x are rounded: rho = 1 + 2 eps
+    assert ((s.weights - t.weights).abs() <= 8 * eps_of(dtype)).all()
+
+
+def test_scores_of_zero_with_a_tiny_scale_give_the_prior(isa: str) -> None:
+    for n in (1, 2, 3, 8, 9):
+        for scale in (1e-25, 1e-40, 1e-300):
+            s = pk.pama_weights(torch.zeros(5, n), regularization=1e-14, scale=scale)
+            # the prior, rounded; or 1 / n by a reciprocal good to one unit
+            assert ((s.weights - 1 / n).abs() <= EPS32).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_optimum_lies_between_the_scores(isa: str, dtype: torch.dtype) -> None:
+    """Scores of the largest number: a.c, with weights whose sum is rounded up, would be infinite."""
+    for n in range(1, 17):
+        a = torch.full((3, n), torch.finfo(dtype).max, dtype=dtype)
+        for sign in (1, -1):
+            optimum = pk.pama_weights(sign * a, regularization=0.1).optimum
+            assert torch.isfinite(optimum).all()
+            assert ((optimum.abs() / a[:, 0] - 1).abs() <= 4 * n * eps_of(dtype)).all()
+
+
 # --- bits ----------------------------------------------------------------------------------------------
 
 
@@ -412,6 +451,33 @@ def test_rows_are_independent(n: int, regularization: float, uniform: bool) -> N
             alone = pk.pama_weights(a[i], prior=prior, regularization=regularization, scale=size)
             assert torch.equal(alone.weights.view(torch.int32), batch.weights[i].view(torch.int32))
             assert torch.equal(alone.optimum.view(torch.int32), batch.optimum[i].view(torch.int32))
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8, 32])
+def test_a_row_without_a_negative_score_has_its_bits_beside_any(isa: str, n: int) -> None:
+    """Rows without a negative score go another way where no neighbour has one."""
+    a = torch.randint(0, 3, (64, n), generator=torch.Generator().manual_seed(n)).float()
+    a[::4] = 1  # all tied
+    signs = torch.where(torch.arange(64) % 2 == 0, 1.0, -1.0)[:, None]
+    for prior in (None, [float(i % 3 == 0) for i in range(n)], [float(1 + i % 3) for i in range(n)]):
+        s = pk.pama_weights(a, prior=prior)
+        t = pk.pama_weights(a * signs, prior=prior)
+        assert torch.equal(s.weights[::2], t.weights[::2])
+        assert (s.weights >= 0).all()
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_a_nan_hides_no_negative_score(isa: str, n: int) -> None:
+    """One negative score anywhere beside a NaN, among scores of 1."""
+    for at in range(n, 64 * n):
+        a = torch.ones(64, n)
+        a[0, 0] = NAN
+        a.view(-1)[at] = -1
+        s = pk.pama_weights(a)
+        assert s.optimum[0].isnan()
+        wanted = torch.ones(63)
+        wanted[at // n - 1] = 0  # -1 and 1 on both sides of 0
+        assert torch.equal(s.optimum[1:], wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

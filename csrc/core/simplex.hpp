@@ -98,7 +98,7 @@ PAMA_HD inline V simplex_solve(int n, V* PAMA_RESTRICT a, const V* PAMA_RESTRICT
         }
         const V share = reciprocal(m);
         mean = sum_a * share;
-        shift = Uniform ? share : (one - sum_p) * share;
+        shift = Uniform ? share : max_of((one - sum_p) * share, zero);  // below 0 only by rounding
         V spread = rho, slope = nearby + mean;
         for (int i = 0; i < size; ++i) {
             const V centred = c[i] * (a[i] - mean);
@@ -178,7 +178,7 @@ PAMA_HD inline double simplex_row(int given_n, double* PAMA_RESTRICT a, double* 
     for (int i = 0; i < n; ++i) a[i] = c[i] == 0 ? 0 : std::ldexp(a[i], -exponent);
     const double optimum =
         uniform ? simplex_solve<double, N, true>(n, a, p, rho, c) : simplex_solve<double, N>(n, a, p, rho, c);
-    return std::ldexp(optimum, exponent);
+    return max_of(low, min_of(high, std::ldexp(optimum, exponent)));
 }
 
 PAMA_END

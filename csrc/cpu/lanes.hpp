@@ -64,9 +64,9 @@ inline V solve_lanes(int given, const T* a, const T* present, long stride, int l
             ties += choose(tied, one, zero);
             mass += choose(tied, zero + static_cast<T>(prior[i]), zero);
         }
-        const V shift = (one - mass) / ties + poison;
-        for (int i = 0; i < n; ++i) {
-            const V kept = shift + static_cast<T>(prior[i]);
+        const V share = reciprocal(ties), shift = (uniform ? share : max_of((one - mass) * share, zero)) + poison;
+        for (int i = 0; i < n; ++i) {  // with the bits that simplex_solve gives
+            const V kept = uniform ? shift : shift + static_cast<T>(prior[i]);
             put(c + i * stride, choose(load(a + i * stride) == low, kept, poison));
         }
         return low + poison;
@@ -91,10 +91,10 @@ inline V solve_lanes(int given, const T* a, const T* present, long stride, int l
         poison += zero * x[i];
     }
     const V largest = max_of(-low, high);
-    // A row whose squares leave the range of T is scaled, exactly, by the power of two of its largest score; a
-    // subnormal one is lifted first.
+    // A row for which T can't hold rho from 1e-30 to 1e18 of its squares is scaled, exactly, by the power of two of its
+    // largest score; a subnormal one is lifted first.
     V unit = one, lift = one, inverse = one, size = largest * largest;
-    const auto extreme = (largest > static_cast<T>(1e12)) | ((largest < static_cast<T>(1e-12)) & (largest > zero));
+    const auto extreme = (largest > static_cast<T>(1e6)) | ((largest < static_cast<T>(1e-3)) & (largest > zero));
     if (any(extreme)) {
         lift = choose(extreme & (largest < static_cast<T>(1e-30)), zero + static_cast<T>(0x1p100), one);
         const V power = choose(extreme, power_below(largest * lift), one);
@@ -104,15 +104,15 @@ inline V solve_lanes(int given, const T* a, const T* present, long stride, int l
         size *= size;
         unit = power / lift;
     }
-    const V least = size * static_cast<T>(1e-30);
+    const V least = max_of(size, zero + static_cast<T>(1e-6)) * static_cast<T>(1e-30);  // scores of 0: size is 0
+    V rho = size * static_cast<T>(regularization);
     if (scale && regularization > 0)
         for (int k = 0; k < lanes; ++k) {  // in double: a scale is a square
-            const double own = scale[k],
-                         by = static_cast<double>(lane<T>(lift, k)) * static_cast<double>(lane<T>(inverse, k));
-            set_lane(poison, k, lane<T>(poison, k) + static_cast<T>(0 * own));
-            set_lane(size, k, static_cast<T>(own * by * by));
+            const double by = static_cast<double>(lane<T>(lift, k)) * static_cast<double>(lane<T>(inverse, k)),
+                         own = regularization * scale[k] * by * by;
+            set_lane(poison, k, lane<T>(poison, k) + static_cast<T>(0 * scale[k]));
+            set_lane(rho, k, static_cast<T>(own < 1e30 ? own : 1e30));
         }
-    V rho = size * static_cast<T>(regularization);
     rho = choose(rho < least, zero,
                  min_of(rho, zero + static_cast<T>(1e30)));  // what T can't tell from none, or from all
     const auto exact = rho == zero, one_sided = (low >= zero) | (high <= zero);
@@ -126,7 +126,7 @@ inline V solve_lanes(int given, const T* a, const T* present, long stride, int l
         x[i] = choose(settled, zero, x[i]);
     }
     V optimum = uniform ? simplex_solve<V, N, true>(n, x, p, rho, keep) : simplex_solve<V, N>(n, x, p, rho, keep);
-    optimum = choose(exact, choose(one_sided, nearest, zero), optimum * unit);
+    optimum = choose(exact, choose(one_sided, nearest, zero), max_of(low, min_of(high, optimum * unit)));
     const auto none = present ? count == zero : count != count;
     for (int i = 0; i < n; ++i) put(c + i * stride, choose(none, zero + static_cast<T>(prior[i]), keep[i] + poison));
     optimum = choose(none, zero, optimum) + poison;
@@ -167,7 +167,7 @@ inline void weights_rows(long rows, const float* PAMA_RESTRICT scores, long row,
                 for (int i = 0; i < N; ++i)
                     reinterpret_cast<float*>(v)[t * N + i] = scores[(at + t) * row + i * objective];
         }
-        FloatV low = v[0][0];
+        FloatV low = {};  // of several rows: a NaN among them leaves it alone
         for (int k = 0; k < vectors; ++k) {
             for (int i = 0; i < N; ++i) low = min_of(v[k][i], low);
             deinterleave<N>(v[k]);
