@@ -53,7 +53,7 @@ def test_kernels_on_the_host(emulated: str, file: str) -> None:
     which = "certified and " + QUICKLY if file == "test_min_norm.py" else QUICKLY
     arguments = ["-p", "cuda_emulation", "-m", "not slow", "-k", which, file]
     said = _pytest(arguments, PAMA_CUDA_EMULATED=emulated, HYPOTHESIS_PROFILE="quick")
-    assert int(re.findall(r"(\d+) passed", said)[0]) > 50, said
+    assert int(re.findall(r"(\d+) passed", said)[0]) > 20, said
 
 
 def test_weights_of_the_batch_take_both_backends(emulated: str) -> None:
