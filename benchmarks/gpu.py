@@ -520,7 +520,9 @@ def main() -> int:
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run, tiny sizes"
     )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: benchmarks/results, of a dry run benchmarks/local"
+    )
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cuda":
@@ -528,10 +530,11 @@ def main() -> int:
             parser.error("torch finds no GPU; --device cpu shows that the benchmark runs")
         device = torch.device("cuda", torch.cuda.current_device())
     quick = device.type == "cpu"
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    out = arguments.out or Path(__file__).parent / ("local" if quick else "results")
+    out.mkdir(parents=True, exist_ok=True)
     part = "gpu-dry-run" if quick else "gpu"
     command = "python -m benchmarks.gpu" + " --device cpu" * quick
-    session = Session(part, arguments.out, quick, command, 0.0)
+    session = Session(part, out, quick, command, 0.0)
     session.notes += machine(device)
     session.notes.append(
         f"backends: {', '.join(available(device))}; input pools of {CACHE_BYTES / 1e6:.0f} MB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -16,12 +17,22 @@ import run_gpu  # noqa: E402
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run, tiny sizes"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: benchmarks/results, of a dry run benchmarks/local"
+    )
+    arguments = parser.parse_args()  # before minutes of building
     with tempfile.TemporaryDirectory() as folder:
         environment = run_gpu.install(Path(folder), shutil.which("nvcc") is not None)
         # Started in the folder: from the root Python would find the sources of the package first.
         environment["PYTHONPATH"] = os.pathsep.join([folder, str(ROOT)])
-        command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(ROOT / "benchmarks" / "results")]
-        return subprocess.run([*command, *sys.argv[1:]], cwd=folder, env=environment, check=False).returncode
+        command = [sys.executable, "-m", "benchmarks.gpu", "--device", arguments.device]
+        if arguments.out is not None:
+            command += ["--out", str(arguments.out.resolve())]
+        return subprocess.run(command, cwd=folder, env=environment, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -369,3 +371,14 @@ def test_committed_results_measure_every_goal() -> None:
     assert [tuple(r.values()) for r in read(RESULTS / "goals.csv")] == [
         tuple(vars(v).values()) for v in judged
     ]
+
+
+# --- the GPU's, in a command of its own --------------------------------------------------------------
+
+
+def test_a_wrong_option_of_the_gpu_benchmark_costs_no_build() -> None:
+    """The package is built before the benchmark runs, for minutes where there is nvcc."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "run_gpu.py"), "--device", "tpu"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 2
+    assert "'tpu'" in ended.stderr
