@@ -703,6 +703,26 @@ def test_rounding_of_the_input_is_no_indefiniteness(name: str, dtype: torch.dtyp
         assert ((s.weights.double().sum(-1) - 1).abs() <= 4 * n * EPS32).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("n", [3, 8, 9, 16, 32])
+@pytest.mark.parametrize("regularization", [0.0, 1e-3])
+def test_dependent_gradients_are_solved_in_spite_of_rounding(
+    n: int, dtype: torch.dtype, regularization: float
+) -> None:
+    """More objectives than dimensions: after rounding the matrix is not quite semidefinite."""
+    g = torch.Generator().manual_seed(n)
+    for k in (1, 2, 8):
+        factor = torch.randn(100, n, k, generator=g, dtype=torch.float64) + 0.5
+        m = (factor @ factor.mT).to(dtype)
+        c = pk.min_norm_weights(m, regularization=regularization).weights.double()
+        a = m.double() / m.diagonal(dim1=-2, dim2=-1).amax(-1).double()[:, None, None]
+        gradient = (a @ c[..., None])[..., 0] + regularization * (c - 1 / n)
+        gap = (gradient * c).sum(-1) - gradient.amin(-1)
+        # what the negative eigenvalue is worth, and weights rounded to float32
+        indefinite = -torch.linalg.eigvalsh(a)[:, 0].clamp(max=0)
+        assert (gap <= 2 * indefinite + 4 * EPS32).all()
+
+
 def test_asymmetry_by_rounding_is_averaged() -> None:
     for n in (2, 3, 8, 20):
         m = family("tall", 5, n).float()

@@ -18,7 +18,8 @@
 // 3. Where the minimiser may not be unique (a pivot vanishes, or a multiplier outside the support does): at
 //    most kProximalSteps proximal steps, which add ridge/2 ||c - c_previous||^2 with c_0 = p, until Wolfe's gap
 //    of the problem itself closes. The first step finds the minimiser nearest to p up to O(ridge), the next
-//    ones remove that bias where M is positive and leave the rest alone.
+//    ones remove that bias where M is positive and leave the rest alone. Where a step fails, because M is not
+//    quite semidefinite (a singular matrix rounded to float32), a larger ridge begins again.
 //
 // 1 alone decides where all pivots and all multipliers outside the support are positive: then the minimiser is
 // unique. Every answer carries Wolfe's gap, which bounds the distance of the objective from its minimum.

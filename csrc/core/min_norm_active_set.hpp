@@ -13,6 +13,8 @@ constexpr double kTie = 1e-11;        // the same: below it a multiplier may be 
 constexpr double kCertified = 1e-13;  // Wolfe's gap of an answer
 constexpr double kRidge = 1e-9;       // bias kRidge against rounding epsilon / kRidge
 constexpr double kSmallestRidge = 1e-12;
+constexpr double kLargestRidge = 1e-2, kRidgeFactor = 100.0;  // where M is not semidefinite
+constexpr double kProximalGap = 10.0;                         // of the ridge: more than a proximal step can leave
 constexpr int kProximalSteps = 12;
 constexpr double kProximalSigma = 1e-2;  // keeps H regular along c where c'Mc = 0
 constexpr double kSmallestSigma = 1e-290;
@@ -206,14 +208,17 @@ struct ActiveSet : Problem {
             if (residual <= certified) return residual;
         }
         strict = false;
-        double ridge = kRidge, residual = 0.0;
-        start();
-        for (int i = 0; i < n; ++i) point[i] = prior[i];
+        double ridge = kRidge, least = kSmallestRidge, residual = 0.0;
+        bool solved = false;
         for (int step = 0; step < kProximalSteps; ++step) {
-            if (step > 1) ridge = 0.1 * ridge > kSmallestRidge ? 0.1 * ridge : kSmallestRidge;
+            if (!solved) {
+                start();
+                for (int i = 0; i < n; ++i) point[i] = prior[i];
+            }
+            if (step > 1) ridge = 0.1 * ridge > least ? 0.1 * ridge : least;
             for (int i = 0; i < n; ++i) centre[i] = (weight * prior[i] + ridge * point[i]) / (weight + ridge);
             set_quadratic(weight + ridge, centre, kProximalSigma);
-            const bool solved = exchange() == kOptimal || descend();
+            solved = exchange() == kOptimal || descend();
             if (solved) {
                 normalise();
             } else {
@@ -221,7 +226,14 @@ struct ActiveSet : Problem {
             }
             average_duplicates();
             residual = gap(weight, optimum);
-            if (!solved || residual <= certified) break;
+            if (residual <= certified) break;
+            // Else M is less semidefinite than the ridge makes up for, as after rounding to float32: begin again,
+            // larger.
+            solved = solved && residual <= kProximalGap * (ridge > kRidge ? ridge : kRidge) * (1.0 + weight);
+            if (!solved) {
+                if (ridge >= kLargestRidge) break;
+                least = ridge = kRidgeFactor * ridge;
+            }
         }
         return residual;
     }
