@@ -61,6 +61,12 @@ WORST = {  # the reference point of the hypervolume: the least that each reward 
     "three": (-1.0, 0.0, 0.0),
 }
 
+BEST = {
+    "sentiment-length": (1.0, 1.5),
+    "information-conciseness": (1.0, 1.0),
+    "three": (1.0, 1.0, 1.0),
+}
+
 _RULES = {rule.name: rule for rule in PAMA + OTHERS}
 SHORT_LIST = (
     "batch-scores-r0",

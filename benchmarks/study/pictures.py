@@ -224,9 +224,9 @@ def planes(lm: Language) -> Any:
                 axis.errorbar(
                     mx, my, np.nan_to_num(hy), np.nan_to_num(hx), color=colour, lw=1, fmt="none", alpha=0.6
                 )
-                axis.plot(
-                    mx, my, marker=marker, color=colour, ms=8, mec="white", ls="none", label=name, zorder=3
-                )
+                size = 15 if marker == "*" else 8
+                look = {"marker": marker, "color": colour, "ms": size, "mec": "white", "ls": "none"}
+                axis.plot(mx, my, label=name, zorder=3, **look)
         middle = [np.mean([row[f"reward_{i}"] for row in start]) for i in (x, y)]
         axis.plot(*middle, "o", ms=9, mfc="white", mec=INK, mew=1.6, zorder=4, label="start")
     handles, labels = axes[0].get_legend_handles_labels()

@@ -168,7 +168,7 @@ GLANCE = {
 
 
 def at_a_glance(sweep: Sweep, lm: Language) -> str:
-    """Mean balance over groups of problems (language model: hypervolume over the start's)."""
+    """Mean balance over groups of problems (language model: hypervolume in percent)."""
     lines = []
     for rule in RULES:
         cells = []
@@ -183,7 +183,7 @@ def at_a_glance(sweep: Sweep, lm: Language) -> str:
             cells.append(cell(np.mean([b[:seeds] for b in balances], axis=0)))
         volumes = [lm.volumes(experiment, rule.name) for experiment in language.EXPERIMENTS]
         seeds = min(map(len, volumes))
-        cells.append(cell(np.mean([v[:seeds] for v in volumes], axis=0), 2) if seeds else MISSING)
+        cells.append(cell(np.mean([v[:seeds] for v in volumes], axis=0), 1) if seeds else MISSING)
         lines.append([label(rule), *cells])
     return table(["rule", *GLANCE, "language model"], lines)
 
@@ -195,7 +195,8 @@ def _volume_of_front(vertices: Array) -> float:
     """Area under the front of conv(vertices) above the origin."""
     corners = front_of_two(vertices)
     corners = np.array([[0.0, corners[0, 1]], *corners, [corners[-1, 0], 0.0]])
-    return float(np.trapezoid(corners[:, 1], corners[:, 0]))
+    widths, heights = np.diff(corners[:, 0]), (corners[1:, 1] + corners[:-1, 1]) / 2
+    return float(widths @ heights)
 
 
 # --- theorems ------------------------------------------------------------------------------------
@@ -268,18 +269,14 @@ class Language:
         return [store.read(path) for path in sorted((self.folder / experiment).glob(f"{rule}--*.csv"))]
 
     def volumes(self, experiment: str, rule: str) -> list[float]:
-        """Each run's box of hypervolume over the worst rewards, as a multiple of the start's."""
-        worst = np.array(language.WORST[experiment])
-        start = {row["seed"]: row for row in self.finals(experiment, "start")}
-        found = []
-        for row in self.finals(experiment, rule):
-            box = hypervolume(_rewards([row]), worst)
-            found.append(box / hypervolume(_rewards([start[row["seed"]]]), worst))
-        return found
+        """Each run's hypervolume over the worst rewards, in percent of what the best of each would have."""
+        worst, best = (np.array(x[experiment]) for x in (language.WORST, language.BEST))
+        whole = float((best - worst).prod())
+        return [100 * hypervolume(_rewards([row]), worst) / whole for row in self.finals(experiment, rule)]
 
     def volume(self, experiment: str, rule: str) -> str:
         volumes = self.volumes(experiment, rule)
-        return cell(volumes, 2) if volumes else MISSING
+        return cell(volumes, 1) if volumes else MISSING
 
     def reward(self, experiment: str, rule: str, index: int) -> str:
         rows = self.finals(experiment, rule)
@@ -292,13 +289,12 @@ class Language:
 
     def result(self, experiment: str) -> str:
         names = list(language.EXPERIMENTS[experiment])
-        lines = []
+        lines: list[list[str]] = []
         start = self.finals(experiment, "start")
         if not start:
             return MISSING
-        lines.append(
-            ["start", *(cell(_rewards(start)[:, i]) for i in range(len(names))), "1", "0", "", "", "", ""]
-        )
+        rewards = [cell(_rewards(start)[:, i]) for i in range(len(names))]
+        lines.append(["start", *rewards, self.volume(experiment, "start"), "0", "", "", "", str(len(start))])
         for rule in language.rules(len(names)):
             rows = self.finals(experiment, rule.name)
             if not rows:
@@ -309,7 +305,7 @@ class Language:
                 [
                     label(rule),
                     *(cell(values[:, i]) for i in range(len(names))),
-                    cell(self.volumes(experiment, rule.name), 2),
+                    self.volume(experiment, rule.name),
                     cell([row["kl"] for row in rows], 1),
                     cell(share, 2),
                     cell([_unrest(rows) for rows in self.curve(experiment, rule.name)], 2),
@@ -318,7 +314,7 @@ class Language:
                 ]
             )
         header = [
-            "hypervolume / start's",
+            "hypervolume, %",
             "KL",
             "true min-norm / largest",
             "unrest",
