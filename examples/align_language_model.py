@@ -227,7 +227,12 @@ def arguments() -> argparse.Namespace:
         "(default: docs/images and examples/results; with --quick a temporary folder)",
     )
     parser.add_argument("--quick", action="store_true", help="half a minute, to see that it runs")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.steps is not None and options.steps < 1:
+        parser.error(f"steps: expected a positive number, got {options.steps}")
+    if not options.regularization >= 0:
+        parser.error(f"regularization: expected a number from 0, got {options.regularization}")
+    return options
 
 
 def main() -> None:

@@ -38,6 +38,7 @@ import argparse
 import csv
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterable
@@ -242,6 +243,8 @@ def main() -> None:
             pending = as_completed([pool.submit(run, s) for s in runs])
             finished = tqdm(pending, total=len(runs), unit="run", desc="train")
             write(table_path, [done.result() for done in finished])
+    elif not table_path.is_file():
+        sys.exit(f"--draw: expected {table_path}, which is not there; a run without --draw writes it")
     rows = read(table_path)
     draw(picture_path, rows)
     print(table(rows))
