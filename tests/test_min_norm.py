@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
@@ -703,6 +704,11 @@ def test_rounding_of_the_input_is_no_indefiniteness(name: str, dtype: torch.dtyp
         assert ((s.weights.double().sum(-1) - 1).abs() <= 4 * n * EPS32).all()
 
 
+@pytest.mark.xfail(
+    os.environ.get("PAMA_BACKEND") == "triton",
+    reason="Triton may answer with a vertex",
+    strict=False,
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("n", [3, 8, 9, 16, 32])
 @pytest.mark.parametrize("regularization", [0.0, 1e-3])

@@ -84,7 +84,10 @@ inline Mask<V> solve_lanes(const V* full, V largest, const double* prior, double
     const V rho = largest * regularization;
     if (regularization > 0.0)  // duplicates are averaged elsewhere
         for (int i = 0; i < N; ++i)
-            for (int j = 0; j < i; ++j) ok &= (m(i, j) != m(i, i)) | (m(i, j) != m(j, j));
+            for (int j = 0; j < i; ++j) {
+                const Mask<V> differs = m(i, j) != m(i, i), too = m(i, j) != m(j, j);
+                ok &= differs | too;
+            }
     double norm2 = 0.0;
     for (int i = 0; i < N; ++i) norm2 += prior[i] * prior[i];
     const V sigma = smallest + rho;
@@ -109,7 +112,7 @@ inline Mask<V> solve_lanes(const V* full, V largest, const double* prior, double
         for (int i = 0; i < N; ++i) {
             for (int j = 0; j < i; ++j) {
                 const V both = m(i, j) + (shift[i] + shift[j]);
-                h(i, j) = (inside[i] > zero) & (inside[j] > zero) ? both : zero;
+                h(i, j) = ((inside[i] > zero) & (inside[j] > zero)) ? both : zero;
             }
             h(i, i) = inside[i] > zero ? diagonal[i] : one;
             floor[i] = kSingularPivot * h(i, i);

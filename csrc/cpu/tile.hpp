@@ -207,9 +207,9 @@ inline void ratio_terms(const Problem& problem, const T* PAMA_RESTRICT d, const 
         T k3;
         const T u = exponential(clamped, k3);
         const T capped = u < dual ? u : dual;
-        const T stop_pos = ((d[t] > log_high) | (d[t] > limit) | (d[t] < -limit)) & (bad[t] == 0) ? T(1) : T(0);
+        const T stop_pos = (((d[t] > log_high) | (d[t] > limit) | (d[t] < -limit)) & (bad[t] == 0)) ? T(1) : T(0);
         const T stop_neg =
-            ((d[t] > log_dual) | (d[t] < log_low) | (d[t] > limit) | (d[t] < -limit)) & (bad[t] == 0) ? T(1) : T(0);
+            (((d[t] > log_dual) | (d[t] < log_low) | (d[t] > limit) | (d[t] < -limit)) & (bad[t] == 0)) ? T(1) : T(0);
         ratio[t] = u;
         pos[t] = w[t] * (u < high ? u : high) + bad[t];
         neg[t] = w[t] * (capped > low ? capped : low) + bad[t];

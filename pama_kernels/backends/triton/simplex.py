@@ -116,7 +116,8 @@ def _rows(a, prior, here, regularization, scale, N: tl.constexpr):
     keep = tl.where(one_sided & (a != nearest), 0.0, keep)
     x = tl.where(one_sided, 0.0, x)
     c, optimum = _descend(x, p, tl.where(one_sided, 0.0, rho), keep, N)
-    optimum = tl.where(one_sided, nearest, (optimum * unit) * unlift)
+    inner = tl.maximum(low, tl.minimum(high, (optimum * unit) * unlift))
+    optimum = tl.where(one_sided, nearest, inner)
 
     missing = tl.full([1, 1], float("nan"), a.dtype)
     c = tl.where(unusable, missing, c)
