@@ -19,7 +19,7 @@ inline double gram_ridge(int n) { return 1.0 + 0.25 * __builtin_sqrt(n); }
 
 namespace min_norm {
 
-constexpr int kSmallestInLanes = 3, kLargestInLanes = 8;  // objectives
+constexpr int kSmallestInLanes = 3, kLargestInLanes = 12;  // objectives
 template <class V>
 using Mask = decltype(V{} < V{});
 
