@@ -17,12 +17,18 @@ from .launch import doubles, processors, stream_of
 _BLOCKS_PER_PROCESSOR = 3  # as csrc/cuda/statistics.cuh has it
 
 
-def _solution(n: int, wide: bool, like: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if wide else torch.float32
-    return (
-        torch.empty(n, dtype=dtype, device=like.device),
-        torch.empty((), dtype=dtype, device=like.device),
-    )
+class _Solve:
+    """The weights and optimum of a batch to be solved for, and what the native module takes to do it."""
+
+    def __init__(
+        self, n: int, gram: bool, prior: Tensor, regularization: float, wide: bool, like: Tensor
+    ) -> None:
+        dtype = torch.float64 if wide else torch.float32
+        self.weights = torch.empty(n, dtype=dtype, device=like.device)
+        self.optimum = torch.empty((), dtype=dtype, device=like.device)
+        self.work = doubles(_cuda.solve_work(n, gram), like)
+        places = (self.weights.data_ptr(), self.optimum.data_ptr(), self.work.data_ptr())
+        self.arguments = (gram, prior.data_ptr(), regularization, wide, *places)
 
 
 def _statistics(
@@ -100,34 +106,14 @@ def statistics_weights(
         clip,
         noon,
     )
-    weights, optimum = _solution(n, wide, advantages)
-    work = doubles(_cuda.solve_work(n, gram), advantages)
-    solve = (
-        gram,
-        prior.data_ptr(),
-        regularization,
-        wide,
-        weights.data_ptr(),
-        optimum.data_ptr(),
-        work.data_ptr(),
-    )
-    sums = _statistics(advantages, problem, n, pairs, solve)
-    return weights, optimum, sums
+    solve = _Solve(n, gram, prior, regularization, wide, advantages)
+    sums = _statistics(advantages, problem, n, pairs, solve.arguments)
+    return solve.weights, solve.optimum, sums
 
 
 def batch_weights(
     sums: Tensor, objectives: int, gram: bool, prior: Tensor, regularization: float, wide: bool
 ) -> tuple[Tensor, Tensor]:
-    weights, optimum = _solution(objectives, wide, sums)
-    work = doubles(_cuda.solve_work(objectives, gram), sums)
-    solve = (
-        gram,
-        prior.data_ptr(),
-        regularization,
-        wide,
-        weights.data_ptr(),
-        optimum.data_ptr(),
-        work.data_ptr(),
-    )
-    _cuda.batch_weights(sums.data_ptr(), objectives, solve, *stream_of(sums))
-    return weights, optimum
+    solve = _Solve(objectives, gram, prior, regularization, wide, sums)
+    _cuda.batch_weights(sums.data_ptr(), objectives, solve.arguments, *stream_of(sums))
+    return solve.weights, solve.optimum
