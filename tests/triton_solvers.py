@@ -18,6 +18,7 @@ from test_min_norm import (
     DTYPES,
     FAMILIES,
     NEAREST,
+    check_dependent,
     check_solution,
     exact_gram,
     exact_prior,
@@ -85,6 +86,22 @@ def test_certified_in_the_workspace(name: str) -> None:
         other = pk.min_norm_weights(m)
         assert other.weights[0].isnan().all()
         assert torch.equal(other.weights[1], s.weights[1])
+
+
+@pytest.mark.parametrize(
+    ("count", "n", "dimensions", "dtype", "regularization"),
+    [
+        (8, 4, 1, torch.bfloat16, 0.0),
+        (3, 16, 1, torch.float32, 0.0),
+        (3, 16, 2, torch.float16, 0.0),
+        (2, 16, 1, torch.bfloat16, 1e-3),
+    ],
+)
+def test_dependent_gradients_are_solved_in_spite_of_rounding(
+    count: int, n: int, dimensions: int, dtype: torch.dtype, regularization: float
+) -> None:
+    """Among them matrices on which the first ridge fails."""
+    check_dependent(count, n, dimensions, dtype, regularization)
 
 
 def test_certified_for_more_objectives_than_a_tile_holds() -> None:

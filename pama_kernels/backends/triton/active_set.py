@@ -23,6 +23,8 @@ TIE = tl.constexpr(1e-11)  # the same: below it a multiplier may be an exact zer
 CERTIFIED = tl.constexpr(1e-13)  # Wolfe's gap of an answer
 RIDGE = tl.constexpr(1e-9)  # of a proximal step: bias RIDGE against rounding epsilon / RIDGE
 SMALLEST_RIDGE = tl.constexpr(1e-12)
+LARGEST_RIDGE, RIDGE_FACTOR = tl.constexpr(1e-2), tl.constexpr(100.0)  # where M is not semidefinite
+PROXIMAL_GAP = tl.constexpr(10.0)  # of the ridge: more than a proximal step can leave
 PROXIMAL_STEPS = tl.constexpr(12)
 PROXIMAL_SIGMA = tl.constexpr(1e-2)  # keeps H regular along c where c'Mc = 0
 SMALLEST_SIGMA = tl.constexpr(1e-290)
@@ -276,6 +278,7 @@ def min_norm_solve(
     shift = 0.5 * (sigma + rho * tl.sum(prior * prior, 1))[:, None] - rho[:, None] * prior
     shift = tl.where(present, shift, 0.0)
     ridge = tl.zeros_like(weight) + RIDGE
+    least = tl.zeros_like(weight) + SMALLEST_RIDGE
     proximal = tl.zeros_like(count) - 1  # steps taken; -1 in the strict attempt
     mode = tl.where(largest > 0.0, EXCHANGE, DONE)
     kind = tl.zeros_like(count) + INITIAL
@@ -351,7 +354,7 @@ def min_norm_solve(
 
         # an answer: certified, or the next proximal step starts from it
         solved = optimal | settled
-        failed = (accepted & (alive == 0)) | (rounds > limit)
+        ended = solved | (accepted & (alive == 0)) | (rounds > limit)
         candidate = tl.where(y > 0.0, y * (1.0 / total)[:, None], 0.0)
         vertex = tl.where(present & (diagonal == smallest[:, None]), index, BLOCK)
         vertex = index == tl.min(vertex, 1)[:, None]
@@ -364,17 +367,23 @@ def min_norm_solve(
         gradient = product + weight[:, None] * (candidate - prior)
         gap = tl.sum(candidate * gradient, 1) - tl.min(tl.where(present, gradient, LARGEST), 1)
         unique = (weight >= RIDGE) | (tied == 0)
-        certain = solved & (gap <= certified) & (unique | (strict == 0))
-        finish = (mode != DONE) & (certain | failed | (solved & (proximal == PROXIMAL_STEPS - 1)))
-        restart = (solved & (finish == 0)) | (gave_up & strict & (finish == 0))
+        certain = ended & (gap <= certified) & (unique | (strict == 0))
+        # M is less semidefinite than the ridge makes up for: begin again, with a larger one
+        allowed = PROXIMAL_GAP * tl.where(ridge > RIDGE, ridge, RIDGE) * (weight + 1.0)
+        astray = ended & (strict == 0) & ((solved & (gap <= allowed)) == 0)
+        at_end = (ended & (proximal == PROXIMAL_STEPS - 1)) | (astray & (ridge >= LARGEST_RIDGE))
+        finish = (mode != DONE) & (certain | at_end | (rounds > limit))
+        restart = (ended | (gave_up & strict)) & (finish == 0)
         answer = tl.where(finish[:, None], candidate, answer)
 
         # the next state
-        first_step = restart & strict
+        astray = astray & restart
+        first_step = restart & (strict | astray)
         proximal = tl.where(restart, proximal + 1, proximal)
-        smaller = ridge * 0.1
-        smaller = tl.where(smaller > SMALLEST_RIDGE, smaller, SMALLEST_RIDGE)
-        ridge = tl.where(restart & (proximal > 1), smaller, ridge)
+        larger = ridge * RIDGE_FACTOR
+        least = tl.where(astray, larger, least)
+        smaller = tl.where(ridge * 0.1 > least, ridge * 0.1, least)
+        ridge = tl.where(astray, larger, tl.where(restart & (proximal > 1), smaller, ridge))
         origin = tl.where(first_step[:, None], prior, candidate)
         next_rho = weight + ridge
         centre = (weight[:, None] * prior + ridge[:, None] * origin) / next_rho[:, None]
