@@ -16,13 +16,17 @@ assert backends.find("cpu", "loss").__module__ == "pama_kernels.backends.cuda.pa
 EPS = torch.finfo(torch.float32).eps
 
 for layout in ("padded", "packed", "per-sequence"):
-    for bound in ("scores", "gram"):
+    for bound, aggregation in (
+        ("scores", "token-mean"),
+        ("scores", "seq-mean-token-mean"),
+        ("gram", "seq-mean-token-mean"),
+    ):
         options = {"weights_per": "batch", "bound": bound, "regularization": 0.1}
         problem = make(layout, rows=4, width=9, seed=3, importance_weights=True)
         arguments = problem.loss_arguments()
         leaf, wide = problem.logprobs.clone().requires_grad_(), problem.logprobs.double().requires_grad_()
-        found = pk.pama_loss(**{**arguments, "logprobs": leaf}, **options)
-        wanted = reference.pama_loss(**{**arguments, "logprobs": wide}, **options)
+        found = pk.pama_loss(**{**arguments, "logprobs": leaf}, **options, aggregation=aggregation)
+        wanted = reference.pama_loss(**{**arguments, "logprobs": wide}, **options, aggregation=aggregation)
         (gradient,) = torch.autograd.grad(found.loss, leaf)
         (wanted_gradient,) = torch.autograd.grad(wanted.loss, wide)
         combined = pk.combine_advantages(**problem.combine_arguments(False), **options)

@@ -219,10 +219,18 @@ def test_compiled_without_a_break(weights_per: str) -> None:
 
 
 @needs_gpu
-def test_launches_of_one_loss() -> None:
-    """With weights of the batch: the statistics pass and the loss pass."""
+@pytest.mark.parametrize(
+    ("options", "launches"),
+    [
+        ({"aggregation": "token-mean"}, 2),  # the statistics pass and the loss pass
+        ({"aggregation": "seq-mean-token-mean"}, 2),
+        ({"bound": "gram"}, 3),  # and the min-norm problem between them
+    ],
+)
+def test_launches_of_one_loss(options: dict[str, Any], launches: int) -> None:
+    """With weights of the batch."""
     x = batch(7)
-    call = lambda: pk.pama_loss(**x, weights_per="batch")  # noqa: E731
+    call = lambda: pk.pama_loss(**x, weights_per="batch", **options)  # noqa: E731
     call()
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -232,4 +240,4 @@ def test_launches_of_one_loss() -> None:
     kernels = [
         event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA
     ]
-    assert len(kernels) == 2, kernels
+    assert len(kernels) == launches, kernels

@@ -61,6 +61,11 @@ def test_sample() -> None:
     _run("-m", "not slow", *(str(TESTS / name) for name in SAMPLE))
 
 
+@pytest.mark.timeout(600)
+def test_launches() -> None:
+    _run(str(TESTS / "triton_launches.py"))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", FILES)

@@ -191,22 +191,22 @@ def test_any_strides_and_axes_and_out() -> None:
 def test_absent_objectives_take_no_part(registers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solvers, "_IN_REGISTERS", registers)
     n = 6
-    here = torch.ones(n, dtype=torch.int8)
-    here[1] = here[n - 1] = 0
-    kept = here.nonzero().squeeze(1)
+    counts = torch.tensor([4.0, 0, 16, 1, 64, 0], dtype=torch.float64)
+    kept = counts.nonzero().squeeze(1)
     m = family("integer duplicates", 1, n)[0]
-    m[here == 0] = NAN
-    m[:, here == 0] = INF
+    m[counts == 0] = NAN
+    m[:, counts == 0] = INF
+    products = m * (counts[:, None] * counts).sqrt()  # exact, as they are powers of 4
     p = prior_of(skewed(n), n)
     c, optimum = torch.empty(n, dtype=torch.float64), torch.empty((), dtype=torch.float64)
-    solvers.min_norm_out(m, p, 0.1, c, optimum, here)
+    solvers.min_norm_out(products, p, 0.1, c, optimum, counts)
     wanted = pk.min_norm_weights(m[kept][:, kept], prior=p[kept], regularization=0.1)
-    assert not c[here == 0].any()
+    assert not c[counts == 0].any()
     # the same problem gathered: n-term sums over rho = max M_ii / 10
     tolerance = 10 * 16 * n * torch.finfo(torch.float64).eps
     assert (c[kept] - wanted.weights).abs().max() <= tolerance
     assert (optimum - wanted.optimum).abs() <= 2 * n * tolerance * m[kept][:, kept].diagonal().max()
-    solvers.min_norm_out(m, p, 0.1, c, optimum, torch.zeros_like(here))
+    solvers.min_norm_out(products, p, 0.1, c, optimum, torch.zeros_like(counts))
     assert torch.equal(c, p)
     assert optimum == 0
 

@@ -45,10 +45,11 @@ def loss(
     cu_seqlens: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _, _, prior, layout, clip, noon, weights_per, _, regularization, *_ = rest
+    _, _, prior, layout, clip, noon, weights_per, _, regularization, aggregation, *_ = rest
     tensors = logprobs, old_logprobs, advantages, mask, objective_mask, importance_weights
     first = None
-    if weights_per in (BATCH, GRAM):
+    row_mean = aggregation == passes.SEQUENCE_MEAN_TOKEN_MEAN
+    if weights_per == GRAM or (weights_per == BATCH and not row_mean):  # Triton counts the rows on its way
         gram, wide = weights_per == GRAM, logprobs.dtype == torch.float64
         first = statistics_weights(
             *(*tensors, cu_seqlens, layout, clip, noon), *(gram, gram, prior, regularization, wide)

@@ -17,13 +17,23 @@ from .sums import (
     added_slots,
     batch_solution,
     clear,
+    count_rows,
     is_last,
     load_tile,
     place,
     scores,
     store_statistics,
 )
-from .tile import clip_numbers, exponential, load, load_advantages, load_mask, rounded, tokens_in_all
+from .tile import (
+    clip_numbers,
+    exponential,
+    load,
+    load_advantages,
+    rounded,
+    row_range,
+    tokens_in_all,
+    valid_tokens,
+)
 
 GIVEN, SEQUENCE, TOKEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # whose weights: WEIGHTS below
 
@@ -231,7 +241,8 @@ def rows_kernel(
                     n, N, TOKENS, 3, NARROW, NOON, PAIRS, PRESENT,
                 )  # fmt: skip
             else:
-                valid_count += count_valid(problem[2], row, at, at < end)
+                here = valid_tokens(problem[2], tl.zeros_like(at) + row, at, at < end)
+                valid_count += tl.sum(here.to(tl.int32), axis=0).to(tl.float64)
         if STATISTICS:
             add_slot(slot + 2 + n, own, OWN)
             valid_count = tl.load(own + 9 * n)
@@ -293,29 +304,6 @@ def rows_kernel(
 
 
 @triton.jit
-def row_range(cu, row, width):
-    """First token of a sequence and the one after its last. Offsets are not checked on the device, but
-    nothing outside the tensors is touched."""
-    begin = tl.zeros([], tl.int64)
-    end = begin + width
-    if cu[0] is not None:
-        begin = tl.load(cu[0] + row * cu[1]).to(tl.int64)
-        end = tl.load(cu[0] + (row + 1) * cu[1]).to(tl.int64)
-        if width >= 0:
-            begin = tl.maximum(begin, 0)
-            end = tl.minimum(end, width)
-    return begin, end
-
-
-@triton.jit
-def count_valid(mask, row, at, inside):
-    """The valid tokens of a tile of one row."""
-    if mask[0] is not None:
-        inside = load_mask(mask, tl.zeros_like(at) + row, at, inside)
-    return tl.sum(inside.to(tl.int32), axis=0).to(tl.float64)
-
-
-@triton.jit
 def row_advantages(problem, row, n: tl.constexpr, N: tl.constexpr, NOON: tl.constexpr, D: tl.constexpr):
     """A and presence (1, N) of a sequence, whatever its tokens' mask."""
     objective = tl.arange(0, N)[None, :]
@@ -332,24 +320,14 @@ def count_kernel(
     mask, cu, rows, width, counts,
     TOKENS: tl.constexpr, LAYOUT: tl.constexpr, NARROW: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
-    """Valid tokens: of each row (BY_ROW, a program each), or of each program's share of all."""
-    index = tl.program_id(0).to(tl.int64)
+    """Valid tokens: of each row (BY_ROW), or of each program's share of all."""
     if BY_ROW:
-        begin, end = row_range(cu, index, width)
-        step = TOKENS
+        count_rows(mask, cu, rows, width, counts, TOKENS)
     else:
-        begin = index * TOKENS
-        end = tokens_in_all(cu, rows, width, LAYOUT)
-        step = TOKENS * tl.num_programs(0)
-    count = tl.zeros([], tl.int64)
-    for first in range(begin, end, step):
-        at = first + tl.arange(0, TOKENS)
-        inside = at < end
-        if mask[0] is not None:
-            if BY_ROW:
-                inside = load_mask(mask, tl.zeros_like(at) + index, at, inside)
-            else:
-                row, token = place(at, cu, rows, width, 0, LAYOUT, NARROW)
-                inside = load_mask(mask, row, token, inside)
-        count += tl.sum(inside.to(tl.int32), axis=0)
-    tl.store(counts + index, count.to(tl.float64))
+        total = tokens_in_all(cu, rows, width, LAYOUT)
+        count = tl.zeros([TOKENS], tl.int32)
+        for tile in range(tl.program_id(0), tl.cdiv(total, TOKENS), tl.num_programs(0)):
+            at = tl.cast(tile, tl.int64) * TOKENS + tl.arange(0, TOKENS)
+            row, token = place(at, cu, rows, width, 0, LAYOUT, NARROW)
+            count += valid_tokens(mask, row, token, at < total).to(tl.int32)
+        tl.store(counts + tl.program_id(0), tl.sum(count.to(tl.int64), axis=0).to(tl.float64))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pama_kernels._codes import FIELDS, PAIRS, TOTALS
 
-from .launch import launch, power_of_two
+from .launch import launch
 from .problem import Problem, programs
 from .solvers import min_norm_out
 from .sums import added_slots, load_tile, place
@@ -157,25 +157,9 @@ def add_pairs(given: Problem, sums: Tensor) -> None:
     launch(add_pairs_kernel, given.device, -(-5 * n * n // k), partial, slots, sums, n, k, shape.PRESENT)
 
 
-@triton.jit
-def gram_kernel(sums, gram, present, n: tl.constexpr, K: tl.constexpr):
-    """M_ij = sum I_i I_j / sqrt(count_i count_j), and which objectives have a token."""
-    k = tl.program_id(0) * K + tl.arange(0, K)
-    inside = k < n * n
-    i = k // n
-    j = k % n
-    counts = tl.load(sums + i, mask=inside, other=0.0) * tl.load(sums + j, mask=inside, other=0.0)
-    product = tl.load(sums + _FIELDS * n + _TOTALS + k, mask=inside, other=0.0)
-    value = product / tl.sqrt(tl.where(counts > 0, counts, 1.0))
-    tl.store(gram + k, tl.where(counts > 0, value, 0.0), mask=inside)
-    tl.store(present + i, (counts > 0).to(tl.int8), mask=inside & (i == j))
-
-
 def gram_weights(
     sums: Tensor, n: int, prior: Tensor, regularization: float, weights: Tensor, optimum: Tensor
 ) -> None:
-    gram = torch.empty((n, n), device=sums.device, dtype=torch.float64)
-    present = torch.empty(n, device=sums.device, dtype=torch.int8)
-    k = min(1024, power_of_two(n * n))
-    launch(gram_kernel, sums.device, -(-n * n // k), sums, gram, present, n, k)
-    min_norm_out(gram, prior, regularization, weights, optimum, present)
+    """Of M_ij = sum I_i I_j / sqrt(count_i count_j) over the objectives that have a token."""
+    products = sums[len(FIELDS) * n + len(TOTALS) :][: n * n].view(n, n)
+    min_norm_out(products, prior, regularization, weights, optimum, sums)

@@ -19,38 +19,38 @@ from pama_kernels.backends._counter import counter
 from .apply import count_kernel, rows_kernel, tokens_kernel
 from .launch import launch, power_of_two
 from .pairs import add_pairs, gram_weights
-from .problem import PAIRS_IN_REGISTERS, Problem, flattened, problem, programs, slot_size
+from .problem import COUNTED, PAIRS_IN_REGISTERS, Problem, flattened, problem, programs, slot_size
 from .statistics import run_statistics
 
-_TOKEN_MEAN, _SEQUENCE_MEAN_TOKEN_SUM, _SEQUENCE_MEAN_TOKEN_MEAN = range(3)
+_TOKEN_MEAN, _SEQUENCE_MEAN_TOKEN_SUM, SEQUENCE_MEAN_TOKEN_MEAN = range(3)
 # What a first pass by another backend found: the weights of the batch, the optimum and the statistics.
 Solved = tuple[Tensor, Tensor, Tensor]
 
 _KERNEL_WEIGHTS = {GIVEN: 0, BATCH: 0, GRAM: 0, SEQUENCE: 1, TOKEN: 2}
 
 
-def _counts(given: Problem, by_row: bool) -> Tensor:
-    """Valid tokens of each row, or in parts whose sum is that of all."""
-    shape = (given if by_row else flattened(given)).shape(False)
+def _counts(given: Problem, rows: Tensor | None = None) -> Tensor:
+    """Valid tokens of each row, into `rows`; without it in parts whose sum is that of all."""
+    by_row = rows is not None
     source = given if by_row else flattened(given)
-    tokens = 1024 if given.device.type == "cuda" else 64
-    slots = given.rows if by_row else programs(given.device, -(-source.tokens() // tokens))
-    counts = torch.empty(slots, device=given.device, dtype=torch.float64)
-    if slots:
-        launch(
-            count_kernel,
-            given.device,
-            slots,
-            source.arrays[2],
-            source.cu,
-            source.rows,
-            source.width,
-            counts,
-            TOKENS=tokens,
-            LAYOUT=0 if source.cu[0] is not None else shape.LAYOUT,
-            NARROW=shape.NARROW,
-            BY_ROW=by_row,
-        )
+    shape = source.shape(False)
+    units = given.rows if by_row else -(-source.tokens() // COUNTED)
+    slots = programs(given.device, units)
+    counts = torch.empty(slots, device=given.device, dtype=torch.float64) if rows is None else rows
+    launch(
+        count_kernel,
+        given.device,
+        slots,
+        source.arrays[2],
+        source.cu,
+        source.rows,
+        source.width,
+        counts,
+        TOKENS=COUNTED,
+        LAYOUT=0 if source.cu[0] is not None else shape.LAYOUT,
+        NARROW=shape.NARROW,
+        BY_ROW=by_row,
+    )
     return counts
 
 
@@ -68,7 +68,7 @@ def _denominator(
         return 1 / max(given.tokens(), 1), None, False
     if batch_sums is not None:
         return 1.0, batch_sums[len(FIELDS) * given.n :][:1], True
-    return 1.0, _counts(given, False), True
+    return 1.0, _counts(given), True
 
 
 def _apply(
@@ -98,11 +98,18 @@ def _apply(
         optimum = torch.empty((rows,) if by_row else (), device=device, dtype=dtype)
     else:
         solved, optimum, batch_sums = first
+    row_mean = value is not None and aggregation == SEQUENCE_MEAN_TOKEN_MEAN
+    over_rows = by_row or one_result
+    row_counts = None
+    if row_mean and not over_rows:
+        row_counts = torch.empty(rows, device=device, dtype=torch.float64)
     if first is None and weights_per == BATCH:
-        batch_sums = run_statistics(given, pairs, prior, regularization, (solved, optimum))
+        batch_sums = run_statistics(given, pairs, prior, regularization, (solved, optimum), row_counts)
     elif first is None and weights_per == GRAM:
-        batch_sums = run_statistics(given, True, None, 0.0, None)
+        batch_sums = run_statistics(given, True, None, 0.0, None, row_counts)
         gram_weights(batch_sums, n, prior, regularization, solved, optimum)
+    elif row_counts is not None:
+        _counts(given, row_counts)
     sums = batch_sums
     if sums is None:
         sums = torch.empty(statistics_size(n, pairs), device=device, dtype=torch.float64)
@@ -112,9 +119,6 @@ def _apply(
     scale, denominator, is_count = 1.0, None, False
     if value is not None:
         scale, denominator, is_count = _denominator(given, aggregation, fixed, normalizer, batch_sums)
-    row_mean = value is not None and aggregation == _SEQUENCE_MEAN_TOKEN_MEAN
-    over_rows = by_row or one_result
-    row_counts = _counts(given, True) if row_mean and not over_rows else None
     if not over_rows and row_counts is None:
         given = flattened(given)
     inside = statistics and pairs and n <= PAIRS_IN_REGISTERS

@@ -18,6 +18,7 @@ Array = tuple[Any, ...]  # as `tile.py` has them
 
 # N x N sums ride along in the statistics pass up to so many objectives (their tile is TOKENS x N x N).
 PAIRS_IN_REGISTERS = 8
+COUNTED = 64 if INTERPRETED else 1024  # tokens at a time, where nothing but the mask is read
 
 
 def tokens_array(x: Tensor | None) -> Array:

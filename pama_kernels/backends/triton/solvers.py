@@ -128,8 +128,14 @@ def min_norm_pairs_kernel(
 
 
 @triton.jit
+def _root(x):
+    """sqrt x; 1 where x is 0."""
+    return tl.sqrt(tl.where(x > 0.0, x, 1.0))
+
+
+@triton.jit
 def _min_norm_rows(
-    gram, stride, row, column, prior, part, regularization, weights, optimum, work, rows, N, first,
+    gram, stride, row, column, prior, counts, regularization, weights, optimum, work, rows, N, first,
     PROBLEMS: tl.constexpr, BLOCK: tl.constexpr, GLOBAL: tl.constexpr,
 ):  # fmt: skip
     """Problems first to first + PROBLEMS - 1; with GLOBAL one, in `work`."""
@@ -138,12 +144,15 @@ def _min_norm_rows(
     here = problem < rows
     inside = here[:, None] & (index < N)[None, :]
     takes_part = index < N
-    if part is not None:
-        takes_part = tl.load(part + index, takes_part, 0) != 0
+    if counts is not None:
+        count = tl.load(counts + index, takes_part, 0.0)
+        takes_part = count > 0.0
     present = here[:, None] & takes_part[None, :]
     at = gram + problem * stride
     own = at[:, None] + index.to(tl.int64)[None, :] * (row + column)
     diagonal = read(own, present, tl.float64)
+    if counts is not None:
+        diagonal /= _root(count * count)[None, :]
     largest = tl.max(tl.where(diagonal > 0.0, diagonal, 0.0), 1)
     scale = tl.where(largest > 0.0, power_of_two_scale(largest), 1.0)
     half = 0.5 * scale
@@ -155,12 +164,16 @@ def _min_norm_rows(
         column_offset = index.to(tl.int64)
         for i in range(N):
             there = takes_part
-            if part is not None:
-                there = takes_part & (tl.load(part + i) != 0)
+            if counts is not None:
+                both = tl.load(counts + i) * count
+                there = both > 0.0
             x = read(matrix + i * row + column_offset * column, there, tl.float64)
             y = read(matrix + i * column + column_offset * row, there, tl.float64)
             poison += 0.0 * x + 0.0 * y
-            tl.store(work + i * N + index, factor * x + factor * y, index < N)
+            entry = factor * x + factor * y
+            if counts is not None:
+                entry /= _root(both)
+            tl.store(work + i * N + index, entry, index < N)
         finite = tl.sum(poison, 0)[None] == 0.0
         m = 0.0
         tl.debug_barrier()
@@ -170,12 +183,14 @@ def _min_norm_rows(
         x = read(at[:, None, None] + i * row + j * column, both, tl.float64)
         y = read(at[:, None, None] + j * row + i * column, both, tl.float64)
         m = half[:, None, None] * x + half[:, None, None] * y
+        if counts is not None:
+            m /= _root(count[:, None] * count[None, :])[None, :, :]
         finite = tl.sum(tl.sum(0.0 * x + 0.0 * y, 2), 1) == 0.0
     given = tl.load(prior + index, index < N, 0.0)[None, :]
     p = tl.where(present, given, 0.0)
     mass = tl.sum(p, 1)
-    count = tl.maximum(tl.sum(present.to(tl.int32), 1), 1)
-    p = tl.where((mass != 0.0)[:, None], p / mass[:, None], present.to(tl.float64) / count[:, None])
+    many = tl.maximum(tl.sum(present.to(tl.int32), 1), 1)
+    p = tl.where((mass != 0.0)[:, None], p / mass[:, None], present.to(tl.float64) / many[:, None])
     finite = finite & (0.0 * mass + 0.0 * regularization == 0.0)
     solvable = here & finite
     diagonal = tl.where(solvable[:, None], diagonal * scale[:, None], 0.0)
@@ -183,7 +198,7 @@ def _min_norm_rows(
     c, value = min_norm_solve(m, work, diagonal, usable, p, regularization + 0.0 * scale, N, BLOCK, GLOBAL)
     c = tl.where(finite[:, None], c, float("nan"))
     value = tl.where(finite, value / scale, float("nan"))
-    if part is not None:
+    if counts is not None:
         nobody = tl.max(present.to(tl.int32), 1) == 0
         c = tl.where(nobody[:, None], given, c)
         value = tl.where(nobody, 0.0, value)
@@ -194,7 +209,7 @@ def _min_norm_rows(
 
 @triton.jit(do_not_specialize=["rows", "N"])
 def min_norm_kernel(
-    gram, stride, row, column, prior, part, regularization: tl.float64, weights, optimum, work, rows, N,
+    gram, stride, row, column, prior, counts, regularization: tl.float64, weights, optimum, work, rows, N,
     PROBLEMS: tl.constexpr, BLOCK: tl.constexpr, GLOBAL: tl.constexpr,
 ):  # fmt: skip
     regularization = tl.full([], regularization, tl.float64)
@@ -202,13 +217,13 @@ def min_norm_kernel(
         own = work + tl.program_id(0).to(tl.int64) * (2 * N * N + VECTORS * BLOCK)
         for first in range(tl.program_id(0), rows, tl.num_programs(0)):
             _min_norm_rows(
-                gram, stride, row, column, prior, part, regularization, weights, optimum, own, rows, N,
+                gram, stride, row, column, prior, counts, regularization, weights, optimum, own, rows, N,
                 tl.cast(first, tl.int64), PROBLEMS, BLOCK, GLOBAL,
             )  # fmt: skip
     else:
         first = tl.program_id(0).to(tl.int64) * PROBLEMS
         _min_norm_rows(
-            gram, stride, row, column, prior, part, regularization, weights, optimum, work, rows, N,
+            gram, stride, row, column, prior, counts, regularization, weights, optimum, work, rows, N,
             first, PROBLEMS, BLOCK, GLOBAL,
         )  # fmt: skip
 
@@ -231,16 +246,17 @@ def min_norm_out(
     regularization: float,
     weights: Tensor,
     optimum: Tensor,
-    present: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> None:
-    """present (N,): zero for an objective that takes no part: its weight is 0, its entries are not read."""
+    """counts (N or more,): M_ij is divided by sqrt(count_i count_j). An objective with a count of 0 takes no
+    part: its weight is 0, its entries are not read."""
     if gram.numel() == 0:
         return
     n = gram.shape[-1]
     source = gram.reshape(-1, n, n)
     rows = source.shape[0]
     results = (regularization, weights, optimum)
-    if n == 2 and present is None:
+    if n == 2 and counts is None:
         launch(
             min_norm_pairs_kernel, gram.device, triton.cdiv(rows, _PAIRS), source, *source.stride(), prior,
             *results, rows, BLOCK=_PAIRS,
@@ -255,6 +271,6 @@ def min_norm_out(
         size = programs * (2 * n * n + int(VECTORS) * block)
         work = torch.empty(size, dtype=torch.float64, device=gram.device)
     launch(
-        min_norm_kernel, gram.device, programs, source, *source.stride(), prior, present, *results, work,
+        min_norm_kernel, gram.device, programs, source, *source.stride(), prior, counts, *results, work,
         rows, n, PROBLEMS=problems, BLOCK=block, GLOBAL=work is not None, num_warps=warps,
     )  # fmt: skip

@@ -14,11 +14,12 @@ from pama_kernels.backends._counter import counter
 
 from .launch import launch, power_of_two
 from .pairs import add_pairs, gram_weights
-from .problem import PAIRS_IN_REGISTERS, Problem, flattened, problem, programs, slot_size
+from .problem import COUNTED, PAIRS_IN_REGISTERS, Problem, flattened, problem, programs, slot_size
 from .sums import (
     add_tile,
     batch_solution,
     clear,
+    count_rows,
     is_last,
     load_tile,
     place,
@@ -32,11 +33,12 @@ def statistics_kernel(
     problem, cu, rows, width,
     low: tl.float64, high: tl.float64, dual: tl.float64,
     log_low: tl.float64, log_high: tl.float64, log_dual: tl.float64,
-    prior, regularization: tl.float64, partial, counter, sums, weights, optimum,
+    prior, regularization: tl.float64, partial, counter, sums, weights, optimum, row_counts,
     n: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr, LAYOUT: tl.constexpr, NARROW: tl.constexpr,
     NOON: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr, PRESENT: tl.constexpr,
-    STRIDE: tl.constexpr, SOLVE: tl.constexpr,
+    STRIDE: tl.constexpr, SOLVE: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
+    """With `row_counts` the valid tokens of every row are counted too, COUNTED at a time."""
     D: tl.constexpr = tl.float64 if WIDE else tl.float32
     clip = clip_numbers(low, high, dual, log_low, log_high, log_dual)
     total = tokens_in_all(cu, rows, width, LAYOUT)
@@ -52,6 +54,8 @@ def statistics_kernel(
             slot + 2 + n, loaded, problem, clip, first, total, cu, rows, width, 0,
             n, N, TOKENS, LAYOUT, NARROW, NOON, PAIRS, PRESENT,
         )  # fmt: skip
+    if row_counts is not None:
+        count_rows(problem[2], cu, rows, width, row_counts, COUNTED)
     if is_last(counter, slots):
         store_statistics(partial + 2 + n, slots, STRIDE, sums, n, PAIRS, PRESENT)
         if SOLVE:
@@ -81,11 +85,13 @@ def run_statistics(
     prior: Tensor | None,
     regularization: float,
     solved: tuple[Tensor, Tensor] | None,
+    row_counts: Tensor | None = None,
 ) -> Tensor:
-    """The statistics buffer; the batch's weights and optimum are written into `solved`."""
+    """The statistics buffer; the batch's weights and optimum are written into `solved`, the valid tokens of
+    each row into `row_counts`."""
     n = given.n
     sums = torch.empty(statistics_size(n, pairs), device=given.device, dtype=torch.float64)
-    collapsed = flattened(given)
+    collapsed = given if row_counts is not None else flattened(given)
     inside = pairs and n <= PAIRS_IN_REGISTERS
     shape = collapsed.shape(inside, area=512 if inside else 1024)
     stride = slot_size(n, True, inside, shape.PRESENT)
@@ -106,9 +112,11 @@ def run_statistics(
         counter(given.device),
         sums,
         *(solved or (None, None)),
+        row_counts,
         **shape._asdict(),
         STRIDE=stride,
         SOLVE=solved is not None,
+        COUNTED=COUNTED,
         num_warps=4,
     )
     if pairs and not inside:
@@ -151,6 +159,7 @@ def batch_weights(
     dtype = torch.float64 if wide else torch.float32
     weights = torch.empty(objectives, device=sums.device, dtype=dtype)
     optimum = torch.empty((), device=sums.device, dtype=dtype)
+    sums = sums.contiguous()
     if gram:
         gram_weights(sums, objectives, prior, regularization, weights, optimum)
     else:
@@ -158,7 +167,7 @@ def batch_weights(
             batch_weights_kernel,
             sums.device,
             1,
-            sums.contiguous(),
+            sums,
             prior,
             regularization,
             weights,

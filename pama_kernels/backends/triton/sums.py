@@ -12,7 +12,15 @@ import triton.language as tl
 from pama_kernels._codes import FIELDS, TOTALS
 
 from .simplex import solve
-from .tile import bound_and_surrogate, load_advantages, load_tokens, locate, tile_sums
+from .tile import (
+    bound_and_surrogate,
+    load_advantages,
+    load_tokens,
+    locate,
+    row_range,
+    tile_sums,
+    valid_tokens,
+)
 
 _FIELDS = tl.constexpr(len(FIELDS))
 _TOTALS = tl.constexpr(len(TOTALS))
@@ -45,6 +53,19 @@ def place(at, cu, rows, width, row, LAYOUT: tl.constexpr, NARROW: tl.constexpr):
     if LAYOUT == 3:
         return tl.zeros_like(at) + row, at
     return locate(at, cu, rows, width, LAYOUT, NARROW)
+
+
+@triton.jit
+def count_rows(mask, cu, rows, width, counts, TOKENS: tl.constexpr):
+    """The valid tokens of each row, shared among the programs of a launch."""
+    for index in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = tl.cast(index, tl.int64)
+        begin, end = row_range(cu, row, width)
+        count = tl.zeros([TOKENS], tl.int32)
+        for first in range(begin, end, TOKENS):
+            at = first + tl.arange(0, TOKENS)
+            count += valid_tokens(mask, tl.zeros_like(at) + row, at, at < end).to(tl.int32)
+        tl.store(counts + row, tl.sum(count.to(tl.int64), axis=0).to(tl.float64))
 
 
 @triton.jit

@@ -84,6 +84,21 @@ def tokens_in_all(cu, rows, width, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def row_range(cu, row, width):
+    """First token of a sequence and the one after its last. Offsets are not checked on the device, but
+    nothing outside the tensors is touched."""
+    begin = tl.zeros([], tl.int64)
+    end = begin + width
+    if cu[0] is not None:
+        begin = tl.load(cu[0] + row * cu[1]).to(tl.int64)
+        end = tl.load(cu[0] + (row + 1) * cu[1]).to(tl.int64)
+        if width >= 0:
+            begin = tl.maximum(begin, 0)
+            end = tl.minimum(end, width)
+    return begin, end
+
+
+@triton.jit
 def load(array, row, token, inside, D: tl.constexpr):
     x = tl.load(array[0] + row * array[1] + token * array[2], mask=inside, other=0.0)
     if x.dtype == tl.bfloat16 or x.dtype == tl.float16:
@@ -112,6 +127,13 @@ def load_mask(array, row, token, inside):
 
 
 @triton.jit
+def valid_tokens(mask, row, token, inside):
+    if mask[0] is not None:
+        inside = load_mask(mask, row, token, inside)
+    return inside
+
+
+@triton.jit
 def _usable(x, valid):
     """x, 0 where it is masked or not finite; and where it is not finite."""
     infinity: tl.constexpr = float("inf")
@@ -128,9 +150,7 @@ def load_tokens(problem, clip, row, token, inside, D: tl.constexpr):
     logprobs = problem[3]
     old_logprobs = problem[4]
     importance = problem[5]
-    valid = inside
-    if mask[0] is not None:
-        valid = load_mask(mask, row, token, inside)
+    valid = valid_tokens(mask, row, token, inside)
     bad = valid & ~valid
     weight = tl.where(valid, 1.0, 0.0).to(D)
     logp = tl.zeros_like(weight)
