@@ -128,6 +128,68 @@ PAMA_HD inline V simplex_solve(int n, V* PAMA_RESTRICT a, const V* PAMA_RESTRICT
     return choose(rho == zero, zero, optimum);
 }
 
+// Batcher's network: N values in rising order, N a power of two, lane by lane. `merge_halves` merges the sorted halves
+// of every Step-th of N.
+template <int N, int Step, class V>
+PAMA_HD inline void merge_halves(V* v) {
+    if constexpr (2 * Step < N) {
+        merge_halves<N, 2 * Step>(v);
+        merge_halves<N, 2 * Step>(v + Step);
+    }
+    for (int i = 2 * Step < N ? Step : 0; i + Step < N; i += 2 * Step) {
+        const V less = min_of(v[i], v[i + Step]);
+        v[i + Step] = max_of(v[i], v[i + Step]);
+        v[i] = less;
+    }
+}
+template <int N, class V>
+PAMA_HD inline void sort_values(V* v) {
+    if constexpr (N > 1) {
+        sort_values<N / 2>(v);
+        sort_values<N / 2>(v + N / 2);
+        merge_halves<N, 1>(v);
+    }
+}
+
+// The same where everyone takes part and p is uniform, for small N: the support is then the scores nearest one end, so
+// all N candidates are tried at once in sorted order, without a loop that waits for its own result. Mean and spread of
+// the k nearest grow with k as Welford's do; the largest k that leaves its last member a weight is the answer.
+template <class V, int N>
+PAMA_HD inline V simplex_sorted(const V* PAMA_RESTRICT a, V rho, V* PAMA_RESTRICT c) {
+    const V zero = V{}, one = zero + 1;
+    V low = a[0], high = a[0], total = a[0];
+    for (int i = 1; i < N; ++i) {
+        low = min_of(a[i], low);
+        high = max_of(a[i], high);
+        total += a[i];
+    }
+    const V sign = choose(total >= zero, one, -one), base = choose(total >= zero, low, -high);
+    V sorted[N];
+    for (int i = 0; i < N; ++i) sorted[i] = c[i] = sign * a[i] - base;
+    sort_values<N>(sorted);
+    V mean = zero, spread = rho;  // of the first k
+    V share = one, lambda = zero, centre = zero, last = zero;
+    for (int k = 2; k <= N; ++k) {
+        const V own = sorted[k - 1], distance = own - mean, part = one / (zero + static_cast<float>(k));
+        mean += distance * part;
+        const V gap = own - mean;
+        spread += distance * gap;
+        const V slope = choose(spread > zero, (base + mean) * reciprocal(spread), zero);
+        const auto holds = slope * gap <= part;
+        share = choose(holds, part, share);
+        lambda = choose(holds, slope, lambda);
+        centre = choose(holds, mean, centre);
+        last = choose(holds, own, last);
+    }
+    V optimum = base;
+    for (int i = 0; i < N; ++i) {
+        const V weight = share - lambda * (c[i] - centre), kept = choose(c[i] <= last, max_of(weight, zero), zero);
+        optimum += kept * c[i];
+        c[i] = kept;
+    }
+    return choose(rho == zero, zero, sign * optimum);
+}
+
 constexpr double kLeastRho = 1e-280;  // beside scores of 1: below it is none
 
 // One row of any scale, in double. a: scores; p: prior; c: in, 1 where the objective takes part, else 0; out,

@@ -6,10 +6,6 @@
 
 PAMA_BEGIN
 
-// The lanes of a pass over float32 for N objectives: as many as the registers hold.
-template <int N>
-using RowLanes = typename std::conditional<(PAMA_VECTOR_BYTES == 64 && N <= 4), Two<FloatV>, FloatV>::type;
-
 // One lane in double, where T does not suffice. row: 3 n doubles.
 template <class T>
 __attribute__((noinline)) T solve_lane(int n, const T* a, const T* present, long stride, const double* prior,
@@ -45,29 +41,23 @@ inline V solve_lanes(int given, const T* a, const T* present, long stride, int l
                      const double* scale = nullptr) {
     const V zero = V{}, one = zero + static_cast<T>(1);
     const int n = N > 0 ? N : given;
-    const auto load = [](const T* from) {
-        V v;
-        memcpy(&v, from, sizeof v);
-        return v;
-    };
-    const auto put = [](T* to, V v) { memcpy(to, &v, sizeof v); };
     if (non_negative && !present) {
-        V low = load(a), poison = zero;
+        V low = load<V>(a), poison = zero;
         for (int i = 0; i < n; ++i) {
-            const V x = load(a + i * stride);
+            const V x = load<V>(a + i * stride);
             low = min_of(low, x);
             poison += zero * x;
         }
         V ties = zero, mass = zero;
         for (int i = 0; i < n; ++i) {
-            const auto tied = load(a + i * stride) == low;
+            const auto tied = load<V>(a + i * stride) == low;
             ties += choose(tied, one, zero);
             mass += choose(tied, zero + static_cast<T>(prior[i]), zero);
         }
         const V share = reciprocal(ties), shift = (uniform ? share : max_of((one - mass) * share, zero)) + poison;
         for (int i = 0; i < n; ++i) {  // with the bits that simplex_solve gives
             const V kept = uniform ? shift : shift + static_cast<T>(prior[i]);
-            put(c + i * stride, choose(load(a + i * stride) == low, kept, poison));
+            store(c + i * stride, choose(load<V>(a + i * stride) == low, kept, poison));
         }
         return low + poison;
     }
@@ -76,8 +66,8 @@ inline V solve_lanes(int given, const T* a, const T* present, long stride, int l
     V mass = zero, count = zero, poison = zero;
     V low = zero + static_cast<T>(INFINITY), high = -low;
     for (int i = 0; i < n; ++i) {
-        keep[i] = present ? load(present + i * stride) : one;
-        x[i] = load(a + i * stride);
+        keep[i] = present ? load<V>(present + i * stride) : one;
+        x[i] = load<V>(a + i * stride);
         if (present) {
             x[i] = choose(keep[i] > zero, x[i], zero);
             mass += keep[i] * static_cast<T>(prior[i]);
@@ -118,17 +108,29 @@ inline V solve_lanes(int given, const T* a, const T* present, long stride, int l
     const auto exact = rho == zero, one_sided = (low >= zero) | (high <= zero);
     const V nearest = choose(low > zero, low, choose(high < zero, high, zero));
     const auto settled = exact & one_sided;
-    for (int i = 0; i < n; ++i) {
-        if (!uniform)
-            p[i] = present ? choose(mass > zero, keep[i] * static_cast<T>(prior[i]) / mass, keep[i] / count)
-                           : zero + static_cast<T>(prior[i]);
-        keep[i] = choose(settled & (load(a + i * stride) != nearest), zero, keep[i]);
-        x[i] = choose(settled, zero, x[i]);
+    V optimum = zero;
+    if constexpr (N > 0)
+        if (uniform && !present) {
+            optimum = simplex_sorted<V, N>(x, rho, keep);
+            V ties = zero;
+            for (int i = 0; i < n; ++i) ties += choose(load<V>(a + i * stride) == nearest, one, zero);
+            const V share = reciprocal(ties);
+            for (int i = 0; i < n; ++i)
+                keep[i] = choose(settled, choose(load<V>(a + i * stride) == nearest, share, zero), keep[i]);
+        }
+    if (N == 0 || !uniform || present) {
+        for (int i = 0; i < n; ++i) {
+            if (!uniform)
+                p[i] = present ? choose(mass > zero, keep[i] * static_cast<T>(prior[i]) / mass, keep[i] / count)
+                               : zero + static_cast<T>(prior[i]);
+            keep[i] = choose(settled & (load<V>(a + i * stride) != nearest), zero, keep[i]);
+            x[i] = choose(settled, zero, x[i]);
+        }
+        optimum = uniform ? simplex_solve<V, N, true>(n, x, p, rho, keep) : simplex_solve<V, N>(n, x, p, rho, keep);
     }
-    V optimum = uniform ? simplex_solve<V, N, true>(n, x, p, rho, keep) : simplex_solve<V, N>(n, x, p, rho, keep);
     optimum = choose(exact, choose(one_sided, nearest, zero), max_of(low, min_of(high, optimum * unit)));
     const auto none = present ? count == zero : count != count;
-    for (int i = 0; i < n; ++i) put(c + i * stride, choose(none, zero + static_cast<T>(prior[i]), keep[i] + poison));
+    for (int i = 0; i < n; ++i) store(c + i * stride, choose(none, zero + static_cast<T>(prior[i]), keep[i] + poison));
     optimum = choose(none, zero, optimum) + poison;
     // Two signs of very different size and no regularization: the large score gets a weight near T's rounding, on
     // which the rest depends. These lanes are solved in double.
@@ -144,23 +146,24 @@ inline V solve_lanes(int given, const T* a, const T* present, long stride, int l
     return optimum;
 }
 
-// The lanes of a pass over float32 for N objectives: as many as the registers hold.
-template <int N>
-using RowLanes = typename std::conditional<(PAMA_VECTOR_BYTES == 64 && N <= 4), Two<FloatV>, FloatV>::type;
-
 // Rows of N float32 scores, a register's lanes at a time; those that lie side by side are transposed in registers.
 template <int N>
 inline void weights_rows(long rows, const float* PAMA_RESTRICT scores, long row, long objective, const double* prior,
                          bool uniform, double regularization, const double* scale, long scale_row,
                          float* PAMA_RESTRICT weights, float* PAMA_RESTRICT optimum, double* buffer) {
-    using V = RowLanes<N>;
-    constexpr int width = Lanes<float>::count, count = sizeof(V) / sizeof(float), vectors = count / width;
+    constexpr int width = Lanes<float>::count;
+    constexpr long ahead = 1024;  // floats
     const bool contiguous = row == N && objective == 1;
-    for (long at = 0; at < rows; at += count) {
-        const int used = static_cast<int>(rows - at < count ? rows - at : count);
-        FloatV v[vectors][N], a[N][vectors], c[N][vectors];
-        if (contiguous && used == count) {
-            memcpy(v, scores + at * N, sizeof v);
+    for (long at = 0; at < rows; at += width) {
+        const int used = static_cast<int>(rows - at < width ? rows - at : width);
+        FloatV v[N], c[N];
+        if (contiguous && used == width) {
+            for (int i = 0; i < N; ++i) {
+                ask(scores + at * N + i * width + ahead);
+                ask_to_write(weights + at * N + i * width + ahead);
+                v[i] = load<FloatV>(scores + at * N + i * width);
+            }
+            ask_to_write(optimum + at + ahead);
         } else {
             memset(v, 0, sizeof v);
             for (int t = 0; t < used; ++t)
@@ -168,24 +171,24 @@ inline void weights_rows(long rows, const float* PAMA_RESTRICT scores, long row,
                     reinterpret_cast<float*>(v)[t * N + i] = scores[(at + t) * row + i * objective];
         }
         FloatV low = {};  // of several rows: a NaN among them leaves it alone
-        for (int k = 0; k < vectors; ++k) {
-            for (int i = 0; i < N; ++i) low = min_of(v[k][i], low);
-            deinterleave<N>(v[k]);
-            for (int i = 0; i < N; ++i) a[i][k] = v[k][i];
-        }
-        double size[count];
+        for (int i = 0; i < N; ++i) low = min_of(v[i], low);
+        deinterleave<N>(v);
+        double size[width];
         if (scale)
-            for (int t = 0; t < count; ++t) size[t] = t < used ? scale[(at + t) * scale_row] : 1.0;
+            for (int t = 0; t < width; ++t) size[t] = t < used ? scale[(at + t) * scale_row] : 1.0;
         const bool non_negative = regularization == 0 && !any(low < 0.0f);
-        const V s = solve_lanes<V, N>(N, reinterpret_cast<const float*>(a), static_cast<const float*>(nullptr), count,
-                                      count, prior, uniform, regularization, non_negative, reinterpret_cast<float*>(c),
-                                      static_cast<V*>(nullptr), buffer, scale ? size : nullptr);
-        for (int k = 0; k < vectors; ++k) {
-            for (int i = 0; i < N; ++i) v[k][i] = c[i][k];
-            interleave<N>(v[k]);
+        const FloatV s =
+            solve_lanes<FloatV, N>(N, reinterpret_cast<const float*>(v), static_cast<const float*>(nullptr), width,
+                                   width, prior, uniform, regularization, non_negative, reinterpret_cast<float*>(c),
+                                   static_cast<FloatV*>(nullptr), buffer, scale ? size : nullptr);
+        interleave<N>(c);
+        if (used == width) {
+            store(optimum + at, s);
+            for (int i = 0; i < N; ++i) store(weights + at * N + i * width, c[i]);
+        } else {
+            memcpy(optimum + at, &s, sizeof(float) * static_cast<size_t>(used));
+            memcpy(weights + at * N, c, sizeof(float) * static_cast<size_t>(used * N));
         }
-        memcpy(optimum + at, &s, sizeof(float) * static_cast<size_t>(used));
-        memcpy(weights + at * N, v, sizeof(float) * static_cast<size_t>(used * N));
     }
 }
 
@@ -218,9 +221,7 @@ inline void weights_rows(long rows, int n, const float* scores, long row, long o
             const int used = static_cast<int>(count - t < width ? count - t : width);
             bool non_negative = regularization == 0;
             for (int i = 0; non_negative && i < n; ++i) {
-                FloatV x;
-                memcpy(&x, a + i * piece + t, sizeof x);
-                non_negative = !any(x < 0.0f);
+                non_negative = !any(load<FloatV>(a + i * piece + t) < 0.0f);
             }
             const FloatV s =
                 solve_lanes<FloatV, 0>(n, a + t, static_cast<const float*>(nullptr), piece, used, prior, uniform,

@@ -13,7 +13,7 @@ template <class T>
 struct Workspace {
     Tile<T> tile;
     Tile<double> exact;
-    T *c, *positive, *negative, *scale;  // (n, kTileTokens) and (kTileTokens) each
+    T *c, *combined, *gradient, *scale;  // (n, kTileTokens) and (kTileTokens) each
     T* weights;                          // (n)
     double* row;                         // (4 n)
     double* sums;                        // (statistics_size(n, false))
@@ -28,8 +28,8 @@ inline Workspace<T> allocate(const Problem& problem, void* scratch) {
     w.tile = allocate_tile<T>(problem, arena);
     w.exact = allocate_tile<double>(problem, arena);
     w.c = arena.take<T>(problem.n * kTileTokens);
-    w.positive = arena.take<T>(kTileTokens);
-    w.negative = arena.take<T>(kTileTokens);
+    w.combined = arena.take<T>(kTileTokens);
+    w.gradient = arena.take<T>(kTileTokens);
     w.scale = arena.take<T>(kTileTokens);
     w.weights = arena.take<T>(problem.n);
     w.row = arena.take<double>(4 * problem.n);
@@ -94,16 +94,16 @@ template <class V, int N, class T>
 inline double token_weights(const Problem& problem, const Apply& apply, Workspace<T>& w) {
     const Tile<T>& tile = w.tile;
     constexpr int width = sizeof(V) / sizeof(T);
-    double optimum = 0;
+    T* optimum = w.combined;
     for (long t = 0; t < tile.count; t += width) {
         const int used = static_cast<int>(tile.count - t < width ? tile.count - t : width);
         const V s =
             solve_lanes<V, N>(problem.n, tile.bound + t, tile.present ? tile.present + t : nullptr, kTileTokens, used,
                               apply.prior, apply.uniform, apply.regularization,
                               problem.noon && apply.regularization == 0, w.c + t, reinterpret_cast<V*>(w.lanes), w.row);
-        for (int k = 0; k < used; ++k) optimum += tile.valid[t + k] != 0 ? static_cast<double>(lane<T>(s, k)) : 0.0;
+        store(optimum + t, s);
     }
-    return optimum;
+    return dot(optimum, tile.valid, tile.padded);
 }
 
 template <class T>
@@ -112,7 +112,7 @@ inline double token_weights(const Problem& problem, const Apply& apply, Workspac
     if constexpr (sizeof(T) == sizeof(float))
         if (!w.tile.present && with_constant(problem.n, [&](auto n) {
                 if constexpr (n <= 8) {
-                    optimum = token_weights<RowLanes<n>, n>(problem, apply, w);
+                    optimum = token_weights<FloatV, n>(problem, apply, w);
                 } else {
                     optimum = token_weights<FloatV, 0>(problem, apply, w);
                 }
@@ -121,78 +121,70 @@ inline double token_weights(const Problem& problem, const Apply& apply, Workspac
     return token_weights<typename Lanes<T>::V, 0>(problem, apply, w);
 }
 
-// Combined advantage, loss and gradient of one tile. `fixed` (n) serves all its tokens, or null: w.c does.
+// Combined advantages, gradient and loss of one tile, with weights `fixed` (n) or each token's own in w.c. Returns the
+// sum of the loss. NaN weights stay away from masked places.
+template <bool Noon, bool Own, class T, class V = typename Lanes<T>::V>
+inline T apply_weights(const Problem& problem, const Apply& apply, const Workspace<T>& w, long first, const T* fixed) {
+    const Tile<T> tile = w.tile;
+    const T *const own = w.c, *const row_scale = apply.row_scale ? w.scale : nullptr;
+    T *const combined = w.combined, *const gradient = w.gradient;
+    const int n = problem.n;
+    const bool loss = static_cast<bool>(apply.loss), penalty = apply.kl_coef != 0;
+    const long size = size_of(apply.gradient.dtype);
+    const char* next_gradient = apply.gradient
+                                    ? static_cast<const char*>(apply.gradient.data) + (first + tile.count) * size
+                                    : reinterpret_cast<const char*>(gradient);
+    const V zero{}, coefficient = zero + static_cast<T>(apply.kl_coef), scale = zero + static_cast<T>(apply.scale);
+    V sum[1] = {};
+    for (long t = 0; t < tile.padded; t += Lanes<T>::count) {
+        V up = zero, down = zero;
+        for (int i = 0; i < n; ++i) {
+            ask(tile.ahead.at(t, i));
+            const V a = load<V>(tile.advantages + i * kTileTokens + t), positive = a < 0 ? zero : a;
+            const V weight = Own ? load<V>(own + i * kTileTokens + t) : zero + fixed[i];
+            up += weight * positive;
+            if constexpr (!Noon) down += weight * (a - positive);
+        }
+        const auto masked = load<V>(tile.valid + t) == 0;
+        up = masked ? zero : up;
+        down = masked ? zero : down;
+        store(combined + t, up + down);
+        if (!loss) continue;
+        V gain = up * load<V>(tile.pos + t), slope = up * load<V>(tile.grad_pos + t);
+        if constexpr (!Noon) {
+            gain += down * load<V>(tile.neg + t);
+            slope += down * load<V>(tile.grad_neg + t);
+        }
+        slope *= load<V>(tile.ratio + t);
+        if (penalty) {
+            gain -= coefficient * load<V>(tile.ref_kl + t);
+            slope -= coefficient * load<V>(tile.ref_slope + t);
+        }
+        const V by = row_scale ? load<V>(row_scale + t) : scale;
+        sum[0] -= by * gain;
+        ask_to_write(next_gradient + t * size);
+        store(gradient + t, -by * slope);
+    }
+    T result[1];
+    totals(sum, result);
+    return result[0];
+}
+
+// One tile's results. `fixed` (n) serves all its tokens, or null: w.c does.
 template <class T>
 inline void apply_tile(const Problem& problem, const Apply& apply, Workspace<T>& w, long first, const T* fixed,
                        Partial& partial) {
-    const Tile<T>& tile = w.tile;
-    const long count = tile.count;
-    T *PAMA_RESTRICT up = w.positive, *PAMA_RESTRICT down = w.negative;
-    for (long t = 0; t < count; ++t) up[t] = down[t] = 0;
-    for (int i = 0; i < problem.n; ++i) {
-        const T* PAMA_RESTRICT a = tile.advantages + i * kTileTokens;
-        const T* PAMA_RESTRICT c = w.c + i * kTileTokens;
-        if (fixed && problem.noon) {
-            const T weight = fixed[i];
-#pragma omp simd
-            for (long t = 0; t < count; ++t) up[t] += weight * (a[t] < 0 ? T(0) : a[t]);
-        } else {
-            const T weight = fixed ? fixed[i] : T(0);
-            const T keep = problem.noon ? T(0) : T(1), own = fixed ? T(0) : T(1);
-#pragma omp simd
-            for (long t = 0; t < count; ++t) {
-                const T positive = a[t] < 0 ? T(0) : a[t];
-                const T share = own != 0 ? c[t] : weight;
-                up[t] += share * positive;
-                down[t] += keep * share * (a[t] - positive);
-            }
-        }
-    }
-    // NaN weights stay away from masked places.
-#pragma omp simd
-    for (long t = 0; t < count; ++t) {
-        up[t] = tile.valid[t] != 0 ? up[t] : T(0);
-        down[t] = tile.valid[t] != 0 ? down[t] : T(0);
-    }
-    if (apply.combined && !apply.combined_per_row) {
-#pragma omp simd
-        for (long t = 0; t < count; ++t) w.c[t] = up[t] + down[t];
-        store_tokens(apply.combined, first, count, w.c);
-    }
-    if (!apply.loss) return;
-    T* PAMA_RESTRICT scale = w.scale;
+    const long count = w.tile.count;
     if (apply.row_scale)
         for_each_segment(problem, first, count, [&](long row, long, long at, long piece) {
-            for (long t = 0; t < piece; ++t) scale[at + t] = static_cast<T>(apply.scale * apply.row_scale[row]);
+            for (long t = 0; t < piece; ++t) w.scale[at + t] = static_cast<T>(apply.scale * apply.row_scale[row]);
         });
-    else
-        for (long t = 0; t < count; ++t) scale[t] = static_cast<T>(apply.scale);
-    T *PAMA_RESTRICT gradient = w.c, sum = 0;
-    const T *PAMA_RESTRICT pos = tile.pos, *PAMA_RESTRICT neg = tile.neg, *PAMA_RESTRICT grad_pos = tile.grad_pos,
-                           *PAMA_RESTRICT grad_neg = tile.grad_neg, *PAMA_RESTRICT ratio = tile.ratio,
-                           *PAMA_RESTRICT valid = tile.valid, *PAMA_RESTRICT ref = tile.ref,
-                           *PAMA_RESTRICT logp = tile.logp;
-    if (apply.kl_coef == 0) {
-#pragma omp simd reduction(+ : sum)
-        for (long t = 0; t < count; ++t) {
-            sum -= scale[t] * (up[t] * pos[t] + down[t] * neg[t]);
-            gradient[t] = -scale[t] * ratio[t] * (up[t] * grad_pos[t] + down[t] * grad_neg[t]);
-        }
-    } else {
-        const T coefficient = static_cast<T>(apply.kl_coef);
-#pragma omp simd reduction(+ : sum)
-        for (long t = 0; t < count; ++t) {
-            const T r = valid[t] != 0 ? ref[t] - logp[t] : T(0);
-            T k3;
-            exponential(r, k3);  // e^r - 1 = r + k3
-            const T poison = T(0) * r;
-            sum += scale[t] * (coefficient * (k3 + poison) - (up[t] * pos[t] + down[t] * neg[t]));
-            gradient[t] = scale[t] * (coefficient * (poison - (r + k3)) -
-                                      ratio[t] * (up[t] * grad_pos[t] + down[t] * grad_neg[t]));
-        }
-    }
-    partial.loss += sum;
-    if (apply.gradient) store_tokens(apply.gradient, first, count, gradient);
+    for (long t = count; t < w.tile.padded; ++t) w.scale[t] = 0;
+    const auto pass = problem.noon ? (fixed ? apply_weights<true, false, T> : apply_weights<true, true, T>)
+                                   : (fixed ? apply_weights<false, false, T> : apply_weights<false, true, T>);
+    partial.loss += pass(problem, apply, w, first, fixed);
+    if (apply.combined && !apply.combined_per_row) store_tokens(apply.combined, first, count, w.combined);
+    if (apply.gradient) store_tokens(apply.gradient, first, count, w.gradient);
 }
 
 template <class T>
@@ -295,7 +287,7 @@ inline void apply_block(const Problem& problem, const Apply& apply, long first, 
         if (per_token) {
             partial.optimum += token_weights(problem, apply, w);
             for (int i = 0; i < problem.n; ++i)
-                partial.weights[i] += dot(w.c + i * kTileTokens, w.tile.valid, w.tile.count);
+                partial.weights[i] += dot(w.c + i * kTileTokens, w.tile.valid, w.tile.padded);
         }
         apply_tile(problem, apply, w, at, per_token ? nullptr : w.weights, partial);
     }

@@ -8,18 +8,18 @@
 PAMA_BEGIN
 
 // Elements Index... of (a, b) side by side.
-template <int... Index>
-inline FloatV pick(FloatV a, FloatV b, std::integer_sequence<int, Index...>) {
+template <class V, int... Index>
+inline V pick(V a, V b, std::integer_sequence<int, Index...>) {
 #if defined(__clang__) || __GNUC__ >= 12
     return __builtin_shufflevector(a, b, Index...);
 #else
-    typedef int IntV __attribute__((vector_size(PAMA_VECTOR_BYTES)));
-    return __builtin_shuffle(a, b, IntV{Index...});
+    typedef decltype(a < b) Indices;
+    return __builtin_shuffle(a, b, Indices{Index...});
 #endif
 }
 
-template <int Offset, int... K>
-inline FloatV every_second(FloatV a, FloatV b, std::integer_sequence<int, K...>) {
+template <int Offset, class V, int... K>
+inline V every_second(V a, V b, std::integer_sequence<int, K...>) {
     return pick(a, b, std::integer_sequence<int, (2 * K + Offset)...>{});
 }
 
@@ -65,6 +65,25 @@ inline void interleave(FloatV* v) {
     }
 }
 
+// The sums over the lanes of N vectors at once, N a power of two: of pairs of neighbours, of pairs of those, and so on.
+template <int N, class V, class T>
+inline void totals(V (&v)[N], T* sums) {
+    constexpr int width = sizeof(V) / sizeof(T);
+    const std::make_integer_sequence<int, width> lanes{};
+    int count = N;
+#pragma GCC unroll 8
+    for (int left = width; left > 1; left /= 2) {
+        const int half = (count + 1) / 2;
+#pragma GCC unroll 8
+        for (int k = 0; k < half; ++k) {
+            const V a = v[2 * k], b = v[count > 1 ? 2 * k + 1 : 0];
+            v[k] = every_second<0>(a, b, lanes) + every_second<1>(a, b, lanes);
+        }
+        count = half;
+    }
+    memcpy(sums, v, N * sizeof(T));
+}
+
 // count rows of N contiguous floats to N arrays `stride` apart, each vector of them through `change`(vector, first
 // row).
 template <int N, class Change>
@@ -74,7 +93,7 @@ inline void rows_to_columns(const float* PAMA_RESTRICT rows, long count, float* 
     long t = 0;
     for (; t + width <= count; t += width) {
         FloatV v[N];
-        memcpy(v, rows + t * N, sizeof v);
+        for (int k = 0; k < N; ++k) v[k] = load<FloatV>(rows + t * N + k * width);
         deinterleave<N>(v);
         for (int i = 0; i < N; ++i) {
             const FloatV x = change(v[i], t);

@@ -78,56 +78,21 @@ struct Lanes<double> {
     static constexpr int count = PAMA_VECTOR_BYTES / 8;
 };
 
-// Two vectors in step: where each instruction waits for the one before, the other vector's fill the time.
-template <class V>
-struct Two {
-    typedef typename std::decay<decltype(V{}[0])>::type Element;
-    V first, second;
-#define PAMA_EACH(OP)                                                                          \
-    auto operator OP(const Two& x) const { return two(first OP x.first, second OP x.second); } \
-    template <class S>                                                                         \
-    auto operator OP(S x) const {                                                              \
-        const Element y = static_cast<Element>(x);                                             \
-        return two(first OP y, second OP y);                                                   \
-    }
-    PAMA_EACH(+)
-    PAMA_EACH(-)
-    PAMA_EACH(*)
-    PAMA_EACH(/)
-    PAMA_EACH(<)
-    PAMA_EACH(>)
-    PAMA_EACH(<=)
-    PAMA_EACH(>=)
-    PAMA_EACH(==)
-    PAMA_EACH(!=)
-    PAMA_EACH(&)
-    PAMA_EACH(|)
-#undef PAMA_EACH
-    Two operator-() const { return {-first, -second}; }
-    Two& operator+=(const Two& x) { return *this = *this + x; }
-    Two& operator-=(const Two& x) { return *this = *this - x; }
-    Two& operator*=(const Two& x) { return *this = *this * x; }
-    template <class W>
-    static Two<W> two(W x, W y) {
-        return {x, y};
-    }
-};
-template <class M, class V>
-inline Two<V> choose(Two<M> condition, Two<V> x, Two<V> y) {
-    return {condition.first ? x.first : y.first, condition.second ? x.second : y.second};
+template <class V, class T>
+inline V load(const T* from) {
+    V x;
+    memcpy(&x, from, sizeof x);
+    return x;
 }
-template <class V>
-inline Two<V> reciprocal(Two<V> x) {
-    return {reciprocal(x.first), reciprocal(x.second)};
+template <class V, class T>
+inline void store(T* to, V x) {
+    memcpy(to, &x, sizeof x);
 }
-template <class V>
-inline Two<V> power_below(Two<V> x) {
-    return {power_below(x.first), power_below(x.second)};
-}
-template <class M>
-inline bool any(const Two<M>& mask) {
-    return any(mask.first | mask.second);
-}
+
+// Memory that will be read, or written, soon. Asked for a line at a time between two computations, it comes while they
+// run: what the processor guesses by itself does not reach over the work on one tile.
+inline void ask(const void* from) { __builtin_prefetch(from, 0, 2); }
+inline void ask_to_write(const void* to) { __builtin_prefetch(to, 1, 2); }
 
 inline unsigned short float_to_bf16(float x) {
     unsigned bits;

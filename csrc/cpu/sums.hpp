@@ -7,48 +7,62 @@
 PAMA_BEGIN
 
 // Sums of one objective, in the order of `Field` from kBoundSum on. Where an objective is absent the factors of its
-// token may be NaN: their products are taken out by `present`.
-template <bool Noon, bool Present, class T>
-inline void objective_sums(const Tile<T>& tile, const T* PAMA_RESTRICT a, const T* PAMA_RESTRICT present,
-                           T* PAMA_RESTRICT bound, T* sums) {
-    const T *PAMA_RESTRICT logp = tile.logp, *PAMA_RESTRICT pos = tile.pos, *PAMA_RESTRICT neg = tile.neg,
-                           *PAMA_RESTRICT grad_pos = tile.grad_pos, *PAMA_RESTRICT grad_neg = tile.grad_neg,
-                           *PAMA_RESTRICT off_pos = tile.off_pos, *PAMA_RESTRICT off_neg = tile.off_neg;
-    T s1 = 0, s2 = 0, sl = 0, sg = 0, sa = 0, sa2 = 0, positive = 0, clipped = 0;
-#pragma omp simd reduction(+ : s1, s2, sl, sg, sa, sa2, positive, clipped)
-    for (long t = 0; t < tile.count; ++t) {
-        const T up = a[t] < 0 ? T(0) : a[t], down = a[t] - up;
-        const T one = a[t] > 0 ? T(1) : T(0), other = a[t] < 0 ? T(1) : T(0);
-        T i = up * grad_pos[t], g = up * pos[t];
+// token may be NaN: their products are taken out by `present`. Asks for the next tile on the way.
+template <bool Noon, bool Present, class T, class V = typename Lanes<T>::V>
+inline void objective_sums(const Tile<T>& tile, const T* a, const T* present, T* bound, long objective, T* sums) {
+    constexpr long width = sizeof(V) / sizeof(T);
+    const T *logp = tile.logp, *pos = tile.pos, *neg = tile.neg, *grad_pos = tile.grad_pos, *grad_neg = tile.grad_neg,
+            *off_pos = tile.off_pos, *off_neg = tile.off_neg;
+    const Ahead ahead = tile.ahead;
+    const long padded = tile.padded;
+    const V zero{}, unit = zero + 1;
+    V s[kFields - 1] = {};
+    for (long t = 0; t < padded; t += width) {
+        ask(ahead.at(t, objective));
+        const V x = load<V>(a + t), up = x < 0 ? zero : x, one = x > 0 ? unit : zero;
+        V i = up * load<V>(grad_pos + t), g = up * load<V>(pos + t);
+        V clipped = one * load<V>(off_pos + t);
         if constexpr (!Noon) {
-            i += down * grad_neg[t];
-            g += down * neg[t];
+            const V down = x - up;
+            i += down * load<V>(grad_neg + t);
+            g += down * load<V>(neg + t);
+            clipped += x < 0 ? load<V>(off_neg + t) : zero;
         }
         if constexpr (Present) {
-            i = present[t] != 0 ? i : T(0);
-            g = present[t] != 0 ? g : T(0);
+            const auto absent = load<V>(present + t) == 0;
+            i = absent ? zero : i;
+            g = absent ? zero : g;
         }
-        bound[t] = i;
-        s1 += i;
-        s2 += i * i;
-        sl += i * logp[t];
-        sg += g;
-        sa += a[t];
-        sa2 += a[t] * a[t];
-        positive += one;
-        clipped += one * off_pos[t] + (Noon ? T(0) : other * off_neg[t]);
+        store(bound + t, i);
+        s[0] += i;
+        s[1] += i * i;
+        s[2] += i * load<V>(logp + t);
+        s[3] += g;
+        s[4] += x;
+        s[5] += x * x;
+        s[6] += one;
+        s[7] += clipped;
     }
-    const T all[] = {s1, s2, sl, sg, sa, sa2, positive, clipped};
-    for (int f = 0; f < kFields - 1; ++f) sums[f] = all[f];
+    totals(s, sums);
 }
 
-// Not inlined: GCC 12 gives the vectors up where it is.
-template <class T>
-__attribute__((noinline)) T dot(const T* PAMA_RESTRICT x, const T* PAMA_RESTRICT y, long count) {
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (long t = 0; t < count; ++t) sum += x[t] * y[t];
-    return sum;
+// Sums over a tile's tokens of x and y, or of their product.
+template <class T, class V = typename Lanes<T>::V>
+inline void two_totals(const T* x, const T* y, long padded, T (&sums)[2]) {
+    V s[2] = {};
+    for (long t = 0; t < padded; t += Lanes<T>::count) {
+        s[0] += load<V>(x + t);
+        s[1] += load<V>(y + t);
+    }
+    totals(s, sums);
+}
+template <class T, class V = typename Lanes<T>::V>
+inline T dot(const T* x, const T* y, long padded) {
+    V s[2] = {};
+    T sums[2];
+    for (long t = 0; t < padded; t += Lanes<T>::count) s[0] += load<V>(x + t) * load<V>(y + t);
+    totals(s, sums);
+    return sums[0];
 }
 
 template <class T>
@@ -60,51 +74,61 @@ inline T total(const T* PAMA_RESTRICT x, long count) {
 }
 
 // Float32 sums of squares overflow above 1e19 and vanish below 1e-19: such a tile is summed in float64.
-inline bool out_of_range(const float* sums, const float* a, long count) {
-    float poison = 0;
-    for (int f = 0; f < kFields - 1; ++f) poison += 0.0f * sums[f];
-    if (poison != 0) return true;
-    const float tiny = 0x1p-80f;
-    if (sums[kAdvantageSquareSum - 1] >= tiny && (sums[kBoundSquareSum - 1] >= tiny || sums[kBoundSum - 1] == 0))
-        return false;
-    unsigned bits = 0;
-    for (long t = 0; t < count; ++t) {
-        unsigned value;
-        memcpy(&value, a + t, 4);
-        bits |= value << 1;
+// fields: (kFields - 1, n), from kBoundSum on.
+inline bool out_of_range(long n, const float* fields, const Tile<float>& tile) {
+    unsigned highest = 0;
+    for (long k = 0; k < (kFields - 1) * n; ++k) {
+        unsigned bits;
+        memcpy(&bits, fields + k, sizeof bits);
+        bits &= 0x7fffffff;
+        highest = bits > highest ? bits : highest;
     }
-    return bits != 0;
+    if (highest >= 0x7f800000) return true;
+    const float tiny = 0x1p-80f;
+    const float *bound = fields, *bound_square = bound + n, *square = fields + (kAdvantageSquareSum - 1) * n;
+    for (long i = 0; i < n; ++i) {
+        if (square[i] >= tiny && (bound_square[i] >= tiny || bound[i] == 0)) continue;
+        unsigned all = 0;
+        for (long t = 0; t < tile.count; ++t) {
+            unsigned bits;
+            memcpy(&bits, tile.advantages + i * kTileTokens + t, sizeof bits);
+            all |= bits << 1;
+        }
+        if (all != 0) return true;
+    }
+    return false;
 }
-inline bool out_of_range(const double*, const double*, long) { return false; }
+inline bool out_of_range(long, const double*, const Tile<double>&) { return false; }
 
 // Adds the tile to `sums`; `tile.bound` receives I. Returns false, adding nothing, if T's range does not suffice.
 template <class T>
 inline bool add_sums(const Problem& problem, const Tile<T>& tile, bool pairs, double* sums) {
-    const long n = problem.n, count = tile.count;
+    const long n = problem.n, count = tile.count, padded = tile.padded;
     T *bound = tile.bound, *squares = tile.squares, *fields = tile.fields;
-    bool in_range = true;
     for (long i = 0; i < n; ++i) {
         const T* a = tile.advantages + i * kTileTokens;
         const T* here = tile.present ? tile.present + i * kTileTokens : nullptr;
         const auto sum = problem.noon ? (here ? objective_sums<true, true, T> : objective_sums<true, false, T>)
                                       : (here ? objective_sums<false, true, T> : objective_sums<false, false, T>);
-        sum(tile, a, here, bound + i * kTileTokens, fields + i * kFields);
-        in_range = in_range && !out_of_range(fields + i * kFields, a, count);
+        T own[kFields - 1];
+        sum(tile, a, here, bound + i * kTileTokens, i, own);
+        for (int f = 0; f < kFields - 1; ++f) fields[f * n + i] = own[f];
     }
-    if (!in_range) return false;
-    const double tokens = total(tile.valid, count);
-    for (long i = 0; i < n; ++i) {
+    if (out_of_range(n, fields, tile)) return false;
+    T both[2];
+    two_totals(tile.valid, tile.kl, padded, both);
+    const double tokens = both[0];
+    for (long i = 0; i < n; ++i)
         sums[kCount * n + i] += tile.present ? total(tile.present + i * kTileTokens, count) : tokens;
-        for (int f = 1; f < kFields; ++f) sums[f * n + i] += fields[i * kFields + f - 1];
-    }
+    for (long k = 0; k < (kFields - 1) * n; ++k) sums[kBoundSum * n + k] += fields[k];
     sums[total_offset(n) + kTokenCount] += tokens;
-    sums[total_offset(n) + kKlSum] += total(tile.kl, count);
+    sums[total_offset(n) + kKlSum] += both[1];
     if (!pairs) return true;
     const auto add = [&](int pair, const T* x, const T* y, bool symmetric) {
         double* block = sums + pair_offset(n, pair);
         for (long i = 0; i < n; ++i)
             for (long j = symmetric ? i : 0; j < n; ++j) {
-                const double value = dot(x + i * kTileTokens, y + j * kTileTokens, count);
+                const double value = dot(x + i * kTileTokens, y + j * kTileTokens, padded);
                 block[i * n + j] += value;
                 if (symmetric && j > i) block[j * n + i] += value;
             }

@@ -17,14 +17,39 @@ inline long tile_tokens(int n) {
     return tokens;
 }
 
+// Where the values from one token on lie in memory, and those of each objective.
+struct Ahead {
+    const char* first;
+    long token, objective;  // bytes
+    const char* at(long t, long i = 0) const { return first + i * objective + t * token; }
+};
+
+inline Ahead ahead(const Problem& problem, const Array& array, long token) {
+    const long row = problem.offsets ? 0 : token / problem.width, t = problem.offsets ? token : token % problem.width;
+    const long size = size_of(array.dtype);
+    return {static_cast<const char*>(array.data) + (row * array.row + t * array.token) * size, array.token * size,
+            array.objective * size};
+}
+
+// Of `count` tokens whose objectives lie side by side each objective gets a piece as long as its own values.
+inline Ahead in_pieces(Ahead values, int n, long count) {
+    if (values.token == n * values.objective) {
+        values.token = values.objective;
+        values.objective *= count;
+    }
+    return values;
+}
+
 template <class T>
 struct Tile {
-    long count;
-    const T *valid, *logp, *ref;
+    long count, padded;  // tokens; and with the zeros that fill the last vector
+    const T *valid, *logp;
     T *advantages, *present;             // (n, kTileTokens); present is null where all are
     T *pos, *neg, *grad_pos, *grad_neg;  // factors of the surrogate and of the bound, times w and mask
     T *off_pos, *off_neg;                // 1 where there is no gradient
     T *ratio, *kl;
+    T *ref_kl, *ref_slope;        // the KL penalty to the reference, and its derivative
+    Ahead ahead;                  // the next tile's advantages
     T *bound, *squares, *fields;  // work space of the sums: I and A'^2 (n, kTileTokens), (n, kFields)
 };
 
@@ -170,11 +195,10 @@ inline Tile<T> allocate_tile(const Problem& problem, Arena& arena) {
     tile.count = 0;
     tile.valid = arena.take<T>(kTileTokens);
     tile.logp = arena.take<T>(kTileTokens);
-    tile.ref = arena.take<T>(kTileTokens);
     tile.advantages = arena.take<T>(problem.n * kTileTokens);
     tile.present = problem.objective_mask ? arena.take<T>(problem.n * kTileTokens) : nullptr;
-    T** pieces[] = {&tile.pos,     &tile.neg,     &tile.grad_pos, &tile.grad_neg,
-                    &tile.off_pos, &tile.off_neg, &tile.ratio,    &tile.kl};
+    T** pieces[] = {&tile.pos,     &tile.neg,   &tile.grad_pos, &tile.grad_neg, &tile.off_pos,
+                    &tile.off_neg, &tile.ratio, &tile.kl,       &tile.ref_kl,   &tile.ref_slope};
     for (T** piece : pieces) *piece = arena.take<T>(kTileTokens);
     tile.bound = arena.take<T>(problem.n * kTileTokens);
     tile.squares = tile.present ? arena.take<T>(problem.n * kTileTokens) : nullptr;
@@ -190,7 +214,8 @@ inline long tile_bytes(int n) {
 // Without log-probabilities, and on-policy, the ratio is 1 and every gradient is there.
 template <class T>
 inline void ratio_terms(const Problem& problem, const T* PAMA_RESTRICT d, const T* PAMA_RESTRICT w,
-                        const T* PAMA_RESTRICT bad, Tile<T>& tile) {
+                        const T* PAMA_RESTRICT bad, long next, Tile<T>& tile) {
+    const Ahead logp = ahead(problem, problem.logprobs, next), old = ahead(problem, problem.old_logprobs, next);
     const T low = static_cast<T>(problem.clip.low), high = static_cast<T>(problem.clip.high),
             dual = static_cast<T>(problem.clip.dual);
     const T log_low = static_cast<T>(problem.clip.log_low), log_high = static_cast<T>(problem.clip.log_high),
@@ -200,45 +225,69 @@ inline void ratio_terms(const Problem& problem, const T* PAMA_RESTRICT d, const 
                      *PAMA_RESTRICT grad_neg = tile.grad_neg, *PAMA_RESTRICT off_pos = tile.off_pos,
                      *PAMA_RESTRICT off_neg = tile.off_neg, *PAMA_RESTRICT ratio = tile.ratio,
                      *PAMA_RESTRICT kl = tile.kl;
+    constexpr long width = Lanes<T>::count;
+    for (long at = 0; at < tile.padded; at += width) {
+        ask(logp.at(at));
+        ask(old.at(at));
 #pragma omp simd
-    for (long t = 0; t < tile.count; ++t) {
-        const T upper = d[t] < limit ? d[t] : limit;
-        const T clamped = upper > -limit ? upper : -limit;
+        for (long t = at; t < at + width; ++t) {
+            const T upper = d[t] < limit ? d[t] : limit;
+            const T clamped = upper > -limit ? upper : -limit;
+            T k3;
+            const T u = exponential(clamped, k3);
+            const T capped = u < dual ? u : dual;
+            const T stop_pos = (((d[t] > log_high) | (d[t] > limit) | (d[t] < -limit)) & (bad[t] == 0)) ? T(1) : T(0);
+            const T stop_neg =
+                (((d[t] > log_dual) | (d[t] < log_low) | (d[t] > limit) | (d[t] < -limit)) & (bad[t] == 0)) ? T(1)
+                                                                                                            : T(0);
+            ratio[t] = u;
+            pos[t] = w[t] * (u < high ? u : high) + bad[t];
+            neg[t] = w[t] * (capped > low ? capped : low) + bad[t];
+            grad_pos[t] = w[t] * (1 - stop_pos) + bad[t];
+            grad_neg[t] = w[t] * (1 - stop_neg) + bad[t];
+            off_pos[t] = stop_pos;
+            off_neg[t] = stop_neg;
+            kl[t] = valid[t] * k3 + bad[t];
+        }
+    }
+}
+
+// e^r - 1 - r with r = ref - logp, in place of ref.
+template <class T>
+inline void ref_terms(Tile<T>& tile) {
+    const T *PAMA_RESTRICT valid = tile.valid, *PAMA_RESTRICT logp = tile.logp;
+    T *PAMA_RESTRICT ref_kl = tile.ref_kl, *PAMA_RESTRICT ref_slope = tile.ref_slope;
+#pragma omp simd
+    for (long t = 0; t < tile.padded; ++t) {
+        const T r = valid[t] != 0 ? ref_kl[t] - logp[t] : T(0), poison = T(0) * r;
         T k3;
-        const T u = exponential(clamped, k3);
-        const T capped = u < dual ? u : dual;
-        const T stop_pos = (((d[t] > log_high) | (d[t] > limit) | (d[t] < -limit)) & (bad[t] == 0)) ? T(1) : T(0);
-        const T stop_neg =
-            (((d[t] > log_dual) | (d[t] < log_low) | (d[t] > limit) | (d[t] < -limit)) & (bad[t] == 0)) ? T(1) : T(0);
-        ratio[t] = u;
-        pos[t] = w[t] * (u < high ? u : high) + bad[t];
-        neg[t] = w[t] * (capped > low ? capped : low) + bad[t];
-        grad_pos[t] = w[t] * (1 - stop_pos) + bad[t];
-        grad_neg[t] = w[t] * (1 - stop_neg) + bad[t];
-        off_pos[t] = stop_pos;
-        off_neg[t] = stop_neg;
-        kl[t] = valid[t] * k3 + bad[t];
+        exponential(r, k3);
+        ref_kl[t] = k3 + poison;
+        ref_slope[t] = poison - (r + k3);
     }
 }
 
 template <class T>
 inline void load_tile(const Problem& problem, long first, long count, bool with_ref, Tile<T>& tile, Arena arena) {
+    constexpr long width = Lanes<T>::count;
+    const long padded = (count + width - 1) / width * width;
     tile.count = count;
-    T *PAMA_RESTRICT valid = const_cast<T*>(tile.valid), *PAMA_RESTRICT logp = const_cast<T*>(tile.logp),
-                     *PAMA_RESTRICT ref = const_cast<T*>(tile.ref);
+    tile.padded = padded;
+    T *PAMA_RESTRICT valid = const_cast<T*>(tile.valid), *PAMA_RESTRICT logp = const_cast<T*>(tile.logp);
     T *PAMA_RESTRICT d = arena.take<T>(kTileTokens), *PAMA_RESTRICT w = arena.take<T>(kTileTokens),
                      *PAMA_RESTRICT bad = arena.take<T>(kTileTokens);
     if (problem.mask)
         load_tokens(problem, problem.mask, first, count, true, valid);
     else
         for (long t = 0; t < count; ++t) valid[t] = 1;
-    for (long t = 0; t < count; ++t) bad[t] = 0;
+    for (long t = count; t < padded; ++t) valid[t] = 0;
+    for (long t = 0; t < padded; ++t) bad[t] = 0;
 
     // Masked places and values that are not finite become 0; `bad` collects 0 for finite values and NaN for others.
     const auto load = [&](const Array& array, T* PAMA_RESTRICT target) {
         load_tokens(problem, array, first, count, false, target);
 #pragma omp simd
-        for (long t = 0; t < count; ++t) {
+        for (long t = 0; t < padded; ++t) {
             const T value = valid[t] != 0 ? target[t] : T(0), poison = T(0) * value;
             target[t] = poison == 0 ? value : T(0);
             bad[t] += poison;
@@ -247,35 +296,41 @@ inline void load_tile(const Problem& problem, long first, long count, bool with_
     if (problem.importance_weights)
         load(problem.importance_weights, w);
     else
-        for (long t = 0; t < count; ++t) w[t] = valid[t];
+        for (long t = 0; t < padded; ++t) w[t] = valid[t];
     if (problem.logprobs)
         load(problem.logprobs, logp);
     else
-        for (long t = 0; t < count; ++t) logp[t] = 0;
+        for (long t = 0; t < padded; ++t) logp[t] = 0;
     if (problem.old_logprobs) {
         load(problem.old_logprobs, d);
 #pragma omp simd
-        for (long t = 0; t < count; ++t) d[t] = logp[t] - d[t];
-        ratio_terms(problem, d, w, bad, tile);
+        for (long t = 0; t < padded; ++t) d[t] = logp[t] - d[t];
+        ratio_terms(problem, d, w, bad, first + count, tile);
     } else {
-        for (long t = 0; t < count; ++t) {
+        for (long t = 0; t < padded; ++t) {
             tile.ratio[t] = 1;
             tile.pos[t] = tile.neg[t] = tile.grad_pos[t] = tile.grad_neg[t] = w[t] + bad[t];
             tile.off_pos[t] = tile.off_neg[t] = 0;
             tile.kl[t] = bad[t];
         }
     }
-    if (with_ref) load_tokens(problem, problem.ref_logprobs, first, count, false, ref);
+    if (with_ref) {
+        load_tokens(problem, problem.ref_logprobs, first, count, false, tile.ref_kl);
+        ref_terms(tile);
+    }
 
     load_objectives<T>(problem, problem.advantages, first, count, false, tile.present ? nullptr : valid,
                        tile.advantages);
+    tile.ahead = in_pieces(ahead(problem, problem.advantages, first + count), problem.n, count);
+    for (int i = 0; i < problem.n; ++i)
+        for (long t = count; t < padded; ++t) tile.advantages[i * kTileTokens + t] = 0;
     if (!tile.present) return;
     load_objectives<T>(problem, problem.objective_mask, first, count, true, nullptr, tile.present);
     for (int i = 0; i < problem.n; ++i) {
         T *PAMA_RESTRICT a = tile.advantages + i * kTileTokens, *PAMA_RESTRICT here = tile.present + i * kTileTokens;
 #pragma omp simd
-        for (long t = 0; t < count; ++t) {
-            here[t] *= valid[t];
+        for (long t = 0; t < padded; ++t) {
+            here[t] = valid[t] != 0 ? here[t] : T(0);
             const T value = here[t] != 0 ? a[t] : T(0);
             a[t] = value + T(0) * value;
         }

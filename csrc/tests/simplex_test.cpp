@@ -1,6 +1,7 @@
 // The scalar simplex problem: optimality by its KKT conditions, on random and hard rows.
 #include "core/simplex.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -39,11 +40,23 @@ double largest(const std::vector<double>& a) {
     return result;
 }
 
+template <int N>
+Answer solve_sorted(const Row& row) {
+    double a[N], c[N], unit = largest(row.scores), low = INFINITY, high = -INFINITY;
+    for (int i = 0; i < N; ++i) {
+        a[i] = row.scores[i] / unit;
+        low = std::fmin(low, a[i]);
+        high = std::fmax(high, a[i]);
+    }
+    const double rho = row.regularization * (row.scale < 0 ? 1.0 : row.scale / unit / unit);
+    const double optimum = std::fmax(low, std::fmin(high, pama::simplex_sorted<double, N>(a, rho, c)));
+    return {{c, c + N}, optimum * unit};
+}
+
 // c = [p - lambda a - tau]_+ with one lambda and one tau: with a.c = rho lambda for rho > 0, a.c = s* for rho = 0.
 // Rounding of the n-term sums in `scores` of size 1 leaves 1e-12 (n <= 1000) in the multipliers' products.
-void check(const Row& row) {
+void check(const Row& row, const Answer& answer) {
     const int n = static_cast<int>(row.scores.size());
-    const Answer answer = solve(row);
     const double unit = largest(row.scores), tolerance = 1e-11;
     double sum = 0, value = 0, low = row.scores[0], high = low;
     for (int i = 0; i < n; ++i) {
@@ -77,6 +90,18 @@ void check(const Row& row) {
         expect(gradient >= level - slack, "gradient", n, gradient - level);
         if (answer.weights[i] > 1e-9) expect(gradient <= level + slack, "support", n, gradient - level);
     }
+}
+
+// The sorted form is for uniform priors, and scores that have two signs where there is no regularization.
+void check_sorted(Row row) {
+    const std::size_t n = row.scores.size();
+    const double low = *std::min_element(row.scores.begin(), row.scores.end()),
+                 high = *std::max_element(row.scores.begin(), row.scores.end());
+    if (largest(row.scores) == 0 || (row.regularization == 0 && !(low < 0 && high > 0))) return;
+    for (double& p : row.prior) p = 1.0 / static_cast<double>(n);
+    if (n == 2) check(row, solve_sorted<2>(row));
+    if (n == 4) check(row, solve_sorted<4>(row));
+    if (n == 8) check(row, solve_sorted<8>(row));
 }
 
 // With rho = 0 the answer is the limit rho -> 0. Rounding over rho leaves 1e-16 / 1e-12, and rows of tiny spread
@@ -154,7 +179,8 @@ int main(int argc, char** argv) {
         for (double& p : row.prior) p /= mass;
         row.regularization = regularizations[random() % 6];
         if (row.regularization > 0 && random() % 3 == 0) row.scale = std::exp(3 * normal(random));
-        check(row);
+        check(row, solve(row));
+        check_sorted(row);
         if (kind < 4 && row.regularization == 0 && n < 10) check_limit(row);
         check_permutation(row);
         if (k % 10 == 0 && row.scale < 0 && kind < 5) check_scale(row);
