@@ -188,14 +188,14 @@ def _define(name: str) -> Callable[..., Any]:
         x = args[place]
         if type(x) not in _PLAIN or traced():
             return operator(*args)
-        if not x.is_cpu:
-            return run(*args)
-        if on_cpu is None:
-            on_cpu = implementation(x, name)
         try:
+            if not x.is_cpu:
+                return run(*args)
+            if on_cpu is None:
+                on_cpu = implementation(x, name)
             return on_cpu(*args)
         except RuntimeError as error:
-            if "data pointer" not in str(error):
+            if "data pointer" not in str(error) and "access storage" not in str(error):
                 raise
             return operator(*args)  # a wrapped tensor, as torch.vmap has: torch takes it apart
 
