@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 import pama_kernels as pk
+from pama_kernels._codes import statistics_size
 from pama_kernels.backends import operators
 from pama_kernels.backends import triton as backend
 from pama_kernels.backends.triton import launch
@@ -36,8 +37,9 @@ TARGETS = {
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _AMD = {"registers": "vgpr_count", "spills": "vgpr_spill_count"}
 
-# What is called, whether every training step may call it so, and the call.
-Calls = Iterator[tuple[str, bool, Callable[[], Any]]]
+HOT = 32  # objectives: up to here no kernel may spill
+# What is called, with how many objectives, and the call.
+Calls = Iterator[tuple[str, int, Callable[[], Any]]]
 
 
 class _Driver:
@@ -57,11 +59,12 @@ class _Driver:
 
 
 def resources(compiled: Any) -> dict[str, int]:
-    """Registers of a thread, bytes (NVIDIA) or registers (AMD) that it spills, bytes of shared memory."""
+    """Registers of a thread, bytes (NVIDIA) or registers (AMD) that it spills, shared bytes, warps."""
+    told = {"shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
     if "cubin" not in compiled.asm:
         text = compiled.asm["amdgcn"]
         found = {name: int(re.search(rf"\.{key}:\s*(\d+)", text)[1]) for name, key in _AMD.items()}
-        return {**found, "shared": compiled.metadata.shared}
+        return {**found, **told}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -69,12 +72,13 @@ def resources(compiled: Any) -> dict[str, int]:
             [_CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", said).groups())
-    return {"registers": registers, "spills": stack + local, "shared": compiled.metadata.shared}
+    return {"registers": registers, "spills": stack + local, **told}
 
 
 def compiled(target: str, calls: Calls) -> Iterator[dict[str, Any]]:
     """Makes the calls on CPU tensors; each kernel that they would launch is compiled instead."""
     driver.set_active(_Driver(TARGETS[target]))
+    launch.NVIDIA = TARGETS[target].backend == "cuda"
     found: list[dict[str, Any]] = []
     seen: set[str] = set()
 
@@ -82,11 +86,11 @@ def compiled(target: str, calls: Calls) -> Iterator[dict[str, Any]]:
         result = kernel.warmup(*arguments, grid=(programs,), **options)
         if result.hash not in seen:
             seen.add(result.hash)
-            kind = {"kernel": kernel.fn.__name__, "target": target, "call": name, "hot": hot}
+            kind = {"kernel": kernel.fn.__name__, "target": target, "call": name, "hot": n <= HOT}
             found.append({**kind, **resources(result)})
 
     launch.run = compile_instead
-    for name, hot, call in calls:  # noqa: B007, `compile_instead` reads them
+    for name, n, call in calls:  # noqa: B007, `compile_instead` reads them
         call()
         yield from found
         found.clear()
@@ -112,12 +116,11 @@ def token_calls(
     )
     title = f"{layout}, N={n}, {str(dtype).removeprefix('torch.')}, {'all' if everything else 'few'} tensors"
     flat = layout == "flat"
-    plain = layout in ("padded", "flat") and n <= 8 and dtype == torch.float32 and not everything
     for noon in noons:
         for gram in (False, True):
             yield (
                 f"statistics, {title}, noon={noon}, gram={gram}",
-                plain and not gram,
+                n,
                 lambda noon=noon, gram=gram: pk.objective_statistics(
                     **p.statistics_arguments(), noon=noon, gram=gram
                 ),
@@ -127,15 +130,14 @@ def token_calls(
             means = {"kl_coef": 0.1, "aggregation": "token-mean" if flat else "seq-mean-token-mean"}
             extra = means if everything else {}
             name = f"per {weights_per}, {title}, noon={noon}"
-            hot = plain and weights_per == "batch"
             yield (
                 f"loss {name}",
-                hot or (plain and weights_per == "token" and noon),
+                n,
                 lambda o=o, extra=extra: pk.pama_loss(**p.loss_arguments(), **o, **extra),
             )
             yield (
                 f"combine {name}",
-                hot,
+                n,
                 lambda o=o: pk.combine_advantages(**p.combine_arguments(False), **o),
             )
 
@@ -148,16 +150,20 @@ def batch_calls(n: int, dtype: torch.dtype) -> Calls:
     rewards = torch.randn(4, 128, n).to(dtype)
     mask = torch.ones(4, 128, dtype=torch.bool)
     ids = torch.arange(64) % 8
-    few = n <= 8
-    sums = torch.ones(9 * n + 2, dtype=torch.float64)
+    sums = torch.ones(statistics_size(n, True), dtype=torch.float64)
     prior = torch.full((n,), 1 / n, dtype=torch.float64)
-    yield f"batch weights, {title}", few, lambda: operators.batch_weights(sums, n, False, prior, 0.1, False)
-    yield f"weights, {title}", few, lambda: pk.pama_weights(scores, regularization=0.1)
-    yield f"weights with scale, {title}", few, lambda: pk.pama_weights(scores, scale=2.0)
-    yield f"min norm, {title}", few, lambda: pk.min_norm_weights(gram)
-    yield f"gae, {title}", few, lambda: pk.multi_objective_gae(rewards, rewards, mask, dones=mask)
-    yield f"group normalize, {title}", few, lambda: pk.group_normalize(scores, group_size=8)
-    yield f"group normalize by ids, {title}", few, lambda: pk.group_normalize(scores, group_ids=ids)
+    for bound, gram_bound in (("scores", False), ("gram", True)):
+        yield (
+            f"batch weights by {bound}, {title}",
+            n,
+            lambda gram_bound=gram_bound: operators.batch_weights(sums, n, gram_bound, prior, 0.1, False),
+        )
+    yield f"weights, {title}", n, lambda: pk.pama_weights(scores, regularization=0.1)
+    yield f"weights with scale, {title}", n, lambda: pk.pama_weights(scores, scale=2.0)
+    yield f"min norm, {title}", n, lambda: pk.min_norm_weights(gram)
+    yield f"gae, {title}", n, lambda: pk.multi_objective_gae(rewards, rewards, mask, dones=mask)
+    yield f"group normalize, {title}", n, lambda: pk.group_normalize(scores, group_size=8)
+    yield f"group normalize by ids, {title}", n, lambda: pk.group_normalize(scores, group_ids=ids)
 
 
 def sample() -> Calls:
@@ -171,9 +177,9 @@ def every_kind() -> Calls:
     for dtype in problems.FLOATS:
         yield from token_calls("padded", 3, dtype, (False,), True)
         yield from token_calls("packed-per-sequence", 2, dtype, (True,), False)
-    for n in (1, 8, 16, 33, 128):
+    for n in (1, 8, 16, 32, 128):
         yield from token_calls("padded", n, torch.float32, (True, False), False)
-    for n in (1, 2, 3, 8, 16, 64, 128):
+    for n in (1, 2, 3, 8, 16, 32, 64, 128, 512):
         yield from batch_calls(n, torch.float32)
     for dtype in problems.FLOATS:
         yield from batch_calls(4, dtype)

@@ -10,6 +10,7 @@ import torch
 import triton
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+NVIDIA = torch.version.hip is None and not INTERPRETED
 
 
 def power_of_two(n: int) -> int:
@@ -23,6 +24,10 @@ def launch(kernel: Any, device: torch.device, programs: int, *arguments: Any, **
     A float argument must be annotated `tl.float64` in the kernel, where Triton would take it as float32, and
     read by `tl.full([], x, tl.float64)`, which does the same in the interpreter.
     """
+    if NVIDIA:
+        # All a thread can have: left to itself, ptxas spills to make room for more programs than there are.
+        threads = 32 * options.get("num_warps", 4)
+        options["maxnreg"] = min(255, 2**16 // threads)
     around: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if INTERPRETED:
         around = numpy.errstate(all="ignore")  # its arithmetic is NumPy's, which warns of infinities

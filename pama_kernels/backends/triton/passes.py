@@ -123,7 +123,8 @@ def _apply(
         given = flattened(given)
     inside = statistics and pairs and n <= PAIRS_IN_REGISTERS
     # Statistics beside the results take registers, and so does the float64 that both signs may want.
-    area = 1024 if not statistics else 256 if weights_per == TOKEN and not given.noon else 512
+    many = over_rows and n > 8
+    area = 1024 if not statistics else 256 if many or (weights_per == TOKEN and not given.noon) else 512
     shape = given.shape(inside, row_counts is not None, area)
     if over_rows:
         length = given.width if given.cu[0] is None else 256
@@ -172,7 +173,7 @@ def _apply(
         SLOTS=power_of_two(denominators),
         COUNT=is_count,
         **(extra if over_rows else {}),
-        num_warps=4,
+        num_warps=8 if many else 4,
     )
     if statistics and pairs and not inside:
         add_pairs(given, sums)
