@@ -18,6 +18,7 @@ from pathlib import Path
 import cuda_emulation
 import pytest
 import torch
+from interpreter import needs_interpreter
 
 TESTS = Path(__file__).parent
 EMULATED = ("test_statistics.py", "test_weights.py", "test_min_norm.py")
@@ -56,8 +57,8 @@ def test_kernels_on_the_host(emulated: str, file: str) -> None:
     assert int(re.findall(r"(\d+) passed", said)[0]) > 20, said
 
 
+@needs_interpreter
 def test_weights_of_the_batch_take_both_backends(emulated: str) -> None:
-    pytest.importorskip("triton")
     environment = {"PAMA_CUDA_EMULATED": emulated, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)}
     done = subprocess.run(
         [sys.executable, str(TESTS / "cuda_two_passes.py")],

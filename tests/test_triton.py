@@ -6,17 +6,15 @@ but those of the CPU kernels' threads and instruction sets and those with many t
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from interpreter import needs_interpreter
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed: no kernels to interpret"
-)
+pytestmark = needs_interpreter
 TESTS = Path(__file__).parent
 
 SAMPLE = (

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from interpreter import needs_interpreter
 
 
+@needs_interpreter
 @pytest.mark.timeout(600)
 def test_solvers_and_advantages_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
     file = Path(__file__).with_name("triton_solvers.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PAMA_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", str(file)]

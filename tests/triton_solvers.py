@@ -6,7 +6,7 @@ Batches are small: an operation of the interpreter takes tens of microseconds, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -34,6 +34,15 @@ from pama_kernels.backends import cpu, find
 from pama_kernels.backends.triton import active_set, advantages, launch, solvers
 
 NAN, INF = math.nan, math.inf
+
+
+@pytest.fixture(autouse=True)
+def _memory_that_is_not_zero() -> Iterator[None]:
+    """What nobody has written reads as NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def test_these_kernels_are_what_the_public_functions_run() -> None:

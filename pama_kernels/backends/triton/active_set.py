@@ -104,14 +104,14 @@ def _solve_tile(m, inside, shift, rho, floor, N: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit
 def _rows_times(matrix, vector, N, BLOCK: tl.constexpr):
-    """Sum over i of x_i times row i of M: M x. `vector` points to x, 0 from N on."""
+    """Sum over i of x_i times row i of M: M x. `vector` points to x."""
     index = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)
     for first in range(0, N, PANEL):
         i = first + tl.arange(0, PANEL)
         here = (i < N)[:, None] & (index < N)[None, :]
         rows = tl.load(matrix + i[:, None] * N + index[None, :], here, 0.0)
-        total += tl.sum(rows * tl.load(vector + i)[:, None], 0)
+        total += tl.sum(rows * tl.load(vector + i, i < N, 0.0)[:, None], 0)
     return total
 
 
