@@ -113,8 +113,25 @@ def _scaled(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
     gradient, logprobs = ctx.saved_tensors
     if grad_loss is None:
         return None
-    scaled: Tensor = (gradient * grad_loss).to(logprobs.dtype)
-    return _first_derivative(scaled, logprobs) if torch.is_grad_enabled() else scaled  # create_graph=True
+    if torch.is_grad_enabled():  # create_graph=True
+        return _first_derivative((gradient * grad_loss).to(logprobs.dtype), logprobs)
+    scaled: Tensor
+    if _is_last_use(grad_loss):
+        unchanged = gradient.device.type == "cpu" and grad_loss.item() == 1.0
+        scaled = gradient if unchanged else gradient.mul_(grad_loss)
+    else:
+        scaled = gradient * grad_loss
+    return scaled.to(logprobs.dtype)
+
+
+def _is_last_use(grad_loss: Tensor) -> bool:
+    """Whether the saved gradient may be given away: no second backward pass, and no recorder or transform."""
+    return not (
+        traced()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_legacy_batchedtensor(grad_loss)  # is_grads_batched=True
+        or torch._C._autograd._get_current_graph_task_keep_graph()
+    )
 
 
 _first_derivative: Callable[..., Tensor] = _FirstDerivative.apply

@@ -199,6 +199,29 @@ def test_backward_scales_and_accumulates() -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("upstream", [1.0, 0.5])
+def test_the_last_backward_makes_no_copy(upstream: float) -> None:
+    x = _tensors()
+    once = _gradient(x, weights_per="batch")
+    logprobs = x["logprobs"].clone().requires_grad_()
+    loss = pk.pama_loss(**{**x, "logprobs": logprobs}, weights_per="batch").loss
+    address = loss.grad_fn.saved_tensors[0].data_ptr()
+    kept = torch.autograd.grad(loss, logprobs, retain_graph=True)[0]
+    kept.zero_()  # the caller's own, though the graph still needs the values
+    loss.backward(torch.tensor(upstream))
+    assert torch.equal(logprobs.grad, once * upstream)
+    assert logprobs.grad.data_ptr() == address
+
+
+def test_a_batch_of_upstreams() -> None:
+    x = _tensors()
+    once = _gradient(x, weights_per="batch")
+    logprobs = x["logprobs"].clone().requires_grad_()
+    loss = pk.pama_loss(**{**x, "logprobs": logprobs}, weights_per="batch").loss
+    (rows,) = torch.autograd.grad(loss, logprobs, torch.tensor([1.0, -2.0]), is_grads_batched=True)
+    assert torch.equal(rows, torch.stack([once, -2 * once]))
+
+
 def test_a_zero_and_a_nan_upstream() -> None:
     x = _tensors()
     logprobs = x["logprobs"].clone().requires_grad_()
