@@ -164,9 +164,12 @@ PAMA_HD inline V simplex_sorted(const V* PAMA_RESTRICT a, V rho, V* PAMA_RESTRIC
         total += a[i];
     }
     const V sign = choose(total >= zero, one, -one), base = choose(total >= zero, low, -high);
-    V sorted[N];
+    constexpr int padded = N <= 2 ? 2 : N <= 4 ? 4 : N <= 8 ? 8 : 16;
+    static_assert(N <= padded, "a larger network is needed");
+    V sorted[padded];
     for (int i = 0; i < N; ++i) sorted[i] = c[i] = sign * a[i] - base;
-    sort_values<N>(sorted);
+    for (int i = N; i < padded; ++i) sorted[i] = zero + static_cast<float>(INFINITY);
+    sort_values<padded>(sorted);
     V mean = zero, spread = rho;  // of the first k
     V share = one, lambda = zero, centre = zero, last = zero;
     for (int k = 2; k <= N; ++k) {

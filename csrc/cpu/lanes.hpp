@@ -126,7 +126,9 @@ inline V solve_lanes(int given, const T* a, const T* present, long stride, int l
             keep[i] = choose(settled & (load<V>(a + i * stride) != nearest), zero, keep[i]);
             x[i] = choose(settled, zero, x[i]);
         }
-        optimum = uniform ? simplex_solve<V, N, true>(n, x, p, rho, keep) : simplex_solve<V, N>(n, x, p, rho, keep);
+        constexpr int unrolled = N <= 8 ? N : 0;
+        optimum = uniform ? simplex_solve<V, unrolled, true>(n, x, p, rho, keep)
+                          : simplex_solve<V, unrolled>(n, x, p, rho, keep);
     }
     optimum = choose(exact, choose(one_sided, nearest, zero), max_of(low, min_of(high, optimum * unit)));
     const auto none = present ? count == zero : count != count;
@@ -144,6 +146,27 @@ inline V solve_lanes(int given, const T* a, const T* present, long stride, int l
                 set_lane(optimum, k, solve_lane(n, a + k, present ? present + k : nullptr, stride, prior, row, c + k));
     }
     return optimum;
+}
+
+// Calls visit(integral constant N) with N = n where `solve_lanes` is to keep all in registers, else with 0.
+template <class Visit>
+inline auto with_lanes_size(int n, Visit visit) {
+    switch (n) {
+#define PAMA_SIZE(N) \
+    case N:          \
+        return visit(std::integral_constant<int, N>{});
+        PAMA_SIZE(2)
+        PAMA_SIZE(3)
+        PAMA_SIZE(4)
+        PAMA_SIZE(5)
+        PAMA_SIZE(6)
+        PAMA_SIZE(7)
+        PAMA_SIZE(8)
+        PAMA_SIZE(16)
+#undef PAMA_SIZE
+        default:
+            return visit(std::integral_constant<int, 0>{});
+    }
 }
 
 // Rows of N float32 scores, a register's lanes at a time; those that lie side by side are transposed in registers.
@@ -192,10 +215,12 @@ inline void weights_rows(long rows, const float* PAMA_RESTRICT scores, long row,
     }
 }
 
-// float32 rows of any number of objectives, transposed in pieces through memory.
-inline void weights_rows(long rows, int n, const float* scores, long row, long objective, const double* prior,
-                         bool uniform, double regularization, const double* scale, long scale_row, float* weights,
-                         float* optimum, void* scratch) {
+// float32 rows of any number n of objectives, transposed in pieces through memory; N as in `solve_lanes`.
+template <int N>
+__attribute__((noinline)) void weights_pieces(long rows, int n, const float* scores, long row, long objective,
+                                              const double* prior, bool uniform, double regularization,
+                                              const double* scale, long scale_row, float* weights, float* optimum,
+                                              void* scratch) {
     constexpr int width = Lanes<float>::count;
     constexpr long piece = 16 * width;
     auto* work = static_cast<FloatV*>(scratch);
@@ -203,15 +228,7 @@ inline void weights_rows(long rows, int n, const float* scores, long row, long o
     float* c = a + n * piece;
     auto* size = reinterpret_cast<double*>(c + n * piece);
     double* buffer = size + piece;
-    bool done = false;
-    with_constant(n, [&](auto constant) {
-        if constexpr (constant <= 8) {
-            weights_rows<constant>(rows, scores, row, objective, prior, uniform, regularization, scale, scale_row,
-                                   weights, optimum, buffer);
-            done = true;
-        }
-    });
-    for (long first = done ? rows : 0; first < rows; first += piece) {
+    for (long first = 0; first < rows; first += piece) {
         const long count = rows - first < piece ? rows - first : piece;
         for (long t = count; t < count + width && t < piece; ++t)
             for (int i = 0; i < n; ++i) a[i * piece + t] = 0;
@@ -220,16 +237,28 @@ inline void weights_rows(long rows, int n, const float* scores, long row, long o
         for (long t = 0; t < count; t += width) {
             const int used = static_cast<int>(count - t < width ? count - t : width);
             bool non_negative = regularization == 0;
-            for (int i = 0; non_negative && i < n; ++i) {
-                non_negative = !any(load<FloatV>(a + i * piece + t) < 0.0f);
-            }
+            for (int i = 0; non_negative && i < n; ++i) non_negative = !any(load<FloatV>(a + i * piece + t) < 0.0f);
             const FloatV s =
-                solve_lanes<FloatV, 0>(n, a + t, static_cast<const float*>(nullptr), piece, used, prior, uniform,
+                solve_lanes<FloatV, N>(n, a + t, static_cast<const float*>(nullptr), piece, used, prior, uniform,
                                        regularization, non_negative, c + t, work, buffer, scale ? size + t : nullptr);
             memcpy(optimum + first + t, &s, sizeof(float) * static_cast<size_t>(used));
         }
         columns_to_rows(n, c, piece, count, weights + first * n);
     }
+}
+
+inline void weights_rows(long rows, int n, const float* scores, long row, long objective, const double* prior,
+                         bool uniform, double regularization, const double* scale, long scale_row, float* weights,
+                         float* optimum, void* scratch) {
+    if (with_constant(n, [&](auto size) {
+            weights_rows<size>(rows, scores, row, objective, prior, uniform, regularization, scale, scale_row, weights,
+                               optimum, static_cast<double*>(scratch));
+        }))
+        return;
+    with_lanes_size(n, [&](auto size) {
+        weights_pieces<size>(rows, n, scores, row, objective, prior, uniform, regularization, scale, scale_row, weights,
+                             optimum, scratch);
+    });
 }
 
 PAMA_END

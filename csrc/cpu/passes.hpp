@@ -108,16 +108,10 @@ inline double token_weights(const Problem& problem, const Apply& apply, Workspac
 
 template <class T>
 inline double token_weights(const Problem& problem, const Apply& apply, Workspace<T>& w) {
-    double optimum = 0;
     if constexpr (sizeof(T) == sizeof(float))
-        if (!w.tile.present && with_constant(problem.n, [&](auto n) {
-                if constexpr (n <= 8) {
-                    optimum = token_weights<FloatV, n>(problem, apply, w);
-                } else {
-                    optimum = token_weights<FloatV, 0>(problem, apply, w);
-                }
-            }))
-            return optimum;
+        if (!w.tile.present)
+            return with_lanes_size(problem.n,
+                                   [&](auto size) { return token_weights<FloatV, size>(problem, apply, w); });
     return token_weights<typename Lanes<T>::V, 0>(problem, apply, w);
 }
 

@@ -32,7 +32,7 @@ using LaneIndices = std::make_integer_sequence<int, Lanes<float>::count>;
 
 // v: N consecutive vectors of an interleaved stream; becomes one vector per position in the row.
 template <int N>
-inline void deinterleave(FloatV* v) {
+PAMA_INLINE void deinterleave(FloatV* v) {
     if constexpr (N > 1) {
         FloatV even[N / 2], odd[N / 2];
         for (int k = 0; k < N / 2; ++k) {
@@ -49,7 +49,7 @@ inline void deinterleave(FloatV* v) {
 }
 
 template <int N>
-inline void interleave(FloatV* v) {
+PAMA_INLINE void interleave(FloatV* v) {
     if constexpr (N > 1) {
         FloatV even[N / 2], odd[N / 2];
         for (int k = 0; k < N / 2; ++k) {
@@ -67,7 +67,7 @@ inline void interleave(FloatV* v) {
 
 // The sums over the lanes of N vectors at once, N a power of two: of pairs of neighbours, of pairs of those, and so on.
 template <int N, class V, class T>
-inline void totals(V (&v)[N], T* sums) {
+PAMA_INLINE void totals(V (&v)[N], T* sums) {
     constexpr int width = sizeof(V) / sizeof(T);
     const std::make_integer_sequence<int, width> lanes{};
     int count = N;
@@ -84,24 +84,21 @@ inline void totals(V (&v)[N], T* sums) {
     memcpy(sums, v, N * sizeof(T));
 }
 
-// count rows of N contiguous floats to N arrays `stride` apart, each vector of them through `change`(vector, first
-// row).
-template <int N, class Change>
-inline void rows_to_columns(const float* PAMA_RESTRICT rows, long count, float* PAMA_RESTRICT columns, long stride,
-                            Change change) {
+// N contiguous floats of each of `count` rows to N arrays `stride` apart, each vector of them through `change`(vector,
+// first row). Rows are `row` floats apart: N, or any number where a vector holds no more than N.
+template <int N, class Row, class Change>
+inline void rows_to_columns(const float* PAMA_RESTRICT rows, Row row, long count, float* PAMA_RESTRICT columns,
+                            long stride, Change change) {
     constexpr long width = Lanes<float>::count;
     long t = 0;
     for (; t + width <= count; t += width) {
         FloatV v[N];
-        for (int k = 0; k < N; ++k) v[k] = load<FloatV>(rows + t * N + k * width);
+        for (long k = 0; k < N * width; k += width) v[k / width] = load<FloatV>(rows + (t + k / N) * row + k % N);
         deinterleave<N>(v);
-        for (int i = 0; i < N; ++i) {
-            const FloatV x = change(v[i], t);
-            memcpy(columns + i * stride + t, &x, sizeof x);
-        }
+        for (int i = 0; i < N; ++i) store(columns + i * stride + t, change(v[i], t));
     }
     for (; t < count; ++t)
-        for (int i = 0; i < N; ++i) columns[i * stride + t] = change(FloatV{} + rows[t * N + i], t)[0];
+        for (int i = 0; i < N; ++i) columns[i * stride + t] = change(FloatV{} + rows[t * row + i], t)[0];
 }
 
 template <int N>
@@ -143,8 +140,13 @@ inline bool with_constant(int n, Visit visit) {
 template <class Change>
 inline bool contiguous_rows_to_columns(int n, const float* rows, long row, long objective, long count, float* columns,
                                        long stride, Change change) {
-    return row == n && objective == 1 &&
-           with_constant(n, [&](auto size) { rows_to_columns<size>(rows, count, columns, stride, change); });
+    if (objective != 1) return false;
+    if (n % 16 == 0) {
+        for (int i = 0; i < n; i += 16) rows_to_columns<16>(rows + i, row, count, columns + i * stride, stride, change);
+        return true;
+    }
+    return row == n &&
+           with_constant(n, [&](auto size) { rows_to_columns<size>(rows, size, count, columns, stride, change); });
 }
 
 inline void rows_to_columns(int n, const float* rows, long row, long objective, long count, float* columns,

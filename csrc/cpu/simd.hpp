@@ -20,6 +20,9 @@
 #define PAMA_VECTOR_BYTES 16
 #endif
 
+// Vectors stay in registers only where the code that works on them is in one place.
+#define PAMA_INLINE inline __attribute__((always_inline))
+
 PAMA_BEGIN
 
 typedef float FloatV __attribute__((vector_size(PAMA_VECTOR_BYTES)));

@@ -100,8 +100,11 @@ void check_sorted(Row row) {
     if (largest(row.scores) == 0 || (row.regularization == 0 && !(low < 0 && high > 0))) return;
     for (double& p : row.prior) p = 1.0 / static_cast<double>(n);
     if (n == 2) check(row, solve_sorted<2>(row));
+    if (n == 3) check(row, solve_sorted<3>(row));
     if (n == 4) check(row, solve_sorted<4>(row));
+    if (n == 7) check(row, solve_sorted<7>(row));
     if (n == 8) check(row, solve_sorted<8>(row));
+    if (n == 16) check(row, solve_sorted<16>(row));
 }
 
 // With rho = 0 the answer is the limit rho -> 0. Rounding over rho leaves 1e-16 / 1e-12, and rows of tiny spread
