@@ -18,9 +18,11 @@ import functools
 import os
 import statistics
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -113,12 +115,17 @@ class Bench:
 
     def eager_times(self, works: Sequence[Work], pool: Sequence[Inputs]) -> list[list[float]]:
         times: list[list[float]] = [[] for _ in works]
-        calls = 5 if self.quick else 100
         for _ in range(3 if self.quick else ROUNDS):
             for k, work in enumerate(works):
                 with chosen(work.backend):
+                    if not times[k]:
+                        work.call(pool[0])  # compiles
+                    self.settle()
+                    begin = perf_counter()
                     work.call(pool[0])
                     self.settle()
+                    once = perf_counter() - begin
+                    calls = 5 if self.quick else max(3, min(100, int(0.1 / once)))
                     begin = perf_counter()
                     for i in range(calls):
                         work.call(pool[i % len(pool)])
@@ -510,7 +517,8 @@ def machine(device: torch.device) -> list[str]:
     properties = torch.cuda.get_device_properties(device)
     name = f"{properties.name}, {properties.multi_processor_count} multiprocessors"
     memory = f"{properties.total_memory / 1e9:.0f} GB"
-    return [f"{name}, {memory}, CUDA {torch.version.cuda}, torch {torch.__version__}"]
+    versions = f"CUDA {torch.version.cuda}, torch {torch.__version__}, triton {version('triton')}"
+    return [f"{name}, {memory}, {versions}"]
 
 
 def main() -> int:
@@ -523,6 +531,7 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="default: benchmarks/results, of a dry run benchmarks/local"
     )
+    parser.add_argument("--seconds", type=float, default=380, help="after them no part is begun")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cuda":
@@ -542,22 +551,40 @@ def main() -> int:
     bench = Bench(session, device)
     if not available(device):
         parser.error("no backend serves this GPU: see python -m pama_kernels.info")
+    start, failed = perf_counter(), []
     with torch.cuda.device(device) if bench.on_gpu else nullcontext():
         copied = ceilings(bench)
-        sizes = (256, 1024) if quick else (1 << 14, 1 << 20, 1 << 23, 1 << 26)
-        for n in (4,) if quick else (1, 2, 4, 8):
-            for tokens in sizes if n == 4 else (1 << 20,):
-                first_pass(bench, tokens, n)
-        for weights_per in ("batch", "sequence", "token"):
-            whole_loss(bench, 512 if quick else 1 << 20, 4, weights_per)
-        whole_loss(bench, 256 if quick else 1 << 18, 8, "batch")
-        for rows, n in ((1, 4), (8, 3)) if quick else ((1, 2), (1, 4), (1, 8), (10_000, 8), (1_000_000, 4)):
-            solvers(bench, rows, n)
-        policy_step(bench)
-    session.write()
+        for part in parts(bench):
+            what = " ".join(str(x) for x in (part.func.__name__, *part.args[1:]))
+            if perf_counter() - start > arguments.seconds:
+                failed.append(f"{what}: not run, out of time")
+                continue
+            try:
+                part()
+            except Exception:
+                traceback.print_exc()
+                failed.append(f"{what}: failed")
+            session.write()  # what there is, should the rest fail
     plot(session)
     goals(bench, copied)
-    return 0
+    for line in failed:
+        print(line)
+    return int(bool(failed))
+
+
+def parts(bench: Bench) -> list[functools.partial[None]]:
+    """The goals first."""
+    part, quick = functools.partial, bench.quick
+    sizes = (1024, 256) if quick else (1 << 20, 1 << 26, 1 << 14, 1 << 23)
+    found = [part(first_pass, bench, tokens, 4) for tokens in sizes]
+    found.append(part(policy_step, bench))
+    found += [
+        part(whole_loss, bench, 512 if quick else 1 << 20, 4, p) for p in ("batch", "sequence", "token")
+    ]
+    found.append(part(whole_loss, bench, 256 if quick else 1 << 18, 8, "batch"))
+    problems = ((1, 4), (8, 3)) if quick else ((1, 2), (1, 4), (1, 8), (10_000, 8), (1_000_000, 4))
+    found += [part(solvers, bench, rows, n) for rows, n in problems]
+    return found + [part(first_pass, bench, 1 << 20, n) for n in (() if quick else (1, 2, 8))]
 
 
 if __name__ == "__main__":

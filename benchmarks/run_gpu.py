@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,9 +25,11 @@ def main() -> int:
     )
     arguments = parser.parse_args()  # before minutes of building
     with tempfile.TemporaryDirectory() as folder:
-        environment = run_gpu.install(Path(folder), shutil.which("nvcc") is not None)
+        on_gpu = arguments.device == "cuda"
+        _, outcome = run_gpu.build(Path(folder), on_gpu and run_gpu.tool("nvcc") is not None)
+        print(f"build: {outcome}")
         # Started in the folder: from the root Python would find the sources of the package first.
-        environment["PYTHONPATH"] = os.pathsep.join([folder, str(ROOT)])
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, str(ROOT)])}
         command = [sys.executable, "-m", "benchmarks.gpu", "--device", arguments.device]
         if arguments.out is not None:
             command += ["--out", str(arguments.out.resolve())]

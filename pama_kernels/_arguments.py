@@ -137,7 +137,18 @@ def _sequence_prior(values: tuple[float, ...], device: torch.device) -> Tensor:
             f"prior: expected non-negative finite numbers with a positive sum, got {list(values)}"
         )
     total = math.fsum(values)
-    return torch.tensor([value / total for value in values], dtype=torch.float64, device=device)
+    shares = [value / total for value in values]
+    if device.type == "cpu" or traced():
+        return torch.tensor(shares, dtype=torch.float64, device=device)
+    return _filled(shares, device)
+
+
+def _filled(values: Sequence[float], device: torch.device) -> Tensor:
+    """Number by number: a copy from the host would wait for the device."""
+    result = torch.empty(len(values), dtype=torch.float64, device=device)
+    for place, value in zip(result.unbind(), values, strict=True):
+        place.fill_(value)
+    return result
 
 
 # Made once, not per call; while compiling they are part of the graph.

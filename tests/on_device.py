@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -117,10 +118,14 @@ def on_device(function: Callable[..., Any], device: torch.device, method: bool =
     def call(*arguments: Any, **options: Any) -> Any:
         mover = Mover(device)
         owner, given = arguments[:1] if method else (), arguments[1:] if method else arguments
+        if method:
+            owner[0].to(device)
         given = [mover.tree(x) for x in given]
         moved = {name: mover.tree(x) for name, x in options.items()}
         with no_synchronisation(device):
             result = function(*owner, *given, **moved)
+        if method:
+            owner[0].cpu()
         out = options.get("out")
         if out is not None:
             for x, y in zip(out, moved["out"], strict=True):
@@ -143,7 +148,18 @@ def pytest_configure(config: pytest.Config) -> None:
     pk.PamaLoss.forward = on_device(pk.PamaLoss.forward, device, method=True)  # type: ignore[method-assign]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The share `PAMA_TEST_SHARE` (the i-th of k) of each test's parameters; all of a test that has few."""
+    i, k = map(int, os.environ.get("PAMA_TEST_SHARE", "1/1").split("/"))
+    names = [item.nodeid.split("[")[0] for item in items]
+    parameters, seen = Counter(names), Counter[str]()
+    left_out = []
+    for item, name in zip(list(items), names, strict=True):
+        seen[name] += 1
+        if parameters[name] >= k and seen[name] % k != i % k:
+            left_out.append(item)
+            items.remove(item)
+    config.hook.pytest_deselected(items=left_out)
     if os.environ.get("PAMA_TEST_DEVICE", "cuda") == "cpu":
         return
     for item in items:

@@ -3,6 +3,10 @@
 Uses the Python that runs it, the packages that are there (torch, triton, pytest, hypothesis, pybind11,
 scikit-build-core, cmake, ninja; nvcc for the CUDA backend) and no network. The package is built into a folder
 of its own; the environment is not changed. `--device cpu` runs the stages without a GPU, on small problems.
+
+The whole test-suite would compile some 2800 variants of the Triton kernels, a second or two of one core each.
+So a run takes a share of the parameters of tests that have many; `--share 2/5` takes the next, and five runs
+take all.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,6 +48,7 @@ NEEDED = (
     "pytest_timeout",
 )
 LIMIT = 460  # seconds, all together
+SHARES = 5  # no multiple of the number of choices that tests are made of, so that each share has them all
 
 
 class Stages:
@@ -84,8 +90,8 @@ class Stages:
         return int(any(not o.startswith(("passed", "SKIPPED")) for _, o, _ in self.done))
 
 
-def install(folder: Path, cuda: bool) -> dict[str, str]:
-    """Builds the package into a folder; the environment in which Python finds it."""
+def install(folder: Path, cuda: bool) -> None:
+    """Builds the package into a folder; with CUDA C++ for the GPU that is here."""
     command = [
         sys.executable,
         "-m",
@@ -96,18 +102,49 @@ def install(folder: Path, cuda: bool) -> dict[str, str]:
         "--no-deps",
         "--no-build-isolation",
     ]
-    command += [f"--config-settings=cmake.define.PAMA_CUDA={'ON' if cuda else 'OFF'}"]
-    subprocess.run([*command, "--target", str(folder), str(ROOT)], check=True)
-    path = os.pathsep.join([str(folder), str(TESTS)])
-    return {**os.environ, "PYTHONPATH": path, "HYPOTHESIS_PROFILE": "quick"}
+    settings = {"PAMA_CUDA": "ON" if cuda else "OFF"}
+    if cuda:
+        settings["CMAKE_CUDA_ARCHITECTURES"] = architecture()
+    command += [f"--config-settings=cmake.define.{name}={value}" for name, value in settings.items()]
+    environment = {**os.environ, "CUDACXX": tool("nvcc") or ""} if cuda else None
+    subprocess.run([*command, "--target", str(folder), str(ROOT)], env=environment, check=True)
+
+
+def tool(name: str) -> str | None:
+    """Of CUDA, on the PATH or in its usual place."""
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+
+
+def architecture() -> str:
+    """That of the GPU, which is quicker to build than all; sm_90 where there is none."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    return f"{major}{minor}"
+
+
+def build(folder: Path, cuda: bool) -> tuple[bool, str]:
+    """Installs; without CUDA C++ where that fails. Whether it is there, and what to report."""
+    if cuda:
+        try:
+            install(folder, True)
+        except subprocess.CalledProcessError as error:
+            install(folder, False)
+            return False, f"FAILED with CUDA C++ ({error.returncode}); built without it"
+        return True, "passed"
+    install(folder, False)
+    return False, "passed"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--installed", action="store_true", help="use the package as it is installed")
-    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
+    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1))
+    parser.add_argument("--share", default=f"1/{SHARES}", metavar="I/K", help="of the test-suite; 1/1: all")
     arguments = parser.parse_args()
+    if not re.fullmatch("[1-9][0-9]*/[1-9][0-9]*", arguments.share):
+        parser.error(f"--share: expected two numbers like 1/{SHARES}, got {arguments.share}")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         parser.error(f"missing packages: {', '.join(missing)}")
@@ -115,17 +152,24 @@ def main() -> int:
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no GPU; --device cpu shows that the stages run")
-    cuda = arguments.device == "cuda" and shutil.which("nvcc") is not None
+    cuda = arguments.device == "cuda" and tool("nvcc") is not None
     with tempfile.TemporaryDirectory() as folder:
-        begin = time.monotonic()
+        paths = [str(TESTS)]
+        stages = Stages(
+            {
+                **os.environ,
+                "HYPOTHESIS_PROFILE": "quick",
+                "PAMA_TEST_DEVICE": arguments.device,
+                "PAMA_TEST_SHARE": arguments.share,
+            }
+        )
         if arguments.installed:
-            environment = {**os.environ, "PYTHONPATH": str(TESTS), "HYPOTHESIS_PROFILE": "quick"}
+            cuda = arguments.device == "cuda" and importlib.util.find_spec("pama_kernels._cuda") is not None
         else:
-            environment = install(Path(folder), cuda)
-        environment["PAMA_TEST_DEVICE"] = arguments.device
-        stages = Stages(environment)
-        stages.start = begin
-        stages.done.append(("build", "passed", time.monotonic() - begin))
+            cuda, outcome = build(Path(folder), cuda)
+            stages.done.append(("build", outcome, time.monotonic() - stages.start))
+            paths.insert(0, folder)
+        stages.environment["PYTHONPATH"] = os.pathsep.join(paths)
         run_stages(stages, arguments.device, cuda, arguments.workers)
     return stages.report()
 
@@ -134,47 +178,45 @@ def run_stages(stages: Stages, device: str, cuda: bool, workers: int) -> None:
     python = [sys.executable, "-m"]
     stages.run("what is here", [*python, "pama_kernels.info"], 60)
     pytest = [*python, "pytest", "-q", "-c", "gpu.ini", "--rootdir", ".", "-p", "no:cacheprovider"]
-    parallel = []
     if workers > 1 and importlib.util.find_spec("xdist"):
-        parallel = ["-n", str(workers)]
+        pytest += ["-n", str(workers), "--dist", "worksteal"]
     backends = ["cuda", "triton"] if device == "cuda" else ["cpu"]
+    if device == "cuda" and not cuda:
+        stages.skip("everything with the CUDA backend", "pama_kernels._cuda is not built: it needs nvcc")
+        backends.remove("cuda")
     for backend in backends:
-        if backend == "cuda" and not cuda:
-            stages.skip("everything with the CUDA backend", "no nvcc, so pama_kernels._cuda is not built")
-            continue
-        chosen = {"PAMA_BACKEND": backend}
         stages.run(
             f"graphs, streams, sizes, bits: {backend}",
-            [*pytest, "test_gpu.py", *(["-k", "bits or tokens"] if device == "cpu" else [])],
-            120,
-            **chosen,
+            [*pytest, "test_gpu.py", *(["-k", "bits or tokens or once"] if device == "cpu" else [])],
+            150,
+            PAMA_BACKEND=backend,
         )
+    for backend in backends:  # Triton answers itself for what it does with shared memory
+        for checker in ("memcheck", "racecheck") if backend != "triton" else ("memcheck",):
+            sanitize(stages, device, backend, checker)
+    for backend in backends:
         which = LEFT_OUT + (NOT_A_DEVICE if device == "cuda" else "")
         suite = SUITE if device == "cuda" else ("test_combine_advantages.py",)
         if device == "cpu":
             which += " and (layout or strides or out)"
         stages.run(
             f"test-suite on the device: {backend}",
-            [*pytest, "-p", "on_device", "-m", "not slow", "-k", which, *parallel, *suite],
-            180,
-            **chosen,
-        )
-    sanitizer = shutil.which("compute-sanitizer")
-    if device == "cuda" and sanitizer is None:
-        stages.skip("compute-sanitizer", "the tool is not here")
-        return
-    backend = "cuda" if cuda else ("triton" if device == "cuda" else "cpu")
-    for tool in ("memcheck", "racecheck"):
-        checked = (
-            [sanitizer, "--tool", tool, "--error-exitcode", "3"] if sanitizer and device == "cuda" else []
-        )
-        stages.run(
-            f"compute-sanitizer {tool}: {backend}",
-            [*checked, sys.executable, "sanitized.py"],
-            90,
+            [*pytest, "-p", "on_device", "-m", "not slow", "-k", which, *suite],
+            300,
             PAMA_BACKEND=backend,
-            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
         )
+
+
+def sanitize(stages: Stages, device: str, backend: str, checker: str) -> None:
+    name = f"compute-sanitizer {checker}: {backend}"
+    command = [sys.executable, "sanitized.py"]
+    if device == "cuda":
+        sanitizer = tool("compute-sanitizer")
+        if sanitizer is None:
+            stages.skip(name, "the tool is not here")
+            return
+        command = [sanitizer, "--tool", checker, "--error-exitcode", "3", *command]
+    stages.run(name, command, 90, PAMA_BACKEND=backend, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,6 +104,27 @@ def test_no_call_waits_for_the_device(name: str) -> None:
         CALLS[name](x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_a_new_prior_does_not_wait_for_the_device() -> None:
+    scores = batch(1)["advantages"][0]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = pk.pama_weights(scores, prior=[0.125, 0.5, 0.25, 0.125], regularization=0.1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    prior = torch.tensor([0.125, 0.5, 0.25, 0.125], dtype=torch.float64, device=DEVICE)
+    wanted = pk.pama_weights(scores, prior=prior, regularization=0.1)
+    assert torch.equal(found.weights, wanted.weights)
+
+
+def test_every_kernel_runs_once() -> None:
+    """What compute-sanitizer watches, which then finds the kernels compiled."""
+    script = Path(__file__).with_name("sanitized.py")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @needs_gpu
