@@ -123,7 +123,9 @@ def test_a_new_prior_does_not_wait_for_the_device() -> None:
 def test_every_kernel_runs_once() -> None:
     """What compute-sanitizer watches, which then finds the kernels compiled."""
     script = Path(__file__).with_name("sanitized.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PAMA_TEST_DEVICE": DEVICE.type}
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
