@@ -32,6 +32,7 @@ from torch import Tensor
 
 import pama_kernels as pk
 from pama_kernels import backends
+from pama_kernels.backends.inputs import TokenInputs
 
 from . import models, peers
 from .harness import Row, Session
@@ -274,20 +275,17 @@ def first_pass(bench: Bench, tokens: int, n: int) -> None:
 
 def launch_of(backend: str) -> Callable[[Inputs], Any] | None:
     """What `pama_loss` does before its second pass: the backend's first launch."""
-    clip = [peers.CLIP, peers.CLIP, float("inf")]
 
-    def first(x: Inputs) -> tuple[Any, ...]:
-        layout = [*x["logprobs"].shape, 0, 0]
-        return x["logprobs"], x["old_logprobs"], x["advantages"], x["mask"], None, None, layout
+    def tokens(x: Inputs) -> TokenInputs:
+        tensors = x["logprobs"], x["old_logprobs"], x["advantages"], x["mask"]
+        layout, clip = [*x["logprobs"].shape, 0, 0], [peers.CLIP, peers.CLIP, float("inf")]
+        return TokenInputs(*tensors, None, None, None, None, layout, clip, True)
 
     if backend == "cuda":
         from pama_kernels.backends.cuda.statistics import statistics_weights
 
         def by_cuda(x: Inputs) -> Tensor:
-            *tensors, layout = first(x)
-            return statistics_weights(
-                *(*tensors, None, layout, clip, True), *(False, False, prior_of(x), 0.0, False)
-            )[0]
+            return statistics_weights(tokens(x), False, False, prior_of(x), 0.0, False)[0]
 
         return by_cuda
     if backend == "triton":
@@ -295,14 +293,12 @@ def launch_of(backend: str) -> Callable[[Inputs], Any] | None:
         from pama_kernels.backends.triton.statistics import run_statistics
 
         def by_triton(x: Inputs) -> Tensor:
-            *tensors, layout = first(x)
             prior = prior_of(x)
             solution = (
                 torch.empty_like(prior, dtype=torch.float32),
                 x["mask"].new_empty((), dtype=torch.float32),
             )
-            given = problem(*tensors, None, None, layout, clip, True)
-            run_statistics(given, False, prior, 0.0, solution)
+            run_statistics(problem(tokens(x)), False, prior, 0.0, solution)
             return solution[0]
 
         return by_triton

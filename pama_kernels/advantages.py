@@ -28,6 +28,7 @@ from ._arguments import (
 )
 from ._codes import BATCH, GIVEN, GRAM, SEQUENCE, TOKEN
 from .backends import operators
+from .backends.inputs import TokenInputs
 from .statistics import ObjectiveStatistics, result_metrics
 
 if TYPE_CHECKING:
@@ -152,7 +153,6 @@ def combine_advantages(
     p, uniform = prior_tensor(prior, layout.objectives, advantages.device)
     if weights is not None:
         check_weights(weights, layout, advantages.device)
-    numbers = layout.numbers()
     merged = None
     optimum = None
     code = weighting_code(weights_per, bound, weights)
@@ -162,43 +162,21 @@ def combine_advantages(
             f"objective_mask: expected shape ({layout.rows}, {layout.objectives}) with advantages per "
             f"sequence, got {shape_of(objective_mask)}"
         )
+    tokens = TokenInputs(
+        *(logprobs, old_logprobs, advantages, mask, objective_mask, None, None, cu_seqlens),
+        *(layout.numbers(), clip, noon),
+    )
     if process_group is not None:
-        sums = operators.statistics(
-            logprobs,
-            old_logprobs,
-            advantages,
-            mask,
-            objective_mask,
-            None,
-            cu_seqlens,
-            numbers,
-            clip,
-            noon,
-            pairs,
-        )
+        sums = operators.statistics(*tokens, pairs)
         merged = ObjectiveStatistics(sums, layout.objectives, pairs).all_reduce(process_group)
         if weights is None:
             wide = advantages.dtype == torch.float64
             weights, optimum = weights_from_statistics(merged, bound, p, regularization, wide)
         code = GIVEN
     by_token = layout.per_sequence and code == TOKEN and logprobs is not None
+    token_shape = list(logprobs.shape) if by_token and logprobs is not None else None
     combined, solved, value, sums = operators.combine(
-        logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        objective_mask,
-        cu_seqlens,
-        weights,
-        p,
-        numbers,
-        clip,
-        noon,
-        code,
-        uniform,
-        regularization,
-        list(logprobs.shape) if by_token and logprobs is not None else None,
-        pairs,
+        *tokens, weights, p, code, uniform, regularization, token_shape, pairs
     )
     statistics = ObjectiveStatistics(sums, layout.objectives, pairs) if merged is None else merged
     if merged is not None and optimum is None:

@@ -31,6 +31,7 @@ from ._arguments import (
 )
 from .advantages import weighting_code, weights_from_statistics
 from .backends import operators
+from .backends.inputs import TokenInputs
 from .statistics import ObjectiveStatistics, objective_statistics, result_metrics
 
 if TYPE_CHECKING:
@@ -238,41 +239,22 @@ def pama_loss(
     p, uniform = prior_tensor(prior, layout.objectives, logprobs.device)
     if weights is not None:
         check_weights(weights, layout, logprobs.device)
-    numbers = layout.numbers()
-
+    tokens = TokenInputs(
+        *(logprobs, old_logprobs, advantages, mask, objective_mask, importance_weights),
+        *(ref_logprobs if kl_coef else None, cu_seqlens, layout.numbers(), clip, noon),
+    )
     statistics = optimum = None
     if process_group is not None:
-        sums = operators.statistics(
-            logprobs,
-            old_logprobs,
-            advantages,
-            mask,
-            objective_mask,
-            importance_weights,
-            cu_seqlens,
-            numbers,
-            clip,
-            noon,
-            bound == "gram",
-        )
+        sums = operators.statistics(*tokens, bound == "gram")
         statistics = ObjectiveStatistics(sums, layout.objectives, bound == "gram").all_reduce(process_group)
         if weights is None:
             wide = logprobs.dtype == torch.float64
             weights, optimum = weights_from_statistics(statistics, bound, p, regularization, wide)
     arguments: tuple[Any, ...] = (
-        old_logprobs,
-        advantages,
-        mask,
-        objective_mask,
-        importance_weights,
-        ref_logprobs if kl_coef else None,
-        cu_seqlens,
+        *tokens[1:],
         weights,
         normalizer_tensor,
         p,
-        numbers,
-        clip,
-        noon,
         weighting_code(weights_per, bound, weights),
         uniform,
         regularization,

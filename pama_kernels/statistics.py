@@ -11,6 +11,7 @@ from torch import Tensor
 from ._arguments import ClipRange, check_flag, clip_bounds, resolve_layout
 from ._codes import FIELDS, PAIRS, TOTALS
 from .backends import operators
+from .backends.inputs import TokenInputs
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -266,17 +267,9 @@ def objective_statistics(
     if logprobs is None and old_logprobs is not None:
         raise ValueError("old_logprobs: expected None without logprobs, got a tensor")
     gram = check_flag("gram", gram)
-    sums = operators.statistics(
-        logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        objective_mask,
-        importance_weights,
-        cu_seqlens,
-        layout.numbers(),
-        list(clip_bounds(clip_range, dual_clip)),
-        check_flag("noon", noon),
-        gram,
+    tokens = TokenInputs(
+        *(logprobs, old_logprobs, advantages, mask, objective_mask, importance_weights, None, cu_seqlens),
+        *(layout.numbers(), list(clip_bounds(clip_range, dual_clip)), check_flag("noon", noon)),
     )
+    sums = operators.statistics(*tokens, gram)
     return ObjectiveStatistics(sums, layout.objectives, gram)

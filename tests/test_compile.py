@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import pama_kernels as pk
 from pama_kernels.backends import operators
+from pama_kernels.backends.inputs import TokenInputs
 
 # torch.compile's own: it makes an instance while it traces any autograd.Function.
 pytestmark = pytest.mark.filterwarnings(
@@ -390,46 +391,52 @@ CLIP = [0.2, 0.3, 5.0]
 OFFSETS = torch.tensor([0, 4, 4, 12], dtype=torch.int32)
 
 
+def _inputs(x: Sequence[Any], layout: list[int], noon: bool = True, **rest: Any) -> TokenInputs:
+    optional = dict.fromkeys(("objective_mask", "importance_weights", "ref_logprobs", "cu_seqlens"))
+    return TokenInputs(*x, **{**optional, **rest}, layout=layout, clip=CLIP, noon=noon)
+
+
 def _statistics_samples() -> Iterator[tuple[Any, ...]]:
     for x in (_rows(4, 6), _rows(0, 6), _rows(4, 0), _strided(4, 6), _rows(2, 3, torch.bfloat16)):
-        layout = [*x[0].shape, 0, 0]
-        yield (*x, None, None, None, layout, CLIP, True, False)
-        yield (*x, torch.ones(x[0].shape[0], N).bool(), x[1], None, [*x[0].shape, 0, 1], CLIP, False, True)
-        yield (*x[:2], x[2][:, :1].sum(1), x[3], None, None, None, [*x[0].shape, 1, 0], CLIP, True, True)
+        shape = list(x[0].shape)
+        present = {"objective_mask": torch.ones(shape[0], N).bool(), "importance_weights": x[1]}
+        yield *_inputs(x, [*shape, 0, 0]), False
+        yield *_inputs(x, [*shape, 0, 1], False, **present), True
+        yield *_inputs([*x[:2], x[2][:, :1].sum(1), x[3]], [*shape, 1, 0]), True
     flat = [y.flatten(0, 1) for y in _rows(2, 6)]
-    yield (*flat, None, None, OFFSETS, [3, 12, 0, 0], CLIP, True, True)
-    yield (None, None, flat[2], None, None, None, None, [1, 12, 0, 0], CLIP, True, False)
-    yield (None, None, flat[2][:3], None, None, None, OFFSETS, [3, -1, 1, 0], CLIP, True, False)
+    packed = {"cu_seqlens": OFFSETS}
+    yield *_inputs(flat, [3, 12, 0, 0], **packed), True
+    yield *_inputs([None, None, flat[2], None], [1, 12, 0, 0]), False
+    yield *_inputs([None, None, flat[2][:3], None], [3, -1, 1, 0], **packed), False
 
 
 def _combine_samples() -> Iterator[tuple[Any, ...]]:
     for x in (_rows(4, 6), _rows(0, 6), _rows(4, 0), _strided(4, 6), _rows(2, 3, torch.float64)):
-        layout = [*x[0].shape, 0, 0]
-        for code in (1, 2, 3, 4):
-            yield (*x, None, None, None, _prior(), layout, CLIP, True, code, True, 0.1, None, True)
-        given = torch.rand(x[0].shape[0], N)
-        yield (*x, None, None, given, _prior(), layout, CLIP, False, 0, True, 0.0, None, False)
-        yield (*x, None, None, torch.rand(N), _prior(), layout, CLIP, False, 0, True, 0.0, None, False)
-        rows = [*x[:2], x[2][:, :1].sum(1), x[3]]
-        layout = [*x[0].shape, 1, 0]
-        yield (*rows, None, None, None, _prior(), layout, CLIP, True, 3, True, 0.1, None, True)
         shape = list(x[0].shape)
-        yield (*rows, None, None, None, _prior(), layout, CLIP, True, 4, True, 0.1, shape, True)
+        tokens = _inputs(x, [*shape, 0, 0])
+        for code in (1, 2, 3, 4):
+            yield *tokens, None, _prior(), code, True, 0.1, None, True
+        for given in (torch.rand(shape[0], N), torch.rand(N)):
+            yield *tokens._replace(noon=False), given, _prior(), 0, True, 0.0, None, False
+        rows = _inputs([*x[:2], x[2][:, :1].sum(1), x[3]], [*shape, 1, 0])
+        yield *rows, None, _prior(), 3, True, 0.1, None, True
+        yield *rows, None, _prior(), 4, True, 0.1, shape, True
 
 
 def _loss_samples() -> Iterator[tuple[Any, ...]]:
     for x in (_rows(4, 6), _rows(0, 6), _rows(4, 0), _strided(4, 6), _rows(2, 3, torch.float16)):
-        layout = [*x[0].shape, 0, 0]
+        shape = list(x[0].shape)
+        tokens = _inputs(x, [*shape, 0, 0])
         for code in (1, 2, 3, 4):
-            rest = (_prior(), layout, CLIP, True, code, True, 0.1, 0, -1.0, 0.0)
             for need in (True, False):
-                yield (*x, None, None, None, None, None, None, *rest, need)
-        rest = (_prior(), layout, CLIP, False, 0, True, 0.0, 2, -1.0, 0.2, True)
-        yield (*x, None, x[1], x[1], None, torch.rand(N), torch.tensor(3.0).double(), *rest)
-        yield (*x, None, x[1], x[1], None, torch.rand(x[0].shape[0], N), None, *rest)
+                yield *tokens, None, None, _prior(), code, True, 0.1, 0, -1.0, 0.0, need
+        more = tokens._replace(noon=False, importance_weights=x[1], ref_logprobs=x[1])
+        rest = (_prior(), 0, True, 0.0, 2, -1.0, 0.2, True)
+        yield *more, torch.rand(N), torch.tensor(3.0).double(), *rest
+        yield *more, torch.rand(shape[0], N), None, *rest
     flat = [y.flatten(0, 1) for y in _rows(2, 6)]
-    rest = (_prior(), [3, 12, 0, 0], CLIP, True, 3, True, 0.1, 1, -1.0, 0.0, True)
-    yield (*flat, None, None, None, OFFSETS, None, None, *rest)
+    packed = _inputs(flat, [3, 12, 0, 0], cu_seqlens=OFFSETS)
+    yield *packed, None, None, _prior(), 3, True, 0.1, 1, -1.0, 0.0, True
 
 
 def _batch_weights_samples() -> Iterator[tuple[Any, ...]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
+
+from .inputs import TokenInputs
 
 DTYPES = {
     torch.float32: 0,
@@ -47,39 +47,25 @@ def objectives(x: Tensor | None, per_sequence: bool) -> Array | None:
     return array(x, 0, strides[0], strides[1])
 
 
-def token_problem(
-    logprobs: Tensor | None,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None,
-    objective_mask: Tensor | None,
-    importance_weights: Tensor | None,
-    ref_logprobs: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: Sequence[int],
-    clip: Sequence[float],
-    noon: bool,
-) -> tuple[object, ...]:
-    rows, width, per_sequence, mask_per_sequence = layout
-    floats = (logprobs, old_logprobs, advantages, importance_weights, ref_logprobs)
-    wide = any(x is not None and x.dtype == torch.float64 for x in floats)
+def token_problem(given: TokenInputs) -> tuple[object, ...]:
+    rows, width, per_sequence, mask_per_sequence = given.layout
     offsets = None
-    if cu_seqlens is not None:
-        wide_offsets = cu_seqlens.dtype == torch.int64
-        offsets = (cu_seqlens.data_ptr(), wide_offsets, rows + 1, cu_seqlens.stride(0))
+    if given.cu_seqlens is not None:
+        wide_offsets = given.cu_seqlens.dtype == torch.int64
+        offsets = (given.cu_seqlens.data_ptr(), wide_offsets, rows + 1, given.cu_seqlens.stride(0))
     return (
         rows,
         width,
         offsets,
-        advantages.shape[-1],
-        noon,
-        wide,
-        *clip,
-        objectives(advantages, bool(per_sequence)),
-        tokens(mask),
-        objectives(objective_mask, bool(mask_per_sequence)),
-        tokens(logprobs),
-        tokens(old_logprobs),
-        tokens(ref_logprobs),
-        tokens(importance_weights),
+        given.objectives,
+        given.noon,
+        given.wide,
+        *given.clip,
+        objectives(given.advantages, bool(per_sequence)),
+        tokens(given.mask),
+        objectives(given.objective_mask, bool(mask_per_sequence)),
+        tokens(given.logprobs),
+        tokens(given.old_logprobs),
+        tokens(given.ref_logprobs),
+        tokens(given.importance_weights),
     )

@@ -12,6 +12,7 @@ from pama_kernels import _cpu
 from pama_kernels._codes import GRAM, SEQUENCE, statistics_size
 
 from ._native import DTYPES, Array, array, objectives, token_problem, tokens
+from .inputs import TokenInputs
 
 _COMPUTED = (torch.float32, torch.float64)
 _SCALARS = {
@@ -23,34 +24,9 @@ def _empty_statistics(n: int, gram: bool) -> Tensor:
     return torch.empty(statistics_size(n, gram), device="cpu", dtype=torch.float64)
 
 
-def statistics(
-    logprobs: Tensor | None,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None,
-    objective_mask: Tensor | None,
-    importance_weights: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: Sequence[int],
-    clip: Sequence[float],
-    noon: bool,
-    gram: bool,
-) -> Tensor:
-    sums = _empty_statistics(advantages.shape[-1], gram)
-    problem = token_problem(
-        logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        objective_mask,
-        importance_weights,
-        None,
-        cu_seqlens,
-        layout,
-        clip,
-        noon,
-    )
-    _cpu.statistics(problem, gram, sums.data_ptr(), torch.get_num_threads())
+def statistics(given: TokenInputs, gram: bool) -> Tensor:
+    sums = _empty_statistics(given.objectives, gram)
+    _cpu.statistics(token_problem(given), gram, sums.data_ptr(), torch.get_num_threads())
     return sums
 
 
@@ -82,80 +58,59 @@ def _scalar(x: Tensor) -> Array:
 def _solved(
     rows: int, n: int, weights_per: int, weights: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor | None, Array | None, Tensor, Tensor]:
-    """Given weights in a dtype that the kernels read, and tensors for the weights and the optimum."""
-    given = None
+    """Given weights in a dtype that the kernels read (to be kept), and where weights and optimum go."""
+    fixed = None
     by_row = weights_per == SEQUENCE or (weights is not None and weights.dim() == 2)
     if weights is not None:
         weights = weights.detach()
         if weights.dtype not in (torch.float32, torch.float64):
             weights = weights.float()
         stride = weights.stride()
-        given = array(weights, stride[0] if by_row else 0, 0, stride[-1])
+        fixed = array(weights, stride[0] if by_row else 0, 0, stride[-1])
     if by_row:
         return (
             weights,
-            given,
+            fixed,
             torch.empty(rows, n, device="cpu", dtype=dtype),
             torch.empty(rows, device="cpu", dtype=dtype),
         )
     return (
         weights,
-        given,
+        fixed,
         torch.empty(n, device="cpu", dtype=dtype),
         torch.empty((), device="cpu", dtype=dtype),
     )
 
 
 def combine(
-    logprobs: Tensor | None,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None,
-    objective_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
+    given: TokenInputs,
     weights: Tensor | None,
     prior: Tensor,
-    layout: Sequence[int],
-    clip: Sequence[float],
-    noon: bool,
     weights_per: int,
     uniform: bool,
     regularization: float,
     token_shape: Sequence[int] | None,
     pairs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n = advantages.shape[-1]
+    advantages, n = given.advantages, given.objectives
     dtype = torch.float64 if advantages.dtype == torch.float64 else torch.float32
     sums = _empty_statistics(n, pairs)
-    given, given_array, solved, optimum = _solved(layout[0], n, weights_per, weights, dtype)
-    problem = token_problem(
-        logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        objective_mask,
-        None,
-        None,
-        cu_seqlens,
-        layout,
-        clip,
-        noon,
-    )
+    weights, fixed, solved, optimum = _solved(given.layout[0], n, weights_per, weights, dtype)
     shape = advantages.shape[:-1] if token_shape is None else token_shape
     combined = torch.empty(shape, device="cpu", dtype=advantages.dtype)
     _cpu.apply(
-        problem,
+        token_problem(given),
         weights_per,
         prior.data_ptr(),
         uniform,
         regularization,
-        given_array,
-        given is not None and given.dim() == 2,
+        fixed,
+        weights is not None and weights.dim() == 2,
         0,
         -math.inf,
         0.0,
         _scalar(combined),
-        bool(layout[2]) and token_shape is None,
+        bool(given.layout[2]) and token_shape is None,
         None,
         None,
         _scalar_row(solved),
@@ -164,7 +119,6 @@ def combine(
         pairs,
         torch.get_num_threads(),
     )
-    del given
     return combined, solved, optimum, sums
 
 
@@ -173,20 +127,10 @@ def _scalar_row(x: Tensor) -> Array:
 
 
 def loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None,
-    objective_mask: Tensor | None,
-    importance_weights: Tensor | None,
-    ref_logprobs: Tensor | None,
-    cu_seqlens: Tensor | None,
+    given: TokenInputs,
     weights: Tensor | None,
     normalizer: Tensor | None,
     prior: Tensor,
-    layout: Sequence[int],
-    clip: Sequence[float],
-    noon: bool,
     weights_per: int,
     uniform: bool,
     regularization: float,
@@ -195,34 +139,22 @@ def loss(
     kl_coef: float,
     need_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n = advantages.shape[-1]
+    logprobs, n = given.logprobs, given.objectives
+    assert logprobs is not None
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
     gram = weights_per == GRAM
     sums = _empty_statistics(n, gram)
-    given, given_array, solved, optimum = _solved(layout[0], n, weights_per, weights, dtype)
-    problem = token_problem(
-        logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        objective_mask,
-        importance_weights,
-        ref_logprobs,
-        cu_seqlens,
-        layout,
-        clip,
-        noon,
-    )
+    weights, fixed, solved, optimum = _solved(given.layout[0], n, weights_per, weights, dtype)
     value = torch.empty((), device="cpu", dtype=dtype)
     gradient = torch.empty(logprobs.shape if need_gradient else (0,), device="cpu", dtype=dtype)
     _cpu.apply(
-        problem,
+        token_problem(given),
         weights_per,
         prior.data_ptr(),
         uniform,
         regularization,
-        given_array,
-        given is not None and given.dim() == 2,
+        fixed,
+        weights is not None and weights.dim() == 2,
         aggregation,
         fixed_normalizer if normalizer is None else float(normalizer),
         kl_coef,
@@ -236,7 +168,6 @@ def loss(
         gram,
         torch.get_num_threads(),
     )
-    del given
     return value, gradient, solved, optimum, sums
 
 

@@ -6,7 +6,7 @@ subclasses, it goes through the operator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,36 +15,25 @@ from torch import Tensor
 from pama_kernels._arguments import traced
 from pama_kernels._codes import GRAM, SEQUENCE, statistics_size
 
-from . import find, implementation
+from . import find, implementation, inputs
+from .inputs import TokenInputs
 
 _LIBRARY: Any = torch.library.Library("pama", "DEF")  # type: ignore[no-untyped-call]
 
-_SURROGATE = "SymInt[] layout, float[] clip, bool noon"
-
 SCHEMAS = {
-    "statistics": (
-        "(Tensor? logprobs, Tensor? old_logprobs, Tensor advantages, Tensor? mask, "
-        "Tensor? objective_mask, Tensor? importance_weights, Tensor? cu_seqlens, "
-        f"{_SURROGATE}, bool gram) -> Tensor"
-    ),
+    "statistics": f"({inputs.SCHEMA}, bool gram) -> Tensor",
     "batch_weights": (
         "(Tensor sums, SymInt objectives, bool gram, Tensor prior, float regularization, bool wide) "
         "-> (Tensor, Tensor)"
     ),
     "combine": (
-        "(Tensor? logprobs, Tensor? old_logprobs, Tensor advantages, Tensor? mask, "
-        "Tensor? objective_mask, Tensor? cu_seqlens, Tensor? weights, Tensor prior, "
-        f"{_SURROGATE}, int weights_per, bool uniform, float regularization, SymInt[]? token_shape, "
-        "bool pairs) "
-        "-> (Tensor, Tensor, Tensor, Tensor)"
+        f"({inputs.SCHEMA}, Tensor? weights, Tensor prior, int weights_per, bool uniform, "
+        "float regularization, SymInt[]? token_shape, bool pairs) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "loss": (
-        "(Tensor logprobs, Tensor? old_logprobs, Tensor advantages, Tensor? mask, "
-        "Tensor? objective_mask, Tensor? importance_weights, Tensor? ref_logprobs, "
-        "Tensor? cu_seqlens, Tensor? weights, Tensor? normalizer, Tensor prior, "
-        f"{_SURROGATE}, int weights_per, bool uniform, float regularization, int aggregation, "
-        "float fixed_normalizer, float kl_coef, bool need_gradient) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        f"({inputs.SCHEMA}, Tensor? weights, Tensor? normalizer, Tensor prior, int weights_per, "
+        "bool uniform, float regularization, int aggregation, float fixed_normalizer, float kl_coef, "
+        "bool need_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     "weights": (
         "(Tensor scores, Tensor prior, bool uniform, float regularization, Tensor? scale) -> (Tensor, Tensor)"
@@ -64,10 +53,8 @@ def _result_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _fake_statistics(*args: Any) -> Tensor:
-    advantages: Tensor = args[2]
-    gram: bool = args[-1]
-    return advantages.new_empty(statistics_size(advantages.shape[-1], gram), dtype=torch.float64)
+def _fake_statistics(tokens: TokenInputs, gram: bool) -> Tensor:
+    return tokens.advantages.new_empty(statistics_size(tokens.objectives, gram), dtype=torch.float64)
 
 
 def _fake_batch_weights(
@@ -78,33 +65,39 @@ def _fake_batch_weights(
 
 
 def _fake_solution(
-    like: Tensor, layout: Sequence[int], n: int, weights_per: int, weights: Tensor | None
+    like: Tensor, tokens: TokenInputs, weights_per: int, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    dtype = _result_dtype(like)
+    dtype, n = _result_dtype(like), tokens.objectives
     if weights_per == SEQUENCE or (weights is not None and weights.dim() == 2):
-        rows = layout[0]
+        rows = tokens.layout[0]
         return like.new_empty((rows, n), dtype=dtype), like.new_empty((rows,), dtype=dtype)
     return like.new_empty(n, dtype=dtype), like.new_empty((), dtype=dtype)
 
 
-def _fake_combine(*args: Any) -> tuple[Tensor, ...]:
-    advantages, weights, layout = args[2], args[6], args[8]
-    weights_per, token_shape, pairs = args[11], args[14], args[15]
-    n = advantages.shape[-1]
+def _fake_combine(
+    tokens: TokenInputs, weights: Tensor | None, prior: Tensor, weights_per: int, *rest: Any
+) -> tuple[Tensor, ...]:
+    _, _, token_shape, pairs = rest
+    advantages = tokens.advantages
     shape = advantages.shape[:-1] if token_shape is None else token_shape
-    sums = advantages.new_empty(statistics_size(n, pairs), dtype=torch.float64)
-    solution = _fake_solution(advantages, layout, n, weights_per, weights)
-    return advantages.new_empty(shape), *solution, sums
+    solution = _fake_solution(advantages, tokens, weights_per, weights)
+    return advantages.new_empty(shape), *solution, _fake_statistics(tokens, pairs)
 
 
-def _fake_loss(*args: Any) -> tuple[Tensor, ...]:
-    logprobs, advantages, weights, layout = args[0], args[2], args[8], args[11]
-    weights_per, need_gradient = args[14], args[20]
-    n = advantages.shape[-1]
-    sums = advantages.new_empty(statistics_size(n, weights_per == GRAM), dtype=torch.float64)
+def _fake_loss(
+    tokens: TokenInputs,
+    weights: Tensor | None,
+    normalizer: Tensor | None,
+    prior: Tensor,
+    weights_per: int,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    logprobs, need_gradient = tokens.logprobs, rest[-1]
+    assert logprobs is not None
     value = logprobs.new_empty((), dtype=_result_dtype(logprobs))
     gradient = value.new_empty(logprobs.shape if need_gradient else (0,))
-    return value, gradient, *_fake_solution(logprobs, layout, n, weights_per, weights), sums
+    solution = _fake_solution(logprobs, tokens, weights_per, weights)
+    return value, gradient, *solution, _fake_statistics(tokens, weights_per == GRAM)
 
 
 def _fake_weights(
@@ -139,8 +132,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "group_normalize": _fake_group_normalize,
 }
 
-# Which argument tells the device.
-_DEVICE_ARGUMENT = {"statistics": 2, "combine": 2, "loss": 2}
+_OVER_TOKENS = ("statistics", "combine", "loss")
+_ADVANTAGES = TokenInputs._fields.index("advantages")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -168,18 +161,30 @@ quick_weights = _quick("quick_weights")
 quick_min_norm = _quick("quick_min_norm")
 
 
+def _with_inputs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of `TokenInputs` as one of the operator's arguments."""
+    count = inputs.COUNT
+    return lambda *args: function(TokenInputs(*args[:count]), *args[count:])
+
+
 def _define(name: str) -> Callable[..., Any]:
-    place = _DEVICE_ARGUMENT.get(name, 0)
+    over_tokens = name in _OVER_TOKENS
+    place = _ADVANTAGES if over_tokens else 0  # the argument that tells the device
+
+    def found(x: Tensor) -> Callable[..., Any]:
+        function = implementation(x, name)
+        return _with_inputs(function) if over_tokens else function
 
     def run(*args: Any) -> Any:
-        return implementation(args[place], name)(*args)
+        return found(args[place])(*args)
 
+    fake = _with_inputs(_FAKES[name]) if over_tokens else _FAKES[name]
     _LIBRARY.define(name + SCHEMAS[name], tags=(torch.Tag.needs_exact_strides,))
     _LIBRARY.impl(name, run, "CPU")
     _LIBRARY.impl(name, run, "CUDA")
     # No result has a gradient: that of the loss is put on by `loss._Loss`.
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"pama::{name}", _FAKES[name], lib=_LIBRARY)
+    torch.library.register_fake(f"pama::{name}", fake, lib=_LIBRARY)
     operator = getattr(torch.ops.pama, name).default
     on_cpu: Callable[..., Any] | None = None
 
@@ -192,7 +197,7 @@ def _define(name: str) -> Callable[..., Any]:
             if not x.is_cpu:
                 return run(*args)
             if on_cpu is None:
-                on_cpu = implementation(x, name)
+                on_cpu = found(x)
             return on_cpu(*args)
         except RuntimeError as error:
             if "data pointer" not in str(error) and "access storage" not in str(error):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from pama_kernels import _cuda
 from pama_kernels._codes import statistics_size
 from pama_kernels.backends._counter import counter
 from pama_kernels.backends._native import token_problem
+from pama_kernels.backends.inputs import TokenInputs
 
 from .launch import doubles, processors, stream_of
 
@@ -31,12 +30,11 @@ class _Solve:
         self.arguments = (gram, prior.data_ptr(), regularization, wide, *places)
 
 
-def _statistics(
-    like: Tensor, problem: tuple[object, ...], objectives: int, pairs: bool, solve: tuple[object, ...] | None
-) -> Tensor:
+def _statistics(given: TokenInputs, pairs: bool, solve: tuple[object, ...] | None) -> Tensor:
+    like, problem = given.advantages, token_problem(given)
     stream = stream_of(like)
     most = _BLOCKS_PER_PROCESSOR * processors(stream[0])
-    sums = doubles(statistics_size(objectives, pairs), like)
+    sums = doubles(statistics_size(given.objectives, pairs), like)
     partials = doubles(_cuda.statistics_partials(problem, pairs, most), like)
     count = counter(like.device)
     _cuda.statistics(
@@ -45,69 +43,16 @@ def _statistics(
     return sums
 
 
-def statistics(
-    logprobs: Tensor | None,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None,
-    objective_mask: Tensor | None,
-    importance_weights: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: Sequence[int],
-    clip: Sequence[float],
-    noon: bool,
-    gram: bool,
-) -> Tensor:
-    problem = token_problem(
-        logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        objective_mask,
-        importance_weights,
-        None,
-        cu_seqlens,
-        layout,
-        clip,
-        noon,
-    )
-    return _statistics(advantages, problem, advantages.shape[-1], gram, None)
+def statistics(given: TokenInputs, gram: bool) -> Tensor:
+    return _statistics(given, gram, None)
 
 
 def statistics_weights(
-    logprobs: Tensor | None,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None,
-    objective_mask: Tensor | None,
-    importance_weights: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: Sequence[int],
-    clip: Sequence[float],
-    noon: bool,
-    pairs: bool,
-    gram: bool,
-    prior: Tensor,
-    regularization: float,
-    wide: bool,
+    given: TokenInputs, pairs: bool, gram: bool, prior: Tensor, regularization: float, wide: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights of the batch, the optimum, and the statistics: one launch (two with `gram`)."""
-    n = advantages.shape[-1]
-    problem = token_problem(
-        logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        objective_mask,
-        importance_weights,
-        None,
-        cu_seqlens,
-        layout,
-        clip,
-        noon,
-    )
-    solve = _Solve(n, gram, prior, regularization, wide, advantages)
-    sums = _statistics(advantages, problem, n, pairs, solve.arguments)
+    solve = _Solve(given.objectives, gram, prior, regularization, wide, given.advantages)
+    sums = _statistics(given, pairs, solve.arguments)
     return solve.weights, solve.optimum, sums
 
 

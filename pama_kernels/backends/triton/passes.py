@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pama_kernels._codes import BATCH, FIELDS, GIVEN, GRAM, SEQUENCE, TOKEN, statistics_size
 from pama_kernels.backends._counter import counter
+from pama_kernels.backends.inputs import TokenInputs
 
 from .apply import count_kernel, rows_kernel, tokens_kernel
 from .launch import launch, power_of_two
@@ -181,17 +182,9 @@ def _apply(
 
 
 def combine(
-    logprobs: Tensor | None,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None,
-    objective_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
+    given: TokenInputs,
     weights: Tensor | None,
     prior: Tensor,
-    layout: Sequence[int],
-    clip: Sequence[float],
-    noon: bool,
     weights_per: int,
     uniform: bool,
     regularization: float,
@@ -200,43 +193,22 @@ def combine(
     *,
     first: Solved | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given = problem(
-        logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        objective_mask,
-        None,
-        None,
-        cu_seqlens,
-        layout,
-        clip,
-        noon,
-    )
+    advantages = given.advantages
     dtype = torch.float64 if advantages.dtype == torch.float64 else torch.float32
     shape = advantages.shape[:-1] if token_shape is None else token_shape
     combined = torch.empty(shape, device=advantages.device, dtype=advantages.dtype)
-    one_result = bool(layout[2]) and token_shape is None
+    one_result = bool(given.layout[2]) and token_shape is None
     return combined, *_apply(
-        given, weights_per, weights, prior, regularization, pairs, dtype, combined, one_result, first=first
+        *(problem(given), weights_per, weights, prior, regularization, pairs, dtype, combined, one_result),
+        first=first,
     )
 
 
 def loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None,
-    objective_mask: Tensor | None,
-    importance_weights: Tensor | None,
-    ref_logprobs: Tensor | None,
-    cu_seqlens: Tensor | None,
+    given: TokenInputs,
     weights: Tensor | None,
     normalizer: Tensor | None,
     prior: Tensor,
-    layout: Sequence[int],
-    clip: Sequence[float],
-    noon: bool,
     weights_per: int,
     uniform: bool,
     regularization: float,
@@ -247,24 +219,13 @@ def loss(
     *,
     first: Solved | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    given = problem(
-        logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        objective_mask,
-        importance_weights,
-        ref_logprobs,
-        cu_seqlens,
-        layout,
-        clip,
-        noon,
-    )
+    logprobs = given.logprobs
+    assert logprobs is not None
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
     value = torch.empty((), device=logprobs.device, dtype=dtype)
     gradient = torch.empty(logprobs.shape if need_gradient else (0,), device=logprobs.device, dtype=dtype)
     rest = _apply(
-        given,
+        problem(given),
         weights_per,
         weights,
         prior,

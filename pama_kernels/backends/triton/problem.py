@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pama_kernels._codes import FIELDS, PAIRS, TOTALS
+from pama_kernels.backends.inputs import TokenInputs
 
 from .launch import INTERPRETED, power_of_two
 
@@ -122,45 +123,31 @@ def clip_numbers(clip: Sequence[float]) -> tuple[float, ...]:
     return 1 - low, 1 + high, dual, log_low, math.log1p(high), math.log(dual)
 
 
-def problem(
-    logprobs: Tensor | None,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None,
-    objective_mask: Tensor | None,
-    importance_weights: Tensor | None,
-    ref_logprobs: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: Sequence[int],
-    clip: Sequence[float],
-    noon: bool,
-) -> Problem:
-    rows, width, per_sequence, mask_per_sequence = layout
-    floats = (logprobs, old_logprobs, advantages, importance_weights, ref_logprobs)
-    raw = objectives_array(advantages, bool(per_sequence))
-    dense = raw[2:] == (advantages.shape[-1], 1)  # strides that the compiler then knows
+def problem(given: TokenInputs) -> Problem:
+    rows, width, per_sequence, mask_per_sequence = given.layout
+    raw = objectives_array(given.advantages, bool(per_sequence))
+    dense = raw[2:] == (given.objectives, 1)  # strides that the compiler then knows
     arrays: tuple[Array, ...] = (
         (*raw, 1 if dense else None),
-        objectives_array(objective_mask, bool(mask_per_sequence)),
-        tokens_array(mask),
-        tokens_array(logprobs),
-        tokens_array(old_logprobs),
-        tokens_array(importance_weights),
+        objectives_array(given.objective_mask, bool(mask_per_sequence)),
+        tokens_array(given.mask),
+        tokens_array(given.logprobs),
+        tokens_array(given.old_logprobs),
+        tokens_array(given.importance_weights),
     )
-    ref = tokens_array(ref_logprobs)
-    cu: Array = (None, 0) if cu_seqlens is None else (cu_seqlens, cu_seqlens.stride(0))
+    cu = given.cu_seqlens
     return Problem(
         arrays,
-        ref,
-        cu,
+        tokens_array(given.ref_logprobs),
+        (None, 0) if cu is None else (cu, cu.stride(0)),
         rows,
         width,
-        clip_numbers(clip),
-        advantages.shape[-1],
-        noon,
-        any(x is not None and x.dtype == torch.float64 for x in floats),
-        advantages.device,
-        bool(per_sequence) or (objective_mask is not None and bool(mask_per_sequence)),
+        clip_numbers(given.clip),
+        given.objectives,
+        given.noon,
+        given.wide,
+        given.advantages.device,
+        bool(per_sequence) or (given.objective_mask is not None and bool(mask_per_sequence)),
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -11,6 +9,7 @@ from torch import Tensor
 
 from pama_kernels._codes import statistics_size
 from pama_kernels.backends._counter import counter
+from pama_kernels.backends.inputs import TokenInputs
 
 from .launch import launch, power_of_two
 from .pairs import add_pairs, gram_weights
@@ -124,33 +123,8 @@ def run_statistics(
     return sums
 
 
-def statistics(
-    logprobs: Tensor | None,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None,
-    objective_mask: Tensor | None,
-    importance_weights: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: Sequence[int],
-    clip: Sequence[float],
-    noon: bool,
-    gram: bool,
-) -> Tensor:
-    given = problem(
-        logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        objective_mask,
-        importance_weights,
-        None,
-        cu_seqlens,
-        layout,
-        clip,
-        noon,
-    )
-    return run_statistics(given, gram, None, 0.0, None)
+def statistics(given: TokenInputs, gram: bool) -> Tensor:
+    return run_statistics(problem(given), gram, None, 0.0, None)
 
 
 def batch_weights(
