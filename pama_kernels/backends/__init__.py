@@ -1,9 +1,10 @@
 """Which implementation serves a tensor.
 
 A backend is a module of this package with some or all of the functions of `operators.SCHEMAS` (those over
-tokens take their inputs as one `inputs.TokenInputs`), and optionally `weights_out` and `min_norm_out` (results written into given tensors), `quick_weights` and
-`quick_min_norm` (whole calls for plain tensors, or None where they do not serve). Each function of a device
-type is served by the first backend of its row in `BACKENDS` that
+tokens take their inputs as one `inputs.TokenInputs`), and optionally `weights_out` and `min_norm_out`
+(results written into given tensors), `quick_weights` and `quick_min_norm` (whole calls for plain tensors, or
+None where they do not serve). Each function of a device type is served by the first backend of its row in
+`BACKENDS` that
 
 - can be imported: what is not built or not installed raises ImportError and is passed over;
 - serves the device type: `unusable(device_type)`, where a backend has it, returns None or the reason;
