@@ -1,9 +1,10 @@
-"""The Triton kernels build for GPUs that are not there, and the hot ones spill no register."""
+"""The Triton kernels build for absent GPUs, the hot ones spill no register, and calls come to launch them."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,12 @@ import pytest
 triton = pytest.importorskip("triton", reason="Triton is not installed: no kernels to compile")
 
 
-def _compiled(cache: Path, *arguments: str) -> list[dict[str, Any]]:
+TESTS = Path(__file__).parent
+
+
+def _lines(cache: Path, script: str, *arguments: str) -> list[dict[str, Any]]:
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("triton_compile.py")), *arguments],
+        [sys.executable, str(TESTS / script), *arguments],
         env={
             **{key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
             "PAMA_BACKEND": "triton",
@@ -43,16 +47,35 @@ def _check(found: list[dict[str, Any]]) -> None:
 
 @pytest.mark.timeout(900)
 def test_sample(pytestconfig: pytest.Config) -> None:
-    found = _compiled(pytestconfig.cache.mkdir("triton"), "sm_90")
+    found = _lines(pytestconfig.cache.mkdir("triton"), "triton_compile.py", "sm_90")
     assert {"statistics_kernel", "tokens_kernel", "rows_kernel"} <= {line["kernel"] for line in found}
     _check(found)
+
+
+@pytest.mark.timeout(900)
+def test_calls_reach_the_driver(pytestconfig: pytest.Config, tmp_path: Path) -> None:
+    """Through Triton's own launcher, down to a CUDA driver that does nothing."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler, which Triton needs to launch anything")
+    options = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
+    library = ["-o", str(tmp_path / "libcuda.so.1"), str(TESTS / "no_driver.c")]
+    subprocess.run([compiler, *options, *library], check=True)
+    found = _lines(pytestconfig.cache.mkdir("triton"), "triton_launch.py", str(tmp_path))
+    launched = [" ".join(line["kernels"]).replace("_kernel", "") for line in found]
+    assert launched == [
+        *("statistics", "statistics"),
+        *("statistics tokens", "statistics tokens"),
+        *("count tokens", "tokens"),
+        *("count rows", "rows"),
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_kind(pytestconfig: pytest.Config, target: str) -> None:
-    found = _compiled(pytestconfig.cache.mkdir("triton"), "--all", target)
+    found = _lines(pytestconfig.cache.mkdir("triton"), "triton_compile.py", "--all", target)
     kernels = {line["kernel"] for line in found}
     wanted = "statistics pairs add_pairs batch_weights tokens rows count "
     wanted += "weights min_norm min_norm_pairs gae group_normalize"
