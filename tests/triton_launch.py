@@ -1,7 +1,7 @@
 """Calls of the public API as Triton launches them on a GPU, down to a driver that does nothing.
 
-``python tests/triton_launch.py FOLDER``, where FOLDER holds `no_driver.c` as libcuda.so.1, prints a line of JSON
-for each call: its kernels in order. Tensors are on the CPU. A process of its own: kernels made for the
+``python tests/triton_launch.py FOLDER``, where FOLDER holds `no_driver.c` as libcuda.so.1, prints a line of
+JSON for each call: its kernels in order. Tensors are on the CPU. A process of its own: kernels made for the
 interpreter can't be launched.
 """
 
