@@ -1,5 +1,7 @@
 """Weights of the batch: the first pass by emulated CUDA kernels, the second by Triton's interpreter.
 
+And the first pass of either as the GPU benchmark times it.
+
 A program of its own: `TRITON_INTERPRET=1` is read when Triton is imported.
 """
 
@@ -10,6 +12,7 @@ import torch
 from problems import make
 
 import pama_kernels as pk
+from benchmarks import gpu
 from pama_kernels import backends, reference
 
 assert backends.find("cpu", "loss").__module__ == "pama_kernels.backends.cuda.passes"
@@ -41,4 +44,9 @@ for layout in ("padded", "packed", "per-sequence"):
             (combined.weights, wanted_combined.weights),
         ):
             assert float((x.detach() - y.detach()).abs().max()) <= tolerance, (layout, bound)
+x = gpu.inputs(96, 3, torch.device("cpu"), seed=0)
+for backend in ("cuda", "triton"):
+    first = gpu.launch_of(backend)
+    assert first is not None
+    assert float((first(x) - gpu.eager_statistics(x)).abs().max()) <= 4 * EPS, backend
 print("both passes ran")

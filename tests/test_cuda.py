@@ -59,7 +59,8 @@ def test_kernels_on_the_host(emulated: str, file: str) -> None:
 
 @needs_interpreter
 def test_weights_of_the_batch_take_both_backends(emulated: str) -> None:
-    environment = {"PAMA_CUDA_EMULATED": emulated, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)}
+    environment = {"PAMA_CUDA_EMULATED": emulated, "TRITON_INTERPRET": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     done = subprocess.run(
         [sys.executable, str(TESTS / "cuda_two_passes.py")],
         env={**os.environ, **environment},
