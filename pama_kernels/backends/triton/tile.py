@@ -276,5 +276,7 @@ def tile_sums(
         sums = sums + (_outer(bound, bound), _outer(a, a))
         if PRESENT:
             present = here.to(a.dtype)
-            sums = sums + (_outer(present, present), _outer(a, present), _outer(a * a, present))
+            # Not of a * a, which Triton 3.6 would share with `square` above and then fails to compile.
+            squares = tl.sum(a[:, :, None] * a[:, :, None] * present[:, None, :], axis=0)
+            sums = sums + (_outer(present, present), _outer(a, present), squares)
     return sums, fits
