@@ -1,67 +1,99 @@
-// The exponential and the half-precision formats, in plain arithmetic: the same on every device, and vectorisable.
+// Arithmetic that is the same on every device: choices between values, the exponential, the half-precision formats.
+// Templates over V serve one number, or one per SIMD lane (a GCC vector type).
 #pragma once
 
 #include <string.h>
+
+#include <type_traits>
 
 #include "config.hpp"
 
 PAMA_BEGIN
 
+// Whether a condition holds: for one problem, or in any lane.
+PAMA_HD inline bool any(bool x) { return x; }
+PAMA_HD inline bool any(int x) { return x != 0; }
+
+template <class Mask>
+inline bool any(const Mask& mask) {
+    unsigned long words[sizeof(Mask) / sizeof(unsigned long)], bits = 0;
+    memcpy(words, &mask, sizeof mask);
+    for (unsigned long word : words) bits |= word;
+    return bits != 0;
+}
+
+// condition ? x : y, in each lane.
+template <class Mask, class V>
+PAMA_HD inline V choose(Mask condition, V x, V y) {
+    return condition ? x : y;
+}
+
+template <class V>
+PAMA_HD inline V max_of(V x, V y) {
+    return choose(x > y, x, y);
+}
+
+template <class V>
+PAMA_HD inline V min_of(V x, V y) {
+    return choose(x < y, x, y);
+}
+
+template <class V>
+PAMA_HD inline V reciprocal(V x) {
+    return (V{} + 1) / x;
+}
+
+template <class V>
+struct LaneOf {
+    typedef typename std::decay<decltype(V{}[0])>::type type;
+    typedef decltype(V{} < V{}) Bits;
+};
+template <>
+struct LaneOf<float> {
+    typedef float type;
+    typedef unsigned Bits;
+};
+template <>
+struct LaneOf<double> {
+    typedef double type;
+    typedef unsigned long Bits;
+};
+
+constexpr double inverse_factorial(int k) { return k < 2 ? 1.0 : inverse_factorial(k - 1) / k; }
+
+// r^0 / K! + r^1 / (K + 1)! + ... + r^(Last - K) / Last!
+template <int K, int Last, class V>
+PAMA_HD inline V exponential_series(V r) {
+    constexpr auto term = static_cast<typename LaneOf<V>::type>(inverse_factorial(K));
+    if constexpr (K == Last)
+        return V{} + term;
+    else
+        return exponential_series<K + 1, Last>(r) * r + term;
+}
+
 // e^x = 2^k e^r with r = x - k log 2, |r| <= log(2)/2, e^r = 1 + r + r^2 q(r); q by its Taylor series, to
 // half a unit in the last place of the type. `k3` receives e^x - 1 - x, without cancellation where k = 0.
 // Beyond the range of the type it is infinity above and its smallest normal number below.
-PAMA_HD inline float exponential(float given, float& k3) {
-    float x = given;
-    x = x < 89.0f ? x : 89.0f;
-    x = x > -87.0f ? x : -87.0f;
-    const float shifted = x * 1.44269504f + 12582912.0f;
-    const float k = shifted - 12582912.0f;
-    const float r = (x - k * 0.693145752f) - k * 1.42860677e-6f;
-    float q = 1.0f / 5040;
-    q = q * r + 1.0f / 720;
-    q = q * r + 1.0f / 120;
-    q = q * r + 1.0f / 24;
-    q = q * r + 1.0f / 6;
-    q = q * r + 0.5f;
-    const float tail = r * r * q;
-    unsigned bits;
-    memcpy(&bits, &shifted, 4);
-    bits = (bits << 23) + (127u << 23);
-    float power;
-    memcpy(&power, &bits, 4);
-    const float u = power * (1.0f + (r + tail));
-    k3 = k == 0.0f ? tail : u - 1.0f - given;
-    return u;
-}
-
-PAMA_HD inline double exponential(double given, double& k3) {
-    double x = given;
-    x = x < 710.0 ? x : 710.0;
-    x = x > -708.0 ? x : -708.0;
-    const double shifted = x * 1.4426950408889634 + 6755399441055744.0;
-    const double k = shifted - 6755399441055744.0;
-    const double r = (x - k * 0.6931471803691238) - k * 1.9082149292705877e-10;
-    double q = 1.0 / 87178291200.0;
-    q = q * r + 1.0 / 6227020800.0;
-    q = q * r + 1.0 / 479001600.0;
-    q = q * r + 1.0 / 39916800.0;
-    q = q * r + 1.0 / 3628800.0;
-    q = q * r + 1.0 / 362880.0;
-    q = q * r + 1.0 / 40320.0;
-    q = q * r + 1.0 / 5040.0;
-    q = q * r + 1.0 / 720.0;
-    q = q * r + 1.0 / 120.0;
-    q = q * r + 1.0 / 24.0;
-    q = q * r + 1.0 / 6.0;
-    q = q * r + 0.5;
-    const double tail = r * r * q;
-    unsigned long bits;
-    memcpy(&bits, &shifted, 8);
-    bits = (bits << 52) + (1023UL << 52);
-    double power;
-    memcpy(&power, &bits, 8);
-    const double u = power * (1.0 + (r + tail));
-    k3 = k == 0.0 ? tail : u - 1.0 - given;
+template <class V>
+PAMA_HD inline V exponential(V given, V& k3) {
+    typedef typename LaneOf<V>::type T;
+    typedef typename LaneOf<V>::Bits Bits;
+    constexpr bool single = sizeof(T) == sizeof(float);
+    const V zero = V{}, one = zero + T(1), most = zero + T(single ? 89 : 710), least = zero - T(single ? 87 : 708);
+    const T magic = single ? T(12582912) : T(6755399441055744);  // 1.5 * 2^mantissa: rounds to an integer
+    const V x = max_of(min_of(given, most), least);
+    const V shifted = x * T(1.4426950408889634) + magic, k = shifted - magic;
+    const V r =
+        (x - k * T(single ? 0.693145752 : 0.6931471803691238)) - k * T(single ? 1.42860677e-6 : 1.9082149292705877e-10);
+    const V tail = r * r * exponential_series<2, single ? 7 : 14>(r);
+    Bits bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    constexpr int mantissa = single ? 23 : 52;
+    bits = (bits << mantissa) + (static_cast<typename LaneOf<T>::Bits>(single ? 127 : 1023) << mantissa);
+    V power;
+    memcpy(&power, &bits, sizeof power);
+    const V u = power * (one + (r + tail));
+    k3 = choose(k == zero, tail, u - one - given);
     return u;
 }
 

@@ -25,44 +25,10 @@
 #pragma once
 
 #include <cmath>
-#include <cstring>
 
-#include "config.hpp"
+#include "numbers.hpp"
 
 PAMA_BEGIN
-
-// Whether a condition holds: for one problem, or in any lane.
-PAMA_HD inline bool any(bool x) { return x; }
-PAMA_HD inline bool any(int x) { return x != 0; }
-
-template <class Mask>
-inline bool any(const Mask& mask) {
-    unsigned long words[sizeof(Mask) / sizeof(unsigned long)], bits = 0;
-    std::memcpy(words, &mask, sizeof mask);
-    for (unsigned long word : words) bits |= word;
-    return bits != 0;
-}
-
-// condition ? x : y, in each lane.
-template <class Mask, class V>
-PAMA_HD inline V choose(Mask condition, V x, V y) {
-    return condition ? x : y;
-}
-
-template <class V>
-PAMA_HD inline V max_of(V x, V y) {
-    return choose(x > y, x, y);
-}
-
-template <class V>
-PAMA_HD inline V min_of(V x, V y) {
-    return choose(x < y, x, y);
-}
-
-template <class V>
-PAMA_HD inline V reciprocal(V x) {
-    return (V{} + 1) / x;
-}
 
 // For rho = 0 and 0 outside the open interval (min a, max a) the answer is exact and no path is needed: a.c is the
 // score nearest 0, and the objectives that have it share the weight. The caller keeps these alone, with scores of 0.

@@ -10,12 +10,13 @@
 
 PAMA_BEGIN
 
-// Factors of the surrogate and of the bound term, times w: for positive advantages and for negative ones.
-template <class T>
+// Factors of the surrogate and of the bound term, times w: for positive advantages and for negative ones. For one token
+// or one per SIMD lane.
+template <class V>
 struct TokenFactors {
-    T logp, pos, neg, grad_pos, grad_neg;
-    T kl;
-    bool off_pos, off_neg;  // no gradient
+    V logp, pos, neg, grad_pos, grad_neg;
+    V ratio, kl;
+    decltype(V{} < V{}) off_pos, off_neg;  // no gradient
 };
 
 // Clip in the type of the computation.
@@ -32,28 +33,27 @@ struct ClipIn {
 };
 
 // On-policy `old` is `logp`; without log-probabilities both are 0.
-template <class T>
-PAMA_HD inline TokenFactors<T> token_factors(const ClipIn<T>& clip, bool valid, T logp, T old, T w) {
-    const T zero = 0, limit = static_cast<T>(kMaxLogRatio);
-    logp = valid ? logp : zero;
-    old = valid ? old : zero;
-    w = valid ? w : zero;
-    const T bad = zero * logp + zero * old + zero * w;  // 0, or NaN
-    const bool finite = bad == zero;
-    logp = finite ? logp : zero;
-    const T d = finite ? logp - old : zero, factor = finite ? w : zero;
-    const bool outside = d > limit || d < -limit;
-    T k3;
-    const T u = exponential(d > limit ? limit : (d < -limit ? -limit : d), k3);
-    const T capped = u < clip.dual ? u : clip.dual;
-    TokenFactors<T> f;
+template <class V, class Mask, class T>
+PAMA_HD inline TokenFactors<V> token_factors(const ClipIn<T>& clip, Mask valid, V logp, V old, V w) {
+    const V zero = V{}, limit = zero + static_cast<T>(kMaxLogRatio), low = zero + clip.low, high = zero + clip.high;
+    logp = choose(valid, logp, zero);
+    old = choose(valid, old, zero);
+    w = choose(valid, w, zero);
+    const V bad = zero * logp + zero * old + zero * w;  // 0, or NaN
+    const auto finite = bad == zero;
+    logp = choose(finite, logp, zero);
+    const V d = choose(finite, logp - old, zero), factor = choose(finite, w, zero);
+    const auto outside = (d > limit) | (d < -limit);
+    TokenFactors<V> f;
+    V k3;
+    f.ratio = exponential(max_of(min_of(d, limit), -limit), k3);
     f.logp = logp;
-    f.off_pos = d > clip.log_high || outside;
-    f.off_neg = d > clip.log_dual || d < clip.log_low || outside;
-    f.pos = factor * (u < clip.high ? u : clip.high) + bad;
-    f.neg = factor * (capped > clip.low ? capped : clip.low) + bad;
-    f.grad_pos = (f.off_pos ? zero : factor) + bad;
-    f.grad_neg = (f.off_neg ? zero : factor) + bad;
+    f.off_pos = (d > zero + clip.log_high) | outside;
+    f.off_neg = (d > zero + clip.log_dual) | (d < zero + clip.log_low) | outside;
+    f.pos = factor * min_of(f.ratio, high) + bad;
+    f.neg = factor * max_of(min_of(f.ratio, zero + clip.dual), low) + bad;
+    f.grad_pos = choose(f.off_pos, zero, factor) + bad;
+    f.grad_neg = choose(f.off_neg, zero, factor) + bad;
     f.kl = k3 + bad;  // k3 is 0 at d = 0, so at masked places
     return f;
 }

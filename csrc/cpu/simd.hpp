@@ -1,4 +1,4 @@
-// Vector types, loads and the exponential for the instruction set that this translation unit is built for.
+// Vector types and loads for the instruction set that this translation unit is built for.
 // Nothing here, or in the files that include it, calls a function template of the standard library: the linker could
 // then merge it with the same one built for another processor.
 #pragma once

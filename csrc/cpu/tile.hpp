@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../core/statistics.hpp"
+#include "../core/token.hpp"
 #include "shuffle.hpp"
 
 PAMA_BEGIN
@@ -43,7 +44,7 @@ inline Ahead in_pieces(Ahead values, int n, long count) {
 template <class T>
 struct Tile {
     long count, padded;  // tokens; and with the zeros that fill the last vector
-    const T *valid, *logp;
+    T *valid, *logp;
     T *advantages, *present;             // (n, kTileTokens); present is null where all are
     T *pos, *neg, *grad_pos, *grad_neg;  // factors of the surrogate and of the bound, times w and mask
     T *off_pos, *off_neg;                // 1 where there is no gradient
@@ -211,59 +212,55 @@ inline long tile_bytes(int n) {
     return static_cast<long>(sizeof(T)) * (kTileTokens * (4 * n + 16) + kFields * n) + 64 * 24;
 }
 
-// Without log-probabilities, and on-policy, the ratio is 1 and every gradient is there.
+// The values of a tile's tokens as T, where they lie if they lie there as such, else copied to `buffer`.
 template <class T>
-inline void ratio_terms(const Problem& problem, const T* PAMA_RESTRICT d, const T* PAMA_RESTRICT w,
-                        const T* PAMA_RESTRICT bad, long next, Tile<T>& tile) {
-    const Ahead logp = ahead(problem, problem.logprobs, next), old = ahead(problem, problem.old_logprobs, next);
-    const T low = static_cast<T>(problem.clip.low), high = static_cast<T>(problem.clip.high),
-            dual = static_cast<T>(problem.clip.dual);
-    const T log_low = static_cast<T>(problem.clip.log_low), log_high = static_cast<T>(problem.clip.log_high),
-            log_dual = static_cast<T>(problem.clip.log_dual), limit = static_cast<T>(kMaxLogRatio);
-    const T* PAMA_RESTRICT valid = tile.valid;
-    T *PAMA_RESTRICT pos = tile.pos, *PAMA_RESTRICT neg = tile.neg, *PAMA_RESTRICT grad_pos = tile.grad_pos,
-                     *PAMA_RESTRICT grad_neg = tile.grad_neg, *PAMA_RESTRICT off_pos = tile.off_pos,
-                     *PAMA_RESTRICT off_neg = tile.off_neg, *PAMA_RESTRICT ratio = tile.ratio,
-                     *PAMA_RESTRICT kl = tile.kl;
-    constexpr long width = Lanes<T>::count;
-    for (long at = 0; at < tile.padded; at += width) {
-        ask(logp.at(at));
-        ask(old.at(at));
-#pragma omp simd
-        for (long t = at; t < at + width; ++t) {
-            const T upper = d[t] < limit ? d[t] : limit;
-            const T clamped = upper > -limit ? upper : -limit;
-            T k3;
-            const T u = exponential(clamped, k3);
-            const T capped = u < dual ? u : dual;
-            const T stop_pos = (((d[t] > log_high) | (d[t] > limit) | (d[t] < -limit)) & (bad[t] == 0)) ? T(1) : T(0);
-            const T stop_neg =
-                (((d[t] > log_dual) | (d[t] < log_low) | (d[t] > limit) | (d[t] < -limit)) & (bad[t] == 0)) ? T(1)
-                                                                                                            : T(0);
-            ratio[t] = u;
-            pos[t] = w[t] * (u < high ? u : high) + bad[t];
-            neg[t] = w[t] * (capped > low ? capped : low) + bad[t];
-            grad_pos[t] = w[t] * (1 - stop_pos) + bad[t];
-            grad_neg[t] = w[t] * (1 - stop_neg) + bad[t];
-            off_pos[t] = stop_pos;
-            off_neg[t] = stop_neg;
-            kl[t] = valid[t] * k3 + bad[t];
+inline const T* token_values(const Problem& problem, const Array& array, long first, long count, T* buffer) {
+    constexpr Dtype own = sizeof(T) == sizeof(float) ? Dtype::f32 : Dtype::f64;
+    const bool one_piece = problem.offsets || first % problem.width + count <= problem.width;
+    if (array.dtype == own && array.token == 1 && one_piece && count % Lanes<T>::count == 0)
+        return reinterpret_cast<const T*>(ahead(problem, array, first).first);
+    load_tokens(problem, array, first, count, false, buffer);
+    return buffer;
+}
+
+template <bool Noon, class T, class V = typename Lanes<T>::V>
+inline void store_factors(const Problem& problem, const T* logp, const T* old, const T* w, long next,
+                          const Tile<T> tile) {
+    const Array &given = problem.logprobs ? problem.logprobs : problem.advantages,
+                &given_old = problem.old_logprobs ? problem.old_logprobs : given;
+    const Ahead next_logp = ahead(problem, given, next), next_old = ahead(problem, given_old, next);
+    const ClipIn<T> clip(problem.clip);
+    const V zero{}, one = zero + 1;
+    for (long t = 0; t < tile.padded; t += Lanes<T>::count) {
+        ask(next_logp.at(t));
+        ask(next_old.at(t));
+        const TokenFactors<V> f =
+            token_factors(clip, load<V>(tile.valid + t) != zero, load<V>(logp + t), load<V>(old + t), load<V>(w + t));
+        store(tile.logp + t, f.logp);
+        store(tile.ratio + t, f.ratio);
+        store(tile.kl + t, f.kl);
+        store(tile.pos + t, f.pos);
+        store(tile.grad_pos + t, f.grad_pos);
+        store(tile.off_pos + t, choose(f.off_pos, one, zero));
+        if constexpr (!Noon) {
+            store(tile.neg + t, f.neg);
+            store(tile.grad_neg + t, f.grad_neg);
+            store(tile.off_neg + t, choose(f.off_neg, one, zero));
         }
     }
 }
 
 // e^r - 1 - r with r = ref - logp, in place of ref.
-template <class T>
-inline void ref_terms(Tile<T>& tile) {
-    const T *PAMA_RESTRICT valid = tile.valid, *PAMA_RESTRICT logp = tile.logp;
-    T *PAMA_RESTRICT ref_kl = tile.ref_kl, *PAMA_RESTRICT ref_slope = tile.ref_slope;
-#pragma omp simd
-    for (long t = 0; t < tile.padded; ++t) {
-        const T r = valid[t] != 0 ? ref_kl[t] - logp[t] : T(0), poison = T(0) * r;
-        T k3;
+template <class T, class V = typename Lanes<T>::V>
+inline void ref_terms(const Tile<T> tile) {
+    const V zero{};
+    for (long t = 0; t < tile.padded; t += Lanes<T>::count) {
+        const V r = choose(load<V>(tile.valid + t) != zero, load<V>(tile.ref_kl + t) - load<V>(tile.logp + t), zero);
+        const V poison = zero * r;
+        V k3;
         exponential(r, k3);
-        ref_kl[t] = k3 + poison;
-        ref_slope[t] = poison - (r + k3);
+        store(tile.ref_kl + t, k3 + poison);
+        store(tile.ref_slope + t, poison - (r + k3));
     }
 }
 
@@ -273,47 +270,26 @@ inline void load_tile(const Problem& problem, long first, long count, bool with_
     const long padded = (count + width - 1) / width * width;
     tile.count = count;
     tile.padded = padded;
-    T *PAMA_RESTRICT valid = const_cast<T*>(tile.valid), *PAMA_RESTRICT logp = const_cast<T*>(tile.logp);
-    T *PAMA_RESTRICT d = arena.take<T>(kTileTokens), *PAMA_RESTRICT w = arena.take<T>(kTileTokens),
-                     *PAMA_RESTRICT bad = arena.take<T>(kTileTokens);
+    T* valid = tile.valid;
     if (problem.mask)
         load_tokens(problem, problem.mask, first, count, true, valid);
     else
         for (long t = 0; t < count; ++t) valid[t] = 1;
     for (long t = count; t < padded; ++t) valid[t] = 0;
-    for (long t = 0; t < padded; ++t) bad[t] = 0;
 
-    // Masked places and values that are not finite become 0; `bad` collects 0 for finite values and NaN for others.
-    const auto load = [&](const Array& array, T* PAMA_RESTRICT target) {
-        load_tokens(problem, array, first, count, false, target);
-#pragma omp simd
-        for (long t = 0; t < padded; ++t) {
-            const T value = valid[t] != 0 ? target[t] : T(0), poison = T(0) * value;
-            target[t] = poison == 0 ? value : T(0);
-            bad[t] += poison;
-        }
-    };
-    if (problem.importance_weights)
-        load(problem.importance_weights, w);
-    else
-        for (long t = 0; t < padded; ++t) w[t] = valid[t];
+    T *buffer = arena.take<T>(3 * kTileTokens), *old_buffer = buffer + kTileTokens,
+      *w_buffer = old_buffer + kTileTokens;
+    const T *logp = buffer, *old = buffer, *w = valid;  // on-policy the ratio is 1
     if (problem.logprobs)
-        load(problem.logprobs, logp);
+        old = logp = token_values(problem, problem.logprobs, first, count, buffer);
     else
-        for (long t = 0; t < padded; ++t) logp[t] = 0;
-    if (problem.old_logprobs) {
-        load(problem.old_logprobs, d);
-#pragma omp simd
-        for (long t = 0; t < padded; ++t) d[t] = logp[t] - d[t];
-        ratio_terms(problem, d, w, bad, first + count, tile);
-    } else {
-        for (long t = 0; t < padded; ++t) {
-            tile.ratio[t] = 1;
-            tile.pos[t] = tile.neg[t] = tile.grad_pos[t] = tile.grad_neg[t] = w[t] + bad[t];
-            tile.off_pos[t] = tile.off_neg[t] = 0;
-            tile.kl[t] = bad[t];
-        }
-    }
+        for (long t = 0; t < padded; ++t) buffer[t] = 0;
+    if (problem.old_logprobs) old = token_values(problem, problem.old_logprobs, first, count, old_buffer);
+    if (problem.importance_weights) w = token_values(problem, problem.importance_weights, first, count, w_buffer);
+    if (problem.noon)
+        store_factors<true>(problem, logp, old, w, first + count, tile);
+    else
+        store_factors<false>(problem, logp, old, w, first + count, tile);
     if (with_ref) {
         load_tokens(problem, problem.ref_logprobs, first, count, false, tile.ref_kl);
         ref_terms(tile);
