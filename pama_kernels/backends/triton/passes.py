@@ -18,7 +18,7 @@ from pama_kernels.backends._counter import counter
 from pama_kernels.backends.inputs import TokenInputs
 
 from .apply import count_kernel, rows_kernel, tokens_kernel
-from .launch import launch, power_of_two
+from .launch import launch, more_warps, power_of_two
 from .pairs import add_pairs, gram_weights
 from .problem import COUNTED, PAIRS_IN_REGISTERS, Problem, flattened, problem, programs, slot_size
 from .statistics import run_statistics
@@ -174,7 +174,7 @@ def _apply(
         SLOTS=power_of_two(denominators),
         COUNT=is_count,
         **(extra if over_rows else {}),
-        num_warps=8 if many else 4,
+        num_warps=more_warps() if many else 4,
     )
     if statistics and pairs and not inside:
         add_pairs(given, sums)
