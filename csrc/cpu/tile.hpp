@@ -153,28 +153,32 @@ inline void load_tokens(const Problem& problem, const Array& array, long first, 
     });
 }
 
-// (tokens, objectives) to objective-major. With `valid`, masked places become 0 and infinities NaN on the way.
+// (tokens, objectives) to objective-major. With `valid`, masked places become 0 and infinities NaN on the way. buffer:
+// (n, kTileTokens).
 template <class T>
 inline void load_objectives(const Problem& problem, const Array& array, long first, long count, bool truth,
-                            const T* valid, T* target) {
+                            const T* valid, T* target, T* buffer) {
     for_each_segment(problem, first, count, [&](long row, long t, long at, long piece) {
         const long offset = row * array.row + t * array.token;
         bool loaded = false;
         if constexpr (sizeof(T) == sizeof(float)) {
+            const float* from = nullptr;
             if (array.dtype == Dtype::f32 && array.token != 0 && !truth) {
-                const float* from = static_cast<const float*>(array.data) + offset;
-                const auto masked = [&](FloatV x, long token) {
-                    FloatV here;
-                    memcpy(&here, valid + at + token, sizeof here);
-                    x = here != 0.0f ? x : FloatV{};
-                    return x + 0.0f * x;
-                };
-                if (valid && contiguous_rows_to_columns(problem.n, from, array.token, array.objective, piece,
-                                                        target + at, kTileTokens, masked))
-                    return;
-                rows_to_columns(problem.n, from, array.token, array.objective, piece, target + at, kTileTokens);
-                loaded = true;
+                from = static_cast<const float*>(array.data) + offset;
+            } else if (array.token == problem.n && array.objective == 1) {
+                load_values(array, offset, 1, piece * problem.n, truth, buffer);
+                from = buffer;
             }
+            const auto masked = [&](FloatV x, long token) {
+                x = load<FloatV>(valid + at + token) != 0.0f ? x : FloatV{};
+                return x + 0.0f * x;
+            };
+            if (from && valid &&
+                contiguous_rows_to_columns(problem.n, from, array.token, array.objective, piece, target + at,
+                                           kTileTokens, masked))
+                return;
+            loaded = from != nullptr;
+            if (loaded) rows_to_columns(problem.n, from, array.token, array.objective, piece, target + at, kTileTokens);
         }
         for (int i = 0; !loaded && i < problem.n; ++i)
             load_values(array, offset + i * array.objective, array.token, piece, truth, target + i * kTileTokens + at);
@@ -296,12 +300,12 @@ inline void load_tile(const Problem& problem, long first, long count, bool with_
     }
 
     load_objectives<T>(problem, problem.advantages, first, count, false, tile.present ? nullptr : valid,
-                       tile.advantages);
+                       tile.advantages, tile.bound);
     tile.ahead = in_pieces(ahead(problem, problem.advantages, first + count), problem.n, count);
     for (int i = 0; i < problem.n; ++i)
         for (long t = count; t < padded; ++t) tile.advantages[i * kTileTokens + t] = 0;
     if (!tile.present) return;
-    load_objectives<T>(problem, problem.objective_mask, first, count, true, nullptr, tile.present);
+    load_objectives<T>(problem, problem.objective_mask, first, count, true, nullptr, tile.present, tile.bound);
     for (int i = 0; i < problem.n; ++i) {
         T *PAMA_RESTRICT a = tile.advantages + i * kTileTokens, *PAMA_RESTRICT here = tile.present + i * kTileTokens;
 #pragma omp simd
