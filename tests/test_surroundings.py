@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -137,3 +139,45 @@ def test_conflict_is_a_correlation() -> None:
 def test_statistics_can_be_summed() -> None:
     parts = [pk.objective_statistics(None, None, torch.randn(2, 4, 3)) for _ in range(3)]
     assert torch.equal(sum(parts).buffer, (parts[0] + parts[1] + parts[2]).buffer)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("objectives", [2, 3, 16])
+@pytest.mark.parametrize("weights_per", ["batch", "sequence", "token"])
+def test_a_batch_full_of_nan_leaves_nothing_behind(
+    isa: str, weights_per: str, objectives: int, dtype: torch.dtype
+) -> None:
+    """Nine tokens end within a vector: what kernels keep beyond them must not come from an earlier call."""
+
+    def results(tokens: int, value: float | None) -> list[Tensor]:
+        g = torch.Generator().manual_seed(tokens)
+        drawn = [torch.randn(1, tokens, generator=g, dtype=dtype) for _ in range(4)]
+        logprobs, old, ref, factors = drawn if value is None else [torch.full_like(drawn[0], value)] * 4
+        advantages = torch.randn(1, tokens, objectives, generator=g, dtype=dtype)
+        if value is not None:
+            advantages.fill_(value)
+        present = torch.rand(1, objectives, generator=g) < 0.9
+        logprobs = logprobs.clone().requires_grad_()
+        output = pk.pama_loss(
+            logprobs,
+            old,
+            advantages,
+            weights_per=weights_per,
+            noon=False,
+            ref_logprobs=ref,
+            kl_coef=0.1,
+            importance_weights=factors.abs(),
+            objective_mask=present,
+        )
+        output.loss.backward()
+        assert logprobs.grad is not None
+        pairs = pk.objective_statistics(
+            logprobs, old, advantages, objective_mask=present.expand(1, -1), gram=True
+        )
+        return [output.loss, output.weights, output.optimum, logprobs.grad, pairs.buffer]
+
+    before = results(9, None)
+    assert all(torch.isfinite(x).all() for x in before)
+    results(300, math.nan)
+    for x, y in zip(results(9, None), before, strict=True):
+        assert torch.equal(x, y)

@@ -140,7 +140,7 @@ inline bool add_sums(const Problem& problem, const Tile<T>& tile, bool pairs, do
     add(kPairAdvantage, tile.advantages, tile.present, false);
     for (long i = 0; i < n; ++i) {
         T *PAMA_RESTRICT square = squares + i * kTileTokens, *PAMA_RESTRICT a = tile.advantages + i * kTileTokens;
-        for (long t = 0; t < count; ++t) square[t] = a[t] * a[t];
+        for (long t = 0; t < padded; ++t) square[t] = a[t] * a[t];
     }
     add(kPairAdvantageSquare, squares, tile.present, false);
     return true;
