@@ -59,7 +59,7 @@ struct LaneOf<double> {
     typedef unsigned long Bits;
 };
 
-constexpr double inverse_factorial(int k) { return k < 2 ? 1.0 : inverse_factorial(k - 1) / k; }
+PAMA_HD constexpr double inverse_factorial(int k) { return k < 2 ? 1.0 : inverse_factorial(k - 1) / k; }
 
 // r^0 / K! + r^1 / (K + 1)! + ... + r^(Last - K) / Last!
 template <int K, int Last, class V>
