@@ -115,7 +115,7 @@ def _plane(axis: Axes, x: str, y: str, curves: list[dict[str, Any]]) -> None:
         start = (xs[0], ys[0])
     axis.plot(*start, "o", ms=9, mfc="white", mec=INK, mew=1.6, zorder=3)
     axis.annotate("start", start, color=INK, **left, **label)
-    axis.margins(x=0.27, y=0.14)
+    axis.margins(x=0.36, y=0.14)
     axis.set(title=f"{y} against {x}", xlabel=x, ylabel=y)
 
 
