@@ -1,0 +1,50 @@
+// The records that cross the border between Python and the kernels, and their enumerations: the same as in
+// pama_kernels/_call.py, where the fields are documented. Pointers, sizes and strides in elements.
+#pragma once
+
+#include <cstdint>
+
+#include "array.hpp"
+#include "surrogate.hpp"
+
+namespace pama {
+
+enum class Kind { given, solved, fixed, scores, gram, upgrad, softmin };
+enum class WeightsPer { batch, sequence, token };
+enum class Aggregation { token_mean, seq_mean_token_sum, seq_mean_token_mean };
+
+struct Tokens {
+    int64_t rows = 0;                  // sequences
+    int64_t width = 0;                 // tokens of a padded row; all tokens where packed
+    const int64_t* offsets = nullptr;  // packed: rows + 1 offsets; the row stride of per-token arrays is then 0
+    int n = 0;                         // objectives
+    bool noon = false;
+    bool wide = false;          // compute in double
+    bool per_sequence = false;  // advantages (B, N): their token stride is 0
+    bool mask_per_sequence = false;
+    Aggregation aggregation = Aggregation::token_mean;
+    Clip clip = {};
+    Array advantages, mask, objective_mask, logprobs, old_logprobs, ref_logprobs, importance_weights;
+
+    int64_t tokens() const { return offsets ? width : rows * width; }
+    int64_t begin(int64_t row) const { return offsets ? offsets[row] : row * width; }
+};
+
+struct Rule {
+    Kind kind = Kind::given;
+    WeightsPer weights_per = WeightsPer::batch;
+    double number = 0;  // regularization of scores and gram, temperature of softmin
+};
+
+// What `apply` is asked for, and where the results go; an absent array was not asked for.
+struct Outputs {
+    bool pairs = false;
+    double normalizer = 0;  // replaces the denominator of the loss; 0: none given
+    double kl_coef = 0;
+    bool advantages_per_row = false;  // one combined advantage per sequence
+    Array advantages, loss, gradient, weights, optimum;
+    double* sums = nullptr;
+    double* square_sum = nullptr;
+};
+
+}  // namespace pama

@@ -1,0 +1,150 @@
+"""The rules that choose the objectives' weights.
+
+A rule is a frozen dataclass, one of the names "pama", "upgrad", "fixed" and "softmin", or any function of
+`ObjectiveStatistics` that returns weights (N,).
+
+| rule | weights c on the simplex, p the preference |
+|---|---|
+| `Pama(bound="gram")` | minimise 1/2 c'Cc + rho/2 ||c - p||^2, C the cosines of the objectives' bound terms |
+| `Pama(bound="scores")` | minimise 1/2 (a.c)^2 + rho/2 ||c - p||^2, a the means of the bound terms |
+| `UPGrad()` | the mean of p-weighted projections on the Gram matrix of the bound terms |
+| `Fixed()` | c = p |
+| `SoftMin(temperature)` | c_i proportional to p_i exp(-A_i / temperature) |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from . import _call
+from ._call import Kind, Number, WeightsPer
+from ._validate import check_choice, check_flag, check_number, check_positive
+
+if TYPE_CHECKING:
+    from .statistics import ObjectiveStatistics
+
+_WEIGHTS_PER = ("batch", "sequence", "token")
+
+
+@dataclass(frozen=True)
+class Pama:
+    """Minimises PAMA's bound on the norm of the combined policy gradient.
+
+    Args:
+        weights_per: one set of weights for the "batch", for each "sequence", or for each "token".
+        bound: "gram", the min-norm problem on the cosines of the bound terms (per batch only), or "scores", Theorem 1 on
+            their means. None: "gram" per batch, "scores" otherwise.
+        noon: "no negative", the paper's clamp: advantages below 0 count as 0.
+        regularization: pull towards the preference, rho = regularization * r, with r = 1 for cosines and
+            max_i mean(I_i^2) for scores; at least 0. A 0-d tensor where it changes from step to step.
+
+    Signed, on whitened advantages and per batch, no objective falls to first order. With two whitened objectives
+    the weights are (1/2, 1/2).
+
+    Source: He & Maghsudi 2025 (arXiv 2508.07768): the bound in its vector form ("gram"), Theorem 1 ("scores").
+    """
+
+    weights_per: str = "batch"
+    bound: str | None = None
+    noon: bool = False
+    regularization: Number = 0.1
+
+    def __post_init__(self) -> None:
+        check_choice("weights_per", self.weights_per, _WEIGHTS_PER)
+        if self.bound is None:
+            object.__setattr__(self, "bound", "gram" if self.weights_per == "batch" else "scores")
+        check_choice("bound", self.bound, ("gram", "scores"))
+        if self.bound == "gram" and self.weights_per != "batch":
+            raise ValueError(f"bound: 'gram' needs weights_per='batch', got weights_per={self.weights_per!r}")
+        check_flag("noon", self.noon)
+        object.__setattr__(self, "regularization", check_number("regularization", self.regularization, 0.0))
+
+    @classmethod
+    def paper(cls, weights_per: str) -> Pama:
+        """The paper's rule: Noon, scores, no regularization. It leaves open whose weights; "token" is its most literal
+        reading, with the effective advantage max(min_i A_i, 0)."""
+        return cls(weights_per=weights_per, bound="scores", noon=True, regularization=0.0)
+
+
+@dataclass(frozen=True)
+class UPGrad:
+    """The sum of the objectives' projections on the dual cone, on the Gram matrix M of the bound terms: c = sum_i c^(i),
+    c^(i) the minimiser of c'Mc over c >= p_i e_i, divided by its sum. One set of weights for the batch. (Mc)_j >= 0 for
+    every j at any scales: to first order no objective falls.
+
+    Source: Quinton & Rey 2024 (arXiv 2406.16232).
+    """
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """c = p, one set for the batch: MORLHF; with group-normalised rewards GDPO's combination (arXiv 2601.05242)."""
+
+
+@dataclass(frozen=True)
+class SoftMin:
+    """c_i proportional to p_i exp(-A_i / temperature): a soft minimum over the objectives' advantages.
+
+    Args:
+        temperature: above 0, in units of the advantages.
+        weights_per: "sequence", on the sequence's mean advantages, or "token".
+
+    Source: RVPO (arXiv 2605.05750).
+    """
+
+    temperature: Number = 1.0
+    weights_per: str = "sequence"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "temperature", check_positive("temperature", self.temperature))
+        check_choice("weights_per", self.weights_per, ("sequence", "token"))
+
+
+CallableRule = Callable[["ObjectiveStatistics"], Tensor]
+Rule = Pama | UPGrad | Fixed | SoftMin | CallableRule
+RuleLike = Rule | str | None
+
+_NAMES: dict[str, Rule] = {"pama": Pama(), "upgrad": UPGrad(), "fixed": Fixed(), "softmin": SoftMin()}
+DEFAULT: Rule = Pama()
+
+
+def resolve_rule(rule: RuleLike) -> Rule:
+    """The rule itself; None is the default."""
+    if rule is None:
+        return DEFAULT
+    if isinstance(rule, str):
+        check_choice("rule", rule, tuple(_NAMES))
+        return _NAMES[rule]
+    if isinstance(rule, (Pama, UPGrad, Fixed, SoftMin)):
+        return rule
+    if isinstance(rule, type) or not callable(rule):
+        expected = "a rule (Pama(), UPGrad(), Fixed(), SoftMin()), its name or a function of ObjectiveStatistics"
+        raise TypeError(f"rule: expected {expected}, got {rule!r}")
+    return rule
+
+
+def record(rule: Rule) -> _call.Rule:
+    """The rule as the backends take it; a callable's weights are solved before."""
+    if isinstance(rule, Pama):
+        kind = Kind.GRAM if rule.bound == "gram" else Kind.SCORES
+        return _call.Rule(kind, WeightsPer[rule.weights_per.upper()], rule.regularization)
+    if isinstance(rule, SoftMin):
+        return _call.Rule(Kind.SOFTMIN, WeightsPer[rule.weights_per.upper()], rule.temperature)
+    if isinstance(rule, UPGrad):
+        return _call.Rule(Kind.UPGRAD, WeightsPer.BATCH, 0.0)
+    if isinstance(rule, Fixed):
+        return _call.Rule(Kind.FIXED, WeightsPer.BATCH, 0.0)
+    return _call.Rule(Kind.SOLVED, WeightsPer.BATCH, 0.0)
+
+
+def noon_of(rule: Rule) -> bool:
+    return isinstance(rule, Pama) and rule.noon
+
+
+def needs_pairs(rule: Rule) -> bool:
+    """Whether the rule reads the N x N statistics. A callable may."""
+    return isinstance(rule, UPGrad) or callable(rule) or (isinstance(rule, Pama) and rule.bound == "gram")
