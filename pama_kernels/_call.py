@@ -1,7 +1,7 @@
 """The records that cross the border between the public functions and a backend, and their enumerations.
 
-Passed by field, never by position. `csrc/core/records.hpp` spells the same for the native backends; `tests/test_contract.py`
-checks that both agree.
+Passed by field, never by position. `csrc/core/records.hpp` spells the same for the native backends;
+`tests/test_contract.py` checks that both agree.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A setting that may change from step to step: a float, or a 0-d tensor that is never read on the host unless it is there.
+# A setting that may change from step to step: a float, or a 0-d tensor that is never read on the host unless
+# it is there.
 Number = float | Tensor
 
 
@@ -40,8 +41,8 @@ class Aggregation(IntEnum):
     SEQ_MEAN_TOKEN_MEAN = 2
 
 
-# Layout of the statistics, one float64 buffer of sums over tokens: (N,) per field, the totals, then, on request, (N, N)
-# per pair. Every sum is weighted by the token weights of the aggregation.
+# Layout of the statistics, one float64 buffer of sums over tokens: (N,) per field, the totals, then, on
+# request, (N, N) per pair. Every sum is weighted by the token weights of the aggregation.
 FIELDS = (
     "count",
     "bound_sum",

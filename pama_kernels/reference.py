@@ -1,9 +1,9 @@
 """The specification of the library: float64, plain PyTorch, obvious rather than fast.
 
-Every backend is tested against this module. The functions have the names and arguments of the public
-ones (but for `out`, `gram` and `process_group`); they accept any layout of the public API, turn it into
-dense float64 tensors (sequences, tokens, objectives), and follow the formulas of He & Maghsudi 2025
-(arXiv 2508.07768) line by line. Nothing here avoids a host synchronisation, an allocation or a loop.
+Every backend is tested against this module. The functions have the names and arguments of the public ones
+(but for `out`, `pairs` and `process_group`); they accept any layout of the public API, turn it into dense
+float64 tensors (sequences, tokens, objectives), and follow the formulas of He & Maghsudi 2025 (arXiv
+2508.07768) line by line. Nothing here avoids a host synchronisation, an allocation or a loop.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._arguments import Layout, resolve_layout
+from ._validate import Layout, resolve_layout
+from .rules import Fixed, Pama, RuleLike, SoftMin, UPGrad, noon_of, resolve_rule
 
 MAX_LOG_RATIO = 20.0
 
@@ -27,24 +28,26 @@ class Solution(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Masked sums over tokens, and the quantities that follow from them. (N,), scalars and (N, N)."""
+    """Sums over valid tokens under the token weights of the aggregation, and what follows from them."""
 
-    present_count: Tensor
+    count: Tensor  # (N,) each
     bound_sum: Tensor
     bound_square_sum: Tensor
-    bound_logprob_sum: Tensor
+    logprob_sum: Tensor
     surrogate_sum: Tensor
     advantage_sum: Tensor
     advantage_square_sum: Tensor
     positive_count: Tensor
     clipped_count: Tensor
-    token_count: Tensor
+    token_count: Tensor  # 0-d
     kl_sum: Tensor
-    scores: Tensor
+    scores: Tensor  # (N,)
     second_moments: Tensor
-    gram: Tensor
+    signal: Tensor  # bool
+    gram: Tensor  # (N, N)
+    cosines: Tensor
+    advantage_gram: Tensor
     conflict: Tensor
-    overlap: Tensor
 
 
 class Combined(NamedTuple):
@@ -107,32 +110,32 @@ def _scalar_problem(a: Tensor, p: Tensor, regularization: float, scale: Tensor, 
     """One row: objectives that are absent take no part; scores of any size are first scaled to 1."""
     if not present.any():
         return Solution(p.clone(), a.new_zeros(()))
-    kept, prior = a[present], _normalized(p[present])
+    kept, share = a[present], _normalized(p[present])
     if not torch.isfinite(kept).all() or (regularization > 0 and not torch.isfinite(scale)):
         return Solution(torch.full_like(p, math.nan), a.new_tensor(math.nan))
     unit = float(kept.abs().max())
     weights = torch.zeros_like(p)
     if unit == 0:
-        weights[present] = prior
+        weights[present] = share
         return Solution(weights, a.new_zeros(()))
     rho = regularization * float(scale) / unit / unit
     rho = rho if rho > 1e-280 else 0.0
     solution = (
-        Solution(prior, kept @ prior / unit) if math.isinf(rho) else _solve_scalar(kept / unit, prior, rho)
+        Solution(share, kept @ share / unit) if math.isinf(rho) else _solve_scalar(kept / unit, share, rho)
     )
     weights[present] = solution.weights
     return Solution(weights, solution.optimum * unit)
 
 
 def _normalized(p: Tensor) -> Tensor:
-    """Prior over the objectives that take part; uniform where it gives none of them any mass."""
+    """Preference over the objectives that take part; uniform where it gives none of them any mass."""
     return p / p.sum() if float(p.sum()) > 0 else torch.full_like(p, 1 / len(p))
 
 
-def _prior(prior: object, n: int) -> Tensor:
-    if prior is None:
+def _preference(preference: object, n: int) -> Tensor:
+    if preference is None:
         return torch.full((n,), 1 / n, dtype=torch.float64)
-    return _normalized(torch.as_tensor(prior, dtype=torch.float64))
+    return _normalized(torch.as_tensor(preference, dtype=torch.float64))
 
 
 def _rows(
@@ -147,7 +150,7 @@ def _rows(
 def pama_weights(
     scores: Tensor,
     *,
-    prior: object = None,
+    preference: object = None,
     regularization: float = 0.0,
     scale: object = None,
     present: Tensor | None = None,
@@ -155,7 +158,7 @@ def pama_weights(
     """scores (..., N) -> weights (..., N), optimum (...). `present` (..., N) leaves objectives out."""
     a = scores.detach().double()
     n, shape = a.shape[-1], tuple(a.shape[:-1])
-    p = _prior(prior, n)
+    p = _preference(preference, n)
     here = torch.ones_like(a, dtype=torch.bool) if present is None else present
     a = torch.where(here, a, 0.0)
     r = a.square().amax(-1) if scale is None else torch.as_tensor(scale, dtype=torch.float64)
@@ -181,19 +184,19 @@ def _min_norm_problem(m: Tensor, p: Tensor, regularization: float, present: Tens
     """
     if not present.any():
         return Solution(p.clone(), m.new_zeros(()))
-    kept, prior = m[present][:, present], _normalized(p[present])
+    kept, share = m[present][:, present], _normalized(p[present])
     if not torch.isfinite(kept).all():
         return Solution(torch.full_like(p, math.nan), m.new_tensor(math.nan))
     weights = torch.zeros_like(p)
     unit = float(kept.diagonal().max())
     if unit <= 0:
-        weights[present] = prior
+        weights[present] = share
         return Solution(weights, m.new_zeros(()))
     kept = (kept + kept.T) / (2 * unit)
     ridge = regularization if regularization > 0 else 1e-13
-    c = _lawson_hanson(kept + ridge * torch.eye(len(kept), dtype=kept.dtype), ridge * prior)
+    c = _lawson_hanson(kept + ridge * torch.eye(len(kept), dtype=kept.dtype), ridge * share)
     weights[present] = c
-    return Solution(weights, c @ kept @ c * unit)
+    return Solution(weights, (c @ kept @ c * unit).clamp(min=0))
 
 
 def _lawson_hanson(h: Tensor, q: Tensor) -> Tensor:
@@ -236,18 +239,108 @@ def _lawson_hanson(h: Tensor, q: Tensor) -> Tensor:
 def min_norm_weights(
     gram: Tensor,
     *,
-    prior: object = None,
+    preference: object = None,
     regularization: float = 0.0,
     present: Tensor | None = None,
 ) -> Solution:
     """gram (..., N, N) -> weights (..., N), optimum c'Mc (...)."""
     m = gram.detach().double()
     n, shape = m.shape[-1], tuple(m.shape[:-2])
-    p = _prior(prior, n)
+    p = _preference(preference, n)
     here = torch.ones(n, dtype=torch.bool) if present is None else present
     here = here.expand(*shape, n)
     rows = list(zip(m.reshape(-1, n, n).unbind(), here.reshape(-1, n).unbind(), strict=True))
     return _rows(lambda x, mask: _min_norm_problem(x, p, regularization, mask), rows, n, shape)
+
+
+# --- UPGrad (Quinton & Rey 2024) ---------------------------------------------------------------------
+
+
+def _non_negative_least_squares(h: Tensor, q: Tensor) -> Tensor:
+    """minimise 1/2 v'Hv - q.v over v >= 0, H positive definite: Lawson & Hanson 1974, one index at a time."""
+    n = len(q)
+    v, support = torch.zeros(n, dtype=h.dtype), torch.zeros(n, dtype=torch.bool)
+    tolerance = 1e-15 * float(h.abs().max()) if n else 0.0
+    for _ in range(10 * n + 10):
+        rise = torch.where(support, -math.inf, q - h @ v)
+        enter = int(rise.argmax())
+        if float(rise[enter]) <= tolerance:
+            return v
+        support[enter] = True
+        while True:
+            index = support.nonzero().squeeze(1)
+            target = torch.zeros_like(v)
+            target[index] = torch.linalg.solve(h[index][:, index], q[index])
+            if len(index) == 0 or float(target[index].min()) > 0:
+                v = target
+                break
+            falling = support & (target <= 0)
+            step = float((v[falling] / (v[falling] - target[falling])).min())
+            v = v + step * (target - v)
+            support &= v > 0
+            support &= ~(falling & (v <= 1e-300))
+            v[~support] = 0.0
+    return v
+
+
+def _upgrad_problem(m: Tensor, p: Tensor, present: Tensor) -> Solution:
+    """c = sum_i c^(i), c^(i) = argmin c'Mc over c >= p_i e_i, over its sum. A ridge of 1e-13 chooses among
+    the minimisers of a singular problem."""
+    weights = p.clone()
+    if not present.any():
+        return Solution(weights, m.new_zeros(()))
+    kept, share = m[present][:, present], p[present]
+    if not torch.isfinite(kept).all():
+        return Solution(torch.full_like(p, math.nan), m.new_tensor(math.nan))
+    if float(share.sum()) > 0:
+        share = share / share.sum()
+        weights = torch.zeros_like(p)
+        unit = float(kept.diagonal().max())
+        h = (kept + kept.T) / (2 * unit) if unit > 0 else torch.zeros_like(kept)
+        total = share.clone()
+        regular = h + 1e-13 * torch.eye(len(h), dtype=h.dtype)
+        for i in range(len(share)):
+            if share[i] > 0 and unit > 0:
+                total = total + share[i] * _non_negative_least_squares(regular, -h[i])
+        weights[present] = total / total.sum()
+    c = weights[present]
+    return Solution(weights, (c @ kept @ c).clamp(min=0))
+
+
+def upgrad_weights(gram: Tensor, *, preference: object = None, present: Tensor | None = None) -> Solution:
+    """gram (..., N, N) -> weights (..., N), optimum c'Mc (...)."""
+    m = gram.detach().double()
+    n, shape = m.shape[-1], tuple(m.shape[:-2])
+    p = _preference(preference, n)
+    here = torch.ones(n, dtype=torch.bool) if present is None else present
+    here = here.expand(*shape, n)
+    rows = list(zip(m.reshape(-1, n, n).unbind(), here.reshape(-1, n).unbind(), strict=True))
+    return _rows(lambda x, mask: _upgrad_problem(x, p, mask), rows, n, shape)
+
+
+# --- SoftMin (RVPO) ----------------------------------------------------------------------------------
+
+
+def softmin_weights(
+    advantages: Tensor, *, preference: object = None, temperature: float = 1.0, present: Tensor | None = None
+) -> Solution:
+    """advantages (..., N) -> c_i proportional to p_i exp(-A_i / temperature) (..., N), and c.A (...)."""
+    a = advantages.detach().double()
+    n, shape = a.shape[-1], tuple(a.shape[:-1])
+    p = _preference(preference, n)
+    here = torch.ones_like(a, dtype=torch.bool) if present is None else present
+
+    def solve(row: Tensor, mask: Tensor) -> Solution:
+        if not mask.any():
+            return Solution(p.clone(), row.new_zeros(()))
+        kept, weights = row[mask], torch.zeros_like(p)
+        weights[mask] = _normalized(_normalized(p[mask]) * torch.exp(-(kept - kept.min()) / temperature))
+        if not torch.isfinite(kept).all():
+            return Solution(torch.full_like(p, math.nan), row.new_tensor(math.nan))
+        return Solution(weights, weights[mask] @ kept)
+
+    rows = list(zip(a.reshape(-1, n).unbind(), here.reshape(-1, n).unbind(), strict=True))
+    return _rows(solve, rows, n, shape)
 
 
 def pareto_gap(gram: Tensor, weights: Tensor) -> Tensor:
@@ -394,51 +487,64 @@ def _terms(x: _Dense, clip_range: object, noon: bool, dual_clip: float | None) -
 def _clip_bounds(clip_range: object) -> tuple[float, float]:
     if clip_range is None:
         return 1.0, math.inf
-    if isinstance(clip_range, (int, float)):
-        return float(clip_range), float(clip_range)
-    assert isinstance(clip_range, (tuple, list))
-    return float(clip_range[0]), float(clip_range[1])
+    if isinstance(clip_range, (tuple, list)):
+        return float(clip_range[0]), float(clip_range[1])
+    return float(clip_range), float(clip_range)  # type: ignore[arg-type]
 
 
-def _statistics(x: _Dense, t: _Terms) -> Statistics:
+# --- statistics --------------------------------------------------------------------------------------
+
+
+def _token_weights(x: _Dense, aggregation: str) -> Tensor:
+    """omega (B, T): 1, or 1 / T_s under "seq-mean-token-mean"; 0 where masked."""
+    valid = x.valid.double()
+    if aggregation != "seq-mean-token-mean":
+        return valid
+    return valid / valid.sum(1, keepdim=True).clamp(min=1)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """0 / 0 is 0: no token, no score."""
+    return torch.where(denominator == 0, 0.0, numerator / denominator)
+
+
+def _statistics(x: _Dense, t: _Terms, aggregation: str) -> Statistics:
+    omega = _token_weights(x, aggregation)
+    by_token = omega.flatten()
+
     def total(values: Tensor) -> Tensor:
-        return torch.where(x.present, values, 0.0).sum((0, 1))
+        return (torch.where(x.present, values, 0.0) * omega[..., None]).sum((0, 1))
+
+    def products(first: Tensor, second: Tensor) -> Tensor:
+        return (first.flatten(0, 1) * by_token[:, None]).T @ second.flatten(0, 1)
 
     logp = torch.zeros_like(x.importance_weights) if x.logprobs is None else x.logprobs.detach()
-    raw, bound = x.advantages, t.bound
-    count = x.present.double().sum((0, 1))
-    here = x.present.double().flatten(0, 1)
-    flat_raw, flat_bound = raw.flatten(0, 1), bound.flatten(0, 1)
-
-    def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-        """0 / 0 is 0: no token, no score."""
-        return torch.where(denominator == 0, 0.0, numerator / denominator)
-
-    bound_sum, bound_square_sum = total(bound), total(bound.square())
-    products = flat_bound.T @ flat_bound
-    pairs = here.T @ here
-    sums = flat_raw.T @ here  # sum of A'_i where j is present
-    squares = flat_raw.square().T @ here
-    mean = ratio(sums, pairs)
-    covariance = ratio(flat_raw.T @ flat_raw, pairs) - mean * mean.T
-    variance = (ratio(squares, pairs) - mean.square()).clamp(min=0)
+    raw, bound, here = x.advantages, t.bound, x.present.double()
+    count, bound_sum, bound_square_sum = total(here), total(bound), total(bound.square())
+    bound_product, advantage_product, pairs = products(bound, bound), products(raw, raw), products(here, here)
+    mean = _ratio(products(raw, here), pairs)
+    variance = (_ratio(products(raw.square(), here), pairs) - mean.square()).clamp(min=0)
+    covariance = _ratio(advantage_product, pairs) - mean * mean.T
+    norms = bound_product.diagonal().sqrt()
     return Statistics(
-        present_count=count,
+        count=count,
         bound_sum=bound_sum,
         bound_square_sum=bound_square_sum,
-        bound_logprob_sum=total(bound * logp[..., None]),
+        logprob_sum=total(bound * logp[..., None]),
         surrogate_sum=total(t.surrogate.detach()),
         advantage_sum=total(raw),
         advantage_square_sum=total(raw.square()),
         positive_count=total((raw > 0).double()),
         clipped_count=total(t.clipped.double()),
-        token_count=x.valid.double().sum(),
-        kl_sum=torch.where(x.valid, t.kl, 0.0).sum(),
-        scores=ratio(bound_sum, count),
-        second_moments=ratio(bound_square_sum, count),
-        gram=ratio(products, torch.outer(count, count).sqrt()),
-        conflict=ratio(covariance, (variance * variance.T).sqrt()).clamp(-1, 1),
-        overlap=ratio(products, torch.outer(products.diagonal(), products.diagonal()).sqrt()),
+        token_count=omega.sum(),
+        kl_sum=(torch.where(x.valid, t.kl, 0.0) * omega).sum(),
+        scores=_ratio(bound_sum, count),
+        second_moments=_ratio(bound_square_sum, count),
+        signal=(raw != 0).flatten(0, 1).any(0),
+        gram=_ratio(bound_product, torch.outer(count, count).sqrt()),
+        cosines=_ratio(bound_product, torch.outer(norms, norms)),
+        advantage_gram=_ratio(advantage_product, torch.outer(count, count).sqrt()),
+        conflict=_ratio(covariance, (variance * variance.T).sqrt()).clamp(-1, 1),
     )
 
 
@@ -449,107 +555,152 @@ def objective_statistics(
     mask: Tensor | None = None,
     *,
     clip_range: object = 0.2,
-    noon: bool = True,
+    noon: bool = False,
     dual_clip: float | None = None,
     objective_mask: Tensor | None = None,
     importance_weights: Tensor | None = None,
+    aggregation: str = "token-mean",
     cu_seqlens: Tensor | None = None,
 ) -> Statistics:
-    x = _dense(
-        advantages,
-        mask,
-        logprobs,
-        old_logprobs,
-        None,
-        importance_weights,
-        objective_mask,
-        cu_seqlens,
-    )
-    return _statistics(x, _terms(x, clip_range, noon, dual_clip))
+    x = _dense(advantages, mask, logprobs, old_logprobs, None, importance_weights, objective_mask, cu_seqlens)
+    return _statistics(x, _terms(x, clip_range, noon, dual_clip), aggregation)
 
 
-# --- whose weights -----------------------------------------------------------------------------------
+# --- weights -----------------------------------------------------------------------------------------
 
 
-def _token_weights(
+def batch_weights(
+    statistics: Statistics, rule: RuleLike, preference: object, n: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One set for the batch: weights (N,), optimum, and the preference over the objectives with a signal."""
+    rule, p = resolve_rule(rule), _preference(preference, n)
+    part = statistics.signal & (statistics.count > 0)
+    if isinstance(rule, Pama) and rule.bound == "gram":
+        part &= statistics.bound_square_sum != 0
+    effective = torch.where(part, p, 0.0)
+    effective = effective / effective.sum() if float(effective.sum()) > 0 else p
+    if not isinstance(rule, (Pama, UPGrad, Fixed, SoftMin)):
+        c = rule(statistics).double()  # type: ignore[arg-type]
+        return c, statistics.scores @ c, effective
+    if not part.any():
+        return p, p.new_zeros(()), effective
+    if isinstance(rule, Fixed):
+        return effective, statistics.scores @ effective, effective
+    if isinstance(rule, UPGrad):
+        solution = upgrad_weights(statistics.gram, preference=p, present=part)
+    elif isinstance(rule, Pama) and rule.bound == "gram":
+        solution = min_norm_weights(
+            statistics.cosines, preference=p, regularization=float(rule.regularization), present=part
+        )
+    else:
+        assert isinstance(rule, Pama)
+        solution = pama_weights(
+            statistics.scores,
+            preference=p,
+            regularization=float(rule.regularization),
+            scale=statistics.second_moments[part].amax(),
+            present=part,
+        )
+    return *solution, effective
+
+
+def _token_coefficients(
     x: _Dense,
     t: _Terms,
     statistics: Statistics,
-    weights_per: str,
-    bound: str,
-    prior: object,
-    regularization: float,
+    rule: RuleLike,
+    preference: object,
     weights: Tensor | None,
+    omega: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """c for every token (B, T, N), and what is reported: weights and optimum."""
     rows, width, n = x.advantages.shape
-    counts = x.present.double().sum(1)
+    here = x.present.double()
+    counts = here.sum(1)
     means = t.bound.sum(1) / counts.clamp(min=1)
     if weights is not None:
         c = weights.detach().double()
         if c.dim() == 1:
             return c.expand(rows, width, n), c, statistics.scores @ c
         return c[:, None].expand(rows, width, n), c, (means * c).sum(-1)
-    if weights_per == "batch":
-        present = statistics.present_count > 0
-        if bound == "gram":
-            solution = min_norm_weights(
-                statistics.gram, prior=prior, regularization=regularization, present=present
+    rule = resolve_rule(rule)
+
+    def shared(c: Tensor, p: Tensor) -> Tensor:
+        """c_i over the preference of the objectives that are present at the token."""
+        return _ratio(here * c, (here * p).sum(-1, keepdim=True))
+
+    if not isinstance(rule, (Pama, SoftMin)) or rule.weights_per == "batch":
+        c, optimum, effective = batch_weights(statistics, rule, preference, n)
+        return shared(c, effective), c, optimum
+    p = _preference(preference, n)
+    if rule.weights_per == "sequence":
+        if isinstance(rule, SoftMin):
+            a = x.advantages.sum(1) / counts.clamp(min=1)
+            solution = softmin_weights(
+                a, preference=p, temperature=float(rule.temperature), present=counts > 0
             )
         else:
+            squares = t.bound.square().sum(1) / counts.clamp(min=1)
             solution = pama_weights(
-                statistics.scores,
-                prior=prior,
-                regularization=regularization,
-                scale=statistics.second_moments.amax(),
-                present=present,
+                means,
+                preference=p,
+                regularization=float(rule.regularization),
+                scale=squares.amax(-1),
+                present=counts > 0,
             )
-        return solution.weights.expand(rows, width, n), *solution
-    if weights_per == "sequence":
-        squares = t.bound.square().sum(1) / counts.clamp(min=1)
-        solution = pama_weights(
-            means,
-            prior=prior,
-            regularization=regularization,
-            scale=squares.amax(-1),
-            present=counts > 0,
-        )
-        return solution.weights[:, None].expand(rows, width, n), *solution
-    solution = pama_weights(t.bound, prior=prior, regularization=regularization, present=x.present)
+        rowwise = torch.stack([_in_row(p, present) for present in counts > 0]) if rows else p.expand(0, n)
+        return shared(solution.weights[:, None], rowwise[:, None]), *solution
+    if isinstance(rule, SoftMin):
+        raw = x.advantages
+        solution = softmin_weights(raw, preference=p, temperature=float(rule.temperature), present=x.present)
+    else:
+        regularization = float(rule.regularization)
+        solution = pama_weights(t.bound, preference=p, regularization=regularization, present=x.present)
     if not x.valid.any():
-        return solution.weights, _prior(prior, n), t.bound.new_zeros(())
+        return solution.weights, p, t.bound.new_zeros(())
+    share = omega[x.valid] / omega.sum()
     return (
-        solution.weights,
-        solution.weights[x.valid].mean(0),
-        solution.optimum[x.valid].mean(),
+        here * solution.weights,
+        (solution.weights[x.valid] * share[:, None]).sum(0),
+        (solution.optimum[x.valid] * share).sum(),
     )
+
+
+def _in_row(p: Tensor, present: Tensor) -> Tensor:
+    """The preference over the objectives that occur in a sequence."""
+    if not present.any():
+        return p
+    result = torch.zeros_like(p)
+    result[present] = _normalized(p[present])
+    return result
 
 
 def combine_advantages(
     advantages: Tensor,
     mask: Tensor | None = None,
     *,
-    weights_per: str = "batch",
-    bound: str = "scores",
-    noon: bool = True,
-    prior: object = None,
-    regularization: float = 0.1,
+    rule: RuleLike = None,
+    preference: object = None,
     weights: Tensor | None = None,
     objective_mask: Tensor | None = None,
     logprobs: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     clip_range: object = None,
+    aggregation: str = "token-mean",
+    normalize: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> Combined:
+    rule = resolve_rule(rule)
     x = _dense(advantages, mask, logprobs, old_logprobs, None, None, objective_mask, cu_seqlens)
-    t = _terms(x, clip_range, noon, None)
-    statistics = _statistics(x, t)
-    c, reported, optimum = _token_weights(
-        x, t, statistics, weights_per, bound, prior, regularization, weights
-    )
+    t = _terms(x, clip_range, noon_of(rule), None)
+    statistics, omega = _statistics(x, t, aggregation), _token_weights(x, aggregation)
+    c, reported, optimum = _token_coefficients(x, t, statistics, rule, preference, weights, omega)
     combined = (c * t.advantages).sum(-1)
     combined = torch.where(x.valid, combined, 0.0)
-    by_token = weights_per == "token" and weights is None and logprobs is not None
+    if normalize:
+        root = ((omega * combined.square()).sum() / omega.sum().clamp(min=1e-300)).sqrt()
+        combined = combined / root if root != 0 else combined
+    by_token = getattr(rule, "weights_per", "batch") == "token" and weights is None and logprobs is not None
     if not x.layout.per_sequence or by_token:
         return Combined(x.pack(combined), reported, optimum, statistics)
     # One value per sequence: that of any of its valid tokens.
@@ -566,14 +717,11 @@ def pama_loss(
     advantages: Tensor,
     mask: Tensor | None = None,
     *,
-    weights_per: str = "batch",
-    bound: str = "scores",
-    clip_range: object = 0.2,
-    noon: bool = True,
-    dual_clip: float | None = None,
-    prior: object = None,
-    regularization: float = 0.1,
+    rule: RuleLike = None,
+    preference: object = None,
     weights: Tensor | None = None,
+    clip_range: object = 0.2,
+    dual_clip: float | None = None,
     objective_mask: Tensor | None = None,
     importance_weights: Tensor | None = None,
     aggregation: str = "token-mean",
@@ -583,40 +731,29 @@ def pama_loss(
     cu_seqlens: Tensor | None = None,
 ) -> Loss:
     """The loss is differentiable by autograd with respect to `logprobs`."""
+    rule = resolve_rule(rule)
     x = _dense(
-        advantages,
-        mask,
-        logprobs,
-        old_logprobs,
-        ref_logprobs,
-        importance_weights,
-        objective_mask,
-        cu_seqlens,
+        advantages, mask, logprobs, old_logprobs, ref_logprobs, importance_weights, objective_mask, cu_seqlens
     )
-    t = _terms(x, clip_range, noon, dual_clip)
-    statistics = _statistics(x, t)
-    c, reported, optimum = _token_weights(
-        x, t, statistics, weights_per, bound, prior, regularization, weights
-    )
+    t = _terms(x, clip_range, noon_of(rule), dual_clip)
+    statistics, omega = _statistics(x, t, aggregation), _token_weights(x, aggregation)
+    c, reported, optimum = _token_coefficients(x, t, statistics, rule, preference, weights, omega)
     per_token = -(c.detach() * t.surrogate).sum(-1) + torch.where(t.unusable, math.nan, 0.0)
     if kl_coef:
         assert x.logprobs is not None
         assert x.ref_logprobs is not None
         r = x.ref_logprobs.detach() - x.logprobs
-        k3 = torch.where(torch.isfinite(r), r.exp() - r - 1, math.nan)
+        clamped = r.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        k3 = torch.where(torch.isfinite(r), clamped.exp() - clamped - 1, math.nan)
         per_token = per_token + kl_coef * k3
     per_token = torch.where(x.valid, per_token, 0.0)
-    tokens = x.valid.double().sum(1)
-    rows = float(len(tokens))
-    if aggregation == "token-mean":
-        share, denominator = torch.ones_like(tokens), tokens.sum().clamp(min=1)
-    elif aggregation == "seq-mean-token-sum":
-        share, denominator = torch.ones_like(tokens), tokens.new_tensor(max(rows, 1.0))
-    else:
-        share, denominator = 1 / tokens.clamp(min=1), tokens.new_tensor(max(rows, 1.0))
+    rows = float(len(x.valid))
+    denominator = (
+        x.valid.double().sum().clamp(min=1) if aggregation == "token-mean" else torch.tensor(max(rows, 1.0))
+    )
     if normalizer is not None:
         denominator = torch.as_tensor(normalizer, dtype=torch.float64)
-    loss = (per_token.sum(1) * share).sum() / denominator
+    loss = (per_token * omega).sum() / denominator
     if not x.valid.any():
         loss = per_token.sum()
     return Loss(loss, reported, optimum, statistics)
@@ -633,13 +770,16 @@ def multi_objective_gae(
     gamma: float = 1.0,
     lam: float = 0.95,
     dones: Tensor | None = None,
+    truncated: Tensor | None = None,
     last_values: Tensor | None = None,
+    final_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(B, T, N) -> (advantages, returns). Schulman et al. 2016, equation 16, for each objective."""
     r, v = rewards.detach().double(), values.detach().double()
     rows, width, n = r.shape
     valid = torch.ones(rows, width, dtype=torch.bool) if mask is None else mask != 0
     over = torch.zeros(rows, width, dtype=torch.bool) if dones is None else dones != 0
+    cut = torch.zeros(rows, width, dtype=torch.bool) if truncated is None else truncated != 0
     advantages, returns = torch.zeros_like(r), torch.zeros_like(r)
     for b in range(rows):
         following = torch.zeros(n, dtype=torch.float64)
@@ -651,6 +791,9 @@ def multi_objective_gae(
                 continue
             if over[b, t]:
                 following, advantage = torch.zeros_like(following), torch.zeros_like(advantage)
+            elif cut[b, t]:
+                assert final_values is not None
+                following, advantage = final_values[b, t].detach().double(), torch.zeros_like(advantage)
             delta = r[b, t] + gamma * following - v[b, t]
             advantage = delta + gamma * lam * advantage
             following = v[b, t]
@@ -679,7 +822,7 @@ def group_normalize(
         for i in range(n):
             member = (groups == group) & ~x[:, i].isnan()
             values = x[member, i]
-            if len(values) < 2:
+            if len(values) < 2 or bool((values == values[0]).all()):
                 result[member, i] = values - values  # 0, or NaN where the value is infinite
                 continue
             centred = values - values.mean()

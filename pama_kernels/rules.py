@@ -36,16 +36,16 @@ class Pama:
 
     Args:
         weights_per: one set of weights for the "batch", for each "sequence", or for each "token".
-        bound: "gram", the min-norm problem on the cosines of the bound terms (per batch only), or "scores", Theorem 1 on
-            their means. None: "gram" per batch, "scores" otherwise.
+        bound: "gram", the min-norm problem on the cosines of the bound terms (per batch only), or "scores",
+            Theorem 1 on their means. None: "gram" per batch, "scores" otherwise.
         noon: "no negative", the paper's clamp: advantages below 0 count as 0.
         regularization: pull towards the preference, rho = regularization * r, with r = 1 for cosines and
             max_i mean(I_i^2) for scores; at least 0. A 0-d tensor where it changes from step to step.
 
-    Signed, on whitened advantages and per batch, no objective falls to first order. With two whitened objectives
-    the weights are (1/2, 1/2).
+    Signed, on whitened advantages and per batch, no objective falls to first order. With two whitened
+    objectives the weights are (1/2, 1/2).
 
-    Source: He & Maghsudi 2025 (arXiv 2508.07768): the bound in its vector form ("gram"), Theorem 1 ("scores").
+    Source: He & Maghsudi 2025 (arXiv 2508.07768): the bound in vector form ("gram"), Theorem 1 ("scores").
     """
 
     weights_per: str = "batch"
@@ -65,16 +65,17 @@ class Pama:
 
     @classmethod
     def paper(cls, weights_per: str) -> Pama:
-        """The paper's rule: Noon, scores, no regularization. It leaves open whose weights; "token" is its most literal
-        reading, with the effective advantage max(min_i A_i, 0)."""
+        """The paper's rule: Noon, scores, no regularization. It leaves open whose weights; "token" is its
+        most literal reading, with the effective advantage max(min_i A_i, 0)."""
         return cls(weights_per=weights_per, bound="scores", noon=True, regularization=0.0)
 
 
 @dataclass(frozen=True)
 class UPGrad:
-    """The sum of the objectives' projections on the dual cone, on the Gram matrix M of the bound terms: c = sum_i c^(i),
-    c^(i) the minimiser of c'Mc over c >= p_i e_i, divided by its sum. One set of weights for the batch. (Mc)_j >= 0 for
-    every j at any scales: to first order no objective falls.
+    """The sum of the objectives' projections on the dual cone, on the Gram matrix M of the bound terms.
+
+    c = sum_i c^(i), c^(i) the minimiser of c'Mc over c >= p_i e_i, divided by its sum. One set of weights for
+    the batch. (Mc)_j >= 0 for every j, whatever the scales: to first order no objective falls.
 
     Source: Quinton & Rey 2024 (arXiv 2406.16232).
     """
@@ -82,7 +83,7 @@ class UPGrad:
 
 @dataclass(frozen=True)
 class Fixed:
-    """c = p, one set for the batch: MORLHF; with group-normalised rewards GDPO's combination (arXiv 2601.05242)."""
+    """c = p, one set for the batch: MORLHF; with group-normalised rewards GDPO's (arXiv 2601.05242)."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,9 @@ def resolve_rule(rule: RuleLike) -> Rule:
     if isinstance(rule, (Pama, UPGrad, Fixed, SoftMin)):
         return rule
     if isinstance(rule, type) or not callable(rule):
-        expected = "a rule (Pama(), UPGrad(), Fixed(), SoftMin()), its name or a function of ObjectiveStatistics"
+        expected = (
+            "a rule (Pama(), UPGrad(), Fixed(), SoftMin()), its name or a function of ObjectiveStatistics"
+        )
         raise TypeError(f"rule: expected {expected}, got {rule!r}")
     return rule
 

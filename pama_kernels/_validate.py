@@ -1,0 +1,447 @@
+"""Validation at the public edge: every argument's type, dtype, shape, device and range, and the layout of the
+tokens.
+
+What is accepted is decided by ranks, never by sizes that may coincide. No value of a tensor on a device is
+read.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._call import Aggregation, Number, Tokens
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOATS)
+AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
+
+Preference = Sequence[float] | Tensor | None
+ClipRange = Number | tuple[Number, Number]
+
+
+def shape_of(x: Tensor) -> str:
+    return "(" + ", ".join(str(size) for size in x.shape) + ("," if x.dim() == 1 else "") + ")"
+
+
+# --- tensors -----------------------------------------------------------------------------------------------
+
+
+def check_tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...], kind: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a {kind} tensor, got {type(x).__name__}")
+    if x.layout != torch.strided or x.is_nested:
+        what = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise TypeError(f"{name}: expected a dense tensor, got {what}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name}: expected a {kind} tensor, got dtype {x.dtype}")
+    if type(x) is not Tensor and _is_dtensor(x):
+        raise TypeError(
+            f"{name}: expected a local tensor, got a DTensor; pass {name}.full_tensor() or .to_local()"
+        )
+
+
+def _is_dtensor(x: Tensor) -> bool:
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(x, distributed.DTensor)
+
+
+def check_float(name: str, x: object) -> None:
+    check_tensor(name, x, FLOATS, "floating-point")
+
+
+def check_mask(name: str, x: object) -> None:
+    check_tensor(name, x, MASKS, "bool, integer or floating-point")
+
+
+def check_device(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device} as {like_name}, got {x.device}")
+
+
+def check_shape(name: str, x: Tensor, shape: Sequence[int], as_name: str = "") -> None:
+    if x.shape != torch.Size(shape):
+        expected = "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
+        raise ValueError(f"{name}: expected shape {expected}{as_name}, got {shape_of(x)}")
+
+
+def check_float_like(name: str, x: object, like_name: str, like: Tensor, shape: Sequence[int]) -> None:
+    """A floating-point tensor of a shape on the device of another."""
+    check_float(name, x)
+    assert isinstance(x, Tensor)
+    check_device(name, x, like_name, like)
+    check_shape(name, x, shape)
+
+
+def check_mask_like(name: str, x: object, like_name: str, like: Tensor, shape: Sequence[int]) -> None:
+    check_mask(name, x)
+    assert isinstance(x, Tensor)
+    check_device(name, x, like_name, like)
+    check_shape(name, x, shape)
+
+
+# --- settings ----------------------------------------------------------------------------------------------
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name}: expected one of {listed}, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> bool:
+    """True or False, and nothing that Python would convert to one of them."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return value
+
+
+def check_number(
+    name: str,
+    value: object,
+    low: float,
+    high: float = math.inf,
+    *,
+    exclusive: bool = False,
+    infinite: bool = False,
+) -> Number:
+    """A real number in [low, high] (or above low): a float, or a 0-d tensor, which stays one where it is not
+    on the host or a graph is recorded; its range is then not inspected."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"{name}: expected a number or a 0-d tensor, got shape {shape_of(value)}")
+        if value.dtype not in MASKS[1:]:
+            raise TypeError(f"{name}: expected a real number, got dtype {value.dtype}")
+        if traced() or value.device.type != "cpu":
+            return value.detach()
+        value = float(value.detach().item())
+    elif type(value) is not float:
+        if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat)):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        value = float(value)
+    number: float = value
+    inside = low < number <= high if exclusive else low <= number <= high
+    if not inside or (number == math.inf and not infinite):
+        bracket, end = "(" if exclusive else "[", "]" if high < math.inf or infinite else ")"
+        raise ValueError(f"{name}: expected a number in {bracket}{low:g}, {high:g}{end}, got {number!r}")
+    return number
+
+
+def check_positive(name: str, value: object) -> Number:
+    return check_number(name, value, 0.0, exclusive=True)
+
+
+def clip_bounds(clip_range: object, dual_clip: object = None) -> tuple[Number, Number | None, Number | None]:
+    """(eps_low, eps_high, dual_clip); None for no upper end and no dual clip."""
+    low: object = clip_range
+    high: object = clip_range
+    if isinstance(clip_range, (tuple, list)):
+        if len(clip_range) != 2:
+            raise ValueError(f"clip_range: expected one number or (low, high), got {len(clip_range)} values")
+        low, high = clip_range
+    eps_low = check_number("clip_range", low, 0.0, 1.0)
+    eps_high: Number | None = check_number("clip_range", high, 0.0, infinite=True)
+    if not isinstance(eps_high, Tensor) and eps_high == math.inf:
+        eps_high = None
+    if dual_clip is None:
+        return eps_low, eps_high, None
+    least = 1.0 if isinstance(eps_high, Tensor) else math.inf if eps_high is None else 1.0 + eps_high
+    return eps_low, eps_high, check_number("dual_clip", dual_clip, least, exclusive=True)
+
+
+def check_process_group(process_group: object, *, batch: bool, setting: str = "process_group") -> None:
+    if process_group is None:
+        return
+    if not batch:
+        raise ValueError(
+            f"{setting}: needs a rule with one set of weights for the batch, got one with several"
+        )
+    if not torch.distributed.is_available() or not isinstance(process_group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"process_group: expected a torch.distributed.ProcessGroup, got {type(process_group).__name__}"
+        )
+
+
+def traced() -> bool:
+    """Whether operators are recorded (torch.compile, FakeTensorMode, make_fx, torch.jit.trace)."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+# --- preference and weights --------------------------------------------------------------------------------
+
+
+def check_preference_type(preference: object) -> None:
+    """Several numbers in order: a set has none, and a dictionary would be read by its keys."""
+    if isinstance(preference, (str, bytes, dict, set, frozenset)) or not hasattr(preference, "__len__"):
+        raise TypeError(
+            "preference: expected a list of numbers, one for each objective, or a tensor, "
+            f"got {preference!r} ({type(preference).__name__})"
+        )
+
+
+def preference_tensor(preference: Preference, n: int, device: torch.device) -> Tensor | None:
+    """The preference on the simplex, (N,) float64 on the device; None is uniform."""
+    if preference is None:
+        return None
+    if isinstance(preference, Tensor):
+        check_tensor("preference", preference, MASKS[1:], "real")
+        check_shape("preference", preference, (n,))
+        if preference.device != device:
+            raise ValueError(f"preference: expected device {device}, got {preference.device}")
+        values = preference.detach().double()
+        if device.type != "cpu" or type(preference) is not Tensor or traced():
+            return values / values.sum()
+        return _on_simplex(tuple(values.tolist()), device)
+    check_preference_type(preference)
+    if len(preference) != n:
+        raise ValueError(f"preference: expected {n} numbers, got {len(preference)}")
+    try:
+        numbers = tuple(float(value) for value in preference)
+    except (TypeError, ValueError):
+        raise TypeError(f"preference: expected {n} numbers, got {preference!r}") from None
+    return _on_simplex(numbers, device)
+
+
+def _on_simplex(values: tuple[float, ...], device: torch.device) -> Tensor:
+    if any(not 0 <= value < math.inf for value in values) or not 0 < sum(values) < math.inf:
+        raise ValueError(
+            f"preference: expected non-negative finite numbers with a positive sum, got {list(values)}"
+        )
+    total = math.fsum(values)
+    shares = tuple(value / total for value in values)
+    if traced() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return _filled(shares, device)  # part of the graph
+    return _cached(shares, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _cached(shares: tuple[float, ...], device: torch.device) -> Tensor:
+    made = _filled(shares, device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # once: other streams use it too
+    return made
+
+
+def _filled(shares: tuple[float, ...], device: torch.device) -> Tensor:
+    if device.type == "cpu" or torch.compiler.is_compiling():
+        return torch.tensor(shares, dtype=torch.float64, device=device)
+    result = torch.empty(len(shares), dtype=torch.float64, device=device)
+    for place, value in zip(result.unbind(), shares, strict=True):
+        place.fill_(value)  # a copy from the host would wait for the device
+    return result
+
+
+def check_weights(weights: object, layout: Layout, device: torch.device) -> None:
+    check_float("weights", weights)
+    assert isinstance(weights, Tensor)
+    n = layout.objectives
+    fits = weights.dim() == 1 and weights.shape[0] == n
+    if layout.sequences and weights.dim() == 2:
+        fits = weights.shape[0] == layout.rows and weights.shape[1] == n
+    if not fits:
+        rows = f" or ({layout.rows}, {n})" if layout.sequences else ""
+        raise ValueError(f"weights: expected shape ({n},){rows}, got {shape_of(weights)}")
+    if weights.device != device:
+        raise ValueError(f"weights: expected device {device}, got {weights.device}")
+
+
+# --- layout of the tokens ----------------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """How tokens are arranged: padded (B, T), flat (M,), packed (M,) with offsets, or one per row (B,)."""
+
+    rows: int
+    width: int  # tokens of a padded row; of all rows where flat or packed; -1 where only cu_seqlens tells
+    objectives: int
+    sequences: bool  # rows are sequences (not so where flat)
+    packed: bool
+    per_sequence: bool  # advantages (B, N)
+    mask_per_sequence: bool  # objective_mask (B, N)
+
+
+def check_tokens(
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    objective_mask: Tensor | None = None,
+    logprobs: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    clip_range: ClipRange | None = None,
+    dual_clip: Number | None = None,
+    aggregation: str = "token-mean",
+    noon: bool = False,
+) -> tuple[Tokens, Layout]:
+    """Checks all that a pass over tokens reads. `clip_range` None: (1, infinity), which never clips."""
+    layout = resolve_layout(
+        advantages,
+        mask,
+        objective_mask=objective_mask,
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        importance_weights=importance_weights,
+        cu_seqlens=cu_seqlens,
+    )
+    if old_logprobs is not None and logprobs is None:
+        raise ValueError("old_logprobs: expected None without logprobs, got a tensor")
+    if old_logprobs is not None and clip_range is None:
+        raise ValueError("clip_range: expected a number or (low, high) with old_logprobs, got None")
+    check_choice("aggregation", aggregation, AGGREGATIONS)
+    if aggregation != "token-mean" and not layout.sequences:
+        raise ValueError(f"aggregation: {aggregation!r} needs cu_seqlens where tensors are flat, got none")
+    eps_low, eps_high, dual = clip_bounds((1.0, math.inf) if clip_range is None else clip_range, dual_clip)
+    tokens = Tokens(
+        advantages=advantages,
+        mask=mask,
+        objective_mask=objective_mask,
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        importance_weights=importance_weights,
+        cu_seqlens=cu_seqlens,
+        rows=layout.rows,
+        width=layout.width,
+        per_sequence=layout.per_sequence,
+        mask_per_sequence=layout.mask_per_sequence,
+        aggregation=Aggregation(AGGREGATIONS.index(aggregation)).value,
+        noon=check_flag("noon", noon),
+        eps_low=eps_low,
+        eps_high=eps_high,
+        dual_clip=dual,
+    )
+    return tokens, layout
+
+
+def resolve_layout(
+    advantages: Any,
+    mask: Any = None,
+    *,
+    objective_mask: Any = None,
+    logprobs: Any = None,
+    old_logprobs: Any = None,
+    ref_logprobs: Any = None,
+    importance_weights: Any = None,
+    cu_seqlens: Any = None,
+) -> Layout:
+    """Checks types, dtypes, shapes and devices of every tensor together, and tells the layout."""
+    if logprobs is not None:
+        check_float("logprobs", logprobs)
+    check_float("advantages", advantages)
+    like_name, like = ("advantages", advantages) if logprobs is None else ("logprobs", logprobs)
+    check_device("advantages", advantages, like_name, like)
+    if mask is not None:
+        check_mask("mask", mask)
+    optional = {
+        "old_logprobs": old_logprobs,
+        "ref_logprobs": ref_logprobs,
+        "importance_weights": importance_weights,
+    }
+    for name, x in optional.items():
+        if x is not None:
+            check_float(name, x)
+    per_token = {
+        name: x for name, x in {"logprobs": logprobs, "mask": mask, **optional}.items() if x is not None
+    }
+    tokens_name, tokens = next(iter(per_token.items()), ("", None))
+    if tokens is not None and tokens.dim() not in (1, 2):
+        raise ValueError(f"{tokens_name}: expected shape (B, T) or (M,), got {shape_of(tokens)}")
+    for name, x in per_token.items():
+        check_device(name, x, like_name, like)
+        check_shape(name, x, tokens.shape, f" as {tokens_name}")
+
+    if advantages.dim() not in (2, 3):
+        raise ValueError(
+            "advantages: expected shape (B, T, N), (B, N) or (M, N), objectives last, "
+            f"got {shape_of(advantages)}"
+        )
+    if advantages.shape[-1] < 1:
+        raise ValueError(f"advantages: expected at least one objective, got {shape_of(advantages)}")
+    layout = (
+        _packed_layout(advantages, tokens_name, tokens, cu_seqlens)
+        if cu_seqlens is not None
+        else _layout(advantages, tokens_name, tokens)
+    )
+    if objective_mask is None:
+        return layout
+    check_mask("objective_mask", objective_mask)
+    check_device("objective_mask", objective_mask, like_name, like)
+    return layout._replace(mask_per_sequence=_mask_per_sequence(objective_mask, layout))
+
+
+def _mask_per_sequence(objective_mask: Tensor, layout: Layout) -> bool:
+    """Whether the objective mask is (B, N); else it is (M, N)."""
+    n = layout.objectives
+    per_token = objective_mask.shape == (layout.width, n) and (layout.packed or not layout.sequences)
+    if per_token:
+        return False
+    if layout.sequences and objective_mask.shape == (layout.rows, n):
+        return True
+    expected = f"({layout.rows}, {n})" if layout.sequences else f"({layout.width}, {n})"
+    if layout.packed and layout.width >= 0:
+        expected += f" or ({layout.width}, {n})"
+    raise ValueError(f"objective_mask: expected shape {expected}, got {shape_of(objective_mask)}")
+
+
+def _layout(advantages: Tensor, tokens_name: str, tokens: Tensor | None) -> Layout:
+    n = advantages.shape[-1]
+    if tokens is None:
+        if advantages.dim() == 3:
+            return Layout(advantages.shape[0], advantages.shape[1], n, True, False, False, False)
+        return Layout(advantages.shape[0], 1, n, True, False, True, False)
+    if tokens.dim() == 1:
+        if advantages.dim() != 2 or advantages.shape[0] != tokens.shape[0]:
+            raise ValueError(
+                f"advantages: expected shape ({tokens.shape[0]}, N) for flat {tokens_name}, "
+                f"got {shape_of(advantages)}"
+            )
+        return Layout(1, tokens.shape[0], n, False, False, False, False)
+    rows, width = tokens.shape
+    per_sequence = advantages.dim() == 2
+    if advantages.shape[0] != rows or (not per_sequence and advantages.shape[1] != width):
+        raise ValueError(
+            f"advantages: expected shape ({rows}, {width}, N) or ({rows}, N) for {tokens_name} "
+            f"{shape_of(tokens)}, got {shape_of(advantages)}"
+        )
+    return Layout(rows, width, n, True, False, per_sequence, False)
+
+
+def _packed_layout(advantages: Tensor, tokens_name: str, tokens: Tensor | None, cu_seqlens: Any) -> Layout:
+    check_tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), "one-dimensional int32 or int64")
+    check_device("cu_seqlens", cu_seqlens, "advantages", advantages)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(
+            f"cu_seqlens: expected shape (B + 1,), offsets of B sequences, got {shape_of(cu_seqlens)}"
+        )
+    rows, n = cu_seqlens.shape[0] - 1, advantages.shape[-1]
+    if tokens is not None and tokens.dim() != 1:
+        raise ValueError(f"{tokens_name}: expected shape (M,) with cu_seqlens, got {shape_of(tokens)}")
+    if advantages.dim() != 2:
+        raise ValueError(
+            f"advantages: expected shape (M, N) or (B, N) with cu_seqlens, got {shape_of(advantages)}"
+        )
+    first = advantages.shape[0]
+    if tokens is None:
+        per_sequence = first == rows
+        return Layout(rows, -1 if per_sequence else first, n, True, True, per_sequence, False)
+    width = tokens.shape[0]
+    if first not in (width, rows):
+        raise ValueError(
+            f"advantages: expected shape ({width}, N) or ({rows}, N) with cu_seqlens, "
+            f"got {shape_of(advantages)}"
+        )
+    return Layout(rows, width, n, True, True, first != width, False)
