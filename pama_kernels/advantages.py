@@ -361,7 +361,7 @@ class _Moments(NamedTuple):
 
     low: Tensor
     high: Tensor
-    count: Tensor
+    tokens: Tensor
     mean: Tensor
     square: Tensor
 

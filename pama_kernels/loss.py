@@ -195,9 +195,9 @@ def pama_loss(
 
     loss = - agg_t sum_i c_i(t) g_{i,t} + kl_coef * agg_t (e^{r_t} - r_t - 1),  r = ref_logprobs - logprobs,
     g_{i,t} = w_t min(min(u_t, dual_clip) A_{i,t}, clip(u_t, 1 - eps_low, 1 + eps_high) A_{i,t}),
-    u_t = exp(logprobs_t - old_logprobs_t), A = A', or max(A', 0) where the rule is Noon. The weights c are constants
-    of the gradient, which flows to `logprobs` only. Both log ratios are clamped to [-20, 20]; where the clamp
-    binds there is no gradient.
+    u_t = exp(logprobs_t - old_logprobs_t), A = A', or max(A', 0) where the rule is Noon. The weights c are
+    constants of the gradient, which flows to `logprobs` only. Both log ratios are clamped to [-20, 20]; where
+    the clamp binds there is no gradient.
 
     Args:
         logprobs: (B, T) or (M,). One action per sequence with a sequence-level ratio (GSPO, RLOO) is (M,).
@@ -351,7 +351,8 @@ class PamaLoss(nn.Module):
         self.aggregation, self.kl_coef = aggregation, check_number("kl_coef", kl_coef, 0.0)
         self.process_group = process_group
         check_choice("aggregation", aggregation, AGGREGATIONS)
-        empty = statistics_size(objectives, needs_pairs(self.rule)) if self.momentum and objectives else None
+        known = self.momentum > 0 and objectives is not None
+        empty = statistics_size(objectives or 0, needs_pairs(self.rule)) if known else None
         self.register_buffer("running_statistics", None if empty is None else _zeros(empty))
         self.register_buffer("batches", None if empty is None else _zeros(()))
 

@@ -235,14 +235,16 @@ class _Operator(Generic[_P, _R]):
         wrap: Callable[..., _R] | None = None,
     ) -> None:
         self.name, self.records, self.call, self.wrap = name, records, call, wrap
+        compute: Callable[..., object] = call
+        shape_only: Callable[..., object] = fake
 
         def run(*arguments: Any) -> object:
             unpacked: Any = _records(records, arguments)
-            return _plain_tuple(call(self.backend(unpacked), *unpacked))
+            return _plain_tuple(compute(self.backend(unpacked), *unpacked))
 
         def fake_run(*arguments: Any) -> object:
             unpacked: Any = _records(records, arguments)
-            return _plain_tuple(fake(*unpacked))
+            return _plain_tuple(shape_only(*unpacked))
 
         _LIBRARY.define(name + _schema(records, returns), tags=(torch.Tag.needs_exact_strides,))
         _LIBRARY.impl(name, run, "CPU")
