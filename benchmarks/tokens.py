@@ -36,7 +36,7 @@ LOSS = "pama_loss"
 COMBINE = "combine_advantages"
 MASK = "read of the mask"
 
-# The paper's rule has an eager form to compare with; the default and UPGrad are checked against the reference.
+# The paper's rule has an eager form to compare with; the other two are checked against the reference.
 RULES: dict[str, pk.Pama | pk.UPGrad] = {
     **{f"weights per {per}": pk.Pama.paper(per) for per in ("batch", "sequence", "token")},
     "given weights": pk.Pama.paper("batch"),

@@ -1,1 +1,1 @@
-"""Does PAMA align, and whose weights should it use? `python -m benchmarks.study --help`."""
+"""Does PAMA align, and whose weights should it use? `python -m study --help`."""

@@ -23,10 +23,10 @@ import pama_kernels as pk
 
 from . import store
 from .measures import min_norm
-from .rules import OTHERS, PAMA, Rule
+from .rules import BY_NAME, Rule, mean_weights
 from .store import Job, Rows
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from _corpus import Corpus
 from _language_model import SCORERS, Policy, Rewards, Scorer, Shape, fit
@@ -67,17 +67,9 @@ BEST = {
     "three": (1.0, 1.0, 1.0),
 }
 
-_RULES = {rule.name: rule for rule in PAMA + OTHERS}
 SHORT_LIST = (
-    "batch-scores-r0",
-    "batch-scores-r0.1",
-    "batch-gram-signed-r0.1",
-    "sequence-r0.1",
-    "token-r0",
-    "mgda",
-    "mgda-ub",
-    "fixed-noon",
-    "fixed",
+    *("fixed", "cosines-r0", "cosines-r0.1", "upgrad", "softmin", "paper-batch", "paper-token"),
+    *("mgda", "mgda-ub"),
 )
 SHARES = {2: ((0.2, 0.8), (0.8, 0.2)), 3: ((0.6, 0.2, 0.2), (0.2, 0.6, 0.2), (0.2, 0.2, 0.6))}
 
@@ -85,11 +77,15 @@ SHARES = {2: ((0.2, 0.8), (0.8, 0.2)), 3: ((0.6, 0.2, 0.2), (0.2, 0.6, 0.2), (0.
 def rules(objectives: int) -> list[Rule]:
     fixed = [
         replace(
-            _RULES["fixed"], name="fixed-p" + "-".join(f"{x:g}" for x in share), prior=share, tuned_as="fixed"
+            BY_NAME["fixed"],
+            name="fixed-p" + "-".join(f"{x:g}" for x in share),
+            label="fixed, " + "/".join(f"{x:g}" for x in share),
+            preference=share,
+            tuned_as="fixed",
         )
         for share in SHARES[objectives]
     ]
-    return [_RULES[name] for name in SHORT_LIST] + fixed
+    return [BY_NAME[name] for name in SHORT_LIST] + fixed
 
 
 @dataclass(frozen=True)
@@ -152,19 +148,10 @@ def reference_model(path: Path, shape: Shape) -> dict[str, Tensor]:
 
 
 class Losses:
-    """The policy loss of one rule, by the library's own calls."""
+    """The policy loss of one rule."""
 
     def __init__(self, rule: Rule, policy: Policy, clip: float) -> None:
-        self.rule, self.policy, self.clip = rule, policy, clip
-        self.module = pk.PamaLoss(
-            weights_per=rule.per,
-            bound=rule.bound,
-            noon=rule.noon,
-            clip_range=clip,
-            prior=rule.prior if rule.kind == "pama" else None,
-            regularization=rule.regularization,
-            momentum=rule.momentum,
-        )
+        self.rule, self.policy, self.module = rule, policy, rule.module(clip)
         self.representation: Tensor
         policy.model.lm_head.register_forward_pre_hook(self._keep)
 
@@ -175,35 +162,19 @@ class Losses:
         self, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The loss, and the weights (N,) as a mean over sequences."""
-        rule, n = self.rule, advantages.shape[-1]
         given: Tensor | None = None
-        if rule.kind == "fixed":
-            given = torch.tensor(rule.prior) if rule.prior else torch.full((n,), 1 / n)
-        elif rule.kind in ("mgda", "mgda-ub"):
-            inputs = list(self.policy.model.parameters()) if rule.kind == "mgda" else [self.representation]
+        if self.rule.gradients:
+            by_parameters = self.rule.gradients == "mgda"
+            inputs = list(self.policy.model.parameters()) if by_parameters else [self.representation]
             grads = [
                 torch.autograd.grad(
                     self.module(logprobs, old, advantages, mask, weights=one).loss, inputs, retain_graph=True
                 )
-                for one in torch.eye(n)
+                for one in torch.eye(advantages.shape[-1])
             ]
             given = pk.min_norm_weights(gram_of(grads)).weights.float()
         out = self.module(logprobs, old, advantages, mask, weights=given)
-        if rule.kind == "literal":
-            everywhere = out.optimum.expand(*mask.shape, 1)
-            one = torch.ones(1)
-            loss = pk.pama_loss(
-                logprobs,
-                old,
-                everywhere,
-                mask,
-                weights_per="batch",
-                weights=one,
-                noon=False,
-                clip_range=self.clip,
-            ).loss
-            return loss, out.weights
-        return out.loss, out.weights if out.weights.dim() == 1 else out.weights.mean(0)
+        return out.loss, mean_weights(out)
 
 
 def gram_of(gradients: Iterable[Iterable[Tensor]]) -> Tensor:
@@ -327,8 +298,7 @@ def train(name: str, rule: Rule, rate: float, seed: int, budget: Budget, model_p
         token_rewards = (-kl_coef * log_ratio).unsqueeze(-1).repeat(1, 1, n)
         token_rewards[torch.arange(b.batch), mask.sum(1) - 1] += (scores - experiment.mean) / experiment.std
         advantages, returns = pk.multi_objective_gae(token_rewards, values, mask, gamma=b.gamma, lam=b.lam)
-        valid = advantages[mask]
-        advantages = (advantages - valid.mean(0)) / (valid.std(0) + 1e-6)
+        advantages = pk.masked_whiten(advantages, mask)
         spent = 0.0
         for _ in range(b.epochs):
             logprobs, values = policy(tokens, mask)
@@ -403,8 +373,8 @@ def tuning_jobs(out: Path, budget: Budget) -> list[Job]:
     short = replace(budget, gradient_answers=4)
     return [
         (
-            tuning_path(out, budget, _RULES[name], rate),
-            partial(train, budget.tuned_on, _RULES[name], rate, budget.tuning_seed, short, model),
+            tuning_path(out, budget, BY_NAME[name], rate),
+            partial(train, budget.tuned_on, BY_NAME[name], rate, budget.tuning_seed, short, model),
         )
         for rate in budget.rates
         for name in SHORT_LIST

@@ -16,25 +16,24 @@ from matplotlib.patheffects import withStroke
 from . import language
 from .measures import front_of_two, mean_interval
 from .problems import build
-from .rules import GRIDS
+from .rules import BY_NAME, GRIDS
 
 if TYPE_CHECKING:
     from .report import Language, Sweep, Theory
 
 INK, GREY = "#222222", "#8a8a8a"
 # The same colour for a rule in every picture.
-SHOWN: dict[str, tuple[str, str, str]] = {  # rule: (label, colour, marker)
-    "batch-scores-r0": ("PAMA batch, 0", "#7fb8e6", "v"),
-    "batch-scores-r0.1": ("PAMA batch, 0.1", "#0a6ebd", "o"),
-    "batch-gram-signed-r0.1": ("PAMA batch, gram, signed, 0.1", "#4b3fa7", "D"),
-    "sequence-r0.1": ("PAMA sequence, 0.1", "#17877c", "P"),
-    "token-r0": ("PAMA token, 0", "#3c8d5a", "s"),
-    "token-signed-r0.1": ("PAMA token, signed, 0.1", "#9ac46b", "X"),
-    "literal": ("literal s*", "#b0b0b0", "x"),
-    "mgda": ("MGDA", "#c2456b", "^"),
-    "mgda-ub": ("MGDA-UB", "#e59ab1", "<"),
-    "fixed-noon": ("fixed, Noon", "#f2bd6b", "p"),
-    "fixed": ("MORLHF", "#e07b00", "*"),
+SHOWN: dict[str, tuple[str, str]] = {  # rule: (colour, marker)
+    "cosines-r0": ("#7fb8e6", "v"),
+    "cosines-r0.1": ("#0a6ebd", "o"),
+    "scores-r0.1": ("#9ac46b", "X"),
+    "upgrad": ("#4b3fa7", "D"),
+    "softmin": ("#17877c", "P"),
+    "paper-batch": ("#f2bd6b", "p"),
+    "paper-token": ("#3c8d5a", "s"),
+    "mgda": ("#c2456b", "^"),
+    "mgda-ub": ("#e59ab1", "<"),
+    "fixed": ("#e07b00", "*"),
 }
 
 
@@ -81,9 +80,7 @@ def objectives(sweep: Sweep) -> Any:
     """What is left of the way to the front, and the gain of the objective served worst, over N."""
     numbers = (2, 3, 4, 8, 16)
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
-    for rule, (name, colour, marker) in SHOWN.items():
-        if rule == "literal":  # off the scale; in the tables
-            continue
+    for rule, (colour, marker) in SHOWN.items():
         found = [(n, sweep.finals.get((f"bandit-{n}", rule))) for n in numbers]
         found = [(n, f) for n, f in found if f]
         if not found:
@@ -93,7 +90,7 @@ def objectives(sweep: Sweep) -> Any:
             means, halves = (np.array(x) for x in zip(*pairs, strict=True))
             x = [n for n, _ in found]
             axis.fill_between(x, means - halves, means + halves, color=colour, alpha=0.12, lw=0)
-            axis.plot(x, means, color=colour, marker=marker, ms=6, lw=1.8, label=name)
+            axis.plot(x, means, color=colour, marker=marker, ms=6, lw=1.8, label=BY_NAME[rule].label)
     for axis in axes:
         axis.set_xscale("log", base=2)
         axis.set_xticks(numbers, [str(n) for n in numbers])
@@ -109,20 +106,25 @@ def objectives(sweep: Sweep) -> Any:
 
 
 def fronts(sweep: Sweep) -> Any:
-    """The exact front of the word problem, and what each rule reaches with one or seven priors."""
-    names = [("fixed", "MORLHF, seven fixed weights"), ("batch-scores-r0.1", "PAMA batch, 0.1, seven priors")]
-    names += [("batch-gram-signed-r0.1", "PAMA gram, signed, 0.1, seven priors")]
+    """The exact front of the word problem, and what each rule reaches with one or seven preferences."""
+    names = [(name, f"{BY_NAME[name].label.partition(',')[0]}, seven preferences") for name in GRIDS]
     figure, axes = plt.subplots(1, 4, figsize=(16, 5), layout="constrained", sharex=True, sharey=True)
     corners = front_of_two(build("words-2", 1).vertices(0))
     for axis in axes:
         axis.plot(*corners.T, color=INK, lw=1.4, marker="o", ms=3, zorder=1)
         axis.set(xlabel="information", xlim=(-0.03, 1.06), ylim=(0, 1.06))
-    axes[0].set(title="Every rule, no prior", ylabel="conciseness")
-    for rule, (name, colour, marker) in SHOWN.items():
+    axes[0].set(title="Every rule, no preference", ylabel="conciseness")
+    for rule, (colour, marker) in SHOWN.items():
         found = sweep.finals.get(("words-2", rule))
         if found:
             axes[0].scatter(
-                *found.rewards.T, color=colour, marker=marker, s=26, alpha=0.75, label=name, zorder=2
+                *found.rewards.T,
+                color=colour,
+                marker=marker,
+                s=26,
+                alpha=0.75,
+                label=BY_NAME[rule].label,
+                zorder=2,
             )
             start = found.start.mean(0)
     if axes[0].collections:
@@ -130,7 +132,7 @@ def fronts(sweep: Sweep) -> Any:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=11, columnspacing=1)
     for axis, (base, title) in zip(axes[1:], names, strict=True):
         axis.set_title(title)
-        colour = SHOWN[base][1]
+        colour = SHOWN[base][0]
         for rule in (base, *(r.name for r in GRIDS[base])):
             found = sweep.finals.get(("words-2", rule))
             if found:
@@ -153,10 +155,10 @@ def fronts(sweep: Sweep) -> Any:
 
 
 THEORY_COLOURS = {
-    "scores-r0": ("PAMA batch, 0", "#7fb8e6"),
-    "scores-r0.1": ("PAMA batch, 0.1", "#0a6ebd"),
-    "gram-r0": ("PAMA batch, gram, 0", "#4b3fa7"),
-    "token-r0": ("PAMA token, 0", "#3c8d5a"),
+    "scores-r0": ("scores, 0", "#7fb8e6"),
+    "scores-r0.1": ("scores, 0.1", "#0a6ebd"),
+    "cosines-r0": ("cosines, 0", "#4b3fa7"),
+    "token-r0": ("per token, 0", "#3c8d5a"),
     "mgda": ("MGDA", "#c2456b"),
     "fixed": ("fixed, equal", "#e07b00"),
 }
@@ -199,7 +201,7 @@ PLANES = (
 
 
 def planes(lm: Language) -> Any:
-    """Means and 95% intervals of the final rewards on held-out prompts; MORLHF's fixed weights as a line."""
+    """Means and 95% intervals of the final rewards on held-out prompts; fixed weights as a line."""
     figure, axes = plt.subplots(1, 4, figsize=(17, 5.2), layout="constrained")
     for axis, (experiment, x, y) in zip(axes, PLANES, strict=True):
         names = list(language.EXPERIMENTS[experiment])
@@ -207,17 +209,17 @@ def planes(lm: Language) -> Any:
         start = lm.finals(experiment, "start")
         if not start:
             continue
-        grid = [r for r in language.rules(len(names)) if r.kind == "fixed" and not r.noon]
+        grid = [r for r in language.rules(len(names)) if r.name.startswith("fixed")]
         ends = []
         for rule in grid:
             rows = lm.finals(experiment, rule.name)
             if rows:
                 ends.append([mean_interval([row[f"reward_{i}"] for row in rows])[0] for i in (x, y)])
-                if rule.prior:
-                    axis.plot(*ends[-1], marker="*", color=SHOWN["fixed"][1], ms=7, alpha=0.6, zorder=2)
+                if rule.preference:
+                    axis.plot(*ends[-1], marker="*", color=SHOWN["fixed"][0], ms=7, alpha=0.6, zorder=2)
         if len(names) == 2:
-            axis.plot(*np.array(sorted(ends)).T, color=SHOWN["fixed"][1], lw=1.2, ls="--", zorder=1)
-        for rule_name, (name, colour, marker) in SHOWN.items():
+            axis.plot(*np.array(sorted(ends)).T, color=SHOWN["fixed"][0], lw=1.2, ls="--", zorder=1)
+        for rule_name, (colour, marker) in SHOWN.items():
             rows = lm.finals(experiment, rule_name)
             if rows:
                 (mx, hx), (my, hy) = (mean_interval([row[f"reward_{i}"] for row in rows]) for i in (x, y))
@@ -226,7 +228,7 @@ def planes(lm: Language) -> Any:
                 )
                 size = 15 if marker == "*" else 8
                 look = {"marker": marker, "color": colour, "ms": size, "mec": "white", "ls": "none"}
-                axis.plot(mx, my, label=name, zorder=3, **look)
+                axis.plot(mx, my, label=BY_NAME[rule_name].label, zorder=3, **look)
         middle = [np.mean([row[f"reward_{i}"] for row in start]) for i in (x, y)]
         axis.plot(*middle, "o", ms=9, mfc="white", mec=INK, mew=1.6, zorder=4, label="start")
     handles, labels = axes[0].get_legend_handles_labels()
@@ -236,19 +238,19 @@ def planes(lm: Language) -> Any:
 
 def weights(lm: Language) -> Any:
     """The first objective's weight over steps: means over seeds, and every seed thinly."""
-    rules = ("batch-scores-r0", "batch-scores-r0.1", "batch-gram-signed-r0.1", "token-r0", "mgda")
+    rules = ("cosines-r0.1", "upgrad", "paper-batch", "paper-token", "mgda")
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained", sharey=True)
     for axis, experiment in zip(axes, language.EXPERIMENTS, strict=True):
         names = list(language.EXPERIMENTS[experiment])
         for rule in rules:
-            name, colour, _ = SHOWN[rule]
+            name, colour = BY_NAME[rule].label, SHOWN[rule][0]
             curves = _curves(lm.curve(experiment, rule))
             for steps, values in curves:
                 axis.plot(steps, values, color=colour, lw=0.6, alpha=0.4)
             if curves:
                 mean = np.mean([values for _, values in curves], axis=0)
                 axis.plot(curves[0][0], mean, color=colour, lw=2.4, label=name)
-        axis.axhline(1 / len(names), color=SHOWN["fixed"][1], lw=1.4, ls="--", label="MORLHF")
+        axis.axhline(1 / len(names), color=SHOWN["fixed"][0], lw=1.4, ls="--", label="fixed, equal")
         axis.set(title=f"{experiment}: weight of {names[0]}", xlabel="policy step", ylim=(0, 1))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return figure

@@ -18,27 +18,11 @@ import numpy as np
 from . import language, store, theory
 from .measures import Array, front_of_two, hypervolume, mean_interval
 from .problems import SPECS, build
-from .rules import GRID_OF, GRIDS, OTHERS, PAMA, Rule
+from .rules import BY_NAME, GRIDS, RULES, Rule
 from .store import Rows
 
-ROOT = Path(__file__).resolve().parents[2]
-RULES = [*PAMA, *OTHERS]
+ROOT = Path(__file__).resolve().parents[1]
 MISSING = "-"
-
-
-def label(rule: Rule) -> str:
-    """A rule by its settings, as the library names them."""
-    if rule.kind == "pama":
-        words = [rule.per]
-        words += ["gram"] if rule.bound == "gram" else []
-        words += [] if rule.noon else ["signed"]
-        words.append(f"{rule.regularization:g}")
-        words += ["momentum"] if rule.momentum else []
-        return "PAMA " + ", ".join(words)
-    if rule.kind == "fixed":
-        share = "" if rule.prior is None else " " + "/".join(f"{x:g}" for x in rule.prior)
-        return ("fixed, Noon" if rule.noon else "MORLHF") + (share or " equal")
-    return {"mgda": "MGDA", "mgda-ub": "MGDA-UB", "literal": "literal s*"}[rule.kind]
 
 
 def cell(values: Sequence[float] | Array, digits: int = 3) -> str:
@@ -110,7 +94,7 @@ class Sweep:
                 found = self.finals.get((problem, rule.name))
                 cells.append(cell(getattr(found, measure), digits) if found else MISSING)
             if any(c != MISSING for c in cells):
-                rows.append([label(rule), *cells])
+                rows.append([rule.label, *cells])
         return table(["rule", *problems], rows)
 
     def one_problem(self, problem: str, rules: Sequence[Rule] = RULES) -> str:
@@ -128,15 +112,15 @@ class Sweep:
                     cell(found.stationarity),
                     cell(found.jitter, 2),
                 ]
-                rows.append([label(rule), *rewards, *rest])
+                rows.append([rule.label, *rewards, *rest])
         header = [f"reward {i + 1}" for i in range(n)]
         return table(["rule", *header, "balance", "worst gain", "% left", "true min-norm", "unrest"], rows)
 
     def grids(self) -> str:
-        """Hypervolume of what a rule reaches with seven priors (or fixed weights), of that of the front."""
+        """Hypervolume of what a rule reaches with seven preferences, of that of the front."""
         problems = [name for name, spec in SPECS.items() if spec.grids]
         rows = []
-        for base in GRID_OF:
+        for base in GRIDS:
             cells = []
             for problem in problems:
                 names = [base, *(rule.name for rule in GRIDS[base])]
@@ -152,9 +136,9 @@ class Sweep:
                     volumes.append(100 * hypervolume(points[:, run], [0.0, 0.0]) / front)
                     spreads.append(np.ptp(points[:, run, 0]))
                 cells += [cell(volumes, 1), cell(spreads, 2)]
-            rows.append([label(_BY_NAME[base]), *cells])
+            rows.append([BY_NAME[base].label, *cells])
         header = [x for problem in problems for x in (f"{problem}: % of the front's", "spread of reward 1")]
-        return table(["rule, seven priors", *header], rows)
+        return table(["rule, seven preferences", *header], rows)
 
 
 GLANCE = {
@@ -184,11 +168,8 @@ def at_a_glance(sweep: Sweep, lm: Language) -> str:
         volumes = [lm.volumes(experiment, rule.name) for experiment in language.EXPERIMENTS]
         seeds = min(map(len, volumes))
         cells.append(cell(np.mean([v[:seeds] for v in volumes], axis=0), 1) if seeds else MISSING)
-        lines.append([label(rule), *cells])
+        lines.append([rule.label, *cells])
     return table(["rule", *GLANCE, "language model"], lines)
-
-
-_BY_NAME = {rule.name: rule for rule in RULES}
 
 
 def _volume_of_front(vertices: Array) -> float:
@@ -224,7 +205,7 @@ class Theory:
         if not path.exists():
             return MISSING
         rows = store.read(path)
-        rules = ("scores-r0", "scores-r0.1", "gram-r0", "gram-r0.1", "fixed")
+        rules = theory.SHOWN
         lines = []
         for n in sorted({row["n"] for row in rows}):
             some = [row for row in rows if row["n"] == n]
@@ -303,7 +284,7 @@ class Language:
             share = [row["true_min_norm"] / max(row["largest_norm"], 1e-9) for row in rows]
             lines.append(
                 [
-                    label(rule),
+                    rule.label,
                     *(cell(values[:, i]) for i in range(len(names))),
                     self.volume(experiment, rule.name),
                     cell([row["kl"] for row in rows], 1),
@@ -326,13 +307,13 @@ class Language:
 
 def published(lm: Language) -> str:
     """Ours in the form of the paper's table: the pair after its first experiment, and the conflicting one."""
-    rules = ("mgda-ub", "fixed", "batch-scores-r0", "batch-scores-r0.1", "batch-gram-signed-r0.1")
+    rules = ("mgda-ub", "fixed", "paper-batch", "cosines-r0.1", "upgrad")
     lines = []
     for experiment in ("sentiment-length", "information-conciseness"):
         for i, name in enumerate(language.EXPERIMENTS[experiment]):
             found = [lm.finals(experiment, rule) for rule in rules]
             lines.append([name, *(cell(_rewards(rows)[:, i]) if rows else MISSING for rows in found)])
-    return table(["ours", *(label(_BY_NAME[rule]) for rule in rules)], lines)
+    return table(["ours", *(BY_NAME[rule].label for rule in rules)], lines)
 
 
 def _unrest(rows: Rows) -> float:
@@ -347,21 +328,19 @@ def write(out: Path, in_docs: bool) -> None:
 
     sweep, theorems, lm = Sweep(out / "sweep"), Theory(out / "theory"), Language(out / "language")
     tables = found_tables(sweep, theorems, lm)
-    docs = ROOT / "docs" if in_docs else out
-    pictures.draw(sweep, theorems, lm, docs / "images")
-    if not in_docs:
-        text = "\n\n".join(f"{name}\n\n{found}" for name, found in tables.items())
-        (out / "tables.md").write_text(text + "\n", encoding="utf-8")
-        print(f"wrote {out / 'tables.md'} and {docs / 'images'}")
-        return
-    figures = found_figures(sweep, theorems, lm)
-    for page in (docs / "study.md", ROOT / "README.md"):
-        page.write_text(fill(page.read_text(encoding="utf-8"), tables, figures), encoding="utf-8")
-        print(f"wrote {page}")
+    images = (ROOT / "docs" if in_docs else out) / "images"
+    pictures.draw(sweep, theorems, lm, images)
+    if in_docs:
+        page = ROOT / "docs" / "study.md"
+        text = fill(page.read_text(encoding="utf-8"), tables, found_figures(sweep, theorems, lm))
+    else:
+        page = out / "tables.md"
+        text = "\n\n".join(f"{name}\n\n{found}" for name, found in tables.items()) + "\n"
+    page.write_text(text, encoding="utf-8")
+    print(f"wrote {page} and {images}")
 
 
 def found_tables(sweep: Sweep, theorems: Theory, lm: Language) -> dict[str, str]:
-    some = [r for r in RULES if r.regularization < 1 or r.kind != "pama"]
     bandits = ("bandit-2", "bandit-3", "bandit-4", "bandit-8", "bandit-16", "bandit-2-noisy")
     scales = ("bandit-2-raw", "bandit-2-raw-10", "bandit-2-raw-100")
     words = ("words-2-raw", "words-2-raw-10", "words-2-raw-100")
@@ -371,8 +350,8 @@ def found_tables(sweep: Sweep, theorems: Theory, lm: Language) -> dict[str, str]
         "unrest": sweep.compare(
             ("bandit-2", "bandit-3", "bandit-2-noisy", "words-2", "words-3"), "jitter", 2
         ),
-        "scales-bandit": sweep.compare(scales, "balance", 3, some),
-        "scales-words": sweep.compare(words, "balance", 3, some),
+        "scales-bandit": sweep.compare(scales, "balance", 3),
+        "scales-words": sweep.compare(words, "balance", 3),
         "words-2": sweep.one_problem("words-2"),
         "words-3": sweep.one_problem("words-3"),
         "dead": sweep.one_problem("bandit-dead"),

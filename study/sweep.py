@@ -13,7 +13,7 @@ from torch import Tensor
 from . import store
 from .measures import improvable, min_norm
 from .problems import SPECS, Problem, build
-from .rules import Rule, Weigher, policy_loss, rules
+from .rules import Losses, Rule, rules
 from .store import Job, Rows
 
 
@@ -72,7 +72,7 @@ def train(name: str, rule: Rule, rate: float, budget: Budget, seed: int) -> Rows
     problem = build(name, runs, seed)
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.Adam(problem.parameters, lr=rate)
-    weigher = Weigher(rule)
+    losses = Losses(rule, runs, budget.clip)
     n, logged = problem.objectives, budget.logged()
     fronts = [problem.vertices(run) for run in range(runs)]
     rows: Rows = []
@@ -103,16 +103,9 @@ def train(name: str, rule: Rule, rate: float, budget: Budget, seed: int) -> Rows
             break
         batch = problem.rollout(generator)
         for _ in range(budget.epochs):
-            loss, weights = policy_loss(
-                weigher,
-                problem.logprobs(batch),
-                batch.old_logprobs,
-                batch.advantages,
-                batch.mask,
-                budget.clip,
-                problem.parameters,
-                problem.representation,
-            )
+            logprobs = problem.logprobs(batch)
+            tensors = batch.old_logprobs, batch.advantages, batch.mask
+            loss, weights = losses(logprobs, *tensors, problem.parameters, problem.representation)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -166,7 +159,7 @@ def final_jobs(out: Path, budget: Budget, words: bool) -> list[Job]:
         job(name, rule)
         for name in budget.problems
         if is_words(name) == words
-        for rule in rules(SPECS[name].objectives, words, SPECS[name].grids, SPECS[name].short)
+        for rule in rules(SPECS[name].objectives, words, SPECS[name].grids)
     ]
 
 

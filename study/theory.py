@@ -22,7 +22,8 @@ from .measures import improvable, min_norm, nondominated
 from .problems import sphere
 from .store import Job, Rows
 
-RULES = ("scores-r0", "scores-r0.1", "scores-r1", "gram-r0", "gram-r0.1", "token-r0", "mgda", "fixed")
+RULES = ("scores-r0", "scores-r0.1", "cosines-r0", "cosines-r0.1", "upgrad", "token-r0", "mgda", "fixed")
+SHOWN = ("scores-r0", "scores-r0.1", "cosines-r0", "cosines-r0.1", "upgrad", "fixed")  # of Theorem 1
 ARMS = {  # rewards (K, N)
     "two-arms": [[1.0, 0.0], [0.0, 0.8]],
     "three-arms": [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]],
@@ -64,9 +65,13 @@ def weights_of(rule: str, policy: Tensor, positive: Tensor, grads: Tensor) -> Te
         scores = torch.einsum("sk,skn->sn", policy, positive)
         scale = torch.einsum("sk,skn->sn", policy, positive.square()).amax(-1).clamp(min=1e-30)
         return pk.pama_weights(scores, regularization=regularization, scale=scale).weights
-    if kind == "gram":
+    if kind in ("cosines", "upgrad"):
         gram = torch.einsum("sk,ski,skj->sij", policy, positive, positive)
-        return pk.min_norm_weights(gram, regularization=regularization).weights
+        if kind == "upgrad":
+            return pk.upgrad_weights(gram).weights
+        norms = gram.diagonal(dim1=1, dim2=2).sqrt().clamp(min=1e-150)
+        cosines = gram / (norms.unsqueeze(1) * norms.unsqueeze(2))
+        return pk.min_norm_weights(cosines, regularization=regularization).weights
     if kind == "mgda":
         return pk.min_norm_weights(grads @ grads.mT).weights
     return torch.full_like(positive[:, 0], 1 / positive.shape[-1])
@@ -150,7 +155,7 @@ def theorem_1(budget: Budget) -> Rows:
         grads = gradients(policy, positive)
         gram = (grads @ grads.mT)[0].numpy()
         least, _ = min_norm(gram)
-        for rule in ("scores-r0", "scores-r0.1", "gram-r0", "gram-r0.1", "fixed"):
+        for rule in SHOWN:
             c = weights_of(rule, policy, positive, grads)[0].numpy()
             row[rule] = float(np.sqrt(max(c @ gram @ c, 0))) / max(least, 1e-12)
         rows.append(row)
