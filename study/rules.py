@@ -20,8 +20,8 @@ import pama_kernels as pk
 class Rule:
     """One way to turn N advantages into one policy loss.
 
-    `gradients`: "mgda" takes the min-norm weights of the N full gradients, "mgda-ub" those of the gradients by
-    the shared representation, in place of what `rule` would choose.
+    `gradients`: "mgda" takes the min-norm weights of the N full gradients, "mgda-ub" those of the
+    gradients by the shared representation, in place of what `rule` would choose.
     """
 
     name: str
