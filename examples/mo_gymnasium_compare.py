@@ -9,8 +9,8 @@ the picture and prints the table from that file.
 Each run ends at one point. PAMA looks for one that is Pareto-stationary, not for a front: where it lies, the
 rewards and the preference decide. Several fixed weightings together cover what no single run can.
 
-examples/results/mo_gymnasium.csv holds runs of the library's first edition, whose default was the paper's rule
-with positive advantages only; docs/examples.md says what they showed.
+examples/results/mo_gymnasium.csv holds runs of the library's first edition, whose default kept positive
+advantages only; docs/examples.md says what they showed.
 
     python examples/mo_gymnasium_compare.py            # minutes on two cores
     python examples/mo_gymnasium_compare.py --quick    # half a minute, to see that it runs

@@ -6,7 +6,7 @@ otherwise:
     <!-- not run: why -->   is only compiled
     <!-- run by: file -->   is only compiled here: it needs what that test prepares
     <!-- needs: module -->  is skipped where the module is not installed
-    <!-- recipe: name -->   defines `name`, which tests/test_recipes.py calls (it is run here as well)
+    <!-- recipe: name -->   defines `name`, which tests/tools/test_recipes.py calls (it is run here as well)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -86,6 +86,6 @@ def test_links(page: Path) -> None:
     """Links to files of the repository lead somewhere."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     targets = re.findall(r"\]\((?!https?:)([^)#\s]+)", text)
-    # The benchmarks' pictures come with their results, which tests/test_benchmarks.py asks for.
+    # The benchmarks' pictures come with their results, which tests/tools/test_benchmarks.py asks for.
     targets = [target for target in targets if "benchmarks/results/" not in target]
     assert not [target for target in targets if not (page.parent / target).exists()]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 pytest.importorskip("mo_gymnasium", reason="mo-gymnasium is not installed (pip install 'pama-kernels[gym]')")
 sys.path.insert(0, str(EXAMPLES))
 import _fronts  # noqa: E402
@@ -95,7 +95,7 @@ def plain_update(
     rows_of = {k: x.flatten(0, 1) for k, x in vars(r).items()}
     gae = plain_gae(r, s.gamma, s.lam).flatten()
     returns = gae + r.values.flatten()
-    advantages = (gae - gae[valid].mean()) / gae[valid].std()
+    advantages = (gae - gae[valid].mean()) / gae[valid].std(correction=int(s.rule == "fixed"))
     if noon:
         advantages = advantages.clamp(min=0)
     for _ in range(s.epochs):
@@ -117,12 +117,10 @@ def plain_update(
 @pytest.mark.parametrize(
     ("options", "noon"),
     [
-        ({"method": "fixed"}, False),
-        ({"method": "pama", "noon": False}, False),
-        ({"method": "pama", "noon": False, "bound": "gram"}, False),
-        ({"method": "pama", "noon": False, "weights_per": "token"}, False),
-        ({"method": "pama"}, True),
-        ({"method": "pama", "weights_per": "token"}, True),
+        ({"rule": "fixed"}, False),
+        ({"rule": "pama"}, False),
+        ({"rule": "upgrad"}, False),
+        ({"rule": "paper"}, True),
     ],
     ids=lambda x: " ".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "",
 )
@@ -146,10 +144,7 @@ def test_one_objective_is_plain_ppo(
         if plain:
             plain_update(agent, optimiser, r, s, noon)
         else:
-            weighting = ppo.weighting_of(s, 1)
-            if "weights" in weighting:
-                weighting["weights"] = weighting["weights"].double()
-            ppo.update(agent, optimiser, r, s, weighting)
+            ppo.update(agent, optimiser, r, s, ppo.weighting_of(s, 1))
         reached.append({k: x.clone() for k, x in agent.state_dict().items()})
     moved = max(float((reached[0][k] - before[k]).abs().max()) for k in before if k.startswith("actor"))
     assert moved > 1e-3
@@ -162,9 +157,10 @@ def test_fixed_weights_are_ppo_on_the_weighted_reward(
 ) -> None:
     """The combined advantage is the standardised GAE of the weighted reward and the weighted value."""
     _, r, s = sampled
+    s = replace(s, rule="fixed", preference=(0.7, 0.3))
     r, w = in_float64(r), torch.tensor([0.7, 0.3], dtype=torch.float64)
     valid = r.valid.flatten()
-    advantages = ppo.normalise(ppo.advantages_of(r, s.gamma, s.lam)[0].flatten(0, 1), valid, w)
+    advantages = ppo.normalise(ppo.advantages_of(r, s.gamma, s.lam)[0].flatten(0, 1), valid, s)
     weighted = {k: (getattr(r, k) @ w).unsqueeze(-1) for k in ("rewards", "values", "next_values")}
     scalar = plain_gae(replace(r, **weighted), s.gamma, s.lam).flatten()[valid]
     torch.testing.assert_close((advantages @ w)[valid], (scalar - scalar.mean()) / scalar.std())
@@ -181,7 +177,7 @@ def test_runs_learn_and_repeat() -> None:
     def score(agent: ppo.Agent) -> float:
         return float((torch.tensor(ppo.evaluate(agent, s, sampled=True)) / scale).mean())
 
-    for options in ({"method": "fixed"}, {"method": "pama"}, {"method": "pama", "weights_per": "token"}):
+    for options in ({"rule": "fixed"}, {"rule": "pama"}, {"rule": "paper"}):
         agent, weights = ppo.train(replace(s, **options))
         assert score(agent) > score(start) + 0.05, options
     again, same = ppo.train(replace(s, **options))
@@ -190,9 +186,7 @@ def test_runs_learn_and_repeat() -> None:
     assert ppo.train(replace(s, seed=1, **options))[1] != weights
 
 
-@pytest.mark.parametrize(
-    "options", [{"bound": "gram", "noon": False}, {"prior": (1.0, 3.0)}, {"method": "fixed"}]
-)
+@pytest.mark.parametrize("options", [{"rule": "upgrad"}, {"preference": (1.0, 3.0)}, {"rule": "fixed"}])
 def test_continuous_run(options: dict[str, Any]) -> None:
     s = ppo.settings_for(RESERVOIR, steps=1_000, **(SMALL | options))
     reports: list[dict[str, str]] = []
@@ -210,21 +204,16 @@ def test_an_environment_that_the_example_does_not_know() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--weights", "1", "2", "3", "--method", "fixed"], "weights: expected 2 numbers"),
-        (["--weights", "-1", "2", "--method", "fixed"], "weights: expected non-negative numbers"),
-        (["--prior", "1"], "prior: expected 2 numbers"),
+        (["--preference", "1"], "preference: expected 2 numbers"),
         (["--steps", "0"], "steps: expected a positive number, got 0"),
         (["--minibatches", "9999"], "minibatches: expected at most"),
         (["--env", "no-such-sea-v0"], "no-such-sea"),
         (["--env", "CartPole-v1"], "expected an environment of MO-Gymnasium"),
-        (["--method", "mgda"], "invalid choice"),
-        (["--weights", "1", "2"], "weights: goes with method 'fixed' only"),
-        (["--prior", "1", "2", "--method", "fixed"], "prior: goes with method 'pama' only"),
+        (["--rule", "mgda"], "invalid choice"),
         (["--seed", "-1"], "seed: expected a number of at least 0"),
         (["--learning-rate", "nan"], "learning_rate: expected a number of at least 0"),
         (["--gamma", "1.5"], "gamma: expected a number in [0, 1]"),
-        (["--prior", "-1", "2"], "prior: expected non-negative"),
-        (["--weights-per", "token", "--bound", "gram"], "goes with weights_per='batch' only"),
+        (["--preference", "-1", "2"], "preference: expected non-negative"),
     ],
 )
 def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,8 +223,10 @@ def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureF
 
 
 def test_options_reach_the_settings() -> None:
-    s = ppo.parse(["--env", RESERVOIR, "--prior", "1", "3", "--no-noon", "--lam", "0.5", "--seed", "0"])
-    assert s == ppo.settings_for(RESERVOIR, prior=(1.0, 3.0), noon=False, lam=0.5)
+    s = ppo.parse(
+        ["--env", RESERVOIR, "--preference", "1", "3", "--rule", "upgrad", "--lam", "0.5", "--seed", "0"]
+    )
+    assert s == ppo.settings_for(RESERVOIR, preference=(1.0, 3.0), rule="upgrad", lam=0.5)
     assert (s.gamma, s.steps) == (0.9, 60_000)
 
 

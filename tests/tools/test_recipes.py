@@ -18,7 +18,6 @@ PAGE = test_docs.ROOT / "docs" / "integrations.md"
 ROWS, WIDTH, FEATURES = 13, 9, 6
 # Rows of each of three ranks: 4, 1 and 2 micro-batches of 2. The last rank has no valid token.
 RANKS = ((0, 8), (8, 10), (10, 13))
-RULE: dict[str, Any] = {"weights_per": "batch", "regularization": 0.1}
 
 
 def recipe(name: str) -> Any:
@@ -57,8 +56,8 @@ class Problem:
         """The specification on the whole batch."""
         parameters = self.parameters.double().requires_grad_()
         logprobs = self.features.double() @ parameters
-        weights = pk.reference.combine_advantages(self.advantages, self.mask, **RULE).weights
-        output = pk.reference.pama_loss(logprobs, *self.rollout(), weights=weights, **RULE)
+        weights = pk.reference.combine_advantages(self.advantages, self.mask).weights
+        output = pk.reference.pama_loss(logprobs, *self.rollout(), weights=weights)
         output.loss.backward()
         assert parameters.grad is not None
         return weights, parameters.grad
@@ -74,7 +73,7 @@ def test_the_parts_disagree() -> None:
     problem = Problem()
     weights, _ = problem.expected()
     for start in range(0, 10, 2):
-        part = pk.combine_advantages(*problem.rollout(slice(start, start + 2))[1:], **RULE).weights
+        part = pk.combine_advantages(*problem.rollout(slice(start, start + 2))[1:]).weights
         assert (part.double() - weights).abs().max() > 0.05
 
 
@@ -85,15 +84,14 @@ def test_accumulate() -> None:
         _close(found, wanted)
 
 
-@pytest.mark.parametrize("bound", ["scores", "gram"])
 @pytest.mark.parametrize("regularization", [0.0, 0.1])
-def test_weights_of_parts(bound: str, regularization: float) -> None:
+def test_weights_of_parts(regularization: float) -> None:
     problem = Problem()
     _, advantages, mask = problem.rollout()
     parts = zip(advantages.split(2), mask.split(2), strict=True)
-    found = recipe("weights_of_parts")(parts, regularization, bound)
-    rule = {"weights_per": "batch", "bound": bound, "regularization": regularization}
-    _close(found, pk.reference.combine_advantages(advantages, mask, **rule).weights)
+    found = recipe("weights_of_parts")(parts, regularization)
+    rule = pk.Pama(regularization=regularization)
+    _close(found, pk.reference.combine_advantages(advantages, mask, rule=rule).weights)
 
 
 def _work(world: int, rank: int) -> dict[str, Any]:
