@@ -9,8 +9,8 @@ library are all that is multi-objective about the rest:
 
 `--rule fixed` is ordinary PPO on the weighted reward, for comparison. PAMA looks for one point where no
 objective can gain to first order without another losing; it does not trace a front. Which point,
-`--preference` and `--regularization` decide along with the rewards. `mo_gymnasium_compare.py` runs both beside
-known fronts.
+`--preference` and `--regularization` decide along with the rewards. `mo_gymnasium_compare.py` runs both
+beside known fronts.
 
     python examples/mo_gymnasium_ppo.py                                         # deep-sea-treasure-v0
     python examples/mo_gymnasium_ppo.py --env water-reservoir-v0 --preference 1 3    # continuous actions

@@ -56,11 +56,11 @@ def test_weighting_is_a_rule(name: str, batch: tuple[Tensor, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("preference", [None, [0.1, 0.2, 0.3, 0.4]])
-@pytest.mark.parametrize(("ridge", "tolerance"), [(1e-4, 0.1), (1e-10, 1e-6)])
+@pytest.mark.parametrize("ridge", [1e-4, 1e-10])
 def test_upgrad_is_torchjds_within_its_ridge(
-    ridge: float, tolerance: float, preference: list[float] | None
+    ridge: float, preference: list[float] | None
 ) -> None:
-    """TorchJD adds `reg_eps` times the trace to the diagonal, which moves ill-conditioned weights most."""
+    """Its ridge moves weights by about its size times the condition of the matrix, below 100 here."""
     projector = projectors.QuadprogProjector(norm_eps=1e-12, reg_eps=ridge)
     given = None if preference is None else torch.tensor(preference, dtype=torch.float64)
     theirs = aggregation.UPGradWeighting(given, projector=projector)
@@ -69,7 +69,7 @@ def test_upgrad_is_torchjds_within_its_ridge(
         gram = gradients @ gradients.T
         weights = theirs(gram)
         ours = pk.upgrad_weights(gram, preference=preference).weights
-        torch.testing.assert_close(ours, weights / weights.sum(), rtol=0, atol=tolerance)
+        torch.testing.assert_close(ours, weights / weights.sum(), rtol=0, atol=100 * ridge)
 
 
 def test_upgrad_rule_is_torchjds(batch: tuple[Tensor, Tensor]) -> None:
