@@ -239,7 +239,9 @@ def bandwidth(session: Session) -> None:
 
 
 def our_statistics(x: Batch) -> pk.ObjectiveStatistics:
-    return pk.objective_statistics(x.logprobs.detach(), x.old, x.advantages, x.mask, clip_range=peers.CLIP)
+    return pk.objective_statistics(
+        x.logprobs.detach(), x.old, x.advantages, x.mask, clip_range=peers.CLIP, noon=True
+    )
 
 
 def statistics(session: Session, case: Case) -> None:
