@@ -57,9 +57,7 @@ def test_weighting_is_a_rule(name: str, batch: tuple[Tensor, Tensor]) -> None:
 
 @pytest.mark.parametrize("preference", [None, [0.1, 0.2, 0.3, 0.4]])
 @pytest.mark.parametrize("ridge", [1e-4, 1e-10])
-def test_upgrad_is_torchjds_within_its_ridge(
-    ridge: float, preference: list[float] | None
-) -> None:
+def test_upgrad_is_torchjds_within_its_ridge(ridge: float, preference: list[float] | None) -> None:
     """Its ridge moves weights by about its size times the condition of the matrix, below 100 here."""
     projector = projectors.QuadprogProjector(norm_eps=1e-12, reg_eps=ridge)
     given = None if preference is None else torch.tensor(preference, dtype=torch.float64)
