@@ -115,7 +115,7 @@ test-python: $(VENV)/test.stamp
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-integrations: $(VENV)-verl/stamp
-	$(VENV)-verl/bin/python -m pytest tests/test_integration_verl.py tests/test_integration_verl_trainer.py
+	$(VENV)-verl/bin/python -m pytest tests/integrations/test_verl.py tests/integrations/test_verl_trainer.py
 
 # The wheel is built from the sdist, so that a file missing from the sdist shows.
 dist: $(VENV)/tools.stamp

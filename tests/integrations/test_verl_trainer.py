@@ -24,7 +24,7 @@ import pama_kernels as pk
 if importlib.util.find_spec("verl") is None:
     pytest.skip("verl is not installed: `make test-integrations` does it", allow_module_level=True)
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = ROOT / "examples" / "verl"
 KEYS = ("correct", "concise", "polite")
 PROMPT = 3
@@ -37,14 +37,18 @@ def test_command_line_refuses_a_wrong_setting(tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-W", "ignore", "-m", "verl.trainer.main_ppo"),
         *("--config-dir", "examples/verl", "--config-name", "pama_grpo", f"hydra.run.dir={tmp_path}"),
-        *("algorithm.pama.prior=[1,2]", "actor_rollout_ref.model.path=none", "trainer.n_gpus_per_node=1"),
+        *(
+            "algorithm.pama.preference=[1,2]",
+            "actor_rollout_ref.model.path=none",
+            "trainer.n_gpus_per_node=1",
+        ),
         *("data.train_files=none", "data.val_files=none", "ray_kwargs.ray_init.num_cpus=6"),
         "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
     ]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=540, cwd=ROOT, env=environment)
     assert done.returncode != 0
-    assert "ValueError: algorithm.pama.prior: expected 3 numbers, got 2" in done.stderr
+    assert "ValueError: algorithm.pama.preference: expected 3 numbers, got 2" in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +121,7 @@ class Rollout:
             tags=self.batch.tags,
         )
 
-    def expected(self, **rule: Any) -> tuple[Tensor, Tensor, Any]:
+    def expected(self, rule: Any) -> tuple[Tensor, Tensor, Any]:
         """By the specification: the baseline counts each session once, the weights every valid token."""
         from pama_kernels.integrations._verl_trainers import final_rows
 
@@ -131,7 +135,7 @@ class Rollout:
         normal[once] = pk.reference.group_normalize(matrix[once], group_ids=groups[once], eps=1e-6)
         wide = normal[final][:, None].expand(-1, self.mask.shape[1], -1)
         present = ~matrix[final].isnan()
-        combined = pk.reference.combine_advantages(wide, self.mask, objective_mask=present, **rule)
+        combined = pk.reference.combine_advantages(wide, self.mask, rule=rule, objective_mask=present)
         return wide, present, combined
 
     def stored(self, queue: Any, *fields: str) -> Any:
@@ -200,12 +204,12 @@ def test_advantages(queue: Any, mode: str, weights_per: str) -> None:
     rollout = Rollout(queue, f"advantages {mode} {weights_per}")
     metrics: dict[str, Any] = {}
     trainer._compute_advantage(rollout.batch, metrics)
-    _, _, combined = rollout.expected(weights_per=weights_per, regularization=0.1)
+    _, _, combined = rollout.expected(pk.Pama(weights_per))
     for field in ("advantages", "returns"):
         found = rollout.stored(queue, field, "response_mask")[field].to_padded_tensor(0.0)
         torch.testing.assert_close(found.double(), combined.advantages, rtol=0, atol=2e-5)  # float32
     assert combined.advantages.any()
-    names = {f"pama/{what}/{key}" for what in ("score", "weight", "positive_fraction") for key in KEYS}
+    names = {f"pama/{what}/{key}" for what in ("weight", "signal", "covariance") for key in KEYS}
     assert names < set(metrics)
     if weights_per == "batch":
         weights = [metrics[f"pama/weight/{key}"] for key in KEYS]
@@ -213,16 +217,14 @@ def test_advantages(queue: Any, mode: str, weights_per: str) -> None:
 
 
 @pytest.mark.parametrize("weights_per", ["batch", "sequence"])
-def test_negative_advantages_kept(queue: Any, weights_per: str) -> None:
-    """`noon=False` through verl's actor update: sum_i c_i L_i and its gradient, over all micro-batches."""
+def test_each_objective_is_clipped_by_its_own_sign(queue: Any, weights_per: str) -> None:
+    """The loss `pama` through verl's actor update: sum_i c_i L_i and its gradient, over all micro-batches."""
     trainer = _trainer(
         "sync",
-        "algorithm.pama.noon=false",
         f"algorithm.pama.weights_per={weights_per}",
-        "actor_rollout_ref.actor.policy_loss.loss_mode=pama",
         "actor_rollout_ref.actor.use_kl_loss=false",
     )
-    rollout = Rollout(queue, f"noon {weights_per}")
+    rollout = Rollout(queue, f"signed {weights_per}")
     workers = Workers(queue, rollout, trainer.config)
     trainer.actor_rollout_wg = workers
     metrics: dict[str, Any] = {}
@@ -232,13 +234,12 @@ def test_negative_advantages_kept(queue: Any, weights_per: str) -> None:
     after = rollout.stored(queue, "advantages", "response_mask")["advantages"].to_padded_tensor(0.0)
     assert torch.equal(after, before)
 
-    rule: dict[str, Any] = {"weights_per": weights_per, "noon": False}
-    raw, present, combined = rollout.expected(regularization=0.1, **rule)
+    raw, present, combined = rollout.expected(pk.Pama(weights_per))
     logprobs = rollout.logprobs.double().requires_grad_()
     # No padding in the specification's denominator; verl's token-mean counts valid tokens, too.
     wanted = pk.reference.pama_loss(
-        logprobs, rollout.old, raw, rollout.mask, objective_mask=present, weights=combined.weights,
-        clip_range=0.2, dual_clip=3.0, **rule,
+        logprobs, rollout.old, raw, rollout.mask, objective_mask=present, rule=pk.Pama(weights_per),
+        clip_range=0.2, dual_clip=3.0,
     )  # fmt: skip
     wanted.loss.backward()
     assert workers.loss == pytest.approx(float(wanted.loss.detach()), abs=1e-6)

@@ -23,7 +23,7 @@ import pama_kernels as pk
 from pama_kernels.integrations import _verl_algorithms as algorithms
 from pama_kernels.integrations import _verl_trainers as trainers
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = ROOT / "examples" / "verl"
 KEYS = ["correct", "concise", "polite"]
 EPS = 1e-6
@@ -76,29 +76,40 @@ class Batch:
         assert returns is advantages
         return advantages
 
-    def reference(self, config: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
+    def reference(self, config: dict[str, Any], rule: Any, **arguments: Any) -> tuple[Tensor, Tensor, Any]:
         """Per-objective advantages, presence, and what the specification makes of them."""
         groups = torch.from_numpy(np.unique(self.uid.astype(str), return_inverse=True)[1])
         scale = config["norm_adv_by_std_in_grpo"]
         advantages = pk.reference.group_normalize(
             self.rewards.double(), group_ids=groups, scale=scale, eps=EPS
         )
-        rule = {key: value for key, value in config["pama"].items() if key != "reward_keys"}
         present = ~self.rewards.isnan()
-        wide = advantages[:, None].expand(-1, self.width, -1)
-        combined = pk.reference.combine_advantages(wide, self.mask, objective_mask=present, **rule)
+        combined = pk.reference.combine_advantages(
+            advantages, self.mask, rule=rule, objective_mask=present, **arguments
+        )
         return advantages, present, combined
 
 
-RULES: dict[str, dict[str, Any]] = {
-    "batch": {"regularization": 0.1},
-    "prior": {"regularization": 0.5, "prior": [1, 2, 0]},
-    "gram": {"bound": "gram"},
-    "sequence": {"weights_per": "sequence", "regularization": 0.1},
-    "token": {"weights_per": "token", "regularization": 0.1},
-    "all signs": {"noon": False, "regularization": 0.1},
-    "all signs, gram": {"noon": False, "bound": "gram"},
-    "all signs, sequence": {"noon": False, "weights_per": "sequence", "regularization": 0.3},
+# Settings, and what the specification gets
+RULES: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
+    "default": ({}, pk.Pama(), {}),
+    "preference": (
+        {"regularization": 0.5, "preference": [1, 2, 0]},
+        pk.Pama(regularization=0.5),
+        {"preference": [1, 2, 0]},
+    ),
+    "sequence": ({"weights_per": "sequence", "regularization": 0.1}, pk.Pama("sequence"), {}),
+    "token": ({"weights_per": "token", "regularization": 0.1}, pk.Pama("sequence"), {}),
+    "noon": ({"bound": "scores", "noon": True}, pk.Pama(bound="scores", noon=True), {}),
+    "upgrad": ({"rule": "upgrad", "preference": [3, 1, 1]}, pk.UPGrad(), {"preference": [3, 1, 1]}),
+    "fixed": ({"rule": "fixed", "normalize": True}, pk.Fixed(), {"normalize": True}),
+    "softmin": ({"rule": "softmin", "temperature": 0.5}, pk.SoftMin(0.5), {}),
+    "paper": ({"rule": "paper", "weights_per": "sequence"}, pk.Pama.paper("sequence"), {}),
+    "aggregation": (
+        {"aggregation": "seq-mean-token-mean"},
+        pk.Pama(),
+        {"aggregation": "seq-mean-token-mean"},
+    ),
 }
 
 
@@ -108,19 +119,17 @@ RULES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("scale", [True, False])
 def test_estimator(rule: str, scale: bool) -> None:
-    """float32 advantages and weights: 1e-5 is some 100 roundings; a Gram problem's condition adds to that."""
-    batch, config = Batch(), section(scale=scale, **RULES[rule])
-    _, _, combined = batch.reference(config)
-    tolerance = 1e-3 if RULES[rule].get("bound") == "gram" else 1e-5
-    size = combined.advantages.abs().max()
-    torch.testing.assert_close(
-        batch.estimate(config).double(), combined.advantages, rtol=0, atol=float(tolerance * size)
-    )
+    """Solved in float64; the advantages are float32."""
+    settings, made, arguments = RULES[rule]
+    batch, config = Batch(), section(scale=scale, **settings)
+    _, _, combined = batch.reference(config, made, **arguments)
+    expected = combined.advantages[:, None] * batch.mask
+    torch.testing.assert_close(batch.estimate(config).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_estimator_ignores_what_is_masked() -> None:
     batch = Batch(absent=False)
-    config = section(regularization=0.1)
+    config = section()
     before = batch.estimate(config)
     assert not before[~batch.mask].any()
     # The row of padding is a group of its own, as verl makes it.
@@ -128,18 +137,6 @@ def test_estimator_ignores_what_is_masked() -> None:
     without = batch.estimate(config)
     batch.rewards[5] = 1e6
     assert torch.equal(batch.estimate(config), without)
-
-
-def test_as_many_tokens_as_objectives() -> None:
-    """(bs, N) advantages are per response even where T == N."""
-    wide, narrow = Batch(width=7), Batch(width=3)
-    narrow.uid, narrow.rewards = wide.uid, wide.rewards
-    narrow.mask = wide.mask[:, :3]
-    config = section(weights_per="sequence", regularization=0.1)
-    rows = narrow.mask.any(1)
-    # Means of one value over more or fewer tokens: a few roundings.
-    found, wanted = (batch.estimate(config)[rows].amax(1) for batch in (narrow, wide))
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
 
 
 def test_several_rows_of_one_session() -> None:
@@ -153,7 +150,7 @@ def test_several_rows_of_one_session() -> None:
         advantages, _ = algorithms.compute_pama_advantage(
             torch.zeros(6, 2),
             torch.ones(6, 2),
-            config=section(["r"], scale=False, noon=False),
+            config=section(["r"], scale=False),
             index=np.array(["a", "a", "b_x", "a", "b_x", "a"], dtype=object),
         )
     finally:
@@ -162,10 +159,11 @@ def test_several_rows_of_one_session() -> None:
     assert rollout.metrics["pama/weight/r"] == 1.0
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule.startswith("all signs")])
+@pytest.mark.parametrize("rule", RULES)
 def test_parts(rule: str) -> None:
-    """What `noon=False` sends to the loss: positive and negative advantages, each combined by the weights."""
-    batch, config = Batch(), section(**RULES[rule])
+    """What the loss gets without Noon: positive and negative advantages, each combined by the weights."""
+    settings, made, arguments = RULES[rule]
+    batch, config = Batch(), section(**settings)
     rollout = algorithms.Rollout(batch.components())
     token = algorithms.current_rollout.set(rollout)
     try:
@@ -174,35 +172,72 @@ def test_parts(rule: str) -> None:
         )
     finally:
         algorithms.current_rollout.reset(token)
-    raw, present, combined = batch.reference(config)
-    weights = combined.weights * present
-    tolerance = 2e-3 if "gram" in rule else 2e-5  # as above
+    if getattr(made, "noon", False):
+        assert rollout.parts is None
+        return
+    assert rollout.parts is not None
+    raw, present, combined = batch.reference(config, made, **arguments)
+    unscaled = batch.reference(config, made, **{**arguments, "normalize": False})[2]
+    size = combined.advantages.abs().max() / unscaled.advantages.abs().max()
+    here = present.double()
+    weights = combined.weights
+    if weights.dim() == 1:
+        preference = torch.tensor(arguments.get("preference", [1, 1, 1])).double()
+        weights = (here * weights) / (here @ (preference / preference.sum()))[:, None]
+    weights = torch.nan_to_num(weights * here, posinf=0.0)
     rows = batch.mask.any(1)
     for part, wanted in zip(rollout.parts.unbind(-1), (raw.clamp(min=0), raw.clamp(max=0)), strict=True):
-        wanted = (weights * wanted).sum(-1)
-        torch.testing.assert_close(
-            part[rows].double(), wanted[rows], rtol=0, atol=tolerance * float(raw.abs().max())
-        )
+        wanted = (weights * wanted).sum(-1) * size
+        torch.testing.assert_close(part[rows].double(), wanted[rows], rtol=1e-5, atol=1e-5)
     assert (rollout.parts[..., 0] >= 0).all()
     assert (rollout.parts[..., 1] <= 0).all()
     torch.testing.assert_close(rollout.parts.sum(-1)[:, None] * batch.mask, advantages, rtol=0, atol=1e-6)
 
 
+def test_metrics() -> None:
+    """Those of docs/verl.md; what says nothing is left out, which a NaN in a mean would not be."""
+    batch = Batch()
+    batch.rewards[:, 1] = 1.0
+    batch.rewards[:, 2] = math.nan
+    rollout = algorithms.Rollout(batch.components())
+    token = algorithms.current_rollout.set(rollout)
+    try:
+        algorithms.compute_pama_advantage(torch.zeros(24, 7), batch.mask, config=section(), index=batch.uid)
+    finally:
+        algorithms.current_rollout.reset(token)
+    assert rollout.metrics == {
+        "pama/weight/correct": 1.0,
+        "pama/weight/concise": 0.0,
+        "pama/covariance/correct": pytest.approx(rollout.metrics["pama/covariance/correct"]),
+        "pama/covariance/concise": 0.0,
+        "pama/cosine/correct": pytest.approx(1.0),
+        "pama/cosine/concise": 0.0,
+        "pama/signal/correct": 2.0,
+        "pama/signal/concise": 1.0,
+        "pama/signal/polite": 0.0,
+        "pama/optimum": pytest.approx(1.0),
+    }
+    assert rollout.metrics["pama/covariance/correct"] > 0
+
+
 WRONG_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "no section": ({}, r"algorithm\.pama: expected a section"),
     "unknown": ({"weight_per": "batch"}, r"algorithm\.pama: expected .*weights_per.*, got weight_per"),
-    "no rule": ({"weights_per": None}, r"algorithm\.pama\.weights_per: expected .* got None"),
-    "rule": ({"weights_per": "rollout"}, r"algorithm\.pama\.weights_per: expected .*'rollout'"),
+    "rule": ({"rule": "magic"}, r"algorithm\.pama\.rule: expected .*'magic'"),
+    "whose": ({"weights_per": "rollout"}, r"algorithm\.pama\.weights_per: expected .*'rollout'"),
+    "not of the rule": (
+        {"rule": "upgrad", "noon": True},
+        r"algorithm\.pama\.noon: expected None with algorithm\.pama\.rule='upgrad'",
+    ),
     "no keys": ({"reward_keys": None}, r"algorithm\.pama\.reward_keys: expected a list of names, got none"),
     "no rewards": ({"reward_keys": []}, r"algorithm\.pama\.reward_keys: expected a list of names"),
     "a string": ({"reward_keys": "correct"}, r"algorithm\.pama\.reward_keys: expected a list of names"),
     "twice": ({"reward_keys": ["a", "a"]}, r"algorithm\.pama\.reward_keys: expected different names"),
-    "prior": ({"prior": [1, 2]}, r"algorithm\.pama\.prior: expected 3 numbers, got 2"),
-    "negative prior": ({"prior": [1, 2, -1]}, r"algorithm\.pama\.prior: "),
+    "preference": ({"preference": [1, 2]}, r"algorithm\.pama\.preference: expected 3 numbers, got 2"),
+    "negative": ({"preference": [1, 2, -1]}, r"algorithm\.pama\.preference: "),
     "regularization": ({"regularization": -1}, r"algorithm\.pama\.regularization: "),
-    "noon": ({"noon": "no"}, r"algorithm\.pama\.noon: expected true or false, got 'no'"),
+    "noon": ({"noon": "no"}, r"algorithm\.pama\.noon: expected True or False, got 'no'"),
     "gram per sequence": ({"bound": "gram", "weights_per": "sequence"}, r"algorithm\.pama\.bound: "),
-    "gram of one": ({"bound": "gram", "reward_keys": ["a"]}, r"algorithm\.pama\.bound: 'gram' needs two"),
 }
 
 
@@ -228,7 +263,7 @@ def test_wrong_components() -> None:
     raises(ValueError, r"got 'polite'; it has \['concise', 'correct'\]", non_tensor_batch=some)
     short = {**batch.components(), "concise": [0.0] * 23}
     raises(ValueError, r"reward 'concise': expected 24 values, got 23", non_tensor_batch=short)
-    for wrong in ("good", math.nan, -math.inf, [1.0, 2.0]):
+    for wrong in ("good", -math.inf, [1.0, 2.0]):
         column = np.array([0.0] * 23 + [None], dtype=object)
         column[23] = wrong
         message = r"reward 'concise': expected a finite number or None, got "
@@ -411,7 +446,7 @@ def test_policy_loss_of_objectives_that_disagree(verl: ModuleType, dual: float) 
     from verl.trainer.ppo.core_algos import get_policy_loss_fn
 
     batch = Batch(absent=False)
-    raw, _, combined = batch.reference(section(noon=False, regularization=0.5))
+    raw, _, combined = batch.reference(section(), pk.Pama("batch", "scores", regularization=0.5))
     weights = combined.weights
     parts = torch.stack([(weights * raw.clamp(min=0)).sum(-1), (weights * raw.clamp(max=0)).sum(-1)], -1)
     arguments: dict[str, Any] = {
@@ -424,8 +459,7 @@ def test_policy_loss_of_objectives_that_disagree(verl: ModuleType, dual: float) 
     loss.backward()
     wanted = batch.logprobs.double().requires_grad_()
     output = pk.reference.pama_loss(
-        wanted, batch.old, raw[:, None].expand(-1, 7, -1), batch.mask,
-        weights_per="batch", weights=weights, noon=False, clip_range=0.2, dual_clip=dual,
+        wanted, batch.old, raw, batch.mask, weights=weights, clip_range=0.2, dual_clip=dual,
     )  # fmt: skip
     output.loss.backward()
     torch.testing.assert_close(loss, output.loss, rtol=1e-12, atol=0)
@@ -470,13 +504,13 @@ def _proto(batch: Batch, **components: Any) -> Any:
 
 
 @needs_verl
-@pytest.mark.parametrize("rule", ["batch", "sequence", "gram"])
+@pytest.mark.parametrize("rule", ["default", "sequence", "noon"])
 def test_older_trainer(verl: ModuleType, rule: str) -> None:
     """Through verl's own `compute_advantage`, whose registered estimators see no components otherwise."""
     from omegaconf import OmegaConf
     from verl.trainer.ppo.ray_trainer import compute_advantage
 
-    batch, config = Batch(), section(**RULES[rule])
+    batch, config = Batch(), section(**RULES[rule][0])
     data = compute_advantage(
         _proto(batch, **batch.components()), adv_estimator="pama", config=OmegaConf.create(config)
     )
@@ -492,13 +526,13 @@ def test_older_trainer(verl: ModuleType, rule: str) -> None:
 @pytest.mark.parametrize("scale", [True, False])
 @pytest.mark.parametrize("copies", [1, 3])
 def test_one_objective_is_verls_grpo(verl: ModuleType, scale: bool, copies: int) -> None:
-    """One reward, or the same one three times, without Noon."""
+    """One reward, or the same one three times."""
     from verl.trainer.ppo.ray_trainer import compute_advantage
 
     batch = Batch(absent=False, objectives=1)
     data = _proto(batch, **{key: batch.components()["correct"] for key in KEYS[:copies]})
     data.batch["token_level_rewards"][:, 0] = batch.rewards[:, 0]
-    config = section(KEYS[:copies], scale, noon=False, regularization=0.1)
+    config = section(KEYS[:copies], scale)
     arguments: dict[str, Any] = {"norm_adv_by_std_in_grpo": scale, "config": config}
     wanted = compute_advantage(data, adv_estimator="grpo", **arguments).batch["advantages"].clone()
     found = compute_advantage(data, adv_estimator="pama", **arguments).batch["advantages"]
@@ -524,7 +558,7 @@ def test_example_configuration(verl: ModuleType, capsys: pytest.CaptureFixture[s
     assert need_reference_policy(config)
     assert not need_critic(config)
     validate_config(config, use_reference_policy=True, use_critic=False)
-    assert omega_conf_to_dataclass(config.actor_rollout_ref.actor).policy_loss.loss_mode == "vanilla"
+    assert omega_conf_to_dataclass(config.actor_rollout_ref.actor).policy_loss.loss_mode == "pama"
     verl.check(config)
     verl.check(_config("trainer.use_v1=false", "trainer.v1.trainer_mode=sync"))
     reward = config.reward.custom_reward_function
@@ -553,21 +587,39 @@ def test_example_command() -> None:
     assert " ".join(line) in (EXAMPLE / "pama_grpo.yaml").read_text()
 
 
-NOON = ("algorithm.pama.noon=false",)
+VANILLA = ("actor_rollout_ref.actor.policy_loss.loss_mode=vanilla",)
 WRONG_CONFIGS: dict[str, tuple[tuple[str, ...], str]] = {
     "trainer": (
         ("trainer.v1.trainer_mode=sync",),
         r"trainer\.v1\.trainer_mode: expected pama_sync, .* got 'sync'",
     ),
-    "prior": (("algorithm.pama.prior=[1,2]",), r"algorithm\.pama\.prior: expected 3 numbers, got 2"),
+    "preference": (
+        ("algorithm.pama.preference=[1,2]",),
+        r"algorithm\.pama\.preference: expected 3 numbers, got 2",
+    ),
     "kl": (("algorithm.use_kl_in_reward=true",), r"algorithm\.use_kl_in_reward: expected false"),
     "group": (("actor_rollout_ref.rollout.n=1",), r"actor_rollout_ref\.rollout\.n: expected 2 or more"),
-    "loss": (NOON, r"actor_rollout_ref\.actor\.policy_loss\.loss_mode: expected 'pama' .* got 'vanilla'"),
-    "older": (
-        (*NOON, "trainer.use_v1=false"),
-        r"algorithm\.pama\.noon: expected true with trainer\.use_v1=false",
-    ),
+    "loss": (VANILLA, r"actor_rollout_ref\.actor\.policy_loss\.loss_mode: expected 'pama'.* got 'vanilla'"),
 }
+
+
+@needs_verl
+def test_vanilla_loss_where_it_is_the_same(verl: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+    """With Noon it is; the older trainer can send one number only, and says what that means."""
+    verl.check(_config(*VANILLA, "algorithm.pama.noon=true"))
+    assert not caplog.records
+    verl.check(_config(*VANILLA, "trainer.use_v1=false", "trainer.v1.trainer_mode=sync"))
+    assert "clips each combined advantage by its own sign" in caplog.text
+
+
+@needs_verl
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+def test_token_weights_of_the_loss(verl: ModuleType, mode: str) -> None:
+    from verl.trainer.ppo.v1 import get_trainer_cls
+
+    trainer = get_trainer_cls("pama_sync")(_config(f"actor_rollout_ref.actor.loss_agg_mode={mode}"))
+    wanted = mode if mode == "seq-mean-token-mean" else "token-mean"
+    assert trainer.config.algorithm.pama.aggregation == wanted
 
 
 @needs_verl
