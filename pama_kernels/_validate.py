@@ -55,8 +55,10 @@ def _is_dtensor(x: Tensor) -> bool:
 
 
 def check_memory(name: str, x: Tensor) -> None:
-    """For tensors that torch's own kernels read, which follow the null pointer of freed storage; a backend looks
-    at its pointers itself."""
+    """For tensors that torch's own kernels read: they follow the null pointer of freed storage.
+
+    A backend looks at its pointers itself.
+    """
     if not traced() and without_memory(x):
         raise ValueError(f"{name}: expected a tensor with memory of its own, got one whose storage was freed")
 
@@ -189,11 +191,13 @@ def check_process_group(process_group: object, *, batch: bool, setting: str = "p
 
 
 def traced() -> bool:
-    """Whether operators are recorded (torch.compile, FakeTensorMode, make_fx, torch.jit.trace)."""
+    """Whether operators are recorded or transformed (torch.compile, FakeTensorMode, make_fx, torch.jit.trace,
+    torch.func)."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
     )
 
 
