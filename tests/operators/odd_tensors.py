@@ -1,7 +1,7 @@
 """Every tensor argument of every public function as an odd tensor: right, or refused by name.
 
 A script, because what is tested for may end the process: it prints a line before and after each case.
-`python odd_tensors.py SKIP` leaves out the first SKIP cases.
+`python odd_tensors.py SKIP` leaves out the first SKIP cases; PYTHONPATH holds the folder of the tests.
 """
 
 from __future__ import annotations
@@ -10,17 +10,13 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from operator_table import EVERY, leaves
 from torch import Tensor
 from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-
-from operator_table import EVERY, leaves
 
 
 class Labelled(Tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,16 +12,19 @@ from odd_tensors import KINDS, cases
 from operator_table import EVERY
 
 CASES = list(cases())
+HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[int, str]:
     """By case; one that ended the process has none, and the others are run without it."""
     found: dict[int, str] = {}
+    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     begin = 0
     while begin < len(CASES):
         done = subprocess.run(
-            [sys.executable, str(Path(__file__).parent / "odd_tensors.py"), str(begin)],
+            [sys.executable, str(HERE / "odd_tensors.py"), str(begin)],
+            env={**os.environ, "PYTHONPATH": path},
             capture_output=True,
             text=True,
             timeout=120,
