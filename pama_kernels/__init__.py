@@ -1,19 +1,24 @@
 """Pareto multi-objective alignment (PAMA) inside any RL trainer: statistics, weights, loss."""
 
-from importlib.metadata import version as _version
+from importlib import metadata as _metadata
 
 from . import reference
 from .advantages import (
     CombinedAdvantages,
     combine_advantages,
     group_normalize,
+    masked_whiten,
     multi_objective_gae,
 )
 from .loss import PamaLoss, PamaLossOutput, pama_loss
+from .rules import Fixed, Pama, SoftMin, UPGrad
 from .statistics import ObjectiveStatistics, objective_statistics
-from .weights import WeightSolution, min_norm_weights, pama_weights, pareto_gap
+from .weights import WeightSolution, min_norm_weights, pama_weights, pareto_gap, upgrad_weights
 
-__version__ = _version("pama-kernels")
+try:
+    __version__ = _metadata.version("pama-kernels")
+except _metadata.PackageNotFoundError:  # a copied folder, a frozen application
+    __version__ = "unknown"
 
 __all__ = [
     "combine_advantages",
@@ -21,13 +26,19 @@ __all__ = [
     "pama_loss",
     "PamaLoss",
     "PamaLossOutput",
+    "Pama",
+    "UPGrad",
+    "Fixed",
+    "SoftMin",
     "pama_weights",
     "min_norm_weights",
+    "upgrad_weights",
     "WeightSolution",
     "pareto_gap",
     "objective_statistics",
     "ObjectiveStatistics",
     "multi_objective_gae",
     "group_normalize",
+    "masked_whiten",
     "reference",
 ]

@@ -358,12 +358,12 @@ def resolve_layout(
         name: x for name, x in {"logprobs": logprobs, "mask": mask, **optional}.items() if x is not None
     }
     tokens_name, tokens = next(iter(per_token.items()), ("", None))
-    if tokens is not None and tokens.dim() not in (1, 2):
-        raise ValueError(f"{tokens_name}: expected shape (B, T) or (M,), got {shape_of(tokens)}")
-    for name, x in per_token.items():
-        check_device(name, x, like_name, like)
-        check_shape(name, x, tokens.shape, f" as {tokens_name}")
-
+    if tokens is not None:
+        if tokens.dim() not in (1, 2):
+            raise ValueError(f"{tokens_name}: expected shape (B, T) or (M,), got {shape_of(tokens)}")
+        for name, x in per_token.items():
+            check_device(name, x, like_name, like)
+            check_shape(name, x, tokens.shape, f" as {tokens_name}")
     if advantages.dim() not in (2, 3):
         raise ValueError(
             "advantages: expected shape (B, T, N), (B, N) or (M, N), objectives last, "

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._arguments import (
+from ._call import Kind, Number, Outputs, WeightsPer, result_dtype
+from ._solve import SOLVED, Solved, solve_batch
+from ._validate import (
     ClipRange,
-    Prior,
+    Layout,
+    Preference,
     check_device,
     check_flag,
     check_float,
-    check_mask,
+    check_float_like,
+    check_mask_like,
     check_number,
-    check_regularization,
-    check_same_shape,
-    check_weighting,
+    check_process_group,
+    check_shape,
+    check_tokens,
     check_weights,
-    clip_bounds,
-    prior_tensor,
-    resolve_layout,
+    preference_tensor,
     shape_of,
 )
-from ._codes import BATCH, GIVEN, GRAM, SEQUENCE, TOKEN
 from .backends import operators
-from .backends.inputs import TokenInputs
+from .rules import Rule, RuleLike, needs_pairs, noon_of, record, resolve_rule
 from .statistics import ObjectiveStatistics, result_metrics
 
 if TYPE_CHECKING:
@@ -36,28 +37,6 @@ if TYPE_CHECKING:
 
 # `combine_advantages` takes the N x N statistics along, for its logs, up to this many objectives.
 PAIRS_UP_TO = 16
-
-
-def weighting_code(weights_per: str, bound: str, weights: Tensor | None) -> int:
-    if weights is not None:
-        return GIVEN
-    if weights_per == "batch":
-        return GRAM if bound == "gram" else BATCH
-    return SEQUENCE if weights_per == "sequence" else TOKEN
-
-
-def weights_from_statistics(
-    statistics: ObjectiveStatistics,
-    bound: str,
-    prior: Tensor,
-    regularization: float,
-    wide: bool,
-) -> tuple[Tensor, Tensor]:
-    """Weights of the whole batch and their optimum, from merged or averaged statistics."""
-    result: tuple[Tensor, Tensor] = operators.batch_weights(
-        statistics.buffer, statistics.objectives, bound == "gram", prior, regularization, wide
-    )
-    return result
 
 
 class CombinedAdvantages(NamedTuple):
@@ -73,122 +52,154 @@ class CombinedAdvantages(NamedTuple):
         return result_metrics(self.statistics, self.weights, self.optimum, names)
 
 
+def check_rule_fits(rule: Rule, layout: Layout, process_group: object, weights: Tensor | None) -> None:
+    per = record(rule).weights_per
+    check_process_group(process_group, batch=per == WeightsPer.BATCH)
+    if per == WeightsPer.SEQUENCE and not layout.sequences and weights is None:
+        raise ValueError("rule: weights per sequence need cu_seqlens where tensors are flat, got none")
+
+
 def combine_advantages(
     advantages: Tensor,
     mask: Tensor | None = None,
     *,
-    weights_per: str = "batch",
-    bound: str = "scores",
-    noon: bool = True,
-    prior: Prior = None,
-    regularization: float = 0.1,
+    rule: RuleLike = None,
+    preference: Preference = None,
     weights: Tensor | None = None,
     objective_mask: Tensor | None = None,
     logprobs: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     clip_range: ClipRange | None = None,
+    aggregation: str = "token-mean",
+    normalize: bool = False,
     cu_seqlens: Tensor | None = None,
     process_group: ProcessGroup | None = None,
 ) -> CombinedAdvantages:
     """N advantages per token (or sequence) to the one that a trainer already knows what to do with.
 
-    The combined advantage is sum_i c_i A_i with A_i = max(A'_i, 0) (`noon`) and PAMA's weights c. With
-    Noon, the trainer's own clipped loss on it is exactly the PAMA loss; so most trainers need only this.
+    The combined advantage is sum_i c_i A_i with the rule's weights c. An objective whose raw advantages are
+    all 0 in the batch (a saturated or constant reward) takes no part in weights per batch. Whiten or
+    group-normalise advantages
+    first: scales that remain act as preferences.
 
     Args:
         advantages: raw advantages A', objectives last: (B, T, N) per token, (B, N) per sequence, or
-            (M, N) flat. Any strides: an (N, B, T) array is passed as ``x.movedim(0, -1)``.
-        mask: (B, T) or (M,), non-zero where a token counts. Whatever stands elsewhere has no influence.
-        weights_per: whose weights: one set for the "batch", for each "sequence" or for each "token".
-            "batch" is the default because it alone combines the N gradients convexly, which Pareto
-            stationarity is a statement about, and because it works for every number of objectives; "token"
-            with Noon and regularization 0 is better for two to four of them, but from about eight on hardly
-            any token remains to learn from (docs/study.md).
-        bound: "scores" (Theorem 1 on the mean of each objective's bound term), or "gram" (the min-norm
-            problem on their second moments; "batch" only).
-        noon: keep positive advantages only. Where False, the trainer's loss on the combination differs
-            from the PAMA loss where signs disagree and clipping binds: use `pama_loss`.
-        prior: N non-negative numbers, normalised: where c lies when the scores do not decide.
-        regularization: pull towards the prior, relative to the scores' second moment; 0 is the paper's
-            problem. 0.1 is the default because without it one objective that has nothing to tell in a batch
-            takes all the weight and stops all learning, and weights per batch follow noise (docs/study.md).
-        weights: given weights (N,) or (B, N), used as they are, instead of a solution.
-        objective_mask: (B, N), or (M, N) when flat: zero where an objective does not apply.
+            (M, N) flat. Any strides: an (N, B, T) array is passed as ``x.movedim(0, -1)``. Per sequence, the
+            cost per token does not depend on N.
+        mask: (B, T) or (M,), non-zero at valid tokens. Masked values are ignored, including NaN.
+        rule: how the weights are chosen: `Pama`, `UPGrad`, `Fixed`, `SoftMin`, their names in lower case, or
+            a function of `ObjectiveStatistics` that returns weights (N,). None: `Pama()`.
+        preference: N non-negative numbers, normalised: the weights where the statistics do not decide.
+            Uniform by default.
+        weights: given weights (N,) or (B, N), used as they are, instead of a rule's.
+        objective_mask: (B, N), or (M, N) when flat: zero where an objective does not apply. A token's weights
+            are divided by the preference of the objectives present there, so that a completion to which one
+            objective applies keeps its whole advantage.
         logprobs, old_logprobs, clip_range: with them the bound term is 0 where the policy has already
-            moved out of the clip range; without them the ratio is 1.
+            moved out of the clip range; without them the ratio is 1. Beyond a log ratio of 20 the ratio is
+            clamped.
+        aggregation: of the loss that follows, as in `pama_loss`; "seq-mean-token-mean" weights every token in
+            the statistics by one over the valid tokens of its sequence.
+        normalize: divide the result by its root mean square over the batch, as GDPO does.
         cu_seqlens: B + 1 offsets of packed sequences in flat tensors.
-        process_group: solve one set of weights over all ranks of the group, by one all-reduce
-            (`weights_per="batch"` only). All ranks get bitwise equal weights.
+        process_group: solve one set of weights over all ranks of the group, by one all-reduce (rules per
+            batch only). All ranks get bitwise equal weights. `normalize` takes a second one where the rule is
+            Noon, or an objective is absent somewhere.
 
     Returns:
         `.advantages` in the dtype of the input and its shape less the last axis, 0 where masked ((B, T) or
         (M,) where weights per token depend on `logprobs`); `.weights` (N,), per sequence (B, N), per
-        token their mean (N,); `.optimum`, the value of a.c or c'Mc; `.statistics`, with conflict and overlap
+        token their mean (N,); `.optimum`, the value of a.c or c'Mc; `.statistics`, with the N x N ones
         for up to 16 objectives; `.metrics(names)`.
 
-    A sequence or batch without a valid token gets the prior as weights and 0 as advantage. A NaN or
-    infinity at a valid place makes the weights and advantages that depend on it NaN.
+    A sequence or batch without a valid token gets the preference as weights and 0 as advantage. A NaN or
+    infinity at a valid token makes the weights and advantages that depend on it NaN.
+
+    The trainer's own clipped loss on the result is exactly the PAMA loss with Noon; signed, the two differ
+    only where signs disagree and clipping binds: not at all in a first inner epoch. `pama_loss` is exact.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or range.
 
     Source: He & Maghsudi 2025 (arXiv 2508.07768), Section 4 and Algorithm 1.
     """
-    layout = resolve_layout(
+    rule = resolve_rule(rule)
+    tokens, layout = check_tokens(
         advantages,
         mask,
+        objective_mask=objective_mask,
         logprobs=logprobs,
         old_logprobs=old_logprobs,
-        objective_mask=objective_mask,
         cu_seqlens=cu_seqlens,
+        clip_range=clip_range,
+        aggregation=aggregation,
+        noon=noon_of(rule),
     )
-    check_weighting(layout, weights_per, bound, process_group, weights)
-    if old_logprobs is not None and logprobs is None:
-        raise ValueError("old_logprobs: expected None without logprobs, got a tensor")
-    if old_logprobs is not None and clip_range is None:
-        raise ValueError("clip_range: expected a number or (low, high) with old_logprobs, got None")
-    clip = list(clip_bounds((1.0, float("inf")) if clip_range is None else clip_range))
-    noon = check_flag("noon", noon)
-    regularization = check_regularization(regularization)
-    p, uniform = prior_tensor(prior, layout.objectives, advantages.device)
-    if weights is not None:
-        check_weights(weights, layout, advantages.device)
-    merged = None
-    optimum = None
-    code = weighting_code(weights_per, bound, weights)
-    pairs = bound == "gram" or layout.objectives <= PAIRS_UP_TO
+    check_rule_fits(rule, layout, process_group, weights)
+    normalize = check_flag("normalize", normalize)
     if objective_mask is not None and layout.per_sequence and not layout.mask_per_sequence:
         raise ValueError(
             f"objective_mask: expected shape ({layout.rows}, {layout.objectives}) with advantages per "
             f"sequence, got {shape_of(objective_mask)}"
         )
-    tokens = TokenInputs(
-        *(logprobs, old_logprobs, advantages, mask, objective_mask, None, None, cu_seqlens),
-        *(layout.numbers(), clip, noon),
-    )
-    if process_group is not None:
-        sums = operators.statistics(*tokens, pairs)
-        merged = ObjectiveStatistics(sums, layout.objectives, pairs).all_reduce(process_group)
+    p = preference_tensor(preference, layout.objectives, advantages.device)
+    pairs = needs_pairs(rule) or layout.objectives <= PAIRS_UP_TO
+    asked, merged, solved = record(rule), None, None
+    given = weights
+    if weights is not None:
+        check_weights(weights, layout, advantages.device)
+        asked = asked._replace(kind=Kind.GIVEN.value)
+    if process_group is not None or (weights is None and asked.kind == Kind.SOLVED):
+        sums = operators.statistics(tokens, operators.Statistics(pairs))
+        merged = ObjectiveStatistics(sums, layout.objectives, pairs)
+        if process_group is not None:
+            merged = merged.all_reduce(process_group)
         if weights is None:
-            wide = advantages.dtype == torch.float64
-            weights, optimum = weights_from_statistics(merged, bound, p, regularization, wide)
-        code = GIVEN
-    by_token = layout.per_sequence and code == TOKEN and logprobs is not None
-    token_shape = list(logprobs.shape) if by_token and logprobs is not None else None
-    combined, solved, value, sums = operators.combine(
-        *tokens, weights, p, code, uniform, regularization, token_shape, pairs
+            solved = solve_batch(merged, rule, p)
+            asked, given, p = SOLVED, solved.weights, solved.preference
+    outputs = Outputs(
+        advantages=True,
+        loss=False,
+        gradient=False,
+        pairs=pairs and merged is None,
+        normalizer=None,
+        kl_coef=0.0,
     )
-    statistics = ObjectiveStatistics(sums, layout.objectives, pairs) if merged is None else merged
-    if merged is not None and optimum is None:
-        optimum = _given_optimum(merged, solved)
-    return CombinedAdvantages(combined, solved, value if optimum is None else optimum, statistics)
+    result = operators.apply(tokens, asked, operators.Apply(p, given), outputs)
+    statistics = merged or ObjectiveStatistics(result.sums, layout.objectives, pairs)
+    combined = result.advantages
+    if normalize:
+        square = result.square_sum
+        if process_group is not None:
+            square = _merged_square(
+                statistics, solved, tokens.noon or objective_mask is not None, square, process_group
+            )
+        root = (square / statistics.token_count).sqrt()
+        combined = combined / torch.where(root > 0, root, 1.0).to(result_dtype(combined))
+        combined = combined.to(advantages.dtype)
+    optimum = result.optimum
+    if merged is not None and result.weights.dim() == 1:
+        optimum = merged_optimum(merged, solved, result.weights)
+    return CombinedAdvantages(combined, result.weights, optimum, statistics)
 
 
-def _given_optimum(merged: ObjectiveStatistics, weights: Tensor) -> Tensor | None:
-    """a.c of weights that the caller gave, on the merged scores; (B, N) weights have their own rows."""
-    if weights.dim() == 2:
-        return None
-    return (merged.scores.to(weights.dtype) * weights).sum()
+def merged_optimum(merged: ObjectiveStatistics, solved: Solved | None, weights: Tensor) -> Tensor:
+    """The solver's optimum, or a.c of given weights on the merged scores."""
+    value = (merged.scores * weights).sum() if solved is None else solved.optimum
+    return value.to(weights.dtype)
+
+
+def _merged_square(
+    statistics: ObjectiveStatistics, solved: Solved | None, local: bool, square: Tensor, group: ProcessGroup
+) -> Tensor:
+    """The sum of squares of the combined advantages over all ranks: c'Mc on the merged raw advantages where
+    that is the same, else by a collective of its own."""
+    gram = statistics.advantage_gram
+    if gram is not None and solved is not None and not local:
+        return (solved.weights @ gram @ solved.weights).clamp(min=0) * statistics.token_count
+    square = square.clone()
+    torch.distributed.all_reduce(square, group=group)
+    return square
 
 
 def multi_objective_gae(
@@ -196,10 +207,12 @@ def multi_objective_gae(
     values: Tensor,
     mask: Tensor | None = None,
     *,
-    gamma: float = 1.0,
-    lam: float = 0.95,
+    gamma: Number = 1.0,
+    lam: Number = 0.95,
     dones: Tensor | None = None,
+    truncated: Tensor | None = None,
     last_values: Tensor | None = None,
+    final_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation for N value heads at once.
 
@@ -207,10 +220,16 @@ def multi_objective_gae(
         rewards, values: (B, T, N); `values` are those of the state in which the step was taken.
         mask: (B, T), non-zero where a step counts; masked steps are skipped over: the value that
             follows a step is that of the next valid one.
-        gamma, lam: discount and GAE parameter, both in [0, 1].
-        dones: (B, T), non-zero where the episode ends after the step; not looked at where masked.
+        gamma, lam: discount and GAE parameter, both in [0, 1]; floats or 0-d tensors.
+        dones: (B, T), non-zero where the episode ends after the step (a terminal state: nothing follows);
+            ignored where masked.
+        truncated: (B, T), non-zero where the episode is cut off after the step: the advantages of the next
+            episode do not count, but the value of the state that was reached does. Where a step is both, it
+            is done.
         last_values: (B, N), the value of the state after the last valid step (0 by default, and where
-            that step is done).
+            that step is done or truncated).
+        final_values: (B, T, N), the value of the state after the step where it is truncated; ignored
+            elsewhere. Needed with `truncated`.
 
     Returns:
         (advantages, returns), both (B, T, N) in the promoted dtype of the inputs, 0 at masked steps;
@@ -219,28 +238,27 @@ def multi_objective_gae(
     Source: Schulman et al. 2016 (arXiv 1506.02438), equation 16, for each objective.
     """
     check_float("rewards", rewards)
-    check_float("values", values)
     if rewards.dim() != 3:
         raise ValueError(f"rewards: expected shape (B, T, N), got {shape_of(rewards)}")
-    check_same_shape("values", values, "rewards", rewards)
-    check_device("values", values, "rewards", rewards)
-    for name, x in (("mask", mask), ("dones", dones)):
-        if x is None:
-            continue
-        check_mask(name, x)
-        check_device(name, x, "rewards", rewards)
-        if x.shape != rewards.shape[:2]:
-            raise ValueError(f"{name}: expected shape {tuple(rewards.shape[:2])}, got {shape_of(x)}")
+    rows, width, n = rewards.shape
+    check_float_like("values", values, "rewards", rewards, rewards.shape)
+    for name, x in (("mask", mask), ("dones", dones), ("truncated", truncated)):
+        if x is not None:
+            check_mask_like(name, x, "rewards", rewards, (rows, width))
     if last_values is not None:
-        check_float("last_values", last_values)
-        check_device("last_values", last_values, "rewards", rewards)
-        wanted = (rewards.shape[0], rewards.shape[2])
-        if last_values.shape != wanted:
-            raise ValueError(f"last_values: expected shape {wanted}, got {shape_of(last_values)}")
+        check_float_like("last_values", last_values, "rewards", rewards, (rows, n))
+    if (truncated is None) != (final_values is None):
+        raise ValueError(
+            "final_values: expected a tensor with truncated, and None without, got "
+            f"{'None' if final_values is None else 'a tensor'}"
+        )
+    if final_values is not None:
+        check_float_like("final_values", final_values, "rewards", rewards, rewards.shape)
     gamma = check_number("gamma", gamma, 0.0, 1.0)
     lam = check_number("lam", lam, 0.0, 1.0)
-    result: tuple[Tensor, Tensor] = operators.gae(rewards, values, mask, dones, last_values, gamma, lam)
-    return result
+    return operators.gae(
+        operators.Gae(rewards, values, mask, dones, truncated, last_values, final_values, gamma, lam)
+    )
 
 
 def group_normalize(
@@ -262,7 +280,8 @@ def group_normalize(
 
     Returns:
         (B, N) in the dtype of `rewards`. NaN rewards are left out of mean and deviation and give 0; so
-        does a group of one. An infinite reward makes its group's objective NaN. Computed in float64.
+        do a group of one and a group whose rewards are all equal, exactly. An infinite reward makes its
+        group's objective NaN. Computed in float64.
 
     Source: Shao et al. 2024 (arXiv 2402.03300), per objective; ddof and eps as in TRL.
     """
@@ -278,17 +297,92 @@ def group_normalize(
         if group_ids.is_floating_point() or group_ids.is_complex():
             raise TypeError(f"group_ids: expected integers, got dtype {group_ids.dtype}")
         check_device("group_ids", group_ids, "rewards", rewards)
-        if group_ids.shape != (rows,):
-            raise ValueError(f"group_ids: expected shape ({rows},), got {shape_of(group_ids)}")
-    if group_size is None:
-        size: Any = rows
-    else:
-        if isinstance(group_size, bool) or not isinstance(group_size, Integral):
+        check_shape("group_ids", group_ids, (rows,))
+    size = rows
+    if group_size is not None:
+        if isinstance(group_size, bool) or not isinstance(group_size, (Integral, torch.SymInt)):
             raise TypeError(f"group_size: expected an integer, got {type(group_size).__name__}")
         if group_size < 1 or rows % group_size:
             raise ValueError(f"group_size: expected a positive divisor of the {rows} rows, got {group_size}")
         size = int(group_size)
-    eps = check_number("eps", eps, 0.0, float("inf"))
+    number = check_number("eps", eps, 0.0)
+    if isinstance(number, Tensor):
+        raise TypeError("eps: expected a number, got Tensor")
     scale = check_flag("scale", scale)
-    result: Tensor = operators.group_normalize(rewards, size, group_ids, scale, eps)
-    return result
+    return operators.group_normalize(operators.GroupNormalize(rewards, size, group_ids, scale, number))
+
+
+def masked_whiten(
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    objective_mask: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+) -> Tensor:
+    """Each objective to mean 0 and standard deviation 1 (ddof 0) over its valid tokens.
+
+    Args:
+        advantages: (B, T, N), (B, N) or (M, N), objectives last. Beside a (B, T) mask, (B, N) counts each
+            sequence once per valid token.
+        mask: (B, T) or (M,), non-zero at valid tokens; masked values are ignored, including NaN.
+        objective_mask: (B, N), or (M, N) when flat: zero where an objective does not apply.
+        process_group: over all ranks of the group, by one all-gather; all ranks use the same numbers.
+
+    Returns:
+        The shape and dtype of `advantages`; 0 where masked or absent. An objective that is constant over its
+        valid tokens becomes exactly 0. A NaN or infinity at a valid token makes its objective NaN. Computed
+        in float64.
+    """
+    _, layout = check_tokens(advantages, mask, objective_mask=objective_mask)
+    check_process_group(process_group, batch=True)
+    x = advantages.detach().to(torch.float64)
+    counts = torch.ones(x.shape[:-1], dtype=torch.float64, device=x.device)
+    if mask is not None:
+        valid = (mask != 0).to(torch.float64)
+        counts = valid.sum(1) if layout.per_sequence else valid
+    counts = counts.unsqueeze(-1).expand(x.shape)
+    if objective_mask is not None:
+        here = (objective_mask != 0).to(torch.float64)
+        counts = counts * (here.unsqueeze(1) if x.dim() == 3 else here)
+    present = counts > 0
+    flat = torch.where(present, x, 0.0).reshape(-1, layout.objectives)
+    weight = counts.reshape(flat.shape)
+    local = _moments(flat, weight)
+    low, high, count, mean, square = local if process_group is None else _merged(local, process_group)
+    constant = low >= high
+    deviation = (square / count.clamp(min=1)).sqrt()
+    whitened = (flat - mean) / torch.where(constant, 1.0, deviation)
+    whitened = torch.where(constant & (mean - mean == 0), 0.0, whitened).reshape(x.shape)
+    return torch.where(present, whitened, 0.0).to(advantages.dtype)
+
+
+class _Moments(NamedTuple):
+    """(N,) each: the least and the largest value, the tokens, their mean, and the sum of squares about it."""
+
+    low: Tensor
+    high: Tensor
+    tokens: Tensor
+    mean: Tensor
+    square: Tensor
+
+
+def _moments(x: Tensor, weight: Tensor) -> _Moments:
+    """Of values (K, N) that count `weight` times."""
+    absent, infinity = weight == 0, x.new_full((1, x.shape[1]), float("inf"))
+    low = torch.cat([torch.where(absent, infinity, x), infinity]).amin(0)
+    high = torch.cat([torch.where(absent, -infinity, x), -infinity]).amax(0)
+    count = weight.sum(0)
+    mean = (x * weight).sum(0) / count.clamp(min=1)
+    return _Moments(low, high, count, mean, ((x - mean).square() * weight).sum(0))
+
+
+def _merged(local: _Moments, group: ProcessGroup) -> _Moments:
+    """Over all ranks, by one collective (Chan, Golub & LeVeque 1979)."""
+    mine = torch.stack(local)
+    parts = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(parts, mine, group=group)
+    low, high, count, mean, square = torch.stack(parts, 1).unbind(0)
+    total = count.sum(0)
+    merged = (mean * count).sum(0) / total.clamp(min=1)
+    square = (square + count * (mean - merged).square()).sum(0)
+    return _Moments(low.amin(0), high.amax(0), total, merged, square)

@@ -9,15 +9,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+from .backends import registry
 
 _DISTRIBUTIONS = ("pama-kernels", "torch", "triton", "numpy")
 
@@ -38,73 +37,25 @@ class BackendStatus:
     detail: str
 
 
-@dataclass(frozen=True)
-class _Backend:
-    name: str
-    module: str
-    # Given the imported module: (usable, detail).
-    probe: Callable[[ModuleType], tuple[bool, str]]
-
-
-def _probe_cpu(module: ModuleType) -> tuple[bool, str]:
-    build: dict[str, Any] = module.build_info()
-    isas = ", ".join(build["isas"])
-    openmp = "OpenMP" if build["openmp"] else "no OpenMP: one thread"
-    return True, f"{build['isa']} (built: {isas}), {openmp}, {build['compiler']}"
-
-
-def _probe_triton(module: ModuleType) -> tuple[bool, str]:
-    importlib.import_module("triton")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return True, "interpreter on the CPU (TRITON_INTERPRET=1)"
-    usable, detail = _gpus()
-    return usable, detail if usable else f"{detail}; TRITON_INTERPRET=1 runs it on CPU tensors, slowly"
-
-
-def _probe_cuda(module: ModuleType) -> tuple[bool, str]:
-    build: dict[str, Any] = module.build_info()
-    built = f"CUDA {build['cuda']}, architectures {build['architectures']}"
-    usable, detail = _gpus()
-    if usable:
-        why = importlib.import_module("pama_kernels.backends.cuda").unusable("cuda")
-        usable, detail = why is None, why or f"{detail}; first choice for the statistics and both solvers"
-    return usable, f"{detail} ({built})"
-
-
-def _gpus() -> tuple[bool, str]:
-    import torch
-
-    if not torch.cuda.is_available():
-        return False, "torch finds no GPU"
-    count = torch.cuda.device_count()
-    return True, ", ".join(torch.cuda.get_device_name(i) for i in range(count))
-
-
-_BACKENDS = (
-    _Backend("cpu", "pama_kernels._cpu", _probe_cpu),
-    _Backend("triton", "pama_kernels.backends.triton", _probe_triton),
-    _Backend("cuda", "pama_kernels._cuda", _probe_cuda),
-)
-
-
 def backends() -> list[BackendStatus]:
     """The state of every backend. Never raises: an error becomes the reason for `usable=False`."""
-    return [_status(backend) for backend in _BACKENDS]
+    return [_status(backend) for backend in registry.BACKENDS]
 
 
-def _status(backend: _Backend) -> BackendStatus:
-    try:
-        built = importlib.util.find_spec(backend.module) is not None
-    except ModuleNotFoundError:  # a parent package is missing
-        built = False
-    if not built:
+def _status(backend: registry.Backend) -> BackendStatus:
+    if not registry.built(backend):
         return BackendStatus(backend.name, False, False, "not built")
-    try:
-        # Whatever goes wrong here is the answer that was asked for.
-        usable, detail = backend.probe(importlib.import_module(backend.module))
-    except Exception as error:
-        usable, detail = False, f"{type(error).__name__}: {error}"
-    return BackendStatus(backend.name, True, usable, detail)
+    reasons = []
+    for device_type in backend.devices:
+        try:
+            module = importlib.import_module(f"pama_kernels.backends.{backend.name}")
+            return BackendStatus(backend.name, True, True, backend.probe(module, device_type))
+        except Exception as error:  # it is the answer
+            message = str(error)
+            reasons.append(
+                message if isinstance(error, RuntimeError) else f"{type(error).__name__}: {message}"
+            )
+    return BackendStatus(backend.name, True, False, reasons[0])
 
 
 def _version(distribution: str) -> str | None:

@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ._arguments import (
+from ._call import Kind, Number, Outputs, Results, Rule, Tokens, WeightsPer, statistics_size
+from ._solve import SOLVED, AveragedRule, solve_batch
+from ._validate import (
     AGGREGATIONS,
-    FLOATS,
     ClipRange,
-    Prior,
+    Preference,
     check_choice,
     check_device,
-    check_flag,
     check_float,
     check_number,
-    check_prior_type,
+    check_positive,
+    check_preference_type,
     check_process_group,
-    check_regularization,
-    check_rule,
-    check_weighting,
+    check_tokens,
     check_weights,
     clip_bounds,
-    prior_tensor,
-    resolve_layout,
+    preference_tensor,
     traced,
 )
-from .advantages import weighting_code, weights_from_statistics
+from .advantages import check_rule_fits, merged_optimum
 from .backends import operators
-from .backends.inputs import TokenInputs
-from .statistics import ObjectiveStatistics, objective_statistics, result_metrics
+from .rules import RuleLike, needs_pairs, noon_of, record, resolve_rule
+from .statistics import ObjectiveStatistics, result_metrics
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_NO_NORMALIZER = float("-inf")
 
 
 class PamaLossOutput(NamedTuple):
@@ -53,6 +50,9 @@ class PamaLossOutput(NamedTuple):
         metrics = result_metrics(self.statistics, self.weights, self.optimum, names)
         metrics["pama/loss"] = self.loss.detach()
         return metrics
+
+
+# --- autograd -----------------------------------------------------------------------------------------
 
 
 class _FirstDerivative(torch.autograd.Function):
@@ -73,23 +73,29 @@ class _FirstDerivative(torch.autograd.Function):
         )
 
 
+_LOGPROBS, _GRADIENT = Tokens._fields.index("logprobs"), Results._fields.index("gradient")
+
+
 class _Loss(torch.autograd.Function):
     """The forward pass computes the gradient too; the backward pass scales it."""
 
     @staticmethod
-    def forward(logprobs: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = operators.loss(logprobs, *arguments)
+    def forward(logprobs: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        arguments = (*rest[:_LOGPROBS], logprobs, *rest[_LOGPROBS:])
+        result: tuple[Tensor, ...] = operators.apply.operator(*arguments)
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(output[1], inputs[0])
+        results = Results(*output)
+        ctx.save_for_backward(results.gradient, inputs[0])
         ctx.arguments = len(inputs)
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.mark_non_differentiable(*(x for x in output if x is not results.loss))
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_loss = Results(*grads).loss  # type: ignore[arg-type]
         return _scaled(ctx, grad_loss), *([None] * (ctx.arguments - 1))
 
 
@@ -100,10 +106,10 @@ class _Attached(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logprobs: Tensor, results: tuple[Tensor, ...]) -> Tensor:
-        ctx.save_for_backward(results[1], logprobs)
+    def forward(ctx: Any, logprobs: Tensor, results: Results) -> Tensor:
+        ctx.save_for_backward(results.gradient, logprobs)
         ctx.set_materialize_grads(False)
-        return results[0]
+        return results.loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, None]:
@@ -139,23 +145,30 @@ _first_derivative: Callable[..., Tensor] = _FirstDerivative.apply
 _attached: Callable[..., Tensor] = _Attached.apply
 
 
-def _differentiable_loss(logprobs: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    results: tuple[Tensor, ...]
+def _differentiable(tokens: Tokens, rule: Rule, problem: operators.Apply, outputs: Outputs) -> Results:
+    logprobs = tokens.logprobs
+    assert logprobs is not None
     if (
         type(logprobs) is not Tensor
         or traced()
         or _forward_mode()
         or torch._C._are_functorch_transforms_active()
     ):
-        results = _Loss.apply(logprobs, *arguments)  # type: ignore[no-untyped-call]
-        return results
-    results = operators.loss(logprobs.detach(), *arguments)
-    return _attached(logprobs, results), *results[1:]
+        arguments = operators.flat(tokens._replace(logprobs=None), rule, problem, outputs)
+        del arguments[_LOGPROBS]
+        if torch.compiler.is_compiling():  # the compiler refuses one tensor in two places
+            arguments = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+        return Results(*_Loss.apply(logprobs, *arguments))  # type: ignore[no-untyped-call]
+    results = operators.apply(tokens._replace(logprobs=logprobs.detach()), rule, problem, outputs)
+    return results._replace(loss=_attached(logprobs, results))
 
 
 def _forward_mode() -> bool:
-    """Within forward-mode differentiation, which `_Loss` refuses in so many words."""
+    """Within forward-mode differentiation, which `_Loss` refuses by name."""
     return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
+
+
+# --- the public function ------------------------------------------------------------------------------
 
 
 def pama_loss(
@@ -164,39 +177,35 @@ def pama_loss(
     advantages: Tensor,
     mask: Tensor | None = None,
     *,
-    weights_per: str = "batch",
-    bound: str = "scores",
-    clip_range: ClipRange = 0.2,
-    noon: bool = True,
-    dual_clip: float | None = None,
-    prior: Prior = None,
-    regularization: float = 0.1,
+    rule: RuleLike = None,
+    preference: Preference = None,
     weights: Tensor | None = None,
+    clip_range: ClipRange = 0.2,
+    dual_clip: Number | None = None,
     objective_mask: Tensor | None = None,
     importance_weights: Tensor | None = None,
     aggregation: str = "token-mean",
-    normalizer: float | Tensor | None = None,
+    normalizer: Number | None = None,
     ref_logprobs: Tensor | None = None,
-    kl_coef: float = 0.0,
+    kl_coef: Number = 0.0,
     cu_seqlens: Tensor | None = None,
     process_group: ProcessGroup | None = None,
 ) -> PamaLossOutput:
-    """The clipped surrogate of N objectives under PAMA's weights, with its gradient, in one pass.
+    """The clipped surrogate of N objectives under a rule's weights, with its gradient, in one pass.
 
     loss = - agg_t sum_i c_i(t) g_{i,t} + kl_coef * agg_t (e^{r_t} - r_t - 1),  r = ref_logprobs - logprobs,
     g_{i,t} = w_t min(min(u_t, dual_clip) A_{i,t}, clip(u_t, 1 - eps_low, 1 + eps_high) A_{i,t}),
-    u_t = exp(logprobs_t - old_logprobs_t), A = max(A', 0) with `noon`. The weights c are constants of the
-    gradient, which flows to `logprobs` only.
+    u_t = exp(logprobs_t - old_logprobs_t), A = A', or max(A', 0) where the rule is Noon. The weights c are
+    constants of the gradient, which flows to `logprobs` only. Both log ratios are clamped to [-20, 20]; where
+    the clamp binds there is no gradient.
 
     Args:
         logprobs: (B, T) or (M,). One action per sequence with a sequence-level ratio (GSPO, RLOO) is (M,).
         old_logprobs: of the behaviour policy, the same shape; None means on-policy (ratio 1).
         advantages: raw advantages A', objectives last: (B, T, N), (B, N) or (M, N).
-        mask: (B, T) or (M,), non-zero where a token counts.
-        weights_per, bound, prior, regularization, weights, objective_mask, cu_seqlens: as in
-            `combine_advantages`.
+        mask: (B, T) or (M,), non-zero at valid tokens.
+        rule, preference, weights, objective_mask, cu_seqlens: as in `combine_advantages`.
         clip_range: eps, or (eps_low, eps_high), with eps_low in [0, 1] and eps_high in [0, inf].
-        noon: keep positive advantages only.
         dual_clip: caps the ratio where the advantage is negative; above 1 + eps_high.
         importance_weights: factors w_t >= 0 (corrections for a rollout engine that differs).
         aggregation: "token-mean" divides by the valid tokens; "seq-mean-token-sum" and
@@ -204,6 +213,9 @@ def pama_loss(
         normalizer: a number or 0-d tensor that replaces this denominator.
         ref_logprobs, kl_coef: the k3 estimate of KL to a reference policy, added to the loss.
         process_group: as in `combine_advantages`; the loss keeps its local denominator.
+
+    `clip_range`, `dual_clip`, `normalizer`, `kl_coef` and a rule's number may be 0-d tensors where they
+    change from step to step: torch.compile then keeps one graph.
 
     Returns:
         `.loss`, 0-d float32 (float64 for float64 logprobs); `.weights`, `.optimum`, `.statistics` and
@@ -215,97 +227,88 @@ def pama_loss(
     Source: He & Maghsudi 2025 (arXiv 2508.07768), Sections 4 and 5; k3: Schulman 2020.
     """
     check_float("logprobs", logprobs)
-    layout = resolve_layout(
+    rule = resolve_rule(rule)
+    kl_coef = check_number("kl_coef", kl_coef, 0.0)
+    penalty = isinstance(kl_coef, Tensor) or kl_coef != 0
+    if penalty and ref_logprobs is None:
+        raise ValueError(f"ref_logprobs: expected a tensor with kl_coef={kl_coef}, got None")
+    tokens, layout = check_tokens(
         advantages,
         mask,
+        objective_mask=objective_mask,
         logprobs=logprobs,
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
         importance_weights=importance_weights,
-        objective_mask=objective_mask,
         cu_seqlens=cu_seqlens,
+        clip_range=clip_range,
+        dual_clip=dual_clip,
+        aggregation=aggregation,
+        noon=noon_of(rule),
     )
-    check_weighting(layout, weights_per, bound, process_group, weights)
-    check_choice("aggregation", aggregation, AGGREGATIONS)
-    if aggregation != "token-mean" and not layout.sequences:
-        raise ValueError(f"aggregation: {aggregation!r} needs cu_seqlens where tensors are flat, got none")
-    clip = list(clip_bounds(clip_range, dual_clip))
-    noon = check_flag("noon", noon)
-    regularization = check_regularization(regularization)
-    kl_coef = check_number("kl_coef", kl_coef, 0.0, float("inf"))
-    if kl_coef and ref_logprobs is None:
-        raise ValueError(f"ref_logprobs: expected a tensor with kl_coef={kl_coef:g}, got None")
-    fixed, normalizer_tensor = _normalizer(normalizer, logprobs)
-    p, uniform = prior_tensor(prior, layout.objectives, logprobs.device)
+    if not penalty:
+        tokens = tokens._replace(ref_logprobs=None)
+    check_rule_fits(rule, layout, process_group, weights)
+    p = preference_tensor(preference, layout.objectives, logprobs.device)
+    asked, given = record(rule), weights
     if weights is not None:
         check_weights(weights, layout, logprobs.device)
-    tokens = TokenInputs(
-        *(logprobs, old_logprobs, advantages, mask, objective_mask, importance_weights),
-        *(ref_logprobs if kl_coef else None, cu_seqlens, layout.numbers(), clip, noon),
-    )
-    statistics = optimum = None
-    if process_group is not None:
-        sums = operators.statistics(*tokens, bound == "gram")
-        statistics = ObjectiveStatistics(sums, layout.objectives, bound == "gram").all_reduce(process_group)
+        asked = asked._replace(kind=Kind.GIVEN.value)
+    pairs = weights is None and needs_pairs(rule)
+    merged, solved = None, None
+    if process_group is not None or (weights is None and asked.kind == Kind.SOLVED):
+        sums = operators.statistics(tokens, operators.Statistics(pairs))
+        merged = ObjectiveStatistics(sums, layout.objectives, pairs)
+        if process_group is not None:
+            merged = merged.all_reduce(process_group)
         if weights is None:
-            wide = logprobs.dtype == torch.float64
-            weights, optimum = weights_from_statistics(statistics, bound, p, regularization, wide)
-    arguments: tuple[Any, ...] = (
-        *tokens[1:],
-        weights,
-        normalizer_tensor,
-        p,
-        weighting_code(weights_per, bound, weights),
-        uniform,
-        regularization,
-        AGGREGATIONS.index(aggregation),
-        fixed,
-        kl_coef,
-    )
-    if torch.compiler.is_compiling():  # the compiler refuses one tensor in two places
-        arguments = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
+            solved = solve_batch(merged, rule, p)
+            asked, given, p = SOLVED, solved.weights, solved.preference
     differentiated = logprobs.requires_grad and torch.is_grad_enabled()
-    if differentiated or _forward_mode():
-        value, _, solved, local_optimum, sums = _differentiable_loss(logprobs, *arguments, True)
-    else:
-        value, _, solved, local_optimum, sums = operators.loss(logprobs, *arguments, False)
-    if statistics is None:
-        has_gram = weights is None and bound == "gram"
-        statistics = ObjectiveStatistics(sums, layout.objectives, has_gram)
-    elif optimum is None and solved.dim() == 1:
-        optimum = (statistics.scores.to(solved.dtype) * solved).sum()
-    return PamaLossOutput(value, solved, local_optimum if optimum is None else optimum, statistics)
+    outputs = Outputs(
+        advantages=False,
+        loss=True,
+        gradient=differentiated or _forward_mode(),
+        pairs=pairs and merged is None,
+        normalizer=_normalizer(normalizer, logprobs),
+        kl_coef=kl_coef,
+    )
+    call = _differentiable if outputs.gradient else operators.apply
+    result = call(tokens, asked, operators.Apply(p, given), outputs)
+    statistics = merged or ObjectiveStatistics(result.sums, layout.objectives, pairs)
+    optimum = result.optimum
+    if merged is not None and result.weights.dim() == 1:
+        optimum = merged_optimum(merged, solved, result.weights)
+    return PamaLossOutput(result.loss, result.weights, optimum, statistics)
 
 
-def _normalizer(normalizer: Any, logprobs: Tensor) -> tuple[float, Tensor | None]:
+def _normalizer(normalizer: object, logprobs: Tensor) -> Number | None:
     if normalizer is None:
-        return _NO_NORMALIZER, None
+        return None
     if not isinstance(normalizer, Tensor):
-        positive = check_number("normalizer", normalizer, 0.0, float("inf"), inclusive=False)
-        return positive, None
-    if normalizer.dim() != 0:
-        raise ValueError(
-            f"normalizer: expected a number or a 0-d tensor, got shape {tuple(normalizer.shape)}"
-        )
-    if normalizer.dtype not in (*FLOATS, torch.int32, torch.int64):
-        raise TypeError(f"normalizer: expected a real number, got dtype {normalizer.dtype}")
-    check_device("normalizer", normalizer, "logprobs", logprobs)
-    return _NO_NORMALIZER, normalizer.detach().double()
+        return check_positive("normalizer", normalizer)
+    if normalizer.device.type != "cpu":
+        check_device("normalizer", normalizer, "logprobs", logprobs)
+    return check_number("normalizer", normalizer, 0.0)  # 0 where a rank has no valid token
+
+
+# --- the module ---------------------------------------------------------------------------------------
 
 
 class PamaLoss(nn.Module):
     """`pama_loss` with its settings held, and weights from a running mean of the statistics on request.
 
     Args:
-        weights_per, bound, clip_range, noon, dual_clip, prior, regularization, aggregation, kl_coef,
-            process_group: as in `pama_loss`.
-        momentum: 0 solves each batch by itself. In (0, 1), with ``weights_per="batch"``, the weights come
+        rule, preference, clip_range, dual_clip, aggregation, kl_coef, process_group: as in `pama_loss`.
+        momentum: 0 solves each batch on its own. In (0, 1), with a rule per batch, the weights come
             from a bias-corrected running mean of the statistics of all batches so far:
             m <- momentum m + (1 - momentum) s. Batch weights that follow one noisy batch need not
             converge; their running mean does (CR-MOGM, Zhou et al. 2022).
+        objectives: N. The running mean then exists from the start, so that a copy made before the first batch
+            (an averaged model) can follow it. A list as `preference` tells it too.
 
     The running mean is updated in training mode only, never by a batch with a NaN or infinity in it, and
-    is part of `state_dict()` once there has been a first batch.
+    is part of `state_dict()` once its size is known.
 
     ``forward(logprobs, old_logprobs, advantages, mask=None, *, weights=None, objective_mask=None,
     importance_weights=None, normalizer=None, ref_logprobs=None, cu_seqlens=None)`` returns a
@@ -318,49 +321,44 @@ class PamaLoss(nn.Module):
     def __init__(
         self,
         *,
-        weights_per: str = "batch",
-        bound: str = "scores",
+        rule: RuleLike = None,
+        preference: Preference = None,
         clip_range: ClipRange = 0.2,
-        noon: bool = True,
-        dual_clip: float | None = None,
-        prior: Prior = None,
-        regularization: float = 0.1,
+        dual_clip: Number | None = None,
         aggregation: str = "token-mean",
-        kl_coef: float = 0.0,
+        kl_coef: Number = 0.0,
         momentum: float = 0.0,
+        objectives: int | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        self.momentum = check_number("momentum", momentum, 0.0, 1.0)
-        if self.momentum == 1.0:
-            raise ValueError("momentum: expected a number in [0, 1), got 1.0")
-        if self.momentum and weights_per != "batch":
-            raise ValueError(f"momentum: goes with weights_per='batch' only, got weights_per={weights_per!r}")
+        self.rule = resolve_rule(rule)
+        number = check_number("momentum", momentum, 0.0, 1.0)
+        if isinstance(number, Tensor) or number == 1.0:
+            raise ValueError(f"momentum: expected a number in [0, 1), got {momentum!r}")
+        self.momentum = number
+        batch = record(self.rule).weights_per == WeightsPer.BATCH
+        if self.momentum and not batch:
+            raise ValueError(f"momentum: needs a rule with one set of weights for the batch, got {self.rule}")
         clip_bounds(clip_range, dual_clip)
-        check_rule(weights_per, bound)
-        check_process_group(process_group, weights_per)
-        if prior is not None and not isinstance(prior, Tensor):
-            check_prior_type(prior)
-            prior_tensor(prior, len(prior), torch.device("cpu"))
-        self.settings: dict[str, Any] = {
-            "weights_per": weights_per,
-            "bound": bound,
-            "clip_range": clip_range,
-            "noon": check_flag("noon", noon),
-            "dual_clip": dual_clip,
-            "prior": prior,
-            "regularization": check_regularization(regularization),
-            "aggregation": aggregation,
-            "kl_coef": check_number("kl_coef", kl_coef, 0.0, float("inf")),
-            "process_group": process_group,
-        }
+        check_process_group(process_group, batch=batch)
+        if preference is not None and not isinstance(preference, Tensor):
+            check_preference_type(preference)
+            preference_tensor(preference, len(preference), torch.device("cpu"))
+        if objectives is None and preference is not None:
+            objectives = len(preference)
+        self.preference, self.clip_range, self.dual_clip = preference, clip_range, dual_clip
+        self.aggregation, self.kl_coef = aggregation, check_number("kl_coef", kl_coef, 0.0)
+        self.process_group = process_group
         check_choice("aggregation", aggregation, AGGREGATIONS)
-        self.register_buffer("running_statistics", None)
-        self.register_buffer("batches", None)
+        known = self.momentum > 0 and objectives is not None
+        empty = statistics_size(objectives or 0, needs_pairs(self.rule)) if known else None
+        self.register_buffer("running_statistics", None if empty is None else _zeros(empty))
+        self.register_buffer("batches", None if empty is None else _zeros(()))
 
     def extra_repr(self) -> str:
-        shown = {key: value for key, value in self.settings.items() if key != "process_group"}
-        return ", ".join(f"{key}={value!r}" for key, value in shown.items()) + (f", momentum={self.momentum}")
+        shown = "rule", "preference", "clip_range", "dual_clip", "aggregation", "kl_coef", "momentum"
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
 
     def forward(
         self,
@@ -372,55 +370,43 @@ class PamaLoss(nn.Module):
         weights: Tensor | None = None,
         objective_mask: Tensor | None = None,
         importance_weights: Tensor | None = None,
-        normalizer: float | Tensor | None = None,
+        normalizer: Number | None = None,
         ref_logprobs: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> PamaLossOutput:
-        per_token: dict[str, Any] = {
-            "objective_mask": objective_mask,
-            "importance_weights": importance_weights,
-            "cu_seqlens": cu_seqlens,
-        }
-        rest: dict[str, Any] = {"normalizer": normalizer, "ref_logprobs": ref_logprobs, **per_token}
-        settings = self.settings
-        if not self.momentum or weights is not None:
-            return pama_loss(logprobs, old_logprobs, advantages, mask, weights=weights, **rest, **settings)
-        statistics = objective_statistics(
+        rule = self.rule
+        if self.momentum and weights is None:
+            rule = AveragedRule(rule, self.update)
+        return pama_loss(
             logprobs,
             old_logprobs,
             advantages,
             mask,
-            clip_range=settings["clip_range"],
-            noon=settings["noon"],
-            dual_clip=settings["dual_clip"],
-            gram=settings["bound"] == "gram",
-            **per_token,
+            rule=rule,
+            preference=self.preference,
+            weights=weights,
+            clip_range=self.clip_range,
+            dual_clip=self.dual_clip,
+            objective_mask=objective_mask,
+            importance_weights=importance_weights,
+            aggregation=self.aggregation,
+            normalizer=normalizer,
+            ref_logprobs=ref_logprobs,
+            kl_coef=self.kl_coef,
+            cu_seqlens=cu_seqlens,
+            process_group=self.process_group,
         )
-        if settings["process_group"] is not None:
-            statistics = statistics.all_reduce(settings["process_group"])
-        prior, _ = prior_tensor(settings["prior"], statistics.objectives, logprobs.device)
-        weights, optimum = weights_from_statistics(
-            self.update(statistics),
-            settings["bound"],
-            prior,
-            settings["regularization"],
-            logprobs.dtype == torch.float64,
-        )
-        local = {**settings, "process_group": None}
-        output = pama_loss(logprobs, old_logprobs, advantages, mask, weights=weights, **rest, **local)
-        return PamaLossOutput(output.loss, weights, optimum, statistics)
 
     def update(self, statistics: ObjectiveStatistics) -> ObjectiveStatistics:
         """Takes a batch into the running mean (training mode) and returns the bias-corrected mean."""
         batch = statistics.buffer
         if self.running_statistics is None or self.batches is None:
-            self.running_statistics = torch.zeros_like(batch)
-            self.batches = torch.zeros((), dtype=torch.float64, device=batch.device)
+            self.running_statistics, self.batches = torch.zeros_like(batch), batch.new_zeros(())
         running = self.running_statistics.to(batch.device)
         batches = self.batches.to(batch.device)
         if running.shape != batch.shape:
             raise ValueError(
-                "advantages: expected the objectives and the bound of the running mean's batches "
+                "advantages: expected the objectives of the running mean's batches "
                 f"({running.numel()} statistics), got {batch.numel()} statistics of {statistics!r}"
             )
         if self.training:
@@ -431,7 +417,16 @@ class PamaLoss(nn.Module):
             self.running_statistics, self.batches = running, batches
         correction = 1 - self.momentum**batches
         mean = torch.where(batches > 0, running / correction, batch)
-        return ObjectiveStatistics(mean, statistics.objectives, statistics.has_gram)
+        return ObjectiveStatistics(mean, statistics.objectives, statistics.has_pairs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PamaLoss:
+        """The copy uses the same process group, which cannot be copied."""
+        if self.process_group is not None:
+            memo[id(self.process_group)] = self.process_group
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PamaLoss:
         """Statistics follow the module to another device but stay float64: counts don't fit a half type."""
@@ -448,3 +443,7 @@ class PamaLoss(nn.Module):
             saved = state_dict.get(prefix + name)
             setattr(self, name, None if saved is None else saved.detach().clone())
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+def _zeros(shape: int | tuple[int, ...]) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -27,7 +28,8 @@ class Solution(NamedTuple):
     optimum: Tensor
 
 
-class Statistics(NamedTuple):
+@dataclass(frozen=True)
+class Statistics:
     """Sums over valid tokens under the token weights of the aggregation, and what follows from them."""
 
     count: Tensor  # (N,) each

@@ -145,9 +145,15 @@ def record(rule: Rule) -> _call.Rule:
 
 
 def noon_of(rule: Rule) -> bool:
-    return isinstance(rule, Pama) and rule.noon
+    """Whether the rule's statistics and loss keep positive advantages only."""
+    return bool(getattr(rule, "noon", False))
 
 
 def needs_pairs(rule: Rule) -> bool:
-    """Whether the rule reads the N x N statistics. A callable may."""
-    return isinstance(rule, UPGrad) or callable(rule) or (isinstance(rule, Pama) and rule.bound == "gram")
+    """Whether the rule reads the N x N statistics; a function may, but for one with an attribute `pairs`
+    False."""
+    if isinstance(rule, Pama):
+        return rule.bound == "gram"
+    if isinstance(rule, (Fixed, SoftMin)):
+        return False
+    return isinstance(rule, UPGrad) or bool(getattr(rule, "pairs", True))

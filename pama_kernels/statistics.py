@@ -1,4 +1,4 @@
-"""Per-objective statistics of a batch: masked sums over tokens that micro-batches and ranks add up."""
+"""Per-objective statistics of a batch: sums over valid tokens that micro-batches and ranks add up."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._arguments import ClipRange, check_flag, clip_bounds, resolve_layout
-from ._codes import FIELDS, PAIRS, TOTALS
+from ._call import FIELDS, PAIRS, TOTALS, Number
+from ._validate import ClipRange, check_flag, check_tokens
 from .backends import operators
-from .backends.inputs import TokenInputs
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -23,33 +22,35 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 class ObjectiveStatistics:
-    """Masked sums over tokens in one float64 buffer, and the figures that follow from them.
+    """Sums over valid tokens in one float64 buffer, and the figures that follow from them.
 
-    ``s1 + s2`` merges two micro-batches, ``all_reduce`` merges ranks with one collective. Every property
-    is a float64 tensor on the device of the inputs; reading one computes it and never synchronises.
+    Every sum is weighted by the token weights of the aggregation: 1, or one over the valid tokens of the
+    sequence under "seq-mean-token-mean". ``s1 + s2`` merges two micro-batches, ``all_reduce`` merges ranks
+    with one collective. Every property is a float64 tensor on the device of the inputs; reading one computes
+    it and never synchronises.
     """
 
-    __slots__ = ("buffer", "has_gram", "objectives")
+    __slots__ = ("buffer", "has_pairs", "objectives")
 
-    def __init__(self, buffer: Tensor, objectives: int, has_gram: bool) -> None:
+    def __init__(self, buffer: Tensor, objectives: int, has_pairs: bool) -> None:
         self.buffer = buffer
         self.objectives = objectives
-        self.has_gram = has_gram
+        self.has_pairs = has_pairs
 
     def __repr__(self) -> str:
-        return f"ObjectiveStatistics(objectives={self.objectives}, has_gram={self.has_gram})"
+        return f"ObjectiveStatistics(objectives={self.objectives}, has_pairs={self.has_pairs})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ObjectiveStatistics, (self.buffer, self.objectives, self.has_gram)
+        return ObjectiveStatistics, (self.buffer, self.objectives, self.has_pairs)
 
     # --- merging -------------------------------------------------------------------------------------
 
     def __add__(self, other: ObjectiveStatistics) -> ObjectiveStatistics:
         if not isinstance(other, ObjectiveStatistics):
             return NotImplemented
-        if (self.objectives, self.has_gram) != (other.objectives, other.has_gram):
+        if (self.objectives, self.has_pairs) != (other.objectives, other.has_pairs):
             raise ValueError(f"statistics: expected {self!r} on both sides of +, got {other!r}")
-        return ObjectiveStatistics(self.buffer + other.buffer, self.objectives, self.has_gram)
+        return ObjectiveStatistics(self.buffer + other.buffer, self.objectives, self.has_pairs)
 
     def __radd__(self, other: int) -> ObjectiveStatistics:
         """So that ``sum(parts)`` works."""
@@ -62,7 +63,7 @@ class ObjectiveStatistics:
         """
         buffer = self.buffer.clone()
         torch.distributed.all_reduce(buffer, group=process_group)
-        return ObjectiveStatistics(buffer, self.objectives, self.has_gram)
+        return ObjectiveStatistics(buffer, self.objectives, self.has_pairs)
 
     # --- sums ----------------------------------------------------------------------------------------
 
@@ -71,7 +72,7 @@ class ObjectiveStatistics:
         return self.buffer[start : start + self.objectives]
 
     def _pair(self, name: str) -> Tensor | None:
-        if not self.has_gram:
+        if not self.has_pairs:
             return None
         n = self.objectives
         start = len(FIELDS) * n + len(TOTALS) + PAIRS.index(name) * n * n
@@ -79,12 +80,12 @@ class ObjectiveStatistics:
 
     @property
     def count(self) -> Tensor:
-        """Valid tokens where the objective is present (N,)."""
+        """Valid tokens where the objective is present, under the token weights (N,)."""
         return self._field("count")
 
     @property
     def token_count(self) -> Tensor:
-        """Valid tokens, 0-d."""
+        """Valid tokens under the token weights, 0-d."""
         return self.buffer[len(FIELDS) * self.objectives]
 
     @property
@@ -96,6 +97,11 @@ class ObjectiveStatistics:
     def surrogate_sum(self) -> Tensor:
         """Sum of the clipped surrogate terms g (N,)."""
         return self._field("surrogate_sum")
+
+    @property
+    def signal(self) -> Tensor:
+        """Whether a raw advantage is not 0 at some valid token (N,): a constant reward has no signal."""
+        return (self._field("positive_count") > 0) | (self._field("advantage_sum") != 0)
 
     # --- means ---------------------------------------------------------------------------------------
 
@@ -135,7 +141,7 @@ class ObjectiveStatistics:
         """Mean over valid tokens of u - 1 - log u, the k3 estimate of KL to the behaviour policy, 0-d."""
         return _ratio(self.buffer[len(FIELDS) * self.objectives + 1], self.token_count)
 
-    # --- pairs (with gram=True) ----------------------------------------------------------------------
+    # --- pairs (with pairs=True) ---------------------------------------------------------------------
 
     @property
     def gram(self) -> Tensor | None:
@@ -147,7 +153,7 @@ class ObjectiveStatistics:
         return _ratio(product, torch.outer(root, root))
 
     @property
-    def overlap(self) -> Tensor | None:
+    def cosines(self) -> Tensor | None:
         """Cosines between the objectives' bound terms I (N, N); 0 where one of them vanishes."""
         product = self._pair("bound_product")
         if product is None:
@@ -156,20 +162,47 @@ class ObjectiveStatistics:
         return _ratio(product, torch.outer(norm, norm))
 
     @property
+    def advantage_gram(self) -> Tensor | None:
+        """sum A'_i A'_j / sqrt(count_i count_j) (N, N) of the raw advantages: c'Mc is the mean square of
+        their signed combination where every objective is present everywhere."""
+        product = self._pair("advantage_product")
+        if product is None:
+            return None
+        root = self.count.sqrt()
+        return _ratio(product, torch.outer(root, root))
+
+    @property
+    def covariance(self) -> Tensor | None:
+        """Covariances of the raw advantages A' over the tokens where both are present (N, N).
+
+        (covariance @ c)_j < 0: to first order, a step on the combination with weights c sacrifices objective
+        j. From raw moments, see `conflict`.
+        """
+        moments = self._moments()
+        return None if moments is None else moments[0]
+
+    @property
     def conflict(self) -> Tensor | None:
         """Correlations of the raw advantages A' over the tokens where both are present (N, N).
 
         Taken before the clamp, which would hide a conflict: -1 where two objectives always disagree.
         From raw moments: digits are lost where a mean exceeds its deviation 1,000 times (float32 inputs).
         """
+        moments = self._moments()
+        if moments is None:
+            return None
+        covariance, variance = moments
+        return _ratio(covariance, variance.sqrt() * variance.T.sqrt()).clamp(-1, 1)
+
+    def _moments(self) -> tuple[Tensor, Tensor] | None:
+        """Covariances, and the variance of i over the tokens where j is present too (N, N)."""
         product, counts = self._pair("advantage_product"), self._pair("pair_count")
         sums, squares = self._pair("pair_advantage"), self._pair("pair_advantage_square")
         if product is None or counts is None or sums is None or squares is None:
             return None
         mean = _ratio(sums, counts)
         variance = (_ratio(squares, counts) - mean.square()).clamp(min=0)
-        covariance = _ratio(product, counts) - mean * mean.T
-        return _ratio(covariance, variance.sqrt() * variance.T.sqrt()).clamp(-1, 1)
+        return _ratio(product, counts) - mean * mean.T, variance
 
     # --- logging -------------------------------------------------------------------------------------
 
@@ -189,7 +222,7 @@ class ObjectiveStatistics:
         ):
             for label, value in zip(labels, values.unbind(), strict=True):
                 metrics[f"pama/{what}/{label}"] = value
-        for what, matrix in (("conflict", self.conflict), ("overlap", self.overlap)):
+        for what, matrix in (("conflict", self.conflict), ("cosine", self.cosines)):
             if matrix is None:
                 continue
             for i, first in enumerate(labels):
@@ -227,12 +260,13 @@ def objective_statistics(
     mask: Tensor | None = None,
     *,
     clip_range: ClipRange = 0.2,
-    noon: bool = True,
-    dual_clip: float | None = None,
+    noon: bool = False,
+    dual_clip: Number | None = None,
     objective_mask: Tensor | None = None,
     importance_weights: Tensor | None = None,
+    aggregation: str = "token-mean",
     cu_seqlens: Tensor | None = None,
-    gram: bool = False,
+    pairs: bool = False,
 ) -> ObjectiveStatistics:
     """One fused pass over the tokens: the sums that the weights, the loss and the logs need.
 
@@ -240,36 +274,40 @@ def objective_statistics(
         logprobs: current log-probabilities (B, T) or (M,), or None (the ratio is then 1).
         old_logprobs: those of the behaviour policy, of the same shape; None means on-policy.
         advantages: raw advantages A', objectives last: (B, T, N), (B, N) or (M, N).
-        mask: (B, T) or (M,), non-zero where a token counts.
+        mask: (B, T) or (M,), non-zero at valid tokens; masked values are ignored, including NaN.
         clip_range: eps, or (eps_low, eps_high), of the PPO surrogate.
         noon: keep positive advantages only, A = max(A', 0).
         dual_clip: upper end of the ratio for negative advantages, above 1 + eps_high.
         objective_mask: (B, N) or (M, N), zero where an objective does not apply.
         importance_weights: non-negative factors w of every token.
+        aggregation: as in `pama_loss`; "seq-mean-token-mean" weights each token by one over the valid tokens
+            of its sequence.
         cu_seqlens: B + 1 offsets of packed sequences in flat tensors, int32 or int64.
-        gram: also the N x N sums behind `.gram`, `.conflict` and `.overlap`.
+        pairs: also the N x N sums behind `.gram`, `.cosines`, `.conflict` and `.covariance`.
 
     Sums run in float32 over at most 256 tokens and in float64 across them (float64 throughout when an
     input is float64): the relative error of a sum of positive terms stays below 2e-5 and is typically
-    1e-7. A NaN or infinity at a valid place makes every sum that depends on it NaN.
+    1e-7. A NaN or infinity at a valid token makes every sum that depends on it NaN. Beyond a log ratio of 20
+    the ratio is clamped and has no gradient, so the bound term is 0.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, device or range.
 
     Source: He & Maghsudi 2025 (arXiv 2508.07768), Section 4: I(A) and the Noon PPO surrogate.
     """
-    layout = resolve_layout(
+    pairs = check_flag("pairs", pairs)
+    tokens, layout = check_tokens(
         advantages,
         mask,
+        objective_mask=objective_mask,
         logprobs=logprobs,
         old_logprobs=old_logprobs,
         importance_weights=importance_weights,
-        objective_mask=objective_mask,
         cu_seqlens=cu_seqlens,
+        clip_range=clip_range,
+        dual_clip=dual_clip,
+        aggregation=aggregation,
+        noon=noon,
     )
-    if logprobs is None and old_logprobs is not None:
-        raise ValueError("old_logprobs: expected None without logprobs, got a tensor")
-    gram = check_flag("gram", gram)
-    tokens = TokenInputs(
-        *(logprobs, old_logprobs, advantages, mask, objective_mask, importance_weights, None, cu_seqlens),
-        *(layout.numbers(), list(clip_bounds(clip_range, dual_clip)), check_flag("noon", noon)),
-    )
-    sums = operators.statistics(*tokens, gram)
-    return ObjectiveStatistics(sums, layout.objectives, gram)
+    sums = operators.statistics(tokens, operators.Statistics(pairs))
+    return ObjectiveStatistics(sums, layout.objectives, pairs)

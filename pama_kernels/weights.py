@@ -7,17 +7,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._arguments import (
+from ._call import Number, result_dtype
+from ._validate import (
     FLOATS,
-    Prior,
+    Preference,
     check_device,
     check_float,
     check_number,
-    check_regularization,
-    prior_tensor,
+    check_positive,
+    preference_tensor,
     shape_of,
+    traced,
 )
-from .backends import implementation, operators
+from .backends import operators
+from .backends.registry import Functions, find
 
 
 class WeightSolution(NamedTuple):
@@ -30,8 +33,8 @@ class WeightSolution(NamedTuple):
 def pama_weights(
     scores: Tensor,
     *,
-    prior: Prior = None,
-    regularization: float = 0.0,
+    preference: Preference = None,
+    regularization: Number = 0.0,
     scale: float | Tensor | None = None,
     out: WeightSolution | None = None,
 ) -> WeightSolution:
@@ -41,24 +44,24 @@ def pama_weights(
 
     Args:
         scores: a, one score per objective (..., N); float32, float64, or a half type (solved in float32).
-        prior: p, N non-negative numbers with a positive sum (normalised); uniform by default. A prior on
-            an accelerator is not inspected: an invalid one gives NaN or points outside the simplex.
-        regularization: pull towards the prior, relative to `scale`; at least 0.
+        preference: p, N non-negative numbers with a positive sum (normalised); uniform by default. On an
+            accelerator it is not inspected: an invalid one gives NaN or points outside the simplex.
+        regularization: pull towards the preference, relative to `scale`; at least 0; a float or a 0-d tensor.
         scale: one positive number, or one per row (...); max_i a_i^2 by default.
         out: a solution to write into: contiguous tensors of the result's shapes and dtype.
 
     Returns:
         `weights` (..., N) and `optimum` (...) = a.c. With regularization 0 the optimum is exactly the
-        projection of 0 on [min a, max a], and of the many optimal weights the ones nearest to the prior
-        are returned. Scores that are all 0 give the prior; a NaN or infinity makes its own row NaN.
+        projection of 0 on [min a, max a], and of the many optimal weights the ones nearest to the preference
+        are returned. Scores that are all 0 give the preference; a NaN or infinity makes its own row NaN.
 
-    Equal scores with equal prior get equal weights; permuting objectives permutes the weights;
+    Equal scores with equal preference get equal weights; permuting objectives permutes the weights;
     scaling all scores (and `scale` by the square) by a power of two changes nothing.
 
     Source: He & Maghsudi 2025 (arXiv 2508.07768), Theorem 1.
     """
-    regularization = check_regularization(regularization)
-    if prior is None and scale is None and out is None:
+    regularization = check_number("regularization", regularization, 0.0)
+    if preference is None and scale is None and out is None and type(regularization) is float:
         solution = operators.quick_weights(scores, regularization)
         if solution is not None:
             return WeightSolution(*solution)
@@ -66,12 +69,12 @@ def pama_weights(
     shape = scores.shape
     if not shape or shape[-1] < 1:
         raise ValueError(f"scores: expected shape (..., N) with N >= 1, got {shape_of(scores)}")
-    p, uniform = prior_tensor(prior, shape[-1], scores.device)
+    p = preference_tensor(preference, shape[-1], scores.device)
     sizes = None if scale is None else _scale(scale, scores)
     if out is None:
-        return WeightSolution(*operators.weights(scores, p, uniform, regularization, sizes))
+        return WeightSolution(*operators.weights(operators.Weights(scores, p, regularization, sizes)))
     _check_out(out, scores.shape, scores.shape[:-1], scores)
-    implementation(scores, "weights_out")(scores, p, uniform, regularization, sizes, *out)
+    _backend(scores, "weights_out").weights_out(scores.detach().resolve_neg(), p, regularization, sizes, *out)
     return out
 
 
@@ -85,7 +88,8 @@ def _scale(scale: Any, scores: Tensor) -> Tensor:
                 f"scale: expected one number or shape {tuple(scores.shape[:-1])}, got {shape_of(scale)}"
             )
         return scale
-    value = check_number("scale", scale, 0.0, float("inf"), inclusive=False)
+    value = check_positive("scale", scale)
+    assert not isinstance(value, Tensor)
     return scores.new_full((), value, dtype=torch.float64)
 
 
@@ -102,7 +106,7 @@ def _check_out(out: Any, shape: torch.Size, optimum_shape: torch.Size, like: Ten
         raise ValueError("out: expected three tensors with memory of their own, got some that share it")
     for x in out:
         torch.autograd.graph.increment_version(x)
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    dtype = result_dtype(like)
     for name, x, wanted in (
         ("weights", out.weights, shape),
         ("optimum", out.optimum, optimum_shape),
@@ -117,8 +121,8 @@ def _check_out(out: Any, shape: torch.Size, optimum_shape: torch.Size, like: Ten
 def min_norm_weights(
     gram: Tensor,
     *,
-    prior: Prior = None,
-    regularization: float = 0.0,
+    preference: Preference = None,
+    regularization: Number = 0.0,
     out: WeightSolution | None = None,
 ) -> WeightSolution:
     """The min-norm point of the simplex for a Gram matrix, exactly.
@@ -128,14 +132,14 @@ def min_norm_weights(
     Args:
         gram: M, symmetric positive semidefinite (..., N, N); any strides; float32 is solved in float64. M may
             be N full gradients' inner products (MGDA) or `ObjectiveStatistics.gram`.
-        prior, regularization, out: as in `pama_weights`.
+        preference, regularization, out: as in `pama_weights`.
 
     Returns:
-        `weights` (..., N) and `optimum` (...) = c'Mc. An active-set method ends at the solution, with Wolfe's
+        `weights` (..., N) and `optimum` (...) = c'Mc, never negative. An active-set method, with Wolfe's
         certificate (Mc)_j >= c'Mc to 1e-10 of max_i M_ii in float64. Where the minimiser is not unique by
-        construction (duplicated or opposite objectives, zero rows, rank 1) it is the one nearest to the prior
-        to 1e-6; otherwise some point within 1e-12 max_i M_ii of the optimum. A zero matrix gives the prior;
-        a NaN or infinity makes its own matrix' result NaN.
+        construction (duplicated or opposite objectives, zero rows, rank 1) it is the one nearest to the
+        preference to 1e-6; otherwise some point within 1e-12 max_i M_ii of the optimum. A zero matrix gives
+        the preference; a NaN or infinity makes its own matrix' result NaN.
 
     Raises:
         ValueError: on the CPU, a matrix that is clearly not symmetric or not positive semidefinite (by
@@ -144,21 +148,68 @@ def min_norm_weights(
 
     Source: the minimum-norm problem of MGDA (Désidéri 2012); certificate: Wolfe 1976.
     """
-    regularization = check_regularization(regularization)
-    if prior is None and out is None:
+    regularization = check_number("regularization", regularization, 0.0)
+    if preference is None and out is None and type(regularization) is float:
         solution = operators.quick_min_norm(gram, regularization)
         if solution is not None:
             return WeightSolution(*solution)
+    n = _check_gram(gram)
+    p = preference_tensor(preference, n, gram.device)
+    if out is None:
+        return WeightSolution(*operators.min_norm(operators.MinNorm(gram, p, regularization)))
+    _check_out(out, gram.shape[:-1], gram.shape[:-2], gram)
+    _backend(gram, "min_norm_out").min_norm_out(gram.detach().resolve_neg(), p, regularization, *out)
+    return out
+
+
+def upgrad_weights(
+    gram: Tensor, *, preference: Preference = None, out: WeightSolution | None = None
+) -> WeightSolution:
+    """UPGrad's weights for a Gram matrix, exactly.
+
+    c = sum_i c^(i), c^(i) the minimiser of c'Mc over c >= p_i e_i (objective i keeps at least its share, no
+    weight is negative), divided by its sum. With M = JJ', Mc = J(J'c): no objective falls to first order.
+
+    Args:
+        gram: M, symmetric positive semidefinite (..., N, N); any strides; float32 is solved in float64.
+        preference, out: as in `pama_weights`.
+
+    Returns:
+        `weights` (..., N) on the simplex and `optimum` (...) = c'Mc of them, never negative. Each projection
+        has a KKT residual of at most 1e-10 max_i M_ii. Where a projection is not unique, the result is one of
+        them. A zero matrix gives the preference; a NaN or infinity makes its own matrix' result NaN.
+
+    Raises:
+        ValueError: on the CPU, a matrix that is clearly not symmetric or not positive semidefinite.
+
+    Source: Quinton & Rey 2024 (arXiv 2406.16232), Section 3.
+    """
+    if preference is None and out is None:
+        solution = operators.quick_upgrad(gram, 0.0)
+        if solution is not None:
+            return WeightSolution(*solution)
+    n = _check_gram(gram)
+    p = preference_tensor(preference, n, gram.device)
+    if out is None:
+        return WeightSolution(*operators.upgrad(operators.UPGrad(gram, p)))
+    _check_out(out, gram.shape[:-1], gram.shape[:-2], gram)
+    _backend(gram, "upgrad_out").upgrad_out(gram.detach().resolve_neg(), p, *out)
+    return out
+
+
+def _check_gram(gram: Tensor) -> int:
     check_float("gram", gram)
     shape = gram.shape
     if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] < 1:
         raise ValueError(f"gram: expected shape (..., N, N) with N >= 1, got {shape_of(gram)}")
-    p, _ = prior_tensor(prior, shape[-1], gram.device)
-    if out is None:
-        return WeightSolution(*operators.min_norm(gram, p, regularization))
-    _check_out(out, gram.shape[:-1], gram.shape[:-2], gram)
-    implementation(gram, "min_norm_out")(gram, p, regularization, *out)
-    return out
+    return shape[-1]
+
+
+def _backend(x: Tensor, function: str) -> Functions:
+    """The backend that writes into given memory, for which there is no operator."""
+    if traced():
+        raise RuntimeError("out: expected None while a graph is recorded, got tensors to write into")
+    return find(x.device.type, function)
 
 
 def pareto_gap(gram: Tensor, weights: Tensor) -> Tensor:

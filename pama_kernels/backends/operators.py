@@ -1,157 +1,398 @@
-"""The operators `torch.ops.pama.*`: one schema, one fake kernel and one dispatch each.
+"""The operators `torch.ops.pama.*`: the records of a call as flat arguments, a fake kernel, and dispatch.
 
-In eager mode a call on plain tensors goes straight to the backend; while compiling, and for tensor
-subclasses, it goes through the operator.
+In eager mode a call on plain tensors goes straight to the backend. Through the operator goes what torch takes
+apart by itself: recorders (torch.compile, make_fx, torch.jit.trace), tensor subclasses, functorch's wrappers,
+negated views. A `Number` is two arguments of an operator: a float, or a 0-d tensor where the float is None.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from pama_kernels._arguments import traced
-from pama_kernels._codes import GRAM, SEQUENCE, statistics_size
+from pama_kernels._call import (
+    Number,
+    Outputs,
+    Results,
+    Rule,
+    Tokens,
+    one_result_per_row,
+    result_dtype,
+    statistics_size,
+    weights_by_row,
+)
+from pama_kernels._validate import traced
 
-from . import find, implementation, inputs
-from .inputs import TokenInputs
+from .native import NoMemory
+from .registry import Functions, Solution, find
 
 _LIBRARY: Any = torch.library.Library("pama", "DEF")  # type: ignore[no-untyped-call]
 
-SCHEMAS = {
-    "statistics": f"({inputs.SCHEMA}, bool gram) -> Tensor",
-    "batch_weights": (
-        "(Tensor sums, SymInt objectives, bool gram, Tensor prior, float regularization, bool wide) "
-        "-> (Tensor, Tensor)"
-    ),
-    "combine": (
-        f"({inputs.SCHEMA}, Tensor? weights, Tensor prior, int weights_per, bool uniform, "
-        "float regularization, SymInt[]? token_shape, bool pairs) -> (Tensor, Tensor, Tensor, Tensor)"
-    ),
-    "loss": (
-        f"({inputs.SCHEMA}, Tensor? weights, Tensor? normalizer, Tensor prior, int weights_per, "
-        "bool uniform, float regularization, int aggregation, float fixed_normalizer, float kl_coef, "
-        "bool need_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
-    "weights": (
-        "(Tensor scores, Tensor prior, bool uniform, float regularization, Tensor? scale) -> (Tensor, Tensor)"
-    ),
-    "min_norm": "(Tensor gram, Tensor prior, float regularization) -> (Tensor, Tensor)",
-    "gae": (
-        "(Tensor rewards, Tensor values, Tensor? mask, Tensor? dones, Tensor? last_values, "
-        "float gamma, float lam) -> (Tensor, Tensor)"
-    ),
-    "group_normalize": (
-        "(Tensor rewards, SymInt group_size, Tensor? group_ids, bool scale, float eps) -> Tensor"
-    ),
+_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "int": "SymInt",
+    "bool": "bool",
+    "float": "float",
+    "Number": "float?",
+    "Number | None": "float?",
 }
 
 
-def _result_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+class Weights(NamedTuple):
+    scores: Tensor
+    preference: Tensor | None
+    regularization: Number
+    scale: Tensor | None
 
 
-def _fake_statistics(tokens: TokenInputs, gram: bool) -> Tensor:
-    return tokens.advantages.new_empty(statistics_size(tokens.objectives, gram), dtype=torch.float64)
+class MinNorm(NamedTuple):
+    gram: Tensor
+    preference: Tensor | None
+    regularization: Number
 
 
-def _fake_batch_weights(
-    sums: Tensor, objectives: int, gram: bool, prior: Tensor, regularization: float, wide: bool
-) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if wide else torch.float32
-    return sums.new_empty(objectives, dtype=dtype), sums.new_empty((), dtype=dtype)
+class UPGrad(NamedTuple):
+    gram: Tensor
+    preference: Tensor | None
 
 
-def _fake_solution(
-    like: Tensor, tokens: TokenInputs, weights_per: int, weights: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    dtype, n = _result_dtype(like), tokens.objectives
-    if weights_per == SEQUENCE or (weights is not None and weights.dim() == 2):
-        rows = tokens.layout[0]
-        return like.new_empty((rows, n), dtype=dtype), like.new_empty((rows,), dtype=dtype)
-    return like.new_empty(n, dtype=dtype), like.new_empty((), dtype=dtype)
+class Gae(NamedTuple):
+    rewards: Tensor
+    values: Tensor
+    mask: Tensor | None
+    dones: Tensor | None
+    truncated: Tensor | None
+    last_values: Tensor | None
+    final_values: Tensor | None
+    gamma: Number
+    lam: Number
 
 
-def _fake_combine(
-    tokens: TokenInputs, weights: Tensor | None, prior: Tensor, weights_per: int, *rest: Any
-) -> tuple[Tensor, ...]:
-    _, _, token_shape, pairs = rest
-    advantages = tokens.advantages
-    shape = advantages.shape[:-1] if token_shape is None else token_shape
-    solution = _fake_solution(advantages, tokens, weights_per, weights)
-    return advantages.new_empty(shape), *solution, _fake_statistics(tokens, pairs)
+class GroupNormalize(NamedTuple):
+    rewards: Tensor
+    group_size: int
+    group_ids: Tensor | None
+    scale: bool
+    eps: float
 
 
-def _fake_loss(
-    tokens: TokenInputs,
-    weights: Tensor | None,
-    normalizer: Tensor | None,
-    prior: Tensor,
-    weights_per: int,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    logprobs, need_gradient = tokens.logprobs, rest[-1]
-    assert logprobs is not None
-    value = logprobs.new_empty((), dtype=_result_dtype(logprobs))
-    gradient = value.new_empty(logprobs.shape if need_gradient else (0,))
-    solution = _fake_solution(logprobs, tokens, weights_per, weights)
-    return value, gradient, *solution, _fake_statistics(tokens, weights_per == GRAM)
+class Statistics(NamedTuple):
+    pairs: bool
 
 
-def _fake_weights(
-    scores: Tensor, prior: Tensor, uniform: bool, regularization: float, scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    dtype = _result_dtype(scores)
+class Solve(NamedTuple):
+    sums: Tensor
+    preference: Tensor | None
+    objectives: int
+
+
+class Apply(NamedTuple):
+    preference: Tensor | None
+    weights: Tensor | None
+
+
+# --- records as flat arguments ------------------------------------------------------------------------
+
+
+# The declared types of each record's fields.
+_KINDS: dict[Any, tuple[str, ...]] = {
+    record: tuple(getattr(kind, "__forward_arg__", kind) for kind in record.__annotations__.values())
+    for record in (
+        Tokens,
+        Rule,
+        Outputs,
+        Statistics,
+        Solve,
+        Apply,
+        Weights,
+        MinNorm,
+        UPGrad,
+        Gae,
+        GroupNormalize,
+    )
+}
+
+
+def _schema(records: Sequence[Any], returns: str) -> str:
+    arguments: dict[str, str] = {}
+    for record in records:
+        for name, kind in zip(record._fields, _KINDS[record], strict=True):
+            name = f"{record.__name__.lower()}_{name}" if name in arguments else name
+            arguments[name] = _TYPES[kind]
+            if kind.startswith("Number"):
+                arguments[f"{name}_tensor"] = "Tensor?"
+    return "(" + ", ".join(f"{kind} {name}" for name, kind in arguments.items()) + f") -> {returns}"
+
+
+def flat(*records: Any) -> list[Any]:
+    compiling = torch.compiler.is_compiling()
+    result: list[Any] = []
+    for record in records:
+        for kind, value in zip(_KINDS[type(record)], record, strict=True):
+            if not kind.startswith("Number"):
+                result.append(value)
+            elif isinstance(value, Tensor):
+                result += [None, value]
+            elif compiling and value is not None:
+                # An operator's float would be a constant of the graph, which then serves no other value.
+                result += [None, torch.full((), value, dtype=torch.float64)]
+            else:
+                result += [value, None]
+    return result
+
+
+def _records(types: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+    """The inverse of `flat`; numbers in host memory become floats."""
+    queue = iter(arguments)
+    result = []
+    for kind in types:
+        values = []
+        for field in _KINDS[kind]:
+            value = next(queue)
+            if field.startswith("Number"):
+                tensor = next(queue)
+                value = value if tensor is None else _host(tensor)
+            values.append(value)
+        result.append(kind(*values))
+    return result
+
+
+def _host(number: Tensor) -> Number:
+    if number.device.type != "cpu" or isinstance(number, torch._subclasses.FakeTensor):
+        return number
+    return float(number.item())
+
+
+# --- fake kernels -------------------------------------------------------------------------------------
+
+
+def _fake_statistics(tokens: Tokens, asked: Statistics) -> Tensor:
+    return tokens.advantages.new_empty(statistics_size(tokens.objectives, asked.pairs), dtype=torch.float64)
+
+
+def _fake_solve(problem: Solve, rule: Rule) -> tuple[Tensor, ...]:
+    sums, n = problem.sums, problem.objectives
+    return sums.new_empty(n), sums.new_empty(()), sums.new_empty(n)
+
+
+def _fake_apply(tokens: Tokens, rule: Rule, problem: Apply, outputs: Outputs) -> Results:
+    return empty_results(tokens, rule, problem.weights, outputs)
+
+
+def _fake_weights(problem: Weights) -> tuple[Tensor, Tensor]:
+    scores, dtype = problem.scores, result_dtype(problem.scores)
     return scores.new_empty(scores.shape, dtype=dtype), scores.new_empty(scores.shape[:-1], dtype=dtype)
 
 
-def _fake_min_norm(gram: Tensor, prior: Tensor, regularization: float) -> tuple[Tensor, Tensor]:
-    dtype = _result_dtype(gram)
+def _fake_min_norm(problem: MinNorm) -> tuple[Tensor, Tensor]:
+    return _fake_solution(problem.gram)
+
+
+def _fake_upgrad(problem: UPGrad) -> tuple[Tensor, Tensor]:
+    return _fake_solution(problem.gram)
+
+
+def _fake_solution(gram: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = result_dtype(gram)
     return gram.new_empty(gram.shape[:-1], dtype=dtype), gram.new_empty(gram.shape[:-2], dtype=dtype)
 
 
-def _fake_gae(rewards: Tensor, values: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(rewards.dtype, values.dtype)
+def _fake_gae(problem: Gae) -> tuple[Tensor, Tensor]:
+    rewards, dtype = problem.rewards, torch.promote_types(problem.rewards.dtype, problem.values.dtype)
     return rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(rewards.shape, dtype=dtype)
 
 
-def _fake_group_normalize(rewards: Tensor, *args: Any) -> Tensor:
-    return rewards.new_empty(rewards.shape)
+def _fake_group_normalize(problem: GroupNormalize) -> Tensor:
+    return problem.rewards.new_empty(problem.rewards.shape)
 
 
-_FAKES: dict[str, Callable[..., Any]] = {
-    "statistics": _fake_statistics,
-    "batch_weights": _fake_batch_weights,
-    "combine": _fake_combine,
-    "loss": _fake_loss,
-    "weights": _fake_weights,
-    "min_norm": _fake_min_norm,
-    "gae": _fake_gae,
-    "group_normalize": _fake_group_normalize,
-}
+def empty_results(tokens: Tokens, rule: Rule, weights: Tensor | None, outputs: Outputs) -> Results:
+    """Memory for what `apply` returns."""
+    advantages, logprobs, n = tokens.advantages, tokens.logprobs, tokens.objectives
+    like = advantages if logprobs is None else logprobs
+    dtype = result_dtype(advantages if outputs.advantages else like)
+    by_row = weights_by_row(rule, weights)
+    nothing = (0,)
+    combined: Sequence[int] = nothing
+    if outputs.advantages:
+        combined = advantages.shape[:-1]
+        if tokens.per_sequence and not one_result_per_row(tokens, rule):
+            assert logprobs is not None
+            combined = logprobs.shape
+    return Results(
+        advantages=advantages.new_empty(combined),
+        loss=like.new_empty(() if outputs.loss else nothing, dtype=dtype),
+        gradient=like.new_empty(like.shape if outputs.gradient else nothing),
+        weights=like.new_empty((tokens.rows, n) if by_row else (n,), dtype=dtype),
+        optimum=like.new_empty((tokens.rows,) if by_row else (), dtype=dtype),
+        sums=like.new_empty(statistics_size(n, outputs.pairs), dtype=torch.float64),
+        square_sum=like.new_empty((), dtype=torch.float64),
+    )
 
-_OVER_TOKENS = ("statistics", "combine", "loss")
-_ADVANTAGES = TokenInputs._fields.index("advantages")
+
+# --- definition and dispatch --------------------------------------------------------------------------
+
 _PLAIN = (Tensor, torch.nn.Parameter)
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
-def _no_quick_path(x: Tensor, regularization: float, threads: int) -> None:
-    return None
+class _Operator(Generic[_P, _R]):
+    """One operator: called with its records, it goes to the backend or through `torch.ops.pama`."""
+
+    def __init__(
+        self,
+        name: str,
+        records: tuple[Any, ...],
+        returns: str,
+        fake: Callable[_P, object],
+        call: Callable[Concatenate[Functions, _P], _R],
+        wrap: Callable[..., _R] | None = None,
+    ) -> None:
+        self.name, self.records, self.call, self.wrap = name, records, call, wrap
+        compute: Callable[..., object] = call
+        shape_only: Callable[..., object] = fake
+
+        def run(*arguments: Any) -> object:
+            unpacked: Any = _records(records, arguments)
+            return _plain_tuple(compute(self.backend(unpacked), *unpacked))
+
+        def fake_run(*arguments: Any) -> object:
+            unpacked: Any = _records(records, arguments)
+            return _plain_tuple(shape_only(*unpacked))
+
+        _LIBRARY.define(name + _schema(records, returns), tags=(torch.Tag.needs_exact_strides,))
+        _LIBRARY.impl(name, run, "CPU")
+        _LIBRARY.impl(name, run, "CUDA")
+        # No result has a gradient: that of the loss is put on by `loss._Loss`.
+        _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+        torch.library.register_fake(f"pama::{name}", fake_run, lib=_LIBRARY)
+        self.operator = getattr(torch.ops.pama, name).default
+
+    def backend(self, records: Sequence[Any]) -> Functions:
+        device: torch.device = records[0][0].device
+        if device.type == "cpu":
+            return find("cpu", self.name)
+        tensors = any(isinstance(value, Tensor) for value in _numbers(records))
+        return find(device.type, self.name, tensors)
+
+    def __call__(self, *records: _P.args, **none: _P.kwargs) -> _R:
+        if not _direct(records):
+            return self._through_operator(records)
+        try:
+            return self.call(self.backend(records), *records, **none)
+        except (NoMemory, RuntimeError) as error:
+            # A wrapped tensor, as torch.vmap and functionalize have: torch takes it apart.
+            if not isinstance(error, NoMemory) and not _is_wrapped(str(error)):
+                raise
+            return self._through_operator(records)
+
+    def _through_operator(self, records: Sequence[Any]) -> _R:
+        result = self.operator(*flat(*records))
+        wrapped: _R = result if self.wrap is None else self.wrap(*result)
+        return wrapped
 
 
-def _quick(name: str) -> Callable[[Tensor, float], tuple[Tensor, Tensor] | None]:
-    """The backend's whole call for a plain tensor and default options, or None where that does not serve."""
+def _plain_tuple(result: object) -> object:
+    return tuple(result) if isinstance(result, tuple) else result
+
+
+def _is_wrapped(message: str) -> bool:
+    return "data pointer" in message or "access storage" in message
+
+
+def _numbers(records: Sequence[Any]) -> list[Any]:
+    return [
+        value
+        for record in records
+        for kind, value in zip(_KINDS[type(record)], record, strict=True)
+        if kind.startswith("Number")
+    ]
+
+
+def _direct(records: Sequence[Any]) -> bool:
+    """Whether a backend can read the memory of every tensor as it is."""
+    if traced():
+        return False
+    for record in records:
+        for x in record:
+            if isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_neg()):
+                return False
+    return True
+
+
+def _statistics(backend: Functions, tokens: Tokens, asked: Statistics) -> Tensor:
+    return backend.statistics(tokens, asked.pairs)
+
+
+def _solve(backend: Functions, problem: Solve, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    return backend.solve(problem.sums, rule, problem.preference, problem.objectives)
+
+
+def _apply(backend: Functions, tokens: Tokens, rule: Rule, problem: Apply, outputs: Outputs) -> Results:
+    return backend.apply(tokens, rule, problem.preference, problem.weights, outputs)
+
+
+def _weights(backend: Functions, p: Weights) -> Solution:
+    return backend.weights(p.scores, p.preference, p.regularization, p.scale)
+
+
+def _min_norm(backend: Functions, p: MinNorm) -> Solution:
+    return backend.min_norm(p.gram, p.preference, p.regularization)
+
+
+def _upgrad(backend: Functions, p: UPGrad) -> Solution:
+    return backend.upgrad(p.gram, p.preference)
+
+
+def _gae(backend: Functions, p: Gae) -> tuple[Tensor, Tensor]:
+    episode = p.mask, p.dones, p.truncated, p.last_values, p.final_values
+    return backend.gae(p.rewards, p.values, *episode, p.gamma, p.lam)
+
+
+def _group_normalize(backend: Functions, p: GroupNormalize) -> Tensor:
+    return backend.group_normalize(p.rewards, p.group_size, p.group_ids, p.scale, p.eps)
+
+
+_PAIR = "(Tensor, Tensor)"
+_SEVEN = "(" + ", ".join("Tensor" for _ in Results._fields) + ")"
+statistics = _Operator("statistics", (Tokens, Statistics), "Tensor", _fake_statistics, _statistics)
+solve = _Operator("solve", (Solve, Rule), "(Tensor, Tensor, Tensor)", _fake_solve, _solve)
+apply = _Operator("apply", (Tokens, Rule, Apply, Outputs), _SEVEN, _fake_apply, _apply, Results)
+weights = _Operator("weights", (Weights,), _PAIR, _fake_weights, _weights)
+min_norm = _Operator("min_norm", (MinNorm,), _PAIR, _fake_min_norm, _min_norm)
+upgrad = _Operator("upgrad", (UPGrad,), _PAIR, _fake_upgrad, _upgrad)
+gae = _Operator("gae", (Gae,), _PAIR, _fake_gae, _gae)
+group_normalize = _Operator(
+    "group_normalize", (GroupNormalize,), "Tensor", _fake_group_normalize, _group_normalize
+)
+
+
+# --- whole calls of the solvers for a plain tensor and default options ----------------------------------
+
+
+def _quick(name: str) -> Callable[[Tensor, float], Solution | None]:
+    """The CPU backend's whole call for a plain tensor, or None where that does not serve."""
     on_cpu: Any = None
 
-    def call(x: Tensor, regularization: float) -> tuple[Tensor, Tensor] | None:
+    def call(x: Tensor, regularization: float) -> Solution | None:
         nonlocal on_cpu
-        if type(x) is not Tensor or not x.is_cpu or traced():
+        if (
+            type(x) is not Tensor
+            or not x.is_cpu
+            or traced()
+            or x.is_neg()
+            or not math.isfinite(regularization)
+        ):
             return None
         if on_cpu is None:
-            on_cpu = find("cpu", name) or _no_quick_path
-        solution: tuple[Tensor, Tensor] | None = on_cpu(x, regularization, torch.get_num_threads())
+            on_cpu = getattr(find("cpu", name.removeprefix("quick_")), name, lambda *_: None)
+        solution: Solution | None = on_cpu(x, regularization, torch.get_num_threads())
         return solution
 
     return call
@@ -159,59 +400,4 @@ def _quick(name: str) -> Callable[[Tensor, float], tuple[Tensor, Tensor] | None]
 
 quick_weights = _quick("quick_weights")
 quick_min_norm = _quick("quick_min_norm")
-
-
-def _with_inputs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of `TokenInputs` as one of the operator's arguments."""
-    count = inputs.COUNT
-    return lambda *args: function(TokenInputs(*args[:count]), *args[count:])
-
-
-def _define(name: str) -> Callable[..., Any]:
-    over_tokens = name in _OVER_TOKENS
-    place = _ADVANTAGES if over_tokens else 0  # the argument that tells the device
-
-    def found(x: Tensor) -> Callable[..., Any]:
-        function = implementation(x, name)
-        return _with_inputs(function) if over_tokens else function
-
-    def run(*args: Any) -> Any:
-        return found(args[place])(*args)
-
-    fake = _with_inputs(_FAKES[name]) if over_tokens else _FAKES[name]
-    _LIBRARY.define(name + SCHEMAS[name], tags=(torch.Tag.needs_exact_strides,))
-    _LIBRARY.impl(name, run, "CPU")
-    _LIBRARY.impl(name, run, "CUDA")
-    # No result has a gradient: that of the loss is put on by `loss._Loss`.
-    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"pama::{name}", fake, lib=_LIBRARY)
-    operator = getattr(torch.ops.pama, name).default
-    on_cpu: Callable[..., Any] | None = None
-
-    def call(*args: Any) -> Any:
-        nonlocal on_cpu
-        x = args[place]
-        if type(x) not in _PLAIN or traced():
-            return operator(*args)
-        try:
-            if not x.is_cpu:
-                return run(*args)
-            if on_cpu is None:
-                on_cpu = found(x)
-            return on_cpu(*args)
-        except RuntimeError as error:
-            if "data pointer" not in str(error) and "access storage" not in str(error):
-                raise
-            return operator(*args)  # a wrapped tensor, as torch.vmap has: torch takes it apart
-
-    return call
-
-
-statistics = _define("statistics")
-batch_weights = _define("batch_weights")
-combine = _define("combine")
-loss = _define("loss")
-weights = _define("weights")
-min_norm = _define("min_norm")
-gae = _define("gae")
-group_normalize = _define("group_normalize")
+quick_upgrad = _quick("quick_upgrad")

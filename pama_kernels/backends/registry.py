@@ -1,0 +1,190 @@
+"""Which implementation serves a tensor: one record for each backend, read by dispatch and by
+`pama_kernels.info`.
+
+Each function of a device type is served by the first backend of `BACKENDS` that lists device and function,
+can be imported and is usable there. So a backend may hold a few fast functions and leave the rest to the
+next. `PAMA_BACKEND` begins at the backend that it names (PAMA_BACKEND=cuda leaves to triton what cuda lacks);
+that one must then be usable.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from pama_kernels._call import Number, Outputs, Results, Rule, Tokens
+
+SOLVERS = ("weights", "weights_out", "min_norm", "min_norm_out", "upgrad", "upgrad_out")
+ALL = ("statistics", "solve", "apply", *SOLVERS, "gae", "group_normalize")
+
+Solution = tuple[Tensor, Tensor]  # weights, optimum
+
+
+class Functions(Protocol):
+    """The functions of a backend's module. `preference` None is uniform, else (N,) float64 on the simplex."""
+
+    def statistics(self, tokens: Tokens, pairs: bool) -> Tensor: ...
+    def solve(
+        self, sums: Tensor, rule: Rule, preference: Tensor | None, objectives: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights (N,), optimum and the preference over the objectives with a signal (N,), in float64."""
+
+    def apply(
+        self,
+        tokens: Tokens,
+        rule: Rule,
+        preference: Tensor | None,
+        weights: Tensor | None,
+        outputs: Outputs,
+    ) -> Results: ...
+    def weights(
+        self, scores: Tensor, preference: Tensor | None, regularization: Number, scale: Tensor | None
+    ) -> Solution: ...
+    def weights_out(
+        self,
+        scores: Tensor,
+        preference: Tensor | None,
+        regularization: Number,
+        scale: Tensor | None,
+        result: Tensor,
+        optimum: Tensor,
+    ) -> None: ...
+    def min_norm(self, gram: Tensor, preference: Tensor | None, regularization: Number) -> Solution: ...
+    def min_norm_out(
+        self,
+        gram: Tensor,
+        preference: Tensor | None,
+        regularization: Number,
+        result: Tensor,
+        optimum: Tensor,
+    ) -> None: ...
+    def upgrad(self, gram: Tensor, preference: Tensor | None) -> Solution: ...
+    def upgrad_out(
+        self, gram: Tensor, preference: Tensor | None, result: Tensor, optimum: Tensor
+    ) -> None: ...
+    def gae(
+        self,
+        rewards: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
+        dones: Tensor | None,
+        truncated: Tensor | None,
+        last_values: Tensor | None,
+        final_values: Tensor | None,
+        gamma: Number,
+        lam: Number,
+    ) -> tuple[Tensor, Tensor]: ...
+    def group_normalize(
+        self, rewards: Tensor, group_size: int, group_ids: Tensor | None, scale: bool, eps: float
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str  # of its module in this package
+    devices: tuple[str, ...]
+    functions: tuple[str, ...]
+    probe: Callable[[ModuleType, str], str]  # details for a device type; raises RuntimeError where unusable
+    extension: str | None = None  # the native module that it needs
+    floats_only: bool = False  # leaves settings that are tensors to the next backend
+
+
+def _probe_cpu(module: ModuleType, device_type: str) -> str:
+    build: dict[str, Any] = module.build_info()
+    openmp = "OpenMP" if build["openmp"] else "no OpenMP: one thread"
+    return f"{build['isa']} (built: {', '.join(build['isas'])}), {openmp}, {build['compiler']}"
+
+
+def _probe_triton(module: ModuleType, device_type: str) -> str:
+    reason: str | None = module.unusable(device_type)
+    if reason is not None:
+        raise RuntimeError(reason)
+    return "interpreter on the CPU (TRITON_INTERPRET=1)" if device_type == "cpu" else gpus()
+
+
+def _probe_cuda(module: ModuleType, device_type: str) -> str:
+    build: dict[str, Any] = module.build_info()
+    built = f"CUDA {build['cuda']}, architectures {build['architectures']}"
+    reason: str | None = module.unusable(device_type)
+    if reason is not None:
+        raise RuntimeError(f"{reason} ({built})")
+    return f"{gpus()} ({built})"
+
+
+def gpus() -> str:
+    """Names of the GPUs that torch finds."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("torch finds no GPU")
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+# Best first for each device type.
+BACKENDS = (
+    Backend("cpu", ("cpu",), ALL, _probe_cpu, extension="_cpu"),
+    Backend("cuda", ("cuda",), ("statistics", "solve", *SOLVERS), _probe_cuda, "_cuda", floats_only=True),
+    Backend("triton", ("cuda", "cpu"), ALL, _probe_triton),
+)
+
+
+@functools.lru_cache(maxsize=64)
+def load(name: str, device_type: str) -> ModuleType | str:
+    """The backend's module, or why it cannot serve this type of device."""
+    backend = next(backend for backend in BACKENDS if backend.name == name)
+    if device_type not in backend.devices:
+        return f"does not serve {device_type!r}"
+    try:
+        module = importlib.import_module(f"{__package__}.{name}")
+        backend.probe(module, device_type)
+    except (ImportError, RuntimeError) as error:
+        return str(error)
+    return module
+
+
+def built(backend: Backend) -> bool:
+    """Whether it is part of this installation."""
+    return importlib.util.find_spec(f"{__package__}.{backend.extension or backend.name}") is not None
+
+
+def candidates(device_type: str) -> tuple[Backend, ...]:
+    """The backends to try, best first."""
+    row = tuple(backend for backend in BACKENDS if device_type in backend.devices)
+    forced = os.environ.get("PAMA_BACKEND")
+    if not forced:
+        return row
+    if all(backend.name != forced for backend in BACKENDS):
+        known = ", ".join(sorted(backend.name for backend in BACKENDS))
+        raise ValueError(f"PAMA_BACKEND: expected one of {known}, got {forced!r}")
+    names = [backend.name for backend in row]
+    return row[names.index(forced) :] if forced in names else ()
+
+
+@functools.lru_cache(maxsize=256)
+def find(device_type: str, function: str, tensors: bool = False) -> Functions:
+    """The backend that has this function on this type of device; `tensors`: some setting is a tensor."""
+    forced = os.environ.get("PAMA_BACKEND")
+    reasons = ""
+    for backend in candidates(device_type):
+        module = load(backend.name, device_type)
+        if isinstance(module, str):
+            reasons += f"; {backend.name}: {module}"
+            if backend.name == forced:
+                break
+        elif function in backend.functions and not (tensors and backend.floats_only):
+            return cast(Functions, module)
+        else:
+            reasons += f"; {backend.name}: does not have {function!r}"
+    raise RuntimeError(
+        f"no backend serves {function!r} on device type {device_type!r}"
+        + (f" with PAMA_BACKEND={forced}" if forced else "")
+        + reasons
+        + "; `python -m pama_kernels.info` lists what is built and why not"
+    )
