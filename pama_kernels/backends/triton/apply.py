@@ -1,6 +1,6 @@
 """The pass over tokens: statistics, combined advantages, the loss with its gradient, whatever a call asks for.
 
-    Abar_t = sum_i c_i(t) A_{i,t} = up_t + down_t;  loss_t = -up_t pos_t - down_t neg_t + kl_coef (e^r - r - 1)
+Abar_t = sum_i c_i(t) A_{i,t} = up_t + down_t;  loss_t = -up_t pos_t - down_t neg_t + kl_coef (e^r - r - 1)
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ _HEAD = tl.constexpr(HEAD)
 
 
 @triton.jit
-def coefficients(weights, effective, row, here, n: tl.constexpr, N: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr):
+def coefficients(
+    weights, effective, row, here, n: tl.constexpr, N: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr
+):
     """c (1 or TOKENS, N) of given or solved weights; SHARE: over the preference of those who are present.
 
     row: (TOKENS, 1), or 0 where all rows have the same.
@@ -115,7 +117,7 @@ def report(partial, slots, STRIDE: tl.constexpr, sums, weights, preference, repo
     i = tl.arange(0, N)
     if BY_TOKEN:
         tokens = tl.load(sums + 9 * n)
-        c = ratio(added_slots(partial, slots, STRIDE, _HEAD + i, i < n, 32), tokens)
+        c = ratio(added_slots(partial + _HEAD, slots, STRIDE, i, i < n, 32), tokens)
         c = tl.where(tokens != 0, c, preference_of(preference, n, N))
         best = ratio(added_number(partial, slots, STRIDE, 1), tokens)
     else:
@@ -219,7 +221,9 @@ def tokens_kernel(
                 if WEIGHTS == _BATCH:
                     up, down = combine(coefficients(c, effective, 0, here, n, N, SHARE, D), a, NOON)
                 elif WEIGHTS == _ROW:
-                    up, down = combine(coefficients(c, effective, row[:, None], here, n, N, SHARE, D), a, NOON)
+                    up, down = combine(
+                        coefficients(c, effective, row[:, None], here, n, N, SHARE, D), a, NOON
+                    )
                 elif WEIGHTS != _NONE:
                     if WEIGHTS == _SCORES:
                         x, best = solve(bound, p, here, setting, None, N, NOON)
@@ -269,7 +273,9 @@ def tokens_kernel(
             if STATISTICS:
                 store_statistics(partial + _HEAD + n, slots, STRIDE, sums, n, PAIRS, PRESENT)
                 if SOLVE >= 0:
-                    store_batch_weights(sums, preference, setting, weights, optimum, effective[0], n, N, SOLVE, 1)
+                    store_batch_weights(
+                        sums, preference, setting, weights, optimum, effective[0], n, N, SOLVE, 1
+                    )
                 elif WEIGHTS != _NONE:
                     report(
                         partial, slots, STRIDE, sums, c, preference, weights, optimum, n, N, WEIGHTS != _BATCH

@@ -116,7 +116,9 @@ def gram_kernel(
     problem = tl.program_id(0).to(tl.int64) * PROBLEMS + tl.arange(0, PROBLEMS)
     here = problem < rows
     inside = here[:, None] & (index < n)[None, :]
-    at_entry = (gram + problem * stride)[:, None, None] + index[None, :, None] * row + index[None, None, :] * column
+    at_entry = (
+        (gram + problem * stride)[:, None, None] + index[None, :, None] * row + index[None, None, :] * column
+    )
     m = read(at_entry, inside[:, :, None] & inside[:, None, :], tl.float64)
     p = preference_of(preference, n, N)[None, :] + tl.zeros([PROBLEMS, N], tl.float64)
     if PROJECTIONS > 0:
@@ -129,7 +131,12 @@ def gram_kernel(
 
 
 def _solve(
-    gram: Tensor, preference: Tensor | None, regularization: Number, result: Tensor, optimum: Tensor, upgrad: bool
+    gram: Tensor,
+    preference: Tensor | None,
+    regularization: Number,
+    result: Tensor,
+    optimum: Tensor,
+    upgrad: bool,
 ) -> None:
     n = gram.shape[-1]
     check_objectives(n)

@@ -192,11 +192,12 @@ def apply(
     picked = combined
     if combined is not None and call.rows is None and one_result_per_row(tokens, rule):
         width = tokens.width if tokens.width >= 0 else 0
-        combined = combined.new_empty(width)  # presence may differ within a row: its first valid token decides
+        combined = combined.new_empty(
+            width
+        )  # presence may differ within a row: its first valid token decides
     loss = results.loss if outputs.loss else None
     asked = {
         "combined": combined,
-        "square_sum": results.square_sum if combined is not None else None,
         "loss": loss,
         "gradient": results.gradient if outputs.gradient else None,
         "kl_coef": outputs.kl_coef,
@@ -210,7 +211,7 @@ def apply(
         weights=kind, statistics=True, pairs=outputs.pairs, preference=preference, setting=rule.number,
         c=None if weights is None else weights.detach(), effective=preference,
         share=tokens.objective_mask is not None and kind != SCORES and kind != SOFTMIN and rule.kind != Kind.GIVEN,
-        reported=results.weights, optimum=results.optimum, sums=results.sums,
+        reported=results.weights, optimum=results.optimum, sums=results.sums, square_sum=results.square_sum,
     )  # fmt: skip
     solved = False  # the statistics are there, and weights in x.c
     if batch:
@@ -235,7 +236,7 @@ def apply(
     if call.rows is not None:
         factors = call.new(rows, 3) if loss is not None else None
         if not solved or combined is not None or factors is not None:
-            call.run(x._replace(combined=combined, square_sum=asked["square_sum"], row_factors=factors), by_row)
+            call.run(x._replace(combined=combined, row_factors=factors), by_row)
         if loss is not None:
             denominator, count = _denominator(tokens, outputs, results.sums)
             final = Pass(weights=FACTORS, row_factors=factors, denominator=denominator, count=count)
@@ -255,6 +256,4 @@ def apply(
                 first_token_kernel, call.device, rows, mask, 0 if mask is None else mask.stride(0), tokens.cu_seqlens,
                 tokens.cu_seqlens.stride(0), tokens.width, combined, picked, TOKENS=128,
             )  # fmt: skip
-    if combined is None:
-        results.square_sum.zero_()
     return results

@@ -83,13 +83,15 @@ def _pair_source(k, n: tl.constexpr, first: tl.constexpr):
     for the last three blocks, in the fields (from 0 on)."""
     block = k // (n * n)
     i = k % (n * n) // n
-    follows = tl.where(block == 2, i, ADVANTAGE_SUM * n + i)
-    follows = tl.where(block == 4, ADVANTAGE_SQUARE_SUM * n + i, follows)
+    follows = tl.where(block == 2, i, i + ADVANTAGE_SUM * n)
+    follows = tl.where(block == 4, i + ADVANTAGE_SQUARE_SUM * n, follows)
     return tl.where(block < 2, first + k, follows)
 
 
 @triton.jit
-def store_statistics(partial, slots, stride, sums, n: tl.constexpr, PAIRS: tl.constexpr, PRESENT: tl.constexpr):
+def store_statistics(
+    partial, slots, stride, sums, n: tl.constexpr, PAIRS: tl.constexpr, PRESENT: tl.constexpr
+):
     """The slots' statistics, added, into the buffer. `partial` points behind the head."""
     K: tl.constexpr = 64
     pairs: tl.constexpr = FIELD_COUNT * n + TOTAL_COUNT

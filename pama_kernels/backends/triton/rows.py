@@ -32,7 +32,7 @@ from .tokens import (
     load_factors,
     part_range,
     problem,
-    row_range,
+    rounded,
     valid_tokens,
 )
 
@@ -269,7 +269,11 @@ def rows_kernel(
             count = tl.where(here, s[0], 1.0)
             if WEIGHTS == _SCORES:
                 moment = tl.where(here, terms[2] / count, 0.0) if BY_ROW else tl.where(here, a * a, 0.0)
-                score = tl.where(here, terms[1] / count, 0.0) if BY_ROW else by_sign(a, NOON)[0] + by_sign(a, NOON)[1]
+                score = (
+                    tl.where(here, terms[1] / count, 0.0)
+                    if BY_ROW
+                    else by_sign(a, NOON)[0] + by_sign(a, NOON)[1]
+                )
                 scale = tl.max(moment, axis=1, keep_dims=True)
                 unusable = tl.max((moment != moment).to(tl.int32), axis=1, keep_dims=True) > 0
                 x, best = solve(score, p, here, setting, tl.where(unusable, float("nan"), scale), N, NOON)
@@ -278,7 +282,9 @@ def rows_kernel(
                 x, best = softmin(a, p, here, setting)
                 best = tl.sum(best, axis=1)
             else:
-                x = coefficients(c, (effective, 0), row[:, None], here & inside[:, None], n, N, SHARE, tl.float64)
+                x = coefficients(
+                    c, (effective, 0), row[:, None], here & inside[:, None], n, N, SHARE, tl.float64
+                )
                 best = tl.zeros([ROWS], tl.float64)
                 if BY_ROW:
                     best = tl.sum(x * tl.where(here, terms[1] / count, 0.0), axis=1)
@@ -295,7 +301,7 @@ def rows_kernel(
             if combined is not None:
                 together = tl.where(tokens > 0, up + down, 0.0)
                 squares += mass * together * together
-                tl.store(combined + row, together.to(combined.dtype.element_ty), mask=inside)
+                tl.store(combined + row, rounded(together, combined.dtype.element_ty), mask=inside)
             if row_factors is not None:
                 tl.store(row_factors + 3 * row, up, mask=inside)
                 tl.store(row_factors + 3 * row + 1, down, mask=inside)
@@ -314,7 +320,9 @@ def rows_kernel(
             if STATISTICS:
                 store_statistics(partial + _HEAD + n, slots, STRIDE, sums, n, PAIRS, PRESENT)
                 if SOLVE >= 0:
-                    store_batch_weights(sums, preference, setting, weights, optimum, effective, n, N, SOLVE, 1)
+                    store_batch_weights(
+                        sums, preference, setting, weights, optimum, effective, n, N, SOLVE, 1
+                    )
                 elif WEIGHTS != _NONE and not BY_ROW:
                     report(
                         partial, slots, STRIDE, sums, c, preference, weights, optimum, n, N, WEIGHTS != _BATCH

@@ -123,7 +123,13 @@ def solve_kernel(
 
 
 def solve_into(
-    sums: Tensor, rule: Rule, preference: Tensor | None, n: int, weights: Tensor, optimum: Tensor, effective: Tensor
+    sums: Tensor,
+    rule: Rule,
+    preference: Tensor | None,
+    n: int,
+    weights: Tensor,
+    optimum: Tensor,
+    effective: Tensor,
 ) -> None:
     kind, block = int(rule.kind), power_of_two(n)
     matrix = kind in (Kind.GRAM, Kind.UPGRAD)

@@ -117,7 +117,9 @@ def store_sums(slot, sums, n: tl.constexpr, N: tl.constexpr):
         add_to(slot + field * n + i, tl.sum(sums[field], axis=0), i < n)
     one = tl.zeros([1], tl.int32)
     for total in tl.static_range(TOTAL_COUNT):
-        add_to(slot + FIELD_COUNT * n + total + one, tl.sum(sums[FIELD_COUNT + total], axis=0)[None], one == 0)
+        add_to(
+            slot + FIELD_COUNT * n + total + one, tl.sum(sums[FIELD_COUNT + total], axis=0)[None], one == 0
+        )
     tl.debug_barrier()  # what is added next may be read by other threads
 
 
@@ -239,9 +241,7 @@ def pair_slots(device: torch.device, n: int, units: int) -> int:
 
 def finish_pairs(partial: Tensor, slots: int, sums: Tensor, n: int, present: bool) -> None:
     k = 256
-    launch(
-        add_pairs_kernel, sums.device, -(-5 * n * n // k), partial, slots, sums, n=n, K=k, PRESENT=present
-    )
+    launch(add_pairs_kernel, sums.device, -(-5 * n * n // k), partial, slots, sums, n=n, K=k, PRESENT=present)
 
 
 def store_pairs_of(p: Problem, present: bool, row_counts: Tensor | None, sums: Tensor) -> None:

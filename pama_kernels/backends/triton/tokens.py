@@ -83,7 +83,11 @@ def problem(given: Tokens, by_row: bool, without_objectives: bool = False) -> Pr
     rows, width, cu, n = given.rows, given.width, given.cu_seqlens, given.objectives
     by_row = by_row or (advantages is not None and given.per_sequence)
     by_row = by_row or (presence is not None and given.mask_per_sequence)
-    present = [s for x, s in zip((*per_token, advantages, presence), (*strides, a[:2], o[:2]), strict=True) if x is not None]
+    present = [
+        s
+        for x, s in zip((*per_token, advantages, presence), (*strides, a[:2], o[:2]), strict=True)
+        if x is not None
+    ]
     together = cu is not None or rows == 1 or all(s[0] == width * s[1] for s in present)
     flat = together and not by_row
     total = rows * width if cu is None else width if width >= 0 else 256 * rows
@@ -247,7 +251,9 @@ def _usable(x, valid):
 
 
 @triton.jit
-def load_factors(mask, logprobs, old, importance, clip, row, token, inside, UNIT: tl.constexpr, D: tl.constexpr):
+def load_factors(
+    mask, logprobs, old, importance, clip, row, token, inside, UNIT: tl.constexpr, D: tl.constexpr
+):
     """valid, logp, ratio; pos, neg, grad_pos, grad_neg (with w and mask); where the latter two have no
     gradient; the k3 estimate of KL. All (TOKENS,)."""
     valid = valid_tokens(mask, row, token, inside, UNIT)
