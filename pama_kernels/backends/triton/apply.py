@@ -32,7 +32,7 @@ from .statistics import (
     add_sums,
     no_pairs,
     no_sums,
-    omega_of,
+    share_of,
     store_pairs,
     store_sums,
 )
@@ -209,15 +209,15 @@ def tokens_kernel(
             if WEIGHTS == _FACTORS:
                 up = tl.load(row_factors + 3 * row, mask=inside, other=0.0).to(D)
                 down = tl.load(row_factors + 3 * row + 1, mask=inside, other=0.0).to(D)
-                omega = tl.load(row_factors + 3 * row + 2, mask=inside, other=0.0)
+                share = tl.load(row_factors + 3 * row + 2, mask=inside, other=0.0)
             else:
-                omega = omega_of(valid, row, row_counts)
+                share = share_of(row, inside, row_counts)
                 terms = load_terms(own, present, factors, row, token, 0, n, N, NOON, DENSE, D)
                 a, here, bound, _ = terms
                 if STATISTICS:
-                    acc = add_sums(acc, factors, terms, omega, NOON)
+                    acc = add_sums(acc, factors, terms, share, NOON)
                     if PAIRS:
-                        pair_acc = add_pairs(pair_acc, terms, terms, omega, PRESENT)
+                        pair_acc = add_pairs(pair_acc, terms, terms, share, PRESENT)
                 if WEIGHTS == _BATCH:
                     up, down = combine(coefficients(c, effective, 0, here, n, N, SHARE, D), a, NOON)
                 elif WEIGHTS == _ROW:
@@ -229,22 +229,31 @@ def tokens_kernel(
                         x, best = solve(bound, p, here, setting, None, N, NOON)
                     else:
                         x, best = softmin(a, p, here, setting)
-                    c_sum += tl.where(valid[:, None], x.to(tl.float64) * omega[:, None], 0.0)
+                    x_sum = x.to(tl.float64)
                     best = tl.sum(best, axis=1).to(tl.float64)
-                    best_sum += tl.where(valid, best * omega, 0.0)
+                    if share is not None:
+                        x_sum *= share[:, None]
+                        best *= share
+                    c_sum += tl.where(valid[:, None], x_sum, 0.0)
+                    best_sum += tl.where(valid, best, 0.0)
                     up, down = combine(x, a, NOON)
             if combined is not None:
                 together = tl.where(valid, up + down, 0.0)
-                squares += omega * together.to(tl.float64) * together.to(tl.float64)
+                square = together.to(tl.float64) * together.to(tl.float64)
+                if share is not None:
+                    square *= share
+                squares += square
                 tl.store(combined + at, rounded(together, combined.dtype.element_ty), mask=inside)
             if loss is not None:
                 amount, slope = loss_and_slope(
                     factors, up, down, ref, coefficient, row, token, inside, UNIT, NOON, D
                 )
-                share = omega / divisor
-                loss_sum += tl.where(valid, amount.to(tl.float64) * share, 0.0)
+                factor = 1.0 / divisor
+                if share is not None:
+                    factor = share / divisor
+                loss_sum += tl.where(valid, amount.to(tl.float64) * factor, 0.0)
                 if gradient is not None:
-                    slope = tl.where(valid, slope * share.to(D), 0.0)
+                    slope = tl.where(valid, slope * factor.to(D), 0.0)
                     tl.store(gradient + at, rounded(slope, gradient.dtype.element_ty), mask=inside)
         if STATISTICS:
             store_sums(slot + _HEAD + n, acc, n, N)

@@ -198,22 +198,28 @@ def added(x, y):
 
 
 @triton.jit
+def finite(x):
+    return tl.where(x == x, x, 0.0)
+
+
+@triton.jit
 def add_row_pairs(sums, a, here, b, there, s, NOON: tl.constexpr, PRESENT: tl.constexpr):
     """Of two blocks of objectives of the same rows, (ROWS, N, N) each."""
     u, v = by_sign(a, NOON)
     x, y = by_sign(b, NOON)
-    first = (u * s[3])[:, :, None] * x[:, None, :] + (u * s[5])[:, :, None] * y[:, None, :]
-    second = (v * s[4])[:, :, None] * y[:, None, :] + (v * s[5])[:, :, None] * x[:, None, :]
-    either = here[:, :, None] | there[:, None, :]
-    bound = tl.where(either, first + second, 0.0)
+    pp, qq, pq = finite(s[3]), finite(s[4]), finite(s[5])
+    first = (u * pp)[:, :, None] * x[:, None, :] + (u * pq)[:, :, None] * y[:, None, :]
+    second = (v * qq)[:, :, None] * y[:, None, :] + (v * pq)[:, :, None] * x[:, None, :]
+    bad = tl.where(s[3] == s[3], 0.0, s[3])  # NaN wherever one of the two is present
+    bound = first + second + tl.where(here, bad, 0.0)[:, :, None] + tl.where(there, bad, 0.0)[:, None, :]
     wa = a * s[0]
     product = wa[:, :, None] * b[:, None, :]
     if PRESENT:
-        o = tl.where(there, 1.0, tl.zeros_like(b))[:, None, :]
+        o = there.to(tl.float64)[:, None, :]
         return (
             sums[0] + bound,
             sums[1] + product,
-            sums[2] + tl.where(here, s[0], 0.0)[:, :, None] * o,
+            sums[2] + (here.to(tl.float64) * s[0])[:, :, None] * o,
             sums[3] + wa[:, :, None] * o,
             sums[4] + (wa * a)[:, :, None] * o,
         )
@@ -397,7 +403,7 @@ class Rows:
         """`x.row_factors` is written here."""
         n, block = self.n, power_of_two(self.n)
         present = self.given.objective_mask is not None
-        area = (512 if present else 1024) // block**2 if x.pairs else 512 // block
+        area = (256 if present else 512) // block**2 if x.pairs else 256 // block
         count = max(1, min(area, 64 if INTERPRETED else 128))
         slots = programs(self.device, -(-self.given.rows // count), 2)
         stride = slot_size(n, x.statistics, x.pairs, present)

@@ -1,6 +1,6 @@
 """Sums over tokens: the terms of a tile, kept element by element in float64 and added over tokens once at the end.
 
-Every term is weighted by omega (TOKENS,) float64, the token weights of the aggregation, 0 where masked.
+Every term is weighted by the token weights of the aggregation: `share` (TOKENS,) float64, or 1 where it is None.
 """
 
 from __future__ import annotations
@@ -49,11 +49,13 @@ def no_sums(TOKENS: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def add_sums(sums, factors, terms, omega, NOON: tl.constexpr):
+def add_sums(sums, factors, terms, share, NOON: tl.constexpr):
     """In the order of `_call.FIELDS`, (TOKENS, N) each, then `TOTALS`, (TOKENS,)."""
-    _, logp, _, _, _, _, _, off_pos, off_neg, kl = factors
+    valid, logp, _, _, _, _, _, off_pos, off_neg, kl = factors
     a, here, bound, surrogate = terms
-    w = omega[:, None]
+    w, v = 1.0, 1.0
+    if share is not None:
+        w, v = share[:, None], share
     positive = a > 0
     clipped = positive & off_pos[:, None]
     if not NOON:
@@ -62,18 +64,19 @@ def add_sums(sums, factors, terms, omega, NOON: tl.constexpr):
     x = a.to(tl.float64)
     wb = w * b
     wx = w * x
+    zero = tl.zeros_like(b)
     return (
-        sums[0] + tl.where(here, w, 0.0),
+        sums[0] + tl.where(here, w, zero),
         sums[1] + wb,
         sums[2] + wb * b,
         sums[3] + wb * logp.to(tl.float64)[:, None],
         sums[4] + w * surrogate.to(tl.float64),
         sums[5] + wx,
         sums[6] + wx * x,
-        sums[7] + tl.where(positive, w, 0.0),
-        sums[8] + tl.where(clipped, w, 0.0),
-        sums[9] + omega,
-        sums[10] + omega * kl.to(tl.float64),
+        sums[7] + tl.where(positive, w, zero),
+        sums[8] + tl.where(clipped, w, zero),
+        sums[9] + tl.where(valid, v, tl.zeros(valid.shape, tl.float64)),
+        sums[10] + v * kl.to(tl.float64),
     )
 
 
@@ -87,9 +90,11 @@ def no_pairs(TOKENS: tl.constexpr, N: tl.constexpr, PRESENT: tl.constexpr):
 
 
 @triton.jit
-def add_pairs(sums, x, y, omega, PRESENT: tl.constexpr):
+def add_pairs(sums, x, y, share, PRESENT: tl.constexpr):
     """Of two blocks of objectives on the same tokens, in the order of `_call.PAIRS`, (TOKENS, N, N) each."""
-    w = omega[:, None]
+    w = 1.0
+    if share is not None:
+        w = share[:, None]
     a = x[0].to(tl.float64)
     b = y[0].to(tl.float64)[:, None, :]
     wa = w * a
@@ -97,7 +102,7 @@ def add_pairs(sums, x, y, omega, PRESENT: tl.constexpr):
     product = wa[:, :, None] * b
     if PRESENT:
         there = tl.where(y[1], 1.0, tl.zeros_like(wa))[:, None, :]
-        here = tl.where(x[1], w, 0.0)
+        here = tl.where(x[1], w, tl.zeros_like(wa))
         return (
             sums[0] + bound,
             sums[1] + product,
@@ -182,12 +187,12 @@ def valid_count(given: Tokens, by_row: bool) -> Tensor:
 
 
 @triton.jit
-def omega_of(valid, row, row_counts):
-    """The token weights: 1, or 1 over the valid tokens of the row; 0 where masked. float64."""
-    w = tl.where(valid, 1.0, tl.zeros(valid.shape, tl.float64))
+def share_of(row, inside, row_counts):
+    """The token weights: None where all are 1, or 1 over the valid tokens of the row, float64."""
+    share = None
     if row_counts is not None:
-        w /= tl.maximum(tl.load(row_counts + row, mask=valid, other=1.0), 1.0)
-    return w
+        share = 1.0 / tl.maximum(tl.load(row_counts + row, mask=inside, other=1.0), 1.0)
+    return share
 
 
 @triton.jit(do_not_specialize=[*ANY_SIZE, "slots"])
@@ -225,7 +230,7 @@ def pairs_kernel(
         )  # fmt: skip
         x = load_terms(own, here, factors, row, token, i, n, BLOCK, NOON, DENSE, D)
         y = load_terms(own, here, factors, row, token, j, n, BLOCK, NOON, DENSE, D)
-        sums = add_pairs(sums, x, y, omega_of(factors[0], row, row_counts), PRESENT)
+        sums = add_pairs(sums, x, y, share_of(row, at < total, row_counts), PRESENT)
     many: tl.constexpr = 5 if PRESENT else 2
     p = (i + tl.arange(0, BLOCK)[:, None]).to(tl.int64)
     q = (j + tl.arange(0, BLOCK)[None, :]).to(tl.int64)
