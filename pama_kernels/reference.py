@@ -829,8 +829,10 @@ def group_normalize(
         for i in range(n):
             member = (groups == group) & ~x[:, i].isnan()
             values = x[member, i]
+            if values.isinf().any():
+                values = torch.full_like(values, math.nan)
             if len(values) < 2 or bool((values == values[0]).all()):
-                result[member, i] = values - values  # 0, or NaN where the value is infinite
+                result[member, i] = values - values  # 0, or NaN
                 continue
             centred = values - values.mean()
             result[member, i] = centred / (values.std(correction=1) + eps) if scale else centred
