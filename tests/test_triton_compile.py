@@ -48,7 +48,7 @@ def _check(found: list[dict[str, Any]]) -> None:
 @pytest.mark.timeout(900)
 def test_sample(pytestconfig: pytest.Config) -> None:
     found = _lines(pytestconfig.cache.mkdir("triton"), "triton_compile.py", "sm_90")
-    assert {"statistics_kernel", "tokens_kernel", "rows_kernel"} <= {line["kernel"] for line in found}
+    assert {"tokens_kernel", "rows_kernel", "solve_kernel"} <= {line["kernel"] for line in found}
     _check(found)
 
 
@@ -62,13 +62,16 @@ def test_calls_reach_the_driver(pytestconfig: pytest.Config, tmp_path: Path) -> 
     library = ["-o", str(tmp_path / "libcuda.so.1"), str(TESTS / "no_driver.c")]
     subprocess.run([compiler, *options, *library], check=True)
     found = _lines(pytestconfig.cache.mkdir("triton"), "triton_launch.py", str(tmp_path))
-    launched = [" ".join(line["kernels"]).replace("_kernel", "") for line in found]
+    launched = [" ".join(line["kernels"]).replace("_kernel", "") for line in found if "kernels" in line]
     assert launched == [
-        *("statistics", "statistics"),
-        *("statistics tokens", "statistics tokens"),
-        *("count tokens", "tokens"),
-        *("count rows", "rows"),
+        *("tokens solve tokens", "tokens tokens", "count tokens", "tokens solve tokens"),
+        *("row_sums rows solve rows tokens", "row_sums rows rows tokens", "count tokens"),
+        "row_sums rows solve rows",
     ]
+    lengths = [line for line in found if "later" in line]
+    assert lengths
+    for line in lengths:  # no step of other lengths compiles anything
+        assert line["later"] == line["first"], line["call"]
 
 
 @pytest.mark.slow
@@ -77,8 +80,8 @@ def test_calls_reach_the_driver(pytestconfig: pytest.Config, tmp_path: Path) -> 
 def test_every_kind(pytestconfig: pytest.Config, target: str) -> None:
     found = _lines(pytestconfig.cache.mkdir("triton"), "triton_compile.py", "--all", target)
     kernels = {line["kernel"] for line in found}
-    wanted = "statistics pairs add_pairs batch_weights tokens rows count "
-    wanted += "weights min_norm min_norm_pairs gae group_normalize"
+    wanted = "tokens count pairs add_pairs row_sums rows row_pairs row_weights solve "
+    wanted += "weights gram gae group_normalize"
     missing = {f"{name}_kernel" for name in wanted.split()} - kernels
     assert not missing, missing
     _check(found)

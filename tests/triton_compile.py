@@ -23,8 +23,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 import pama_kernels as pk
-from pama_kernels._codes import statistics_size
-from pama_kernels.backends import operators
 from pama_kernels.backends import triton as backend
 from pama_kernels.backends.triton import launch
 
@@ -96,50 +94,31 @@ def compiled(target: str, calls: Calls) -> Iterator[dict[str, Any]]:
         found.clear()
 
 
-def token_calls(
-    layout: str,
-    n: int,
-    dtype: torch.dtype,
-    noons: tuple[bool, ...],
-    everything: bool,
-) -> Calls:
-    """Statistics, combinations and losses; `everything`: with all optional tensors."""
+def token_calls(layout: str, n: int, dtype: torch.dtype, everything: bool) -> Calls:
+    """Statistics, losses and combinations of every rule; `everything`: with all optional tensors."""
     p = problems.make(
-        layout,
-        rows=4,
-        width=512,
-        objectives=n,
-        dtype=dtype,
-        ref_logprobs=everything,
-        importance_weights=everything,
-        objective_mask=torch.bool if everything else None,
-    )
-    title = f"{layout}, N={n}, {str(dtype).removeprefix('torch.')}, {'all' if everything else 'few'} tensors"
+        layout, rows=4, width=128, objectives=n, dtype=dtype, ref_logprobs=everything,
+        importance_weights=everything, objective_mask=torch.bool if everything else None,
+    )  # fmt: skip
     flat = layout == "flat"
-    for noon in noons:
-        for gram in (False, True):
-            yield (
-                f"statistics, {title}, noon={noon}, gram={gram}",
-                n,
-                lambda noon=noon, gram=gram: pk.objective_statistics(
-                    **p.statistics_arguments(), noon=noon, gram=gram
-                ),
-            )
-        for weights_per in ("batch", "token") if flat else ("batch", "token", "sequence"):
-            o: dict[str, Any] = {"weights_per": weights_per, "noon": noon, "regularization": 0.1}
-            means = {"kl_coef": 0.1, "aggregation": "token-mean" if flat else "seq-mean-token-mean"}
-            extra = means if everything else {}
-            name = f"per {weights_per}, {title}, noon={noon}"
-            yield (
-                f"loss {name}",
-                n,
-                lambda o=o, extra=extra: pk.pama_loss(**p.loss_arguments(), **o, **extra),
-            )
-            yield (
-                f"combine {name}",
-                n,
-                lambda o=o: pk.combine_advantages(**p.combine_arguments(False), **o),
-            )
+    title = f"{layout}, N={n}, {str(dtype).removeprefix('torch.')}, {'all' if everything else 'few'} tensors"
+    extra: dict[str, Any] = {}
+    if everything:
+        extra = {"kl_coef": 0.1, "aggregation": "token-mean" if flat else "seq-mean-token-mean"}
+    for pairs in (False, True):
+        yield (
+            f"statistics, {title}, pairs={pairs}",
+            n,
+            lambda pairs=pairs: pk.objective_statistics(**p.statistics_arguments(), pairs=pairs),
+        )
+    rules = [*problems.BATCH_RULES, pk.UPGrad(), *problems.TOKEN_RULES]
+    for rule in rules if flat else [*rules, *problems.SEQUENCE_RULES]:
+        yield f"loss {rule}, {title}", n, lambda r=rule: pk.pama_loss(**p.loss_arguments(), rule=r, **extra)
+        yield (
+            f"combine {rule}, {title}",
+            n,
+            lambda r=rule: pk.combine_advantages(**p.combine_arguments(False), rule=r),
+        )
 
 
 def batch_calls(n: int, dtype: torch.dtype) -> Calls:
@@ -149,37 +128,41 @@ def batch_calls(n: int, dtype: torch.dtype) -> Calls:
     gram = (scores.mT @ scores).expand(3, n, n)
     rewards = torch.randn(4, 128, n).to(dtype)
     mask = torch.ones(4, 128, dtype=torch.bool)
+    ends = {"dones": mask, "truncated": mask, "final_values": rewards, "last_values": rewards[:, 0]}
     ids = torch.arange(64) % 8
-    sums = torch.ones(statistics_size(n, True), dtype=torch.float64)
-    prior = torch.full((n,), 1 / n, dtype=torch.float64)
-    for bound, gram_bound in (("scores", False), ("gram", True)):
-        yield (
-            f"batch weights by {bound}, {title}",
-            n,
-            lambda gram_bound=gram_bound: operators.batch_weights(sums, n, gram_bound, prior, 0.1, False),
-        )
     yield f"weights, {title}", n, lambda: pk.pama_weights(scores, regularization=0.1)
     yield f"weights with scale, {title}", n, lambda: pk.pama_weights(scores, scale=2.0)
     yield f"min norm, {title}", n, lambda: pk.min_norm_weights(gram)
-    yield f"gae, {title}", n, lambda: pk.multi_objective_gae(rewards, rewards, mask, dones=mask)
+    yield f"upgrad, {title}", n, lambda: pk.upgrad_weights(gram)
+    yield f"gae, {title}", n, lambda: pk.multi_objective_gae(rewards, rewards, mask, **ends)
     yield f"group normalize, {title}", n, lambda: pk.group_normalize(scores, group_size=8)
     yield f"group normalize by ids, {title}", n, lambda: pk.group_normalize(scores, group_ids=ids)
 
 
 def sample() -> Calls:
-    yield from token_calls("padded", 4, torch.float32, (True,), False)
+    """The default rule and the paper's, both layouts of advantages."""
+    for layout in ("padded", "per-sequence"):
+        p = problems.make(layout, rows=4, width=128, objectives=4)
+        for name, rule in {
+            "gram": pk.Pama(),
+            "scores": pk.Pama(bound="scores"),
+            "paper": pk.Pama.paper("token"),
+        }.items():
+            yield f"loss {name} {layout}", 4, lambda r=rule, p=p: pk.pama_loss(**p.loss_arguments(), rule=r)
+        yield f"combine gram {layout}", 4, lambda p=p: pk.combine_advantages(**p.combine_arguments(False))
 
 
 def every_kind() -> Calls:
     """Layouts, dtypes and numbers of objectives, each in turn."""
     for layout in problems.LAYOUTS:
-        yield from token_calls(layout, 4, torch.float32, (True, False), False)
+        yield from token_calls(layout, 4, torch.float32, False)
     for dtype in problems.FLOATS:
-        yield from token_calls("padded", 3, dtype, (False,), True)
-        yield from token_calls("packed-per-sequence", 2, dtype, (True,), False)
-    for n in (1, 8, 16, 32, 128):
-        yield from token_calls("padded", n, torch.float32, (True, False), False)
-    for n in (1, 2, 3, 8, 16, 32, 64, 128, 512):
+        yield from token_calls("padded", 3, dtype, True)
+        yield from token_calls("packed-per-sequence", 2, dtype, True)
+    for n in (1, 8, 16, 32, 64):
+        for layout in ("padded", "per-sequence"):
+            yield from token_calls(layout, n, torch.float32, False)
+    for n in (1, 2, 3, 8, 16, 32, 64):
         yield from batch_calls(n, torch.float32)
     for dtype in problems.FLOATS:
         yield from batch_calls(4, dtype)

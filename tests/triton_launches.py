@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from problems import AGGREGATIONS, LAYOUTS, make
+from problems import AGGREGATIONS, make
 
 import pama_kernels as pk
 from pama_kernels.backends.triton import launch
+
+SCORES = pk.Pama(bound="scores")
 
 
 def launches(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> list[str]:
@@ -27,68 +29,60 @@ def launches(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> list[s
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_launches_per_loss(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = make(layout, rows=3, width=5, objectives=2)
-    for aggregation in AGGREGATIONS if layout != "flat" else AGGREGATIONS[:1]:
-        by_row, parts = aggregation == "seq-mean-token-mean", aggregation == "token-mean"
-        wanted = {
-            "batch": ["statistics", "tokens"],
-            "token": ["count", "tokens"] if by_row or parts else ["tokens"],
-            "sequence": ["count", "rows"] if parts else ["rows"],
-        }
-        if layout == "flat":
-            del wanted["sequence"]
-        for weights_per, kernels in wanted.items():
-            options = {"weights_per": weights_per, "aggregation": aggregation}
-            found = launches(monkeypatch, lambda o=options: pk.pama_loss(**problem.loss_arguments(), **o))
-            assert found == kernels, options
-        fixed = {"weights_per": "batch", "weights": torch.ones(2) / 2, "aggregation": aggregation}
-        found = launches(monkeypatch, lambda o=fixed: pk.pama_loss(**problem.loss_arguments(), **o))
-        assert found == (["count", "tokens"] if by_row or parts else ["tokens"])
-
-
-@pytest.mark.parametrize(("objectives", "pairs"), [(2, []), (9, ["pairs", "add_pairs"])])
-def test_the_gram_matrix_adds_launches(
-    objectives: int, pairs: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    problem = make(rows=3, width=5, objectives=objectives)
-    options = {"weights_per": "batch", "bound": "gram"}
-    wanted = ["statistics", *pairs, "min_norm", "tokens"]
-    calls = {
-        "loss": lambda: pk.pama_loss(**problem.loss_arguments(), **options),
-        "row means": lambda: pk.pama_loss(
-            **problem.loss_arguments(), **options, aggregation="seq-mean-token-mean"
-        ),
-        "combine": lambda: pk.combine_advantages(**problem.combine_arguments(False), **options),
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_of_a_loss(aggregation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Per token one pass where nothing else is needed, per batch two; a matrix is solved in between."""
+    arguments = make("padded", rows=3, width=5, objectives=2).loss_arguments()
+    rows, means = aggregation == "seq-mean-token-mean", aggregation == "token-mean"
+    first = ["count"] if rows else []
+    wanted = {
+        SCORES: [*first, "tokens", "tokens"],
+        pk.Pama(): [*first, "tokens", "solve", "tokens"],
+        pk.UPGrad(): [*first, "tokens", "solve", "tokens"],
+        pk.Pama("token"): ["count", "tokens"] if rows or means else ["tokens"],
+        pk.SoftMin(): [*first, "tokens", "row_weights", "tokens"],
     }
-    for name, call in calls.items():
-        assert launches(monkeypatch, call) == wanted, name
-    gram = lambda: pk.objective_statistics(**problem.statistics_arguments(), gram=True)  # noqa: E731
-    assert launches(monkeypatch, gram) == ["statistics", *pairs]
+    for rule, kernels in wanted.items():
+        call = lambda r=rule: pk.pama_loss(**arguments, rule=r, aggregation=aggregation)  # noqa: E731
+        assert launches(monkeypatch, call) == kernels, rule
 
 
 @pytest.mark.parametrize(
-    ("weights_per", "wanted"),
-    [("batch", ["statistics", "tokens"]), ("token", ["tokens"]), ("sequence", ["rows"])],
+    ("rule", "wanted"),
+    [
+        (SCORES, ["row_sums", "rows", "rows", "tokens"]),
+        (pk.Pama(), ["row_sums", "rows", "solve", "rows", "tokens"]),
+        (pk.SoftMin(), ["row_sums", "rows", "tokens"]),
+    ],
 )
-def test_launches_of_a_combination(
-    weights_per: str, wanted: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = make(rows=3, width=5, objectives=2).combine_arguments(False)
-    call = lambda: pk.combine_advantages(**arguments, weights_per=weights_per)  # noqa: E731
-    assert launches(monkeypatch, call) == wanted
+def test_of_advantages_per_sequence(rule: Any, wanted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    p = make("per-sequence", rows=3, width=5, objectives=2)
+    assert launches(monkeypatch, lambda: pk.pama_loss(**p.loss_arguments(), rule=rule)) == wanted
+    combine = lambda: pk.combine_advantages(**p.combine_arguments(False), rule=rule)  # noqa: E731
+    assert launches(monkeypatch, combine) == wanted[:-1]
+
+
+@pytest.mark.parametrize(
+    ("layout", "wanted"),
+    [
+        ("padded", ["tokens", "pairs", "add_pairs"]),
+        ("per-sequence", ["row_sums", "rows", "row_pairs", "add_pairs"]),
+    ],
+)
+def test_of_many_pairs(layout: str, wanted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    p = make(layout, rows=3, width=5, objectives=9)
+    gram = lambda: pk.objective_statistics(**p.statistics_arguments(), pairs=True)  # noqa: E731
+    assert launches(monkeypatch, gram) == wanted
 
 
 def test_one_launch_for_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(4, 3, 3)
     calls = {
         "weights": lambda: pk.pama_weights(x),
-        "min_norm": lambda: pk.min_norm_weights(x[:, :3] @ x[:, :3].mT),
-        "min_norm_pairs": lambda: pk.min_norm_weights(x[:, :2] @ x[:, :2].mT),
-        "statistics": lambda: pk.objective_statistics(None, None, x),
+        "gram": lambda: pk.min_norm_weights(x @ x.mT),
         "gae": lambda: pk.multi_objective_gae(x, x),
         "group_normalize": lambda: pk.group_normalize(x[:, 0], group_size=2),
     }
     for name, call in calls.items():
         assert launches(monkeypatch, call) == [name]
+    assert launches(monkeypatch, lambda: pk.upgrad_weights(x @ x.mT)) == ["gram"]
