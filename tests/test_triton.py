@@ -18,21 +18,16 @@ pytestmark = needs_interpreter
 TESTS = Path(__file__).parent
 
 SAMPLE = (
-    "test_statistics.py::test_every_option",
-    "test_statistics.py::test_magnitudes[True-1e+22]",
-    "test_statistics.py::test_magnitudes[False-1e-30]",
-    "test_statistics.py::test_absent_objectives_keep_others_clean",
-    "test_statistics.py::test_masked_values_have_no_influence[padded-nan]",
-    "test_loss.py::test_every_option",
-    "test_loss.py::test_nothing_valid",
-    "test_loss.py::test_packed_without_tokens",
-    "test_loss.py::test_masked_values_have_no_influence[packed-inf]",
-    "test_combine_advantages.py::test_every_option",
-    "test_combine_advantages.py::test_without_logprobs",
-    "test_combine_advantages.py::test_nothing_valid",
-    "test_gram_bound.py::test_pama_loss_with_the_gram_bound[True-packed-per-sequence]",
+    "test_tokens.py::test_every_option",
+    "test_tokens.py::test_nothing_valid",
+    "test_tokens.py::test_packed_without_tokens",
+    "test_rules.py::test_a_saturated_objective_takes_no_part",
+    "test_rules.py::test_tasks_that_do_not_meet_keep_their_whole_advantages",
+    "test_influence.py::test_masked_and_absent_values_have_no_influence",
+    "test_symmetries.py::test_sums_of_any_magnitude",
+    "test_rewards.py::test_equal_rewards_give_exactly_0",
 )
-FILES = ("statistics", "loss", "combine_advantages", "gram_bound", "module", "autograd")
+FILES = ("tokens", "rules", "influence", "rewards", "symmetries", "module")
 NOT_HERE = ("many_tokens", "more_than_a_block", "instruction_sets", "threads")
 
 
@@ -56,7 +51,7 @@ def _run(*arguments: str) -> None:
 
 @pytest.mark.timeout(1200)
 def test_sample() -> None:
-    _run("-m", "not slow", *(str(TESTS / name) for name in SAMPLE))
+    _run("-m", "not slow", *(str(TESTS / "properties" / name) for name in SAMPLE))
 
 
 @pytest.mark.timeout(600)
@@ -68,7 +63,7 @@ def test_launches() -> None:
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", FILES)
 def test_whole_file(name: str) -> None:
-    _run("-k", " and ".join(f"not {word}" for word in NOT_HERE), str(TESTS / f"test_{name}.py"))
+    _run("-k", " and ".join(f"not {word}" for word in NOT_HERE), str(TESTS / "properties" / f"test_{name}.py"))
 
 
 def test_without_the_interpreter_cpu_tensors_are_refused() -> None:
