@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../core/weights.hpp"
+#include "batch_solve.hpp"
 #include "threads.hpp"
 
 namespace pama {
@@ -189,31 +190,40 @@ double batch_weights(const double* sums, int n, bool gram, const double* prior, 
         std::vector<double> work(static_cast<size_t>(2 * n));
         return statistics_weights(sums, n, prior, regularization, work.data(), work.data() + n, c);
     }
-    std::vector<double> matrix(static_cast<size_t>(n) * static_cast<size_t>(n));
-    std::vector<unsigned char> present(static_cast<size_t>(n));
-    for (long i = 0; i < n; ++i) {
-        present[static_cast<size_t>(i)] = sums[kCount * n + i] > 0;
-        for (long j = 0; j < n; ++j) matrix[static_cast<size_t>(i * n + j)] = gram_entry(sums, n, i, j);
-    }
-    const Kernels& k = kernels();
-    double optimum;
-    const Gram problem{1, n, true, matrix.data(), 0, n, 1, c, &optimum, false};
-    k.min_norm(problem, prior, present.data(), regularization, 0, 1, scratch(k.min_norm_scratch(n)));
-    return optimum;
+    return solve_batch_gram(sums, n, prior, regularization, c);
 }
 
-long min_norm(const Gram& gram, const double* prior, double regularization, int threads) {
+namespace {
+
+template <class Solve>
+long each_matrix(const Gram& gram, int threads, Solve solve) {
     const Kernels& k = kernels();
     const long bytes = k.min_norm_scratch(gram.n);
     const Blocks blocks(gram.rows, gram.rows * gram.n * gram.n, 1);
-    std::vector<long> refused(static_cast<size_t>(blocks.count));
+    std::vector<Refused> refused(static_cast<size_t>(blocks.count));
     for_each_block(blocks.count, blocks.threads(threads), [&](long block) {
-        refused[static_cast<size_t>(block)] =
-            k.min_norm(gram, prior, nullptr, regularization, blocks.first(block), blocks.last(block), scratch(bytes));
+        refused[static_cast<size_t>(block)] = solve(k, blocks.first(block), blocks.last(block), scratch(bytes));
     });
-    for (long row : refused)
-        if (row >= 0) return row;
+    for (const Refused& r : refused)
+        if (r) {
+            if (r.residual != 0) throw_unsolved(r.row, r.residual);
+            return r.row;
+        }
     return -1;
+}
+
+}  // namespace
+
+long min_norm(const Gram& gram, const double* preference, double regularization, int threads) {
+    return each_matrix(gram, threads, [&](const Kernels& k, long first, long last, void* scratch) {
+        return k.min_norm(gram, preference, nullptr, regularization, first, last, scratch);
+    });
+}
+
+long upgrad(const Gram& gram, const double* preference, int threads) {
+    return each_matrix(gram, threads, [&](const Kernels& k, long first, long last, void* scratch) {
+        return k.upgrad(gram, preference, first, last, scratch);
+    });
 }
 
 void apply(Problem problem, Apply apply, int threads) {

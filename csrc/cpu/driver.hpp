@@ -20,8 +20,10 @@ void apply(Problem problem, Apply apply, int threads);
 void weights(long rows, int n, const Array& scores, const double* prior, bool uniform, double regularization,
              const Array& scale, void* weights, void* optimum, int threads);
 
-// Rows of the min-norm problem. Returns -1, or the first matrix that is clearly no Gram matrix.
-long min_norm(const Gram& gram, const double* prior, double regularization, int threads);
+// Rows of the min-norm problem. Returns -1, or the first matrix that is clearly no Gram matrix; throws where one has no
+// solution within the promised residual.
+long min_norm(const Gram& gram, const double* preference, double regularization, int threads);
+long upgrad(const Gram& gram, const double* preference, int threads);
 
 struct Gae {
     long rows, width;

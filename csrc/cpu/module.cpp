@@ -124,7 +124,9 @@ py::object quick_weights(const py::handle& scores, double regularization, int th
     return py::make_tuple(std::move(first), std::move(second));
 }
 
-py::object quick_min_norm(const py::handle& matrices, double regularization, int threads) {
+// solve(Gram, threads) -> -1, or the matrix that was refused
+template <class Solve>
+py::object quick_matrices(const py::handle& matrices, int threads, Solve solve) {
     exchange::Tensor t;
     long rows, stride;
     if (!exchange::read(matrices, 2, t) || !batch_of(t, 2, rows, stride)) return py::none();
@@ -134,9 +136,19 @@ py::object quick_min_norm(const py::handle& matrices, double regularization, int
     py::object first = exchange::make(t, t.ndim - 1, &gram.weights),
                second = exchange::make(t, t.ndim - 2, &gram.optimum);
     long bad = -1;
-    run(rows * n * n,
-        [&] { bad = min_norm(gram, uniform_prior(n), regularization, threads_for(rows * n * n, threads)); });
+    run(rows * n * n, [&] { bad = solve(gram, threads_for(rows * n * n, threads)); });
     return bad < 0 ? py::object(py::make_tuple(std::move(first), std::move(second))) : py::object(py::none());
+}
+
+py::object quick_min_norm(const py::handle& matrices, double regularization, int threads) {
+    return quick_matrices(matrices, threads, [&](const Gram& gram, int most) {
+        return min_norm(gram, uniform_prior(gram.n), regularization, most);
+    });
+}
+
+py::object quick_upgrad(const py::handle& matrices, int threads) {
+    return quick_matrices(matrices, threads,
+                          [](const Gram& gram, int most) { return upgrad(gram, uniform_prior(gram.n), most); });
 }
 
 }  // namespace
@@ -166,6 +178,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("use_exchange", &exchange::use);
     m.def("quick_weights", &quick_weights);
     m.def("quick_min_norm", &quick_min_norm);
+    m.def("quick_upgrad", &quick_upgrad);
     m.def("statistics", [](const py::tuple& t, bool pairs, uintptr_t out, int threads) {
         Given g = problem(t);
         g.problem.offsets = g.offsets.empty() ? nullptr : g.offsets.data();
@@ -237,6 +250,21 @@ PYBIND11_MODULE(_cpu, m) {
         long bad = -1;
         run(rows * n * n,
             [&] { bad = min_norm(gram, doubles(prior), regularization, threads_for(rows * n * n, threads)); });
+        return bad;
+    });
+    m.def("upgrad", [](long rows, int n, bool wide, uintptr_t data, long batch, long row, long column,
+                       uintptr_t preference, uintptr_t out, uintptr_t optimum, int threads) {
+        const Gram gram{rows,
+                        n,
+                        wide,
+                        reinterpret_cast<void*>(data),
+                        batch,
+                        row,
+                        column,
+                        reinterpret_cast<void*>(out),
+                        reinterpret_cast<void*>(optimum)};
+        long bad = -1;
+        run(rows * n * n, [&] { bad = upgrad(gram, doubles(preference), threads_for(rows * n * n, threads)); });
         return bad;
     });
     m.def("multi_objective_gae",
