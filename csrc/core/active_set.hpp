@@ -160,7 +160,7 @@ struct ActiveSet : System {
             }
         }
         strict = false;
-        double ridge = kRidge, least = kSmallestRidge, residual = 0.0;
+        double ridge = kRidge, least = kSmallestRidge, residual = 0.0, best = kLargestDouble;
         bool solved = false;
         for (int step = 0; step < kProximalSteps; ++step) {
             if (!solved) {
@@ -175,17 +175,23 @@ struct ActiveSet : System {
             else
                 self.fall_back();
             residual = self.residual();
-            if (residual <= certified) break;
+            if (residual <= certified) return residual;
             // Else M is less semidefinite than the ridge makes up for, as after rounding to float32: begin again,
             // larger.
-            solved = solved && residual <= kProximalGap * (ridge > kRidge ? ridge : kRidge) * (1.0 + weight);
-            if (solved && least > kSmallestRidge && !Problem::kBounded) break;
+            solved = solved && residual <= kProximalGap * metric * (ridge > kRidge ? ridge : kRidge) * (1.0 + weight);
+            if (solved && residual < best) {
+                best = residual;
+                for (int j = 0; j < n; ++j) kept[j] = point[j];
+            }
+            if (!Problem::kBounded && (solved ? least > kSmallestRidge : best < kLargestDouble)) break;
             if (!solved) {
                 if (ridge >= kLargestRidge || factorisations >= most) break;
                 least = ridge = kRidgeFactor * ridge;
             }
         }
-        return residual;
+        if (!(best < residual)) return residual;
+        for (int j = 0; j < n; ++j) point[j] = kept[j];
+        return self.residual();
     }
 
     // Destroys the problem where the residual is above the promised one.

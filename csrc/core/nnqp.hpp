@@ -14,7 +14,7 @@
 PAMA_BEGIN
 namespace nnqp {
 
-constexpr int kVectorCount = 18;  // arrays of leading_dimension(n) doubles in the workspace, the integers included
+constexpr int kVectorCount = 19;  // arrays of leading_dimension(n) doubles in the workspace, the integers included
 
 // Doubles of the workspace for n unknowns.
 PAMA_HD inline std::size_t workspace(int n) {
@@ -33,6 +33,7 @@ struct System {
     double* product;     // M y
     double* point;       // the answer; in descend a feasible y
     double* saved;       // descend's best y
+    double* kept;        // the best `point` of the proximal steps
     double* answer;      // what several problems add up to
     double* unit;        // of each unknown
     double* compact;     // u on the support
@@ -44,6 +45,7 @@ struct System {
     double value = 0.0, total = 0.0, linear = 0.0;  // b'y, e'y, u'y
     double fixed_total = 0.0, fixed_terms = 0.0;    // of what b holds, beside total and terms
     double terms = 0.0;                             // sum of H_ii |y_i|
+    double metric = 1.0;                            // the largest r_i of a proximal term, of its ridge
     bool strict = true;                             // give up on a vanishing pivot
 
     PAMA_HD void bind(int count, double* workspace) {
@@ -62,11 +64,12 @@ struct System {
         scratch.panel = take(static_cast<std::ptrdiff_t>(ldlt::kBlock) * blocks);
         double** const vectors[kVectorCount - 1] = {
             &preference, &centre,  &shift,       &diagonal,      &target,          &product,
-            &point,      &saved,   &answer,      &unit,          &compact,         &ones,
+            &point,      &saved,   &kept, &answer,      &unit,          &compact,         &ones,
             &scratch.rhs, &scratch.floor, &scratch.inverse, &scratch.forward, &scratch.solution};
         for (double** const vector : vectors) *vector = take(ld);
         support = reinterpret_cast<int*>(take(ld));
         inside = support + ld;
+        for (int i = 0; i < n; ++i) unit[i] = 1.0;
     }
 
     PAMA_HD double* row_of(int i) const { return gram + static_cast<std::ptrdiff_t>(i) * stride; }
@@ -179,7 +182,7 @@ struct System {
     PAMA_HD bool identical(int i, int k) const {
         const double* const first = row_of(i);
         const double* const second = row_of(k);
-        if (first[i] != second[k] || preference[i] != preference[k]) return false;
+        if (first[i] != second[k] || preference[i] != preference[k] || unit[i] != unit[k]) return false;
         for (int j = 0; j < n; ++j)
             if (first[j] != second[j]) return false;
         return true;

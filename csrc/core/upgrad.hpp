@@ -10,7 +10,7 @@
 // its own gradient.
 //
 // Where a minimiser is not unique, it is the one nearest to p_i e_i (among objectives whose norms span at most
-// 1 / kSmallestUnit): the proximal term is in the units of M.
+// kLargestUnit): the proximal term is in the units of M.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +20,8 @@
 PAMA_BEGIN
 namespace upgrad {
 
-constexpr double kSmallestUnit = 1e-2;
+constexpr double kLargestUnit = 1024.0;
+constexpr double kCosine = 1.0 + 1e-12;
 constexpr double kLargestRatio = 0x1p1000;                      // of two objectives' norms
 constexpr double kPairSmallest = 1e-140, kPairLargest = 1e140;  // diagonal entries of two objectives
 
@@ -39,17 +40,17 @@ struct Problem : nnqp::ActiveSet<Problem> {
 
     PAMA_HD bool convex() const { return false; }
 
-    // The proximal term in the units of M, of which the largest counts 1: S comes in `unit`.
-    PAMA_HD double metric(int j, double largest_unit) const {
-        const double relative = unit[j] / largest_unit;
-        return relative > kSmallestUnit ? relative * relative : kSmallestUnit * kSmallestUnit;
+    // The proximal term in the units of M, of which the smallest counts 1: S comes in `unit`.
+    double smallest_unit = 1.0;
+    PAMA_HD double metric_of(int j) const {
+        const double relative = unit[j] / smallest_unit;
+        return relative < kLargestUnit ? relative * relative : kLargestUnit * kLargestUnit;
     }
-    double largest_unit = 1.0;
 
     PAMA_HD void set(double ridge) {
         const double* const row = row_of(own);
         for (int j = 0; j < n; ++j) {
-            const double weight = ridge > 0.0 ? ridge * metric(j, largest_unit) : 0.0;
+            const double weight = ridge > 0.0 ? ridge * metric_of(j) : 0.0;
             diagonal[j] = row_of(j)[j] + weight;
             target[j] = ridge > 0.0 ? weight * point[j] - row[j] : -row[j];
         }
@@ -109,11 +110,13 @@ PAMA_HD inline SolverResult solve_pair(double a, double b, double d, double p, d
 // The weights of the objectives in s: p in `preference`, S in `unit`, the sums of the c^(i) to `answer`.
 PAMA_HD inline SolverResult solve_all(Problem& s) {
     SolverResult result = {0.0, 0.0, SolveStatus::solved, 0};
-    s.largest_unit = 0.0;
+    s.smallest_unit = nnqp::kLargestDouble;
     for (int j = 0; j < s.n; ++j) {
         s.answer[j] = s.shift[j] = 0.0;
-        s.largest_unit = s.unit[j] > s.largest_unit ? s.unit[j] : s.largest_unit;
+        s.smallest_unit = s.unit[j] < s.smallest_unit ? s.unit[j] : s.smallest_unit;
     }
+    s.metric = 1.0;
+    for (int j = 0; j < s.n; ++j) s.metric = s.metric_of(j) > s.metric ? s.metric_of(j) : s.metric;
     for (int i = 0; i < s.n; ++i) {
         if (s.preference[i] == 0.0) continue;
         s.own = i;
@@ -155,6 +158,7 @@ PAMA_HD bool gather(int n, const T* gram, std::ptrdiff_t row_stride, std::ptrdif
     for (int i = 0, a = 0; i < n; ++i) {
         if (!takes_part(i)) continue;
         s.unit[a] = unit_of(entry(i, i));
+        s.diagonal[a] = std::sqrt(s.unit[a] * entry(i, i) * s.unit[a]);
         s.preference[a++] = preference ? preference[i] * share : share;
     }
     for (int i = 0, a = 0; i < n; ++i) {
@@ -163,8 +167,10 @@ PAMA_HD bool gather(int n, const T* gram, std::ptrdiff_t row_stride, std::ptrdif
         int b = 0;
         for (int j = 0; j < n; ++j) {
             if (!takes_part(j)) continue;
-            row[b] = (0.5 * s.unit[a]) * entry(i, j) * s.unit[b] + (0.5 * s.unit[a]) * entry(j, i) * s.unit[b];
-            ++b;
+            const double half = 0.5 * s.unit[a], own = half * entry(i, j) * s.unit[b] + half * entry(j, i) * s.unit[b];
+            // Cauchy and Schwarz' bound may be broken by rounding to float32, or by more. Of equal rows it is exact.
+            const double bound = s.diagonal[a] * s.diagonal[b];
+            row[b++] = own > kCosine * bound ? bound : own < -kCosine * bound ? -bound : own;
         }
         for (; b < s.stride; ++b) row[b] = 0.0;
         ++a;
