@@ -11,9 +11,7 @@ namespace pama {
 namespace binding {
 
 inline py::dict contract() {
-    const auto names = [](const auto& array) {
-        return std::vector<std::string>(std::begin(array), std::end(array));
-    };
+    const auto names = [](const auto& array) { return std::vector<std::string>(std::begin(array), std::end(array)); };
     py::dict result;
     result["kinds"] = names(kKindNames);
     result["weights_per"] = names(kWeightsPerNames);
