@@ -31,13 +31,13 @@ inline void set_lane(V& v, int k, T x) {
     memcpy(reinterpret_cast<char*>(&v) + static_cast<long>(sizeof(T)) * k, &x, sizeof x);
 }
 
-// Scores a (n, stride) of `lanes` rows side by side; preference (n). c (n, stride) receives the weights. Returns the optima.
-// `present` (1 or 0, like a) may be null; `scale` (per lane) may be null, then it is max a^2.
-// `non_negative`: no score is negative and there is no regularization. work: 3 n vectors; row: 3 n doubles.
-// A compile-time N > 0 stands for n and keeps what it can in registers.
+// Scores a (n, stride) of `lanes` rows side by side; preference (n). c (n, stride) receives the weights. Returns the
+// optima. `present` (1 or 0, like a) may be null; `scale` (per lane) may be null, then it is max a^2. `non_negative`:
+// no score is negative and there is no regularization. work: 3 n vectors; row: 3 n doubles. A compile-time N > 0 stands
+// for n and keeps what it can in registers.
 template <class V, int N, class T>
-inline V solve_lanes(int given, const T* a, const T* present, long stride, int lanes, const double* preference, bool uniform,
-                     double regularization, bool non_negative, T* c, V* work, double* row,
+inline V solve_lanes(int given, const T* a, const T* present, long stride, int lanes, const double* preference,
+                     bool uniform, double regularization, bool non_negative, T* c, V* work, double* row,
                      const double* scale = nullptr) {
     const V zero = V{}, one = zero + static_cast<T>(1);
     const int n = N > 0 ? N : given;
@@ -132,7 +132,8 @@ inline V solve_lanes(int given, const T* a, const T* present, long stride, int l
     }
     optimum = choose(exact, choose(one_sided, nearest, zero), max_of(low, min_of(high, optimum * unit)));
     const auto none = present ? count == zero : count != count;
-    for (int i = 0; i < n; ++i) store(c + i * stride, choose(none, zero + static_cast<T>(preference[i]), keep[i] + poison));
+    for (int i = 0; i < n; ++i)
+        store(c + i * stride, choose(none, zero + static_cast<T>(preference[i]), keep[i] + poison));
     optimum = choose(none, zero, optimum) + poison;
     // Scores of very different size and hardly any regularization: the large one gets a weight near T's rounding, on
     // which the rest depends. These lanes are solved in double.
@@ -183,9 +184,9 @@ inline auto with_lanes_size(int n, Visit visit) {
 
 // Rows of N float32 scores, a register's lanes at a time; those that lie side by side are transposed in registers.
 template <int N>
-inline void weights_rows(long rows, const float* PAMA_RESTRICT scores, long row, long objective, const double* preference,
-                         bool uniform, double regularization, const double* scale, long scale_row,
-                         float* PAMA_RESTRICT weights, float* PAMA_RESTRICT optimum, double* buffer) {
+inline void weights_rows(long rows, const float* PAMA_RESTRICT scores, long row, long objective,
+                         const double* preference, bool uniform, double regularization, const double* scale,
+                         long scale_row, float* PAMA_RESTRICT weights, float* PAMA_RESTRICT optimum, double* buffer) {
     constexpr int width = Lanes<float>::count;
     constexpr long ahead = 1024;  // floats
     const bool contiguous = row == N && objective == 1;
@@ -212,10 +213,10 @@ inline void weights_rows(long rows, const float* PAMA_RESTRICT scores, long row,
         if (scale)
             for (int t = 0; t < width; ++t) size[t] = t < used ? scale[(at + t) * scale_row] : 1.0;
         const bool non_negative = regularization == 0 && !any(low < 0.0f);
-        const FloatV s =
-            solve_lanes<FloatV, N>(N, reinterpret_cast<const float*>(v), static_cast<const float*>(nullptr), width,
-                                   width, preference, uniform, regularization, non_negative, reinterpret_cast<float*>(c),
-                                   static_cast<FloatV*>(nullptr), buffer, scale ? size : nullptr);
+        const FloatV s = solve_lanes<FloatV, N>(N, reinterpret_cast<const float*>(v),
+                                                static_cast<const float*>(nullptr), width, width, preference, uniform,
+                                                regularization, non_negative, reinterpret_cast<float*>(c),
+                                                static_cast<FloatV*>(nullptr), buffer, scale ? size : nullptr);
         interleave<N>(c);
         if (used == width) {
             store(optimum + at, s);
@@ -263,13 +264,13 @@ inline void weights_rows(long rows, int n, const float* scores, long row, long o
                          bool uniform, double regularization, const double* scale, long scale_row, float* weights,
                          float* optimum, void* scratch) {
     if (with_constant(n, [&](auto size) {
-            weights_rows<size>(rows, scores, row, objective, preference, uniform, regularization, scale, scale_row, weights,
-                               optimum, static_cast<double*>(scratch));
+            weights_rows<size>(rows, scores, row, objective, preference, uniform, regularization, scale, scale_row,
+                               weights, optimum, static_cast<double*>(scratch));
         }))
         return;
     with_lanes_size(n, [&](auto size) {
-        weights_pieces<size>(rows, n, scores, row, objective, preference, uniform, regularization, scale, scale_row, weights,
-                             optimum, scratch);
+        weights_pieces<size>(rows, n, scores, row, objective, preference, uniform, regularization, scale, scale_row,
+                             weights, optimum, scratch);
     });
 }
 
