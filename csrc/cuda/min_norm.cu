@@ -1,0 +1,31 @@
+#include "../core/min_norm.hpp"
+#include "launch.hpp"
+#include "matrices.cuh"
+
+namespace pama {
+namespace cuda {
+namespace {
+
+struct MinNorm {
+    PAMA_HD static std::size_t workspace(int n) { return min_norm_workspace(n); }
+    __device__ static double entry(const double* sums, int64_t n, int64_t i, int64_t j) {
+        return cosine(sums, n, i, j);
+    }
+    __device__ static double solve(int n, const double* matrix, const double* preference, double regularization,
+                                   double* c, double* work) {
+        return checked(min_norm_solve(n, matrix, preference, regularization, c, work), n, c);
+    }
+};
+
+}  // namespace
+
+int64_t min_norm_doubles(int n) { return matrix_room<MinNorm>(n); }
+
+cudaError_t min_norm(const Rows& rows, int multiprocessors, cudaStream_t stream) {
+    return solve_matrices<MinNorm>(rows, multiprocessors, stream);
+}
+
+cudaError_t min_norm(const Solve& batch, cudaStream_t stream) { return solve_batch<MinNorm>(batch, stream); }
+
+}  // namespace cuda
+}  // namespace pama
