@@ -99,28 +99,48 @@ class Apply(NamedTuple):
 # --- records as flat arguments ------------------------------------------------------------------------
 
 
-def _fields(records: Sequence[Any]) -> list[tuple[str, str]]:
-    return [(name, kind) for record in records for name, kind in record.__annotations__.items()]
+# The declared types of each record's fields.
+_KINDS: dict[Any, tuple[str, ...]] = {
+    record: tuple(getattr(kind, "__forward_arg__", kind) for kind in record.__annotations__.values())
+    for record in (
+        Tokens,
+        Rule,
+        Outputs,
+        Statistics,
+        Solve,
+        Apply,
+        Weights,
+        MinNorm,
+        UPGrad,
+        Gae,
+        GroupNormalize,
+    )
+}
 
 
 def _schema(records: Sequence[Any], returns: str) -> str:
-    arguments = []
-    for name, kind in _fields(records):
-        arguments.append(f"{_TYPES[kind]} {name}")
-        if kind.startswith("Number"):
-            arguments.append(f"Tensor? {name}_tensor")
-    return f"({', '.join(arguments)}) -> {returns}"
+    arguments: dict[str, str] = {}
+    for record in records:
+        for name, kind in zip(record._fields, _KINDS[record], strict=True):
+            name = f"{record.__name__.lower()}_{name}" if name in arguments else name
+            arguments[name] = _TYPES[kind]
+            if kind.startswith("Number"):
+                arguments[f"{name}_tensor"] = "Tensor?"
+    return "(" + ", ".join(f"{kind} {name}" for name, kind in arguments.items()) + f") -> {returns}"
 
 
 def flat(*records: Any) -> list[Any]:
+    compiling = torch.compiler.is_compiling()
     result: list[Any] = []
     for record in records:
-        kinds = type(record).__annotations__.values()
-        for kind, value in zip(kinds, record, strict=True):
+        for kind, value in zip(_KINDS[type(record)], record, strict=True):
             if not kind.startswith("Number"):
                 result.append(value)
             elif isinstance(value, Tensor):
                 result += [None, value]
+            elif compiling and value is not None:
+                # An operator's float would be a constant of the graph, which then serves no other value.
+                result += [None, torch.full((), value, dtype=torch.float64)]
             else:
                 result += [value, None]
     return result
@@ -132,7 +152,7 @@ def _records(types: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
     result = []
     for kind in types:
         values = []
-        for field in kind.__annotations__.values():
+        for field in _KINDS[kind]:
             value = next(queue)
             if field.startswith("Number"):
                 tensor = next(queue)
@@ -258,7 +278,7 @@ class _Operator(Generic[_P, _R]):
         device: torch.device = records[0][0].device
         if device.type == "cpu":
             return find("cpu", self.name)
-        tensors = any(isinstance(value, Tensor) for _, value in _numbers(records))
+        tensors = any(isinstance(value, Tensor) for value in _numbers(records))
         return find(device.type, self.name, tensors)
 
     def __call__(self, *records: _P.args, **none: _P.kwargs) -> _R:
@@ -286,11 +306,11 @@ def _is_wrapped(message: str) -> bool:
     return "data pointer" in message or "access storage" in message
 
 
-def _numbers(records: Sequence[Any]) -> list[tuple[str, Any]]:
+def _numbers(records: Sequence[Any]) -> list[Any]:
     return [
-        (name, value)
+        value
         for record in records
-        for (name, kind), value in zip(type(record).__annotations__.items(), record, strict=True)
+        for kind, value in zip(_KINDS[type(record)], record, strict=True)
         if kind.startswith("Number")
     ]
 
