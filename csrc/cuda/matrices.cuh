@@ -4,9 +4,8 @@
 #include <cmath>
 #include <cstddef>
 
-#include "device.cuh"
+#include "entries.cuh"
 #include "solve.cuh"
-#include "weights.cuh"
 
 namespace pama {
 namespace cuda {

@@ -1,11 +1,14 @@
-// The Python module `pama_kernels._cuda`: device pointers and a stream in, errors raised here. Python allocates.
+// The Python module `pama_kernels.backends._cuda`: records and device pointers in, errors raised here. Python allocates:
+// `empty(count)` gives float64 memory on the device.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
 #include <string>
-#include <vector>
+#include <type_traits>
 
+#include "../core/statistics.hpp"
 #include "launch.hpp"
+#include "read.hpp"
 
 namespace py = pybind11;
 using namespace pama;
@@ -60,54 +63,108 @@ DeviceGuard::DeviceGuard(int device) {
 }
 #endif
 
-template <class T>
-T* pointer(const py::handle& address) {
-    return reinterpret_cast<T*>(address.cast<std::uintptr_t>());
-}
+// Where to run: the device, its number of multiprocessors, the address of the stream.
+struct Where {
+    int device, multiprocessors;
+    cudaStream_t stream;
+    explicit Where(const py::tuple& given)
+        : device(given[0].cast<int>()),
+          multiprocessors(given[1].cast<int>()),
+          stream(reinterpret_cast<cudaStream_t>(given[2].cast<std::uintptr_t>())) {}
+};
 
-// (pointer, dtype, row stride, token stride, objective stride), or None.
-Array array(const py::handle& given) {
-    if (given.is_none()) return {};
-    const auto t = py::reinterpret_borrow<py::tuple>(given);
-    return {pointer<void>(t[0]), static_cast<Dtype>(t[1].cast<int>()), t[2].cast<long>(), t[3].cast<long>(),
-            t[4].cast<long>()};
-}
-
-// The tuple that backends/_native.py builds.
-Tokens tokens(const py::tuple& t) {
-    Tokens p;
-    p.rows = t[0].cast<long>();
-    p.width = t[1].cast<long>();
-    if (!t[2].is_none()) {
-        const auto offsets = py::reinterpret_borrow<py::tuple>(t[2]);
-        p.offsets = {pointer<void>(offsets[0]), offsets[1].cast<bool>(), offsets[3].cast<long>()};
-    }
-    p.n = t[3].cast<int>();
-    p.noon = t[4].cast<bool>();
-    p.wide = t[5].cast<bool>();
-    p.clip = Clip::make(t[6].cast<double>(), t[7].cast<double>(), t[8].cast<double>());
-    p.advantages = array(t[9]);
-    p.mask = array(t[10]);
-    p.objective_mask = array(t[11]);
-    p.logprobs = array(t[12]);
-    p.old_logprobs = array(t[13]);
-    p.importance_weights = array(t[15]);
-    return p;
-}
-
-// (gram, prior, regularization, wide, weights, optimum, work), or None.
-Solve solve(const py::handle& given) {
+Solve read_solve(const py::handle& rule, int n, const double* sums, const py::handle& preference,
+                 const py::tuple& results) {
     Solve s;
-    if (given.is_none()) return s;
-    const auto t = py::reinterpret_borrow<py::tuple>(given);
-    s.bound = t[0].cast<bool>() ? Bound::gram : Bound::scores;
-    s.prior = pointer<double>(t[1]);
-    s.regularization = t[2].cast<double>();
-    s.wide = t[3].cast<bool>();
-    s.weights = pointer<void>(t[4]);
-    s.optimum = pointer<void>(t[5]);
-    s.work = pointer<double>(t[6]);
+    s.rule = read_rule(rule);
+    s.n = n;
+    s.sums = sums;
+    s.preference = read_pointer<const double>(preference);
+    s.weights = read_pointer<double>(results[0]);
+    s.optimum = read_pointer<double>(results[1]);
+    s.effective = read_pointer<double>(results[2]);
     return s;
+}
+
+// The statistics; with a rule of the kinds FIXED or SCORES also the weights, optimum and effective preference.
+py::object statistics_of(const py::object& record, bool pairs, const py::object& rule, const py::object& preference,
+                         const py::object& results, const py::object& counter, const py::function& empty,
+                         const py::tuple& place) {
+    const DeviceTokens p = read_tokens(record);
+    const Where where(place);
+    const Plan plan = statistics_plan(p, pairs, where.multiprocessors);
+    py::object sums = empty(statistics_size(p.n, pairs));
+    const py::object work = empty(plan.doubles() + (rule.is_none() ? 0 : solve_doubles(Kind::scores, p.n)));
+    auto* const to = read_pointer<double>(sums);
+    Solve solve;
+    if (!rule.is_none()) {
+        solve = read_solve(rule, p.n, to, preference, results);
+        solve.work = read_pointer<double>(work) + plan.doubles();
+    }
+    const DeviceGuard guard(where.device);
+    check(statistics(p, pairs, plan, read_pointer<double>(work), read_pointer<unsigned>(counter), to,
+                     rule.is_none() ? nullptr : &solve, where.stream),
+          "statistics");
+    return sums;
+}
+
+void solve_of(const py::object& sums, int n, const py::object& rule, const py::object& preference,
+              const py::tuple& results, const py::function& empty, const py::tuple& place) {
+    const Where where(place);
+    Solve s = read_solve(rule, n, read_pointer<const double>(sums), preference, results);
+    const py::object work = empty(solve_doubles(s.rule.kind, n));
+    s.work = read_pointer<double>(work);
+    const DeviceGuard guard(where.device);
+    check(solve(s, where.stream), "solve");
+}
+
+// Room for as many problems at a time as there are, within reason.
+py::object work_for(Rows& rows, int64_t each, const py::function& empty) {
+    constexpr int64_t kMost = 1 << 24;  // doubles, unless one problem needs more
+    rows.slots = rows.rows;
+    if (each == 0) return py::none();
+    const int64_t most = kMost / each > 1 ? kMost / each : 1;
+    rows.slots = rows.rows < most ? rows.rows : most;
+    py::object work = empty(rows.slots * each);
+    rows.work = read_pointer<double>(work);
+    return work;
+}
+
+// Scores (rows, n), or matrices (rows, n, n); results contiguous, of their dtype.
+Rows read_rows(const py::object& input, const py::object& preference, double regularization, const py::object& weights,
+               const py::object& optimum) {
+    Rows rows;
+    const py::tuple shape = input.attr("shape");
+    rows.rows = shape[0].cast<int64_t>();
+    rows.n = shape[1].cast<int>();
+    rows.input = read_per_objective(input, shape.size() == 2);
+    rows.wide = rows.input.dtype == Dtype::f64;
+    rows.preference = read_pointer<const double>(preference);
+    rows.regularization = regularization;
+    rows.weights = read_pointer<void>(weights);
+    rows.optimum = read_pointer<void>(optimum);
+    return rows;
+}
+
+void weights_of(const py::object& scores, const py::object& preference, double regularization, const py::object& scale,
+                const py::object& result, const py::object& optimum, const py::function& empty, const py::tuple& place) {
+    const Where where(place);
+    Rows rows = read_rows(scores, preference, regularization, result, optimum);
+    rows.scale = read_pointer<const double>(scale);
+    rows.scale_stride = read_per_token(scale).token;
+    const py::object work = work_for(rows, weights_doubles(rows.n), empty);
+    const DeviceGuard guard(where.device);
+    check(weights(rows, where.stream), "weights");
+}
+
+template <int64_t (*Doubles)(int), cudaError_t (*Solver)(const Rows&, int, cudaStream_t)>
+void matrices_of(const py::object& gram, const py::object& preference, double regularization, const py::object& result,
+                 const py::object& optimum, const py::function& empty, const py::tuple& place) {
+    const Where where(place);
+    Rows rows = read_rows(gram, preference, regularization, result, optimum);
+    const py::object work = work_for(rows, Doubles(rows.n), empty);
+    const DeviceGuard guard(where.device);
+    check(Solver(rows, where.multiprocessors, where.stream), "the solver");
 }
 
 }  // namespace
@@ -121,64 +178,9 @@ PYBIND11_MODULE(_cuda, m) {
         return info;
     });
     m.def("device_problem", &device_problem);
-    // Doubles of work space: for the partial sums; and for the weights from them.
-    m.def("statistics_partials",
-          [](const py::tuple& t, bool pairs, int most) { return statistics_plan(tokens(t), pairs, most).partials; });
-    m.def("solve_work", &solve_doubles);
-    m.def("weights_work", &weights_doubles);
-    m.def("min_norm_work", &min_norm_doubles);
-    m.def("statistics", [](const py::tuple& t, bool pairs, int most, const py::int_& partials, const py::int_& counter,
-                           const py::int_& sums, const py::object& how, int device, const py::int_& stream) {
-        const Tokens p = tokens(t);
-        const DeviceGuard guard(device);
-        check(
-            statistics(p, pairs, statistics_plan(p, pairs, most), pointer<double>(partials), pointer<unsigned>(counter),
-                       pointer<double>(sums), solve(how), pointer<std::remove_pointer_t<cudaStream_t>>(stream)),
-            "statistics");
-    });
-    m.def("batch_weights", [](const py::int_& sums, int n, const py::object& how, int device, const py::int_& stream) {
-        const DeviceGuard guard(device);
-        check(batch_weights(pointer<double>(sums), n, solve(how), pointer<std::remove_pointer_t<cudaStream_t>>(stream)),
-              "batch_weights");
-    });
-    m.def("weights", [](long rows, int n, const py::object& scores, const py::int_& prior, double regularization,
-                        const py::object& scale, const py::int_& out, const py::int_& optimum, const py::int_& work,
-                        long slots, int device, const py::int_& stream) {
-        Rows r;
-        r.rows = rows;
-        r.n = n;
-        r.input = array(scores);
-        r.wide = r.input.dtype == Dtype::f64;
-        r.prior = pointer<double>(prior);
-        r.regularization = regularization;
-        const Array sizes = array(scale);
-        r.scale = static_cast<const double*>(sizes.data);
-        r.scale_stride = sizes.row;
-        r.weights = pointer<void>(out);
-        r.optimum = pointer<void>(optimum);
-        r.work = pointer<double>(work);
-        r.slots = slots;
-        const DeviceGuard guard(device);
-        check(weights(r, pointer<std::remove_pointer_t<cudaStream_t>>(stream)), "weights");
-    });
-    m.def("min_norm", [](long rows, int n, bool wide, const py::int_& data, long batch, long row, long column,
-                         const py::int_& prior, double regularization, const py::int_& out, const py::int_& optimum,
-                         const py::int_& work, long slots, int multiprocessors, int device, const py::int_& stream) {
-        Rows r;
-        r.rows = rows;
-        r.n = n;
-        r.wide = wide;
-        r.input.data = pointer<void>(data);
-        r.input.row = batch;
-        r.row = row;
-        r.column = column;
-        r.prior = pointer<double>(prior);
-        r.regularization = regularization;
-        r.weights = pointer<void>(out);
-        r.optimum = pointer<void>(optimum);
-        r.work = pointer<double>(work);
-        r.slots = slots;
-        const DeviceGuard guard(device);
-        check(min_norm(r, multiprocessors, pointer<std::remove_pointer_t<cudaStream_t>>(stream)), "min_norm");
-    });
+    m.def("statistics", &statistics_of);
+    m.def("solve", &solve_of);
+    m.def("weights", &weights_of);
+    m.def("min_norm", &matrices_of<&min_norm_doubles, &min_norm>);
+    m.def("upgrad", &matrices_of<&upgrad_doubles, &upgrad>);
 }

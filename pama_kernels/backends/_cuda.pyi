@@ -1,0 +1,60 @@
+"""The native CUDA module. `Memory` gives float64 memory on the device; results are written into tensors given."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from pama_kernels._call import Rule, Tokens
+
+Memory = Callable[[int], Tensor]
+Where = tuple[int, int, int]  # device, its multiprocessors, address of the stream
+
+def build_info() -> dict[str, object]: ...
+def device_problem() -> str: ...
+def statistics(
+    tokens: Tokens,
+    pairs: bool,
+    rule: Rule | None,  # FIXED or SCORES: its weights in the same launch
+    preference: Tensor | None,
+    results: tuple[Tensor, Tensor, Tensor] | None,
+    counter: Tensor,
+    empty: Memory,
+    where: Where,
+) -> Tensor: ...
+def solve(
+    sums: Tensor,
+    objectives: int,
+    rule: Rule,
+    preference: Tensor | None,
+    results: tuple[Tensor, Tensor, Tensor],
+    empty: Memory,
+    where: Where,
+) -> None: ...
+def weights(
+    scores: Tensor,  # (rows, n)
+    preference: Tensor | None,
+    regularization: float,
+    scale: Tensor | None,  # (rows,) float64
+    result: Tensor,
+    optimum: Tensor,
+    empty: Memory,
+    where: Where,
+) -> None: ...
+def min_norm(
+    gram: Tensor,  # (rows, n, n)
+    preference: Tensor | None,
+    regularization: float,
+    result: Tensor,
+    optimum: Tensor,
+    empty: Memory,
+    where: Where,
+) -> None: ...
+def upgrad(
+    gram: Tensor,
+    preference: Tensor | None,
+    regularization: float,
+    result: Tensor,
+    optimum: Tensor,
+    empty: Memory,
+    where: Where,
+) -> None: ...
