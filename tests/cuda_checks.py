@@ -152,23 +152,23 @@ def _preferences(n: int) -> list[list[float] | None]:
     return [None, [1.0 + i for i in range(n)], [0.0] * (n - 1) + [1.0]]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
-def test_weights_of_the_batch(rule: Any) -> None:
-    for seed, n in itertools.product(range(4), (1, 2, 3, 4, 5, 7)):
-        problem = make("padded", rows=4, width=15, objectives=n, seed=seed, objective_mask=torch.bool if seed % 2 else None)
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7])
+def test_weights_of_the_batch(n: int) -> None:
+    for seed, noon in ((0, False), (1, True), (2, False)):
+        problem = make(rows=4, width=15, objectives=n, seed=seed, objective_mask=torch.bool if seed == 1 else None)
         if seed > 0:
             problem.advantages[..., seed % n] = 0  # no signal
         arguments = problem.statistics_arguments()
-        for noon, preference in itertools.product((False, True), _preferences(n)):
-            sums = found(arguments, noon=noon)
-            spelled = reference.objective_statistics(**arguments, noon=noon)
+        sums = found(arguments, noon=noon).buffer
+        spelled = reference.objective_statistics(**arguments, noon=noon)
+        for rule, preference in itertools.product(RULES, _preferences(n)):
             p = None if preference is None else torch.tensor(preference, dtype=torch.float64) / sum(preference)
-            c, optimum, effective = cuda.solve(sums.buffer, record(rule), p, n)
+            c, optimum, effective = cuda.solve(sums, record(rule), p, n)
             wanted, wanted_optimum, wanted_effective = reference.batch_weights(spelled, rule, p, n)
             near = {"rtol": 0, "atol": 2e-5}
             torch.testing.assert_close(effective, wanted_effective, **near)
             torch.testing.assert_close(optimum, wanted_optimum, **near)
-            assert float(optimum) >= 0 or not isinstance(rule, pk.UPGrad)
+            assert float(optimum) >= 0 or "scores" in str(rule) or isinstance(rule, pk.Fixed)
             if getattr(rule, "regularization", 1.0) > 0:  # else more than one point may be optimal
                 torch.testing.assert_close(c, wanted, **near)
             assert abs(float(c.sum()) - 1) < 1e-12

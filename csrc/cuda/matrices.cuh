@@ -10,7 +10,17 @@
 namespace pama {
 namespace cuda {
 
-constexpr double kMinNormResidual = 1e-9;  // provisional
+constexpr double kLargestResidual = 1e-8;
+
+// The optimum, never below 0; NaN, as the weights then are, where the solver did not come near enough.
+template <class Result>
+__device__ inline double checked(const Result& result, int n, double* c) {
+    if (!(result.residual <= kLargestResidual)) {
+        for (int i = 0; i < n; ++i) c[i] = NAN;
+        return NAN;
+    }
+    return result.optimum < 0 ? 0 : result.optimum;
+}
 
 // Doubles of one problem: the matrix, the weights, the preference, and the solver's own.
 template <class Problem>
@@ -18,16 +28,32 @@ PAMA_HD inline int64_t matrix_room(int n) {
     return static_cast<int64_t>(n) * (n + 2) + static_cast<int64_t>(Problem::workspace(n));
 }
 
-// The matrix of the objectives with a signal, and their preference. Returns how many there are.
+__device__ inline int load_matrix(const Rows& rows, int64_t row, double* matrix, double* preference) {
+    const int64_t n = rows.n, base = row * rows.input.row;
+    for (int64_t i = 0; i < n; ++i) {
+        preference[i] = rows.preference ? rows.preference[i] : 1.0 / static_cast<double>(n);
+        for (int64_t j = 0; j < n; ++j)
+            matrix[i * n + j] = load_score(rows, base + i * rows.input.token + j * rows.input.objective);
+    }
+    return rows.n;
+}
+
+// Of the objectives with a signal; 0 where none has, or where the problem has no mass to share out.
 template <class Problem>
 __device__ inline int batch_matrix(const Solve& s, double* matrix, double* preference) {
+    if (!choose_objectives(s)) return 0;
     int count = 0;
-    for (int i = 0; i < s.n; ++i)
-        if (has_signal(s.sums, s.n, i, s.rule.kind)) preference[count++] = given_preference(s, i);
-    for (int i = 0, k = 0; i < s.n; ++i) {
-        if (!has_signal(s.sums, s.n, i, s.rule.kind)) continue;
+    double mass = 0;
+    for (int i = 0; i < s.n; ++i) {
+        if (s.weights[i] == 0) continue;
+        mass += s.effective[i];
+        preference[count++] = s.effective[i];
+    }
+    if (Problem::kNeedsMass && !(mass > 0)) return 0;
+    for (int i = 0; i < s.n; ++i) {
+        if (s.weights[i] == 0) continue;
         for (int j = 0; j < s.n; ++j)
-            if (has_signal(s.sums, s.n, j, s.rule.kind)) matrix[k++] = Problem::entry(s.sums, s.n, i, j);
+            if (s.weights[j] != 0) *matrix++ = Problem::entry(s.sums, s.n, i, j);
     }
     return count;
 }
@@ -39,38 +65,30 @@ __global__ void matrices_kernel(const Rows rows, const int active, const bool of
     const int64_t slot = static_cast<int64_t>(blockIdx.x) * active + threadIdx.x;
     if (static_cast<int>(threadIdx.x) >= active || slot >= rows.slots) return;
     const int n = rows.n;
+    if constexpr (Problem::kPairInRegisters) {
+        if (n == 2 && !of_batch) {
+            double entries[4], c[2], preference[2];
+            load_matrix(rows, slot, entries, preference);
+            const double optimum = Problem::solve(2, entries, preference, rows.regularization, c, nullptr);
+            for (int i = 0; i < 2; ++i) store_number(rows.weights, rows.wide, slot * 2 + i, c[i]);
+            store_number(rows.optimum, rows.wide, slot, optimum);
+            return;
+        }
+    }
     double* const matrix = rows.work + slot * matrix_room<Problem>(n);
     double *const c = matrix + static_cast<int64_t>(n) * n, *const preference = c + n;
     for (int64_t row = slot; row < rows.rows; row += rows.slots) {
-        int size = n;
-        if (of_batch) {
-            effective_preference(batch);
-            size = batch_matrix<Problem>(batch, matrix, preference);
-        } else {
-            const int64_t base = row * rows.input.row;
-            for (int i = 0; i < n; ++i) {
-                preference[i] = given_preference(rows, i);
-                for (int j = 0; j < n; ++j)
-                    matrix[i * n + j] = load_score(rows, base + i * rows.input.token + j * rows.input.objective);
-            }
-        }
-        bool solvable = size > 0;
-        if (of_batch && batch.rule.kind == Kind::upgrad) {
-            double mass = 0;
-            for (int k = 0; k < size; ++k) mass += preference[k];
-            solvable = mass > 0;
-        }
+        const int size =
+            of_batch ? batch_matrix<Problem>(batch, matrix, preference) : load_matrix(rows, row, matrix, preference);
         double optimum = 0;
-        if (solvable) optimum = Problem::solve(size, matrix, preference, rows.regularization, c, preference + n);
+        if (size > 0) optimum = Problem::solve(size, matrix, preference, rows.regularization, c, preference + n);
         if (!of_batch) {
             for (int i = 0; i < n; ++i) store_number(rows.weights, rows.wide, row * n + i, c[i]);
             store_number(rows.optimum, rows.wide, row, optimum);
             continue;
         }
-        for (int i = 0, k = 0; i < n; ++i) {
-            const bool here = has_signal(batch.sums, n, i, batch.rule.kind);
-            batch.weights[i] = !solvable ? given_preference(batch, i) : here ? c[k++] : 0.0;
-        }
+        for (int i = 0, k = 0; i < n; ++i)
+            batch.weights[i] = size == 0 ? batch.effective[i] : batch.weights[i] != 0 ? c[k++] : 0.0;
         *batch.optimum = optimum;
     }
 }
@@ -93,14 +111,6 @@ inline cudaError_t solve_batch(const Solve& batch, cudaStream_t stream) {
     rows.regularization = batch.rule.number;
     rows.work = batch.work;
     return launch(&matrices_kernel<Problem>, dim3(1), kWarp, stream, rows, 1, true, batch);
-}
-
-// The optimum, not below 0; NaN, as the weights then are, where the solver did not reach its promise.
-__device__ inline double checked(const MinNormResult& result, int n, double* c) {
-    if (!(result.residual <= kMinNormResidual))
-        for (int i = 0; i < n; ++i) c[i] = NAN;
-    const double optimum = result.residual <= kMinNormResidual ? result.optimum : NAN;
-    return optimum < 0 ? 0 : optimum;
 }
 
 }  // namespace cuda

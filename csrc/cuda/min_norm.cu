@@ -7,9 +7,11 @@ namespace cuda {
 namespace {
 
 struct MinNorm {
+    static constexpr bool kNeedsMass = false;  // without one it is uniform
+    static constexpr bool kPairInRegisters = true;
     PAMA_HD static std::size_t workspace(int n) { return min_norm_workspace(n); }
     __device__ static double entry(const double* sums, int64_t n, int64_t i, int64_t j) {
-        return cosine(sums, n, i, j);
+        return cosine_entry(sums, n, i, j);
     }
     __device__ static double solve(int n, const double* matrix, const double* preference, double regularization,
                                    double* c, double* work) {
@@ -19,7 +21,7 @@ struct MinNorm {
 
 }  // namespace
 
-int64_t min_norm_doubles(int n) { return matrix_room<MinNorm>(n); }
+int64_t min_norm_doubles(int n) { return n == 2 ? 0 : matrix_room<MinNorm>(n); }
 
 cudaError_t min_norm(const Rows& rows, int multiprocessors, cudaStream_t stream) {
     return solve_matrices<MinNorm>(rows, multiprocessors, stream);

@@ -1,5 +1,5 @@
-// The Python module `pama_kernels.backends._cuda`: records and device pointers in, errors raised here. Python allocates:
-// `empty(count)` gives float64 memory on the device.
+// The Python module `pama_kernels.backends._cuda`: records and device pointers in, errors raised here. Python
+// allocates: `empty(count)` gives float64 memory on the device.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -147,7 +147,8 @@ Rows read_rows(const py::object& input, const py::object& preference, double reg
 }
 
 void weights_of(const py::object& scores, const py::object& preference, double regularization, const py::object& scale,
-                const py::object& result, const py::object& optimum, const py::function& empty, const py::tuple& place) {
+                const py::object& result, const py::object& optimum, const py::function& empty,
+                const py::tuple& place) {
     const Where where(place);
     Rows rows = read_rows(scores, preference, regularization, result, optimum);
     rows.scale = read_pointer<const double>(scale);

@@ -86,7 +86,8 @@ inline DeviceTokens read_tokens(const py::handle& given) {
     p.clip = Clip::make(read_number(given.attr("eps_low")), read_number(given.attr("eps_high")),
                         read_number(given.attr("dual_clip")));
     const py::object advantages = given.attr("advantages"), offsets = given.attr("cu_seqlens");
-    p.n = py::tuple(advantages.attr("shape"))[static_cast<std::size_t>(advantages.attr("ndim").cast<int>() - 1)].cast<int>();
+    p.n = py::tuple(advantages.attr("shape"))[static_cast<std::size_t>(advantages.attr("ndim").cast<int>() - 1)]
+              .cast<int>();
     p.advantages = read_per_objective(advantages, p.per_sequence);
     p.objective_mask = read_per_objective(given.attr("objective_mask"), p.mask_per_sequence);
     p.mask = read_per_token(given.attr("mask"));

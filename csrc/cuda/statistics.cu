@@ -39,8 +39,14 @@ bool flat(const DeviceTokens& p) {
     return p.n == 1 || p.advantages.objective == 1;
 }
 
-FlatTokens flat_tokens(const DeviceTokens& p, int64_t threads) {
-    FlatTokens x;
+// Whether the advantages of a group are loaded at once.
+bool in_vectors(const DeviceTokens& p) {
+    return p.n == 2 ? aligned(p.advantages.data, 8) : p.n % 4 == 0 && aligned(p.advantages.data, 16);
+}
+
+template <bool Vectors>
+FlatTokens<Vectors> flat_tokens(const DeviceTokens& p, int64_t threads) {
+    FlatTokens<Vectors> x;
     const auto* const some = static_cast<const float*>(p.advantages.data);  // holds as many numbers as there are tokens
     const auto floats = [&](const Array& array, const float* other) {
         return array ? static_cast<const float*>(array.data) : other;
@@ -53,7 +59,6 @@ FlatTokens flat_tokens(const DeviceTokens& p, int64_t threads) {
     x.has_logp = static_cast<bool>(p.logprobs);
     x.has_w = static_cast<bool>(p.importance_weights);
     x.has_mask = static_cast<bool>(p.mask);
-    x.vectors = p.n == 2 ? aligned(some, 8) : p.n % 4 == 0 && aligned(some, 16);
     x.n = p.n;
     x.count = p.tokens();
     x.stride = threads;
@@ -70,15 +75,15 @@ struct Launch {
 
     template <class Source>
     StatisticsTask<Source> task(const Source& source) const {
-        return {source, p.clip, p.noon, finish};
+        return {source, p.clip, ClipIn<float>(p.clip), p.noon, finish};
     }
 
-    template <int G>
+    template <int G, bool Vectors>
     cudaError_t flat() const {
         const int threads = flat_threads(G, finish.pairs);
-        const auto what = task(flat_tokens(p, plan.blocks * threads));
-        return finish.pairs ? launch(&flat_kernel<G, true>, grid(), threads, stream, what)
-                            : launch(&flat_kernel<G, false>, grid(), threads, stream, what);
+        const auto what = task(flat_tokens<Vectors>(p, plan.blocks * threads));
+        return finish.pairs ? launch(&flat_kernel<G, true, Vectors>, grid(), threads, stream, what)
+                            : launch(&flat_kernel<G, false, Vectors>, grid(), threads, stream, what);
     }
 };
 
@@ -160,13 +165,13 @@ cudaError_t statistics(const DeviceTokens& p, bool pairs, const Plan& plan, doub
     }
     switch (p.n) {
         case 1:
-            return to.flat<1>();
+            return to.flat<1, false>();
         case 2:
-            return to.flat<2>();
+            return in_vectors(p) ? to.flat<2, true>() : to.flat<2, false>();
         case 3:
-            return to.flat<3>();
+            return to.flat<3, false>();
         default:
-            return to.flat<kGroup>();
+            return in_vectors(p) ? to.flat<kGroup, true>() : to.flat<kGroup, false>();
     }
 }
 

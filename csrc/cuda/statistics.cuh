@@ -25,6 +25,7 @@ template <class Source>
 struct StatisticsTask {
     Source source;
     Clip clip;
+    ClipIn<float> narrow;  // made on the host
     bool noon;
     Finish finish;
 };
@@ -67,13 +68,20 @@ __device__ inline void finish(const Finish& task) {
     if (task.solved && threadIdx.x == 0) solve_scores<N>(task.solve);
 }
 
+template <class T, class Source>
+__device__ inline ClipIn<T> clip_in(const StatisticsTask<Source>& task) {
+    if constexpr (sizeof(T) == sizeof(float))
+        return task.narrow;
+    else
+        return ClipIn<T>(task.clip);
+}
+
 template <class T, int G, bool Pairs, class Source>
 __device__ inline void add_layer(const StatisticsTask<Source>& task, const Place& at) {
     Values<Slots<G, Pairs>::kAll> values;
-    if (!add_tokens<T, G, Pairs>(task.source, ClipIn<T>(task.clip), task.noon, at.layer.first, at.thread, values)) {
+    if (!add_tokens<T, G, Pairs>(task.source, clip_in<T>(task), task.noon, at.layer.first, at.thread, values)) {
         values = {};
-        add_tokens<double, G, Pairs>(task.source, ClipIn<double>(task.clip), task.noon, at.layer.first, at.thread,
-                                     values);
+        add_tokens<double, G, Pairs>(task.source, clip_in<double>(task), task.noon, at.layer.first, at.thread, values);
     }
     write_fields<G, Pairs>(values, task.finish, at);
 }
@@ -81,9 +89,9 @@ __device__ inline void add_layer(const StatisticsTask<Source>& task, const Place
 template <class T, class Source>
 __device__ inline void multiply_layer(const StatisticsTask<Source>& task, const Place& at) {
     Values<2 * kGroup * kGroup> values;
-    if (!multiply_tokens<T>(task.source, ClipIn<T>(task.clip), task.noon, at.layer, at.thread, values)) {
+    if (!multiply_tokens<T>(task.source, clip_in<T>(task), task.noon, at.layer, at.thread, values)) {
         values = {};
-        multiply_tokens<double>(task.source, ClipIn<double>(task.clip), task.noon, at.layer, at.thread, values);
+        multiply_tokens<double>(task.source, clip_in<double>(task), task.noon, at.layer, at.thread, values);
     }
     write_tiles<2>(values, task.finish, at, kBoundProduct);
 }
@@ -91,8 +99,9 @@ __device__ inline void multiply_layer(const StatisticsTask<Source>& task, const 
 constexpr int flat_threads(int g, bool pairs) { return g == kGroup && pairs ? kFewThreads : kManyThreads; }
 
 // G: objectives of a group, all of them where G < kGroup.
-template <int G, bool Pairs>
-__global__ void __launch_bounds__(flat_threads(G, Pairs), 1) flat_kernel(const StatisticsTask<FlatTokens> task) {
+template <int G, bool Pairs, bool Vectors>
+__global__ void __launch_bounds__(flat_threads(G, Pairs), 1)
+    flat_kernel(const StatisticsTask<FlatTokens<Vectors>> task) {
     const Place at = place(task.finish);
     if constexpr (G == kGroup && Pairs) {
         if (at.layer.first != at.layer.second)

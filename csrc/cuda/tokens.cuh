@@ -5,6 +5,7 @@
 // double.
 #pragma once
 
+#include <cmath>
 #include <type_traits>
 
 #include "../core/token.hpp"
@@ -77,13 +78,15 @@ struct AnyTokens {
 
 // One run of float32 tokens with all objectives of a token together, a mask of bytes, everything present and weighted
 // by
-// 1. What is absent has some other address, so that no load waits for a test.
+// 1. What is absent has some other address, so that no load waits for a test. Vectors: the advantages of a group are
+// loaded at once, which takes their alignment and no last group of fewer.
+template <bool Vectors>
 struct FlatTokens {
     static constexpr bool kPresence = false;
     static constexpr int kTogether = 2;  // loads in flight
     const float *logp, *old, *w, *advantages;
     const unsigned char* mask;
-    bool has_logp, has_w, has_mask, vectors;  // vectors: advantages aligned to four
+    bool has_logp, has_w, has_mask;
     int n;
     int64_t count, stride;
     using Cursor = int64_t;
@@ -106,11 +109,11 @@ struct FlatTokens {
     __device__ ObjectiveInput<T, G> objectives(Cursor at, int64_t end, bool valid, int first) const {
         ObjectiveInput<T, G> x;
         const float* const from = advantages + (at < end ? at : end - 1) * n + first;
-        float values[4] = {};
-        if (G == 4 && vectors) {
+        float values[G];
+        if constexpr (Vectors && G == 4) {
             const float4 v = *reinterpret_cast<const float4*>(from);
             values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
-        } else if (G == 2 && vectors) {
+        } else if constexpr (Vectors && G == 2) {
             const float2 v = *reinterpret_cast<const float2*>(from);
             values[0] = v.x, values[1] = v.y;
         } else {
@@ -120,11 +123,21 @@ struct FlatTokens {
         PAMA_UNROLL
         for (int k = 0; k < G; ++k) {
             x.advantages[k] = static_cast<T>(values[k]);
-            x.present[k] = valid && (G < kGroup || first + k < n);
+            x.present[k] = valid && (Vectors || G < kGroup || first + k < n);
         }
         return x;
     }
 };
+
+// With Noon a negative advantage counts as 0: as if its factors were 0, or NaN where the token is bad.
+template <class T>
+__device__ inline TokenFactors<T> factors(const ClipIn<T>& clip, bool noon, const TokenInput<T>& x) {
+    TokenFactors<T> f = token_factors(clip, x.valid, x.logp, x.old, x.w);
+    f.neg = noon ? T(0) * f.neg : f.neg;
+    f.grad_neg = noon ? T(0) * f.grad_neg : f.grad_neg;
+    f.off_neg = f.off_neg && !noon;
+    return f;
+}
 
 // False: T did not hold the sums of some chunk, and `all` is of no use.
 template <class T, int G, bool Pairs, class Source>
@@ -140,8 +153,7 @@ __device__ inline bool add_tokens(const Source& source, const ClipIn<T>& clip, b
     Counter counts[S::kAll - S::kCounts] = {};
     bool held = true;
     do {
-        T sums[S::kCounts] = {};
-        unsigned advantages = 0, bounds = 0;  // bits: one was not 0
+        T sums[S::kCounts] = {}, most_advantage[G] = {}, most_bound[G] = {};
         PAMA_ROLLED
         for (int j = 0; (!kChunks || j < kChunk) && source.index(at) < end; j += kTogether) {
             TokenInput<T> token[kTogether];
@@ -155,24 +167,27 @@ __device__ inline bool add_tokens(const Source& source, const ClipIn<T>& clip, b
             PAMA_UNROLL
             for (int u = 0; u < kTogether; ++u) {
                 const TokenInput<T>& x = token[u];
-                const TokenFactors<T> f = token_factors(clip, x.valid, x.logp, x.old, x.w);
+                const TokenFactors<T> f = factors(clip, noon, x);
                 const T omega = kIntegers ? T(1) : x.omega;
-                const Counter one = static_cast<Counter>(kIntegers ? T(1) : x.omega);
+                const Counter one = static_cast<Counter>(omega);
                 sums[S::kKl] += omega * f.kl;
                 counts[S::kTokens - S::kCounts] += x.valid ? one : Counter(0);
                 T own[G], bound[G];
                 PAMA_UNROLL
                 for (int k = 0; k < G; ++k) {
                     const bool here = input[u].present[k];
-                    const T a = raw_advantage(input[u].advantages[k], here), up = a < 0 ? T(0) : a;
-                    const T i = bound_term(f, noon, a, here);
-                    const T g = up * f.pos + (noon ? T(0) : (a - up) * f.neg);
+                    const T a = raw_advantage(input[u].advantages[k], here), up = a < 0 ? T(0) : a, down = a - up;
+                    T i = up * f.grad_pos + down * f.grad_neg, g = up * f.pos + down * f.neg;
+                    if (Source::kPresence) {  // else absent is masked, and all factors are 0
+                        i = here ? i : T(0);
+                        g = here ? g : T(0);
+                    }
                     own[k] = omega * a;
                     bound[k] = omega * i;
                     sums[0 * G + k] += bound[k];
                     sums[1 * G + k] += bound[k] * i;
                     sums[2 * G + k] += bound[k] * f.logp;
-                    sums[3 * G + k] += here ? omega * g : T(0);
+                    sums[3 * G + k] += omega * g;
                     sums[4 * G + k] += own[k];
                     sums[5 * G + k] += own[k] * a;
                     if (Pairs) {
@@ -184,12 +199,11 @@ __device__ inline bool add_tokens(const Source& source, const ClipIn<T>& clip, b
                             pair += G - 2 - j;
                         }
                     }
-                    advantages |= a != 0 ? 1u << k : 0u;
-                    bounds |= i != 0 ? 1u << k : 0u;
-                    const bool off = (a > 0 && f.off_pos) || (!noon && a < 0 && f.off_neg);
+                    most_advantage[k] = std::fmax(most_advantage[k], std::fabs(a));
+                    most_bound[k] = std::fmax(most_bound[k], std::fabs(i));
                     if (!kIntegers) counts[k] += here ? one : Counter(0);
                     counts[G + k] += a > 0 ? one : Counter(0);
-                    counts[2 * G + k] += off ? one : Counter(0);
+                    counts[2 * G + k] += (a > 0 && f.off_pos) || (a < 0 && f.off_neg) ? one : Counter(0);
                 }
             }
         }
@@ -202,8 +216,8 @@ __device__ inline bool add_tokens(const Source& source, const ClipIn<T>& clip, b
             const T tiny = static_cast<T>(0x1p-80);
             PAMA_UNROLL
             for (int k = 0; k < G; ++k) {
-                held = held && (sums[1 * G + k] >= tiny || !(bounds >> k & 1));
-                held = held && (sums[5 * G + k] >= tiny || !(advantages >> k & 1));
+                held = held && (sums[1 * G + k] >= tiny || most_bound[k] == T(0));
+                held = held && (sums[5 * G + k] >= tiny || most_advantage[k] == T(0));
             }
         }
         PAMA_UNROLL
@@ -230,7 +244,7 @@ __device__ inline bool multiply_tokens(const Source& source, const ClipIn<T>& cl
     PAMA_ROLLED
     while (source.index(at) < end) {
         const TokenInput<T> x = source.template token<T>(at, end);
-        const TokenFactors<T> f = token_factors(clip, x.valid, x.logp, x.old, x.w);
+        const TokenFactors<T> f = factors(clip, noon, x);
         double own[2][G], bound[2][G];
         PAMA_UNROLL
         for (int side = 0; side < 2; ++side) {
@@ -239,7 +253,7 @@ __device__ inline bool multiply_tokens(const Source& source, const ClipIn<T>& cl
             PAMA_UNROLL
             for (int k = 0; k < G; ++k) {
                 const bool here = input.present[k];
-                const T a = raw_advantage(input.advantages[k], here), i = bound_term(f, noon, a, here);
+                const T a = raw_advantage(input.advantages[k], here), i = bound_term(f, false, a, here);
                 held = held && T(0) * i == T(0);
                 own[side][k] = static_cast<double>(side == 0 ? x.omega * a : a);
                 bound[side][k] = static_cast<double>(side == 0 ? x.omega * i : i);

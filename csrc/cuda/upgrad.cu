@@ -7,6 +7,8 @@ namespace cuda {
 namespace {
 
 struct UpGrad {
+    static constexpr bool kNeedsMass = true;
+    static constexpr bool kPairInRegisters = false;
     PAMA_HD static std::size_t workspace(int n) { return upgrad_workspace(n); }
     __device__ static double entry(const double* sums, int64_t n, int64_t i, int64_t j) {
         return gram_entry(sums, n, i, j);

@@ -53,7 +53,9 @@ cudaError_t weights(const Rows& rows, cudaStream_t stream) {
 }
 
 int64_t solve_doubles(Kind kind, int n) {
-    return kind == Kind::gram ? min_norm_doubles(n) : kind == Kind::upgrad ? upgrad_doubles(n) : 3 * n;
+    return kind == Kind::gram     ? min_norm_doubles(n > 2 ? n : 3)  // a batch has its matrix in memory
+           : kind == Kind::upgrad ? upgrad_doubles(n)
+                                  : 3 * n;
 }
 
 cudaError_t solve(const Solve& batch, cudaStream_t stream) {

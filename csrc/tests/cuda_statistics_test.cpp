@@ -133,7 +133,7 @@ struct Data {
                     add(kCount * n + i, is);
                     add(kBoundSum * n + i, bound[size(i)]);
                     add(kBoundSquareSum * n + i, bound[size(i)] * bound[size(i)]);
-                    add(kBoundLogprobSum * n + i, bound[size(i)] * f.logp);
+                    add(kLogprobSum * n + i, bound[size(i)] * f.logp);
                     add(kSurrogateSum * n + i, is ? up * f.pos + down * f.neg : 0);
                     add(kAdvantageSum * n + i, a[size(i)]);
                     add(kAdvantageSquareSum * n + i, a[size(i)] * a[size(i)]);
