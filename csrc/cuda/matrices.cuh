@@ -1,26 +1,11 @@
 // Many min-norm or UPGrad problems, one matrix to a thread; and that of a batch, from its sums.
 #pragma once
 
-#include <cmath>
-#include <cstddef>
-
 #include "entries.cuh"
 #include "solve.cuh"
 
 namespace pama {
 namespace cuda {
-
-constexpr double kLargestResidual = 1e-8;
-
-// The optimum, never below 0; NaN, as the weights then are, where the solver did not come near enough.
-template <class Result>
-__device__ inline double checked(const Result& result, int n, double* c) {
-    if (!(result.residual <= kLargestResidual)) {
-        for (int i = 0; i < n; ++i) c[i] = NAN;
-        return NAN;
-    }
-    return result.optimum < 0 ? 0 : result.optimum;
-}
 
 // Doubles of one problem: the matrix, the weights, the preference, and the solver's own.
 template <class Problem>
@@ -65,15 +50,13 @@ __global__ void matrices_kernel(const Rows rows, const int active, const bool of
     const int64_t slot = static_cast<int64_t>(blockIdx.x) * active + threadIdx.x;
     if (static_cast<int>(threadIdx.x) >= active || slot >= rows.slots) return;
     const int n = rows.n;
-    if constexpr (Problem::kPairInRegisters) {
-        if (n == 2 && !of_batch) {
-            double entries[4], c[2], preference[2];
-            load_matrix(rows, slot, entries, preference);
-            const double optimum = Problem::solve(2, entries, preference, rows.regularization, c, nullptr);
-            for (int i = 0; i < 2; ++i) store_number(rows.weights, rows.wide, slot * 2 + i, c[i]);
-            store_number(rows.optimum, rows.wide, slot, optimum);
-            return;
-        }
+    if (n == 2 && !of_batch) {  // without work space, in registers
+        double entries[4], c[2], preference[2];
+        load_matrix(rows, slot, entries, preference);
+        const double optimum = Problem::solve(2, entries, preference, rows.regularization, c, nullptr);
+        for (int i = 0; i < 2; ++i) store_number(rows.weights, rows.wide, slot * 2 + i, c[i]);
+        store_number(rows.optimum, rows.wide, slot, optimum);
+        return;
     }
     double* const matrix = rows.work + slot * matrix_room<Problem>(n);
     double *const c = matrix + static_cast<int64_t>(n) * n, *const preference = c + n;

@@ -8,14 +8,13 @@ namespace {
 
 struct MinNorm {
     static constexpr bool kNeedsMass = false;  // without one it is uniform
-    static constexpr bool kPairInRegisters = true;
     PAMA_HD static std::size_t workspace(int n) { return min_norm_workspace(n); }
     __device__ static double entry(const double* sums, int64_t n, int64_t i, int64_t j) {
         return cosine_entry(sums, n, i, j);
     }
     __device__ static double solve(int n, const double* matrix, const double* preference, double regularization,
                                    double* c, double* work) {
-        return checked(min_norm_solve(n, matrix, preference, regularization, c, work), n, c);
+        return min_norm_solve(n, matrix, preference, regularization, c, work).optimum;
     }
 };
 

@@ -4,15 +4,14 @@
 
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 
-#include "../core/statistics.hpp"
+#include "../binding/contract.hpp"
 #include "launch.hpp"
-#include "read.hpp"
 
 namespace py = pybind11;
 using namespace pama;
 using namespace pama::cuda;
+using binding::Tensor;
 
 namespace {
 
@@ -73,87 +72,128 @@ struct Where {
           stream(reinterpret_cast<cudaStream_t>(given[2].cast<std::uintptr_t>())) {}
 };
 
+DeviceTokens read_tokens(const py::handle& record) {
+    Tensor offsets;
+    DeviceTokens p{binding::read_tokens(record, offsets), {}};
+    if (offsets) p.starts = {offsets.data, offsets.dtype == Dtype::i64, offsets.stride(0)};
+    return p;
+}
+
+double* read_doubles(const py::handle& result, const char* name, int64_t count) {
+    const Array array = binding::read_result(result, name, count);
+    if (array.data && array.dtype != Dtype::f64) throw py::type_error(std::string(name) + ": expected float64");
+    return static_cast<double*>(array.data);
+}
+
+// Float64 memory of the device.
+struct Memory {
+    py::object tensor;
+    double* data;
+    Memory(const py::function& empty, int64_t count)
+        : tensor(empty(count)), data(read_doubles(tensor, "memory", count)) {}
+};
+
+// Results: weights, optimum, effective preference.
 Solve read_solve(const py::handle& rule, int n, const double* sums, const py::handle& preference,
                  const py::tuple& results) {
     Solve s;
-    s.rule = read_rule(rule);
+    s.rule = binding::read_rule(rule);
     s.n = n;
     s.sums = sums;
-    s.preference = read_pointer<const double>(preference);
-    s.weights = read_pointer<double>(results[0]);
-    s.optimum = read_pointer<double>(results[1]);
-    s.effective = read_pointer<double>(results[2]);
+    s.preference = binding::read_preference(preference, n);
+    s.weights = read_doubles(results[0], "weights", n);
+    s.optimum = read_doubles(results[1], "optimum", 1);
+    s.effective = read_doubles(results[2], "preference", n);
     return s;
 }
 
-// The statistics; with a rule of the kinds FIXED or SCORES also the weights, optimum and effective preference.
+// The statistics; with a rule, of the kinds FIXED or SCORES, also the results of solving it.
 py::object statistics_of(const py::object& record, bool pairs, const py::object& rule, const py::object& preference,
                          const py::object& results, const py::object& counter, const py::function& empty,
                          const py::tuple& place) {
     const DeviceTokens p = read_tokens(record);
     const Where where(place);
     const Plan plan = statistics_plan(p, pairs, where.multiprocessors);
-    py::object sums = empty(statistics_size(p.n, pairs));
-    const py::object work = empty(plan.doubles() + (rule.is_none() ? 0 : solve_doubles(Kind::scores, p.n)));
-    auto* const to = read_pointer<double>(sums);
+    const Memory sums(empty, statistics_size(p.n, pairs));
+    const Memory work(empty, plan.doubles() + (rule.is_none() ? 0 : solve_doubles(Kind::scores, p.n)));
+    Tensor zero;
+    binding::read_tensor(counter, "counter", zero);
     Solve solve;
     if (!rule.is_none()) {
-        solve = read_solve(rule, p.n, to, preference, results);
-        solve.work = read_pointer<double>(work) + plan.doubles();
+        solve = read_solve(rule, p.n, sums.data, preference, results);
+        solve.work = work.data + plan.doubles();
     }
     const DeviceGuard guard(where.device);
-    check(statistics(p, pairs, plan, read_pointer<double>(work), read_pointer<unsigned>(counter), to,
+    check(statistics(p, pairs, plan, work.data, static_cast<unsigned*>(zero.data), sums.data,
                      rule.is_none() ? nullptr : &solve, where.stream),
           "statistics");
-    return sums;
+    return sums.tensor;
 }
 
 void solve_of(const py::object& sums, int n, const py::object& rule, const py::object& preference,
               const py::tuple& results, const py::function& empty, const py::tuple& place) {
     const Where where(place);
-    Solve s = read_solve(rule, n, read_pointer<const double>(sums), preference, results);
-    const py::object work = empty(solve_doubles(s.rule.kind, n));
-    s.work = read_pointer<double>(work);
+    Tensor given;
+    binding::read_tensor(sums, "statistics", given);
+    Solve s = read_solve(rule, n, static_cast<const double*>(given.data), preference, results);
+    const bool pairs = s.rule.kind == Kind::gram || s.rule.kind == Kind::upgrad;
+    if (given.dtype != Dtype::f64 || given.ndim != 1 || given.size(0) < statistics_size(n, pairs))
+        throw py::value_error("statistics: expected at least " + std::to_string(statistics_size(n, pairs)) +
+                              " float64 sums");
+    const Memory work(empty, solve_doubles(s.rule.kind, n));
+    s.work = work.data;
     const DeviceGuard guard(where.device);
     check(solve(s, where.stream), "solve");
 }
 
+// Scores (rows, n), or matrices (rows, n, n); results contiguous, of their dtype.
+Rows read_rows(const py::object& input, int dimensions, const py::object& preference, double regularization,
+               const py::object& weights, const py::object& optimum) {
+    Tensor t;
+    binding::read_tensor(input, "input", t);
+    if (t.ndim != dimensions || (t.dtype != Dtype::f32 && t.dtype != Dtype::f64))
+        throw py::value_error("input: expected float32 or float64 of " + std::to_string(dimensions) + " dimensions");
+    Rows rows;
+    rows.rows = t.size(0);
+    rows.n = binding::objectives_of(t.size(-1), "input");
+    rows.input = binding::by_objective(t, true);
+    rows.wide = t.dtype == Dtype::f64;
+    rows.preference = binding::read_preference(preference, rows.n);
+    rows.regularization = regularization;
+    const Array to = binding::read_result(weights, "weights", rows.rows * rows.n);
+    const Array value = binding::read_result(optimum, "optimum", rows.rows);
+    if (to.dtype != t.dtype || value.dtype != t.dtype) throw py::type_error("results: expected the dtype of the input");
+    rows.weights = to.data;
+    rows.optimum = value.data;
+    return rows;
+}
+
 // Room for as many problems at a time as there are, within reason.
-py::object work_for(Rows& rows, int64_t each, const py::function& empty) {
+py::object make_room(Rows& rows, int64_t each, const py::function& empty) {
     constexpr int64_t kMost = 1 << 24;  // doubles, unless one problem needs more
     rows.slots = rows.rows;
     if (each == 0) return py::none();
     const int64_t most = kMost / each > 1 ? kMost / each : 1;
     rows.slots = rows.rows < most ? rows.rows : most;
-    py::object work = empty(rows.slots * each);
-    rows.work = read_pointer<double>(work);
-    return work;
-}
-
-// Scores (rows, n), or matrices (rows, n, n); results contiguous, of their dtype.
-Rows read_rows(const py::object& input, const py::object& preference, double regularization, const py::object& weights,
-               const py::object& optimum) {
-    Rows rows;
-    const py::tuple shape = input.attr("shape");
-    rows.rows = shape[0].cast<int64_t>();
-    rows.n = shape[1].cast<int>();
-    rows.input = read_per_objective(input, shape.size() == 2);
-    rows.wide = rows.input.dtype == Dtype::f64;
-    rows.preference = read_pointer<const double>(preference);
-    rows.regularization = regularization;
-    rows.weights = read_pointer<void>(weights);
-    rows.optimum = read_pointer<void>(optimum);
-    return rows;
+    const Memory work(empty, rows.slots * each);
+    rows.work = work.data;
+    return work.tensor;
 }
 
 void weights_of(const py::object& scores, const py::object& preference, double regularization, const py::object& scale,
                 const py::object& result, const py::object& optimum, const py::function& empty,
                 const py::tuple& place) {
     const Where where(place);
-    Rows rows = read_rows(scores, preference, regularization, result, optimum);
-    rows.scale = read_pointer<const double>(scale);
-    rows.scale_stride = read_per_token(scale).token;
-    const py::object work = work_for(rows, weights_doubles(rows.n), empty);
+    Rows rows = read_rows(scores, 2, preference, regularization, result, optimum);
+    Tensor sizes;
+    binding::read_tensor(scale, "scale", sizes);
+    if (sizes) {
+        if (sizes.dtype != Dtype::f64 || sizes.ndim != 1)
+            throw py::value_error("scale: expected float64, one for each row");
+        rows.scale = static_cast<const double*>(sizes.data);
+        rows.scale_stride = sizes.stride(0);
+    }
+    const py::object room = make_room(rows, weights_doubles(rows.n), empty);
     const DeviceGuard guard(where.device);
     check(weights(rows, where.stream), "weights");
 }
@@ -162,8 +202,8 @@ template <int64_t (*Doubles)(int), cudaError_t (*Solver)(const Rows&, int, cudaS
 void matrices_of(const py::object& gram, const py::object& preference, double regularization, const py::object& result,
                  const py::object& optimum, const py::function& empty, const py::tuple& place) {
     const Where where(place);
-    Rows rows = read_rows(gram, preference, regularization, result, optimum);
-    const py::object work = work_for(rows, Doubles(rows.n), empty);
+    Rows rows = read_rows(gram, 3, preference, regularization, result, optimum);
+    const py::object room = make_room(rows, Doubles(rows.n), empty);
     const DeviceGuard guard(where.device);
     check(Solver(rows, where.multiprocessors, where.stream), "the solver");
 }
@@ -171,6 +211,7 @@ void matrices_of(const py::object& gram, const py::object& preference, double re
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
+    binding::define_shared(m);
     m.def("build_info", [] {
         py::dict info;
         info["cuda"] = std::to_string(kCudaVersion / 1000) + "." + std::to_string(kCudaVersion % 1000 / 10);

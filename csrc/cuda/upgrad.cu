@@ -8,20 +8,19 @@ namespace {
 
 struct UpGrad {
     static constexpr bool kNeedsMass = true;
-    static constexpr bool kPairInRegisters = false;
     PAMA_HD static std::size_t workspace(int n) { return upgrad_workspace(n); }
     __device__ static double entry(const double* sums, int64_t n, int64_t i, int64_t j) {
         return gram_entry(sums, n, i, j);
     }
     __device__ static double solve(int n, const double* matrix, const double* preference, double, double* c,
                                    double* work) {
-        return checked(upgrad_solve(n, matrix, n, 1, preference, nullptr, c, work), n, c);
+        return upgrad_solve(n, matrix, n, 1, preference, nullptr, c, work).optimum;
     }
 };
 
 }  // namespace
 
-int64_t upgrad_doubles(int n) { return matrix_room<UpGrad>(n); }
+int64_t upgrad_doubles(int n) { return n == 2 ? 0 : matrix_room<UpGrad>(n); }
 
 cudaError_t upgrad(const Rows& rows, int multiprocessors, cudaStream_t stream) {
     return solve_matrices<UpGrad>(rows, multiprocessors, stream);

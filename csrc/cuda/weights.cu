@@ -53,9 +53,8 @@ cudaError_t weights(const Rows& rows, cudaStream_t stream) {
 }
 
 int64_t solve_doubles(Kind kind, int n) {
-    return kind == Kind::gram     ? min_norm_doubles(n > 2 ? n : 3)  // a batch has its matrix in memory
-           : kind == Kind::upgrad ? upgrad_doubles(n)
-                                  : 3 * n;
+    const int size = n > 2 ? n : 3;  // a batch has its matrix in memory always
+    return kind == Kind::gram ? min_norm_doubles(size) : kind == Kind::upgrad ? upgrad_doubles(size) : 3 * n;
 }
 
 cudaError_t solve(const Solve& batch, cudaStream_t stream) {

@@ -19,6 +19,8 @@ from ._counter import counter
 from .registry import Solution
 
 build_info = _cuda.build_info
+if hasattr(Tensor, "__dlpack_c_exchange_api__"):
+    _cuda.use_exchange(Tensor.__dlpack_c_exchange_api__)
 
 Batch = tuple[Tensor, Tensor, Tensor]  # weights, optimum, effective preference
 
