@@ -1,0 +1,80 @@
+// Rows of the scalar problem and of the matrix problems.
+#include "../core/simplex.hpp"
+#include "blocks.hpp"
+#include "driver.hpp"
+
+namespace pama {
+
+namespace {
+
+template <class Solve>
+int64_t each_matrix(const Gram& gram, int threads, Solve solve) {
+    const Kernels& k = kernels();
+    const int64_t bytes = k.min_norm_scratch(gram.n);
+    const Blocks blocks(gram.rows, gram.rows * gram.n * gram.n, 1);
+    std::vector<Refused> refused(static_cast<size_t>(blocks.count));
+    for_each_block(blocks.count, blocks.threads(threads), [&](int64_t block) {
+        refused[static_cast<size_t>(block)] = solve(k, blocks.first(block), blocks.last(block), scratch(bytes));
+    });
+    for (const Refused& r : refused)
+        if (r) {
+            if (r.residual != 0) throw_unsolved(r.row, r.residual);
+            return r.row;
+        }
+    return -1;
+}
+
+}  // namespace
+
+int64_t min_norm(const Gram& gram, const double* preference, double regularization, int threads) {
+    return each_matrix(gram, threads, [&](const Kernels& k, int64_t first, int64_t last, void* scratch) {
+        return k.min_norm(gram, preference, nullptr, regularization, first, last, scratch);
+    });
+}
+
+int64_t upgrad(const Gram& gram, const double* preference, int threads) {
+    return each_matrix(gram, threads, [&](const Kernels& k, int64_t first, int64_t last, void* scratch) {
+        return k.upgrad(gram, preference, first, last, scratch);
+    });
+}
+
+void weights(long rows, int n, const Array& scores, const double* prior, bool uniform, double regularization,
+             const Array& scale, void* weights, void* optimum, int threads) {
+    const Kernels& k = kernels();
+    const Blocks blocks(rows, rows * n, 64);
+    if (scores.dtype == Dtype::f32 && n <= kLaneObjectives) {
+        for_each_block(blocks.count, blocks.threads(threads), [&](long block) {
+            const long first = blocks.first(block);
+            k.weights(blocks.last(block) - first, n, static_cast<const float*>(scores.data) + first * scores.row,
+                      scores.row, scores.objective, prior, uniform, regularization,
+                      scale ? static_cast<const double*>(scale.data) + first * scale.row : nullptr, scale.row,
+                      static_cast<float*>(weights) + first * n, static_cast<float*>(optimum) + first,
+                      scratch(k.scratch_size(n)));
+        });
+        return;
+    }
+    const auto solve = [&](auto zero) {
+        using T = decltype(zero);
+        for_each_block(blocks.count, blocks.threads(threads), [&](long block) {
+            double* a = static_cast<double*>(scratch(static_cast<long>(sizeof(double)) * 3 * n));
+            double *p = a + n, *c = p + n;
+            for (long row = blocks.first(block); row < blocks.last(block); ++row) {
+                const T* source = static_cast<const T*>(scores.data) + row * scores.row;
+                for (int i = 0; i < n; ++i) {
+                    a[i] = static_cast<double>(source[i * scores.objective]);
+                    p[i] = prior[i];
+                    c[i] = 1;
+                }
+                const double size = scale ? static_cast<const double*>(scale.data)[row * scale.row] : -1.0;
+                static_cast<T*>(optimum)[row] = static_cast<T>(simplex_row(n, a, p, regularization, size, c));
+                for (int i = 0; i < n; ++i) static_cast<T*>(weights)[row * n + i] = static_cast<T>(c[i]);
+            }
+        });
+    };
+    if (scores.dtype == Dtype::f64)
+        solve(0.0);
+    else
+        solve(0.0f);
+}
+
+}  // namespace pama
