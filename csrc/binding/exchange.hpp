@@ -1,5 +1,5 @@
 // Tensors read and made from C through DLPack's exchange table (DLPack 1.3; torch >= 2.10 has it), without linking
-// PyTorch. Only what the quick path of the solvers needs; everything else goes by pointers from Python.
+// PyTorch.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -41,30 +41,31 @@ struct Table {
 };
 
 constexpr int32_t kCpu = 1;
-constexpr uint8_t kFloat = 2;
+enum Code : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6 };
 
 inline const Table*& table() {
     static const Table* known = nullptr;
     return known;
 }
 
-// The capsule torch.Tensor.__dlpack_c_exchange_api__; another major version is not used.
-inline bool use(const pybind11::capsule& capsule) {
-    for (const auto* t = capsule.get_pointer<Table>(); t; t = t->previous)
+// The capsule torch.Tensor.__dlpack_c_exchange_api__, or None to do without; another major version is not used.
+inline bool use(const pybind11::object& capsule) {
+    table() = nullptr;
+    if (capsule.is_none()) return false;
+    for (const auto* t = pybind11::capsule(capsule).get_pointer<Table>(); t; t = t->previous)
         if (t->version.major == 1 && t->version.minor >= 3) table() = t;
     return table() != nullptr;
 }
 
-// A float32 or float64 CPU tensor of at least `dimensions`, with memory; false for anything else.
-inline bool read(pybind11::handle object, int dimensions, Tensor& out) {
+// A tensor as it lies; false for anything else.
+inline bool read(PyObject* object, Tensor& out) {
     if (!table()) return false;
-    if (table()->from_object(object.ptr(), &out) != 0) {
+    if (table()->from_object(object, &out) != 0) {
         PyErr_Clear();
         return false;
     }
-    out.data = static_cast<char*>(out.data) + out.byte_offset;
-    return out.device_type == kCpu && out.code == kFloat && (out.bits == 32 || out.bits == 64) && out.lanes == 1 &&
-           out.ndim >= dimensions && out.data && out.strides;
+    if (out.data) out.data = static_cast<char*>(out.data) + out.byte_offset;
+    return out.lanes == 1;
 }
 
 // A new CPU tensor of the dtype of `like` with its first `ndim` sizes; `data` receives its memory.
