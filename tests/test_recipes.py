@@ -18,7 +18,7 @@ PAGE = test_docs.ROOT / "docs" / "integrations.md"
 ROWS, WIDTH, FEATURES = 13, 9, 6
 # Rows of each of three ranks: 4, 1 and 2 micro-batches of 2. The last rank has no valid token.
 RANKS = ((0, 8), (8, 10), (10, 13))
-RULE: dict[str, Any] = {"weights_per": "batch", "regularization": 0.1}
+RULE: dict[str, Any] = {"rule": pk.Pama()}
 
 
 def recipe(name: str) -> Any:
@@ -85,15 +85,17 @@ def test_accumulate() -> None:
         _close(found, wanted)
 
 
-@pytest.mark.parametrize("bound", ["scores", "gram"])
 @pytest.mark.parametrize("regularization", [0.0, 0.1])
-def test_weights_of_parts(bound: str, regularization: float) -> None:
+@pytest.mark.parametrize("saturated", [False, True])
+def test_weights_of_parts(saturated: bool, regularization: float) -> None:
     problem = Problem()
     _, advantages, mask = problem.rollout()
+    if saturated:
+        advantages[..., 1] = 0.0
     parts = zip(advantages.split(2), mask.split(2), strict=True)
-    found = recipe("weights_of_parts")(parts, regularization, bound)
-    rule = {"weights_per": "batch", "bound": bound, "regularization": regularization}
-    _close(found, pk.reference.combine_advantages(advantages, mask, **rule).weights)
+    found = recipe("weights_of_parts")(parts, regularization)
+    rule = pk.Pama(regularization=regularization)
+    _close(found, pk.reference.combine_advantages(advantages, mask, rule=rule).weights)
 
 
 def _work(world: int, rank: int) -> dict[str, Any]:
