@@ -1,13 +1,15 @@
 // A tensor as the kernels see it.
 #pragma once
 
+#include <cstdint>
+
 #include "config.hpp"
 
 namespace pama {
 
 enum class Dtype { f32, f64, bf16, f16, u8, i8, i16, i32, i64 };
 
-PAMA_HD constexpr long size_of(Dtype dtype) {
+PAMA_HD constexpr int64_t size_of(Dtype dtype) {
     switch (dtype) {
         case Dtype::f64:
         case Dtype::i64:
@@ -28,7 +30,7 @@ PAMA_HD constexpr long size_of(Dtype dtype) {
 struct Array {
     void* data = nullptr;
     Dtype dtype = Dtype::f32;
-    long row = 0, token = 0, objective = 0;
+    int64_t row = 0, token = 0, objective = 0;
     PAMA_HD explicit operator bool() const { return data != nullptr; }
 };
 

@@ -118,4 +118,30 @@ PAMA_HD inline float f16_to_float(unsigned short x) {
     return scaled;
 }
 
+PAMA_HD inline unsigned short float_to_bf16(float x) {
+    unsigned bits;
+    memcpy(&bits, &x, 4);
+    if (x != x) return 0x7fc0;
+    return static_cast<unsigned short>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// Round to nearest even; the magic addition lets the float unit do the rounding, in the subnormal range too.
+PAMA_HD inline unsigned short float_to_f16(float x) {
+    unsigned bits;
+    memcpy(&bits, &x, 4);
+    const unsigned sign = (bits >> 16) & 0x8000;
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) return static_cast<unsigned short>(sign | 0x7e00);
+    if (bits >= 0x477ff000) return static_cast<unsigned short>(sign | 0x7c00);
+    if (bits < 0x38800000) {
+        float magnitude;
+        memcpy(&magnitude, &bits, 4);
+        magnitude += 0.5f;
+        memcpy(&bits, &magnitude, 4);
+        return static_cast<unsigned short>(sign | (bits - 0x3f000000));
+    }
+    bits += 0xfff + ((bits >> 13) & 1);
+    return static_cast<unsigned short>(sign | ((bits - 0x38000000) >> 13));
+}
+
 PAMA_END

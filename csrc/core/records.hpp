@@ -2,6 +2,7 @@
 // pama_kernels/_call.py, where the fields are documented. Pointers, sizes and strides in elements.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "array.hpp"
@@ -12,6 +13,11 @@ namespace pama {
 enum class Kind { given, solved, fixed, scores, gram, upgrad, softmin };
 enum class WeightsPer { batch, sequence, token };
 enum class Aggregation { token_mean, seq_mean_token_sum, seq_mean_token_mean };
+
+// Names as in _call.py, in the order of the enumerations.
+constexpr const char* kKindNames[] = {"GIVEN", "SOLVED", "FIXED", "SCORES", "GRAM", "UPGRAD", "SOFTMIN"};
+constexpr const char* kWeightsPerNames[] = {"BATCH", "SEQUENCE", "TOKEN"};
+constexpr const char* kAggregationNames[] = {"TOKEN_MEAN", "SEQ_MEAN_TOKEN_SUM", "SEQ_MEAN_TOKEN_MEAN"};
 
 struct Tokens {
     int64_t rows = 0;                  // sequences
@@ -27,6 +33,10 @@ struct Tokens {
     Array advantages, mask, objective_mask, logprobs, old_logprobs, ref_logprobs, importance_weights;
 
     int64_t tokens() const { return offsets ? width : rows * width; }
+    // Of (B, N) advantages all tokens of a sequence have the same combined one, unless weights per token tell them apart.
+    bool one_result_per_row(WeightsPer weights_per) const {
+        return per_sequence && !(weights_per == WeightsPer::token && logprobs);
+    }
     int64_t begin(int64_t row) const { return offsets ? offsets[row] : row * width; }
 };
 
@@ -36,12 +46,13 @@ struct Rule {
     double number = 0;  // regularization of scores and gram, temperature of softmin
 };
 
+constexpr double kNoNormalizer = -INFINITY;
+
 // What `apply` is asked for, and where the results go; an absent array was not asked for.
 struct Outputs {
     bool pairs = false;
-    double normalizer = 0;  // replaces the denominator of the loss; 0: none given
+    double normalizer = kNoNormalizer;  // else replaces the denominator of the loss
     double kl_coef = 0;
-    bool advantages_per_row = false;  // one combined advantage per sequence
     Array advantages, loss, gradient, weights, optimum;
     double* sums = nullptr;
     double* square_sum = nullptr;

@@ -65,12 +65,49 @@ PAMA_HD inline T raw_advantage(T value, bool present) {
     return value + T(0) * value;
 }
 
-// The bound term I.
+// The surrogate g and the bound term I of one objective, from its raw advantage and the token's factors.
+template <class V>
+PAMA_HD inline void surrogate_terms(bool noon, V a, V pos, V neg, V grad_pos, V grad_neg, V& surrogate, V& bound) {
+    const V up = choose(a < V{}, V{}, a);
+    surrogate = up * pos;
+    bound = up * grad_pos;
+    if (noon) return;
+    const V down = a - up;
+    surrogate += down * neg;
+    bound += down * grad_neg;
+}
+
+// The gain of a token, and its derivative in logp, from up = sum_i c_i max(A_i, 0) and down = sum_i c_i min(A_i, 0).
+template <class V>
+PAMA_HD inline void loss_terms(bool noon, V up, V down, const TokenFactors<V>& f, V& gain, V& slope) {
+    gain = up * f.pos;
+    slope = up * f.grad_pos;
+    if (!noon) {
+        gain += down * f.neg;
+        slope += down * f.grad_neg;
+    }
+    slope *= f.ratio;
+}
+
+// The KL penalty to the reference, e^r - 1 - r with r = clamp(ref - logp, -20, 20), and its derivative in logp: 0 where
+// the clamp binds.
+template <class V, class Mask>
+PAMA_HD inline void ref_terms(Mask valid, V ref, V logp, V& kl, V& slope) {
+    const V zero = V{}, limit = zero + static_cast<typename LaneOf<V>::type>(kMaxLogRatio);
+    ref = choose(valid, ref, zero);
+    const V poison = zero * ref;
+    const V r = choose(valid, ref - logp, zero), clamped = max_of(min_of(r, limit), -limit);
+    V k3;
+    exponential(clamped, k3);
+    kl = k3 + poison;
+    slope = poison - choose((r > limit) | (r < -limit), zero, clamped + k3);
+}
+
 template <class T>
 PAMA_HD inline T bound_term(const TokenFactors<T>& f, bool noon, T advantage, bool present) {
-    const T up = advantage < 0 ? T(0) : advantage;
-    const T term = up * f.grad_pos + (noon ? T(0) : (advantage - up) * f.grad_neg);
-    return present ? term : T(0);
+    T surrogate, bound;
+    surrogate_terms(noon, advantage, f.pos, f.neg, f.grad_pos, f.grad_neg, surrogate, bound);
+    return present ? bound : T(0);
 }
 
 // Sums of one objective over some tokens, counts apart.
@@ -79,9 +116,9 @@ struct ObjectiveSums {
     T bound = 0, bound_square = 0, bound_logp = 0, surrogate = 0, advantage = 0, advantage_square = 0;
 
     PAMA_HD void add(const TokenFactors<T>& f, bool noon, T a, bool present) {
-        const T up = a < 0 ? T(0) : a;
-        const T i = bound_term(f, noon, a, present);
-        const T g = up * f.pos + (noon ? T(0) : (a - up) * f.neg);
+        T g, i;
+        surrogate_terms(noon, a, f.pos, f.neg, f.grad_pos, f.grad_neg, g, i);
+        i = present ? i : T(0);
         bound += i;
         bound_square += i * i;
         bound_logp += i * f.logp;

@@ -5,82 +5,107 @@
 #include "../core/gae.hpp"
 #include "driver.hpp"
 #include "threads.hpp"
-#include "tile.hpp"
+#include "values.hpp"
 
 namespace pama {
 namespace {
 
-double read(const Array& array, long offset, bool truth = false) {
-    double value;
-    load_values(array, offset, 1, 1, truth, &value);
-    return value;
-}
+constexpr int64_t kParallel = 1 << 14;  // values
 
-void write(const Array& array, long offset, double value) {
-    if (array.dtype == Dtype::f64)
-        static_cast<double*>(array.data)[offset] = value;
-    else
-        static_cast<float*>(array.data)[offset] = static_cast<float>(value);
-}
+// One objective of one group.
+class Group {
+   public:
+    explicit Group(std::vector<double> values) : values_(std::move(values)) {
+        double low = INFINITY, high = -INFINITY;
+        for (const double x : values_) {
+            if (std::isnan(x)) continue;
+            low = std::fmin(low, x);
+            high = std::fmax(high, x);
+            count_ += 1;
+        }
+        constant_ = low == high;
+        largest_ = std::fmax(std::fabs(low), std::fabs(high));
+    }
+
+    // Minus the mean, over the deviation plus eps where `scale` asks for it; 0 where a reward is missing (NaN). Exactly 0
+    // where all are equal. An infinity leaves nothing finite.
+    void normalize(bool scale, double eps) {
+        if (constant_ || !std::isfinite(largest_)) {
+            for (double& x : values_) x = std::isnan(x) ? 0.0 : (constant_ ? x - x : NAN);
+            return;
+        }
+        int exponent;
+        std::frexp(largest_, &exponent);
+        const double unit = std::ldexp(1.0, exponent < -1000 ? 1000 : -exponent);  // sums of values below 1 stay finite
+        double sum = 0, reach = 0, squares = 0;
+        for (const double x : values_) sum += std::isnan(x) ? 0.0 : x * unit;
+        const double mean = sum / count_;
+        for (double& x : values_) {
+            x = x * unit - mean;
+            reach = std::fmax(reach, std::fabs(x));
+        }
+        for (const double x : values_) squares += std::isnan(x) ? 0.0 : (x / reach) * (x / reach);
+        const double deviation = reach * std::sqrt(squares / (count_ - 1)) + eps * unit;
+        for (double& x : values_) x = std::isnan(x) ? 0.0 : (scale ? x / deviation : x / unit);
+    }
+
+    double operator[](int64_t k) const { return values_[static_cast<size_t>(k)]; }
+
+   private:
+    std::vector<double> values_;
+    double count_ = 0, largest_ = 0;
+    bool constant_ = false;
+};
 
 }  // namespace
 
 void multi_objective_gae(const Gae& g, int threads) {
-    const long n = g.n;
-    const bool parallel = g.rows * g.width * n > 16384;
-    for_each_block(g.rows, parallel ? threads : 1, [&](long b) {
+    const int64_t n = g.n;
+    const auto value_of = [](const Array& array, int64_t b, int64_t t, int64_t i) {
+        return load_value(array, b * array.row + t * array.token + i * array.objective);
+    };
+    const auto is_set = [](const Array& mask, int64_t b, int64_t t) {
+        return mask && load_value(mask, b * mask.row + t * mask.token, true) != 0;
+    };
+    const bool parallel = g.rows * g.width * n > kParallel;
+    for_each_block(g.rows, parallel ? threads : 1, [&](int64_t b) {
         std::vector<GaeState> states(static_cast<size_t>(n));
-        for (long i = 0; i < n && g.last_values; ++i)
-            states[static_cast<size_t>(i)].value =
-                read(g.last_values, b * g.last_values.row + i * g.last_values.objective);
-        for (long t = g.width - 1; t >= 0; --t) {
-            const long at = (b * g.width + t) * n;
-            if (g.mask && read(g.mask, b * g.mask.row + t * g.mask.token, true) == 0) {
-                for (long i = 0; i < n; ++i) {
-                    write(g.advantages, at + i, 0);
-                    write(g.returns, at + i, 0);
+        for (int64_t i = 0; i < n && g.last_values; ++i) states[static_cast<size_t>(i)].value = value_of(g.last_values, b, 0, i);
+        for (int64_t t = g.width - 1; t >= 0; --t) {
+            const int64_t at = (b * g.width + t) * n;
+            if (g.mask && !is_set(g.mask, b, t)) {
+                for (int64_t i = 0; i < n; ++i) {
+                    store_value(g.advantages, at + i, 0);
+                    store_value(g.returns, at + i, 0);
                 }
                 continue;
             }
-            const bool done = g.dones && read(g.dones, b * g.dones.row + t * g.dones.token, true) != 0;
-            for (long i = 0; i < n; ++i) {
+            const bool done = is_set(g.dones, b, t), ends = done || is_set(g.truncated, b, t);
+            for (int64_t i = 0; i < n; ++i) {
                 GaeState& state = states[static_cast<size_t>(i)];
-                const double reward =
-                    read(g.rewards, b * g.rewards.row + t * g.rewards.token + i * g.rewards.objective);
-                const double value = read(g.values, b * g.values.row + t * g.values.token + i * g.values.objective);
-                gae_step(reward, value, done, g.gamma, g.lam, state);
-                write(g.advantages, at + i, state.advantage);
-                write(g.returns, at + i, state.advantage + value);
+                if (ends) state.end(done ? 0.0 : value_of(g.final_values, b, t, i));
+                const double value = value_of(g.values, b, t, i);
+                gae_step(value_of(g.rewards, b, t, i), value, g.gamma, g.lam, state);
+                store_value(g.advantages, at + i, state.advantage);
+                store_value(g.returns, at + i, state.advantage + value);
             }
         }
     });
 }
 
-void group_normalize(long groups, const long* group_begin, const long* order, int n, const Array& rewards, bool scale,
-                     double eps, const Array& result, int threads) {
-    const bool parallel = group_begin[groups] * n > 16384;
-    for_each_block(groups, parallel ? threads : 1, [&](long group) {
-        const long first = group_begin[group], last = group_begin[group + 1];
-        for (long i = 0; i < n; ++i) {
-            const auto value = [&](long k) { return read(rewards, order[k] * rewards.row + i * rewards.objective); };
-            double sum = 0, count = 0;
-            for (long k = first; k < last; ++k) {
-                const double x = value(k);
-                if (std::isnan(x)) continue;
-                sum += x;
-                count += 1;
-            }
-            const double mean = sum / count;
-            double squares = 0;
-            for (long k = first; k < last; ++k) {
-                const double x = value(k);
-                if (!std::isnan(x)) squares += (x - mean) * (x - mean);
-            }
-            const double deviation = scale && count > 1 ? std::sqrt(squares / (count - 1)) + eps : 1.0;
-            for (long k = first; k < last; ++k) {
-                const double x = value(k);
-                write(result, order[k] * n + i, std::isnan(x) ? 0.0 : (x - mean) / deviation);
-            }
+void group_normalize(int64_t groups, const int64_t* group_begin, const int64_t* order, int n, const Array& rewards,
+                     bool scale, double eps, const Array& result, int threads) {
+    const bool parallel = groups > 0 && group_begin[groups] * n > kParallel;
+    for_each_block(groups, parallel ? threads : 1, [&](int64_t group) {
+        const int64_t first = group_begin[group], last = group_begin[group + 1];
+        for (int64_t i = 0; i < n; ++i) {
+            std::vector<double> values;
+            values.reserve(static_cast<size_t>(last - first));
+            for (int64_t k = first; k < last; ++k)
+                values.push_back(load_value(rewards, order[k] * rewards.row + i * rewards.objective));
+            Group normalized(std::move(values));
+            normalized.normalize(scale, eps);
+            for (int64_t k = first; k < last; ++k) store_value(result, order[k] * n + i, normalized[k - first]);
         }
     });
 }

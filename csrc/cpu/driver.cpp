@@ -1,344 +1,242 @@
-#include "driver.hpp"
+// The statistics of a batch, and everything that follows from them.
+#include "../core/statistics.hpp"
 
-#include <cstring>
-#include <memory>
-#include <vector>
-
-#include "../core/weights.hpp"
-#include "threads.hpp"
+#include "plan.hpp"
+#include "values.hpp"
 
 namespace pama {
-namespace {
 
-constexpr long kBlockTokens = 4096, kTileMultiple = 256, kMaxBlocks = 256;
-constexpr long kMaxPartials = 1 << 24;  // doubles
-// A thread that gets less than this (about 100 us) is not worth its parallel region: where the cores are busy, the
-// region ends when the scheduler has found time for everybody, after milliseconds.
-constexpr long kThreadTokens = 1 << 14;
-
-#if defined(PAMA_HAVE_AVX512)
-bool supports_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
-bool supports_avx512() {
-    return supports_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-#endif
-
-const Kernels* best() {
-#if defined(PAMA_HAVE_AVX512)
-    if (supports_avx512()) return &kernels_avx512;
-    if (supports_avx2()) return &kernels_avx2;
-#endif
-    return &kernels_portable;
+std::vector<int64_t> count_rows(const Tokens& tokens, int threads) {
+    const Kernels& k = kernels();
+    const Array& mask = tokens.mask;
+    std::vector<int64_t> counts(static_cast<size_t>(tokens.rows));
+    const Blocks blocks(tokens.rows, tokens.tokens(), 1);
+    for_each_block(blocks.count, mask ? blocks.threads(threads) : 1, [&](int64_t block) {
+        for (int64_t row = blocks.first(block); row < blocks.last(block); ++row) {
+            const int64_t length = tokens.begin(row + 1) - tokens.begin(row);
+            const int64_t offset = row * mask.row + (tokens.offsets ? tokens.offsets[row] : 0) * mask.token;
+            counts[static_cast<size_t>(row)] = mask ? k.count(mask, offset, mask.token, length) : length;
+        }
+    });
+    return counts;
 }
 
-// Aligned memory for one thread, kept between calls.
-void* scratch(long bytes) {
-    thread_local std::unique_ptr<char[]> memory;
-    thread_local long size = 0;
-    if (size < bytes + 64) {
-        memory.reset(new char[static_cast<size_t>(bytes + 64)]);
-        size = bytes + 64;
-    }
-    const auto address = reinterpret_cast<size_t>(memory.get());
-    return memory.get() + (64 - address % 64) % 64;
+std::vector<double> token_weights(const Tokens& tokens, const std::vector<int64_t>& counts) {
+    std::vector<double> omega;
+    if (tokens.aggregation != Aggregation::seq_mean_token_mean) return omega;
+    omega.reserve(counts.size());
+    for (const int64_t count : counts) omega.push_back(count > 0 ? 1.0 / static_cast<double>(count) : 0.0);
+    return omega;
 }
 
-// `units` tokens or rows, of `tokens` tokens together, in blocks of equal size (a multiple of a tile).
-struct Blocks {
-    long units, tokens, size, count;
-    Blocks(long units, long tokens, long multiple, long partial_size = 1) : units(units), tokens(tokens) {
-        const long most = kMaxPartials / partial_size < kMaxBlocks ? kMaxPartials / partial_size : kMaxBlocks;
-        long wanted = (tokens + kBlockTokens - 1) / kBlockTokens;
-        wanted = wanted > most ? most : wanted;
-        wanted = wanted < 1 ? 1 : wanted;
-        size = (units + wanted - 1) / wanted;
-        size = (size + multiple - 1) / multiple * multiple;
-        count = units == 0 ? 0 : (units + size - 1) / size;
-    }
-    long first(long block) const { return block * size; }
-    long last(long block) const { return (block + 1) * size < units ? (block + 1) * size : units; }
-    int threads(int most) const {
-        return tokens / kThreadTokens < most ? static_cast<int>(tokens / kThreadTokens) : most;
-    }
-};
-
-void add(std::vector<double>& parts, long count, long size, double* out) {
-    std::memset(out, 0, sizeof(double) * static_cast<size_t>(size));
-    for (long part = 0; part < count; ++part)
-        for (long k = 0; k < size; ++k) out[k] += parts[static_cast<size_t>(part * size + k)];
-}
-
-// Where every objective is present everywhere, the pairwise sums follow from the single ones.
-void complete_pairs(const Problem& problem, double* sums) {
-    if (problem.objective_mask) return;
-    const long n = problem.n;
-    for (long i = 0; i < n; ++i)
-        for (long j = 0; j < n; ++j) {
+void complete_pairs(const Tokens& tokens, double* sums) {
+    if (tokens.objective_mask) return;
+    const int64_t n = tokens.n;
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j < n; ++j) {
             sums[pair_offset(n, kPairCount) + i * n + j] = sums[kCount * n + i];
             sums[pair_offset(n, kPairAdvantage) + i * n + j] = sums[kAdvantageSum * n + i];
             sums[pair_offset(n, kPairAdvantageSquare) + i * n + j] = sums[kAdvantageSquareSum * n + i];
         }
 }
 
-// Padded sequences without a gap between them are one long sequence.
-Problem collapsed(Problem problem) {
-    if (problem.offsets || problem.rows == 1) return problem;
-    for (const Array* array : {&problem.advantages, &problem.mask, &problem.objective_mask, &problem.logprobs,
-                               &problem.old_logprobs, &problem.ref_logprobs, &problem.importance_weights})
-        if (*array && array->row != problem.width * array->token) return problem;
-    problem.width *= problem.rows;
-    problem.rows = 1;
-    return problem;
+namespace {
+
+// Padded sequences without a gap between them are one long sequence, where tokens have the same weight.
+Tokens collapsed(Tokens tokens) {
+    if (tokens.offsets || tokens.rows == 1) return tokens;
+    for (const Array* array : {&tokens.advantages, &tokens.mask, &tokens.objective_mask, &tokens.logprobs,
+                               &tokens.old_logprobs, &tokens.ref_logprobs, &tokens.importance_weights})
+        if (*array && array->row != tokens.width * array->token) return tokens;
+    tokens.width *= tokens.rows;
+    tokens.rows = 1;
+    return tokens;
 }
 
-bool is_zero(const Array& mask, long at) {
-    switch (mask.dtype) {
-        case Dtype::f32:
-            return static_cast<const float*>(mask.data)[at] == 0;
-        case Dtype::f64:
-            return static_cast<const double*>(mask.data)[at] == 0;
-        case Dtype::bf16:
-        case Dtype::f16:
-            return (static_cast<const unsigned short*>(mask.data)[at] & 0x7fff) == 0;
-        case Dtype::i16:
-            return static_cast<const short*>(mask.data)[at] == 0;
-        case Dtype::i32:
-            return static_cast<const int*>(mask.data)[at] == 0;
-        case Dtype::i64:
-            return static_cast<const long*>(mask.data)[at] == 0;
-        default:
-            return static_cast<const unsigned char*>(mask.data)[at] == 0;
+void token_statistics(const Tokens& given, const double* omega, bool pairs, double* out, int threads) {
+    const Tokens tokens = omega ? given : collapsed(given);
+    const Kernels& k = kernels();
+    sum_blocks(tokens.tokens(), tokens.tokens(), kTileMultiple, statistics_size(tokens.n, pairs), threads, out,
+               [&](int64_t first, int64_t last, double* part) {
+                   k.statistics(tokens, omega, pairs, first, last, part, scratch(k.scratch_size(tokens.n)));
+               });
+    if (pairs) complete_pairs(tokens, out);
+}
+
+// `apply` in the making: first the weights, as far as they are known before the pass, then the pass.
+struct Applied {
+    Pass pass;
+    const Preference preference;
+    const int threads, n;
+    const bool solved_here;  // one set for the batch
+    double* const sums;
+    std::vector<int64_t> counts;
+    std::vector<double> omega, rows, c, effective;
+
+    Applied(const Tokens& tokens, const Rule& rule, const double* p, const Array& weights, bool per_row,
+            const Outputs& outputs, int threads)
+        : preference(p, tokens.n),
+          threads(threads),
+          n(tokens.n),
+          solved_here(rule.kind > Kind::solved && rule.weights_per == WeightsPer::batch),
+          sums(outputs.sums) {
+        pass.tokens = tokens;
+        pass.rule = rule;
+        pass.outputs = outputs;
+        pass.preference = preference.data;
+        pass.uniform = preference.uniform;
+        pass.weights = weights;
+        pass.known = rule.kind <= Kind::solved;
+        pass.per_row = pass.known && per_row;
+        pass.divided = rule.kind == Kind::solved;
+        if (tokens.aggregation == Aggregation::seq_mean_token_mean) counts = count_rows(tokens, threads);
+        omega = token_weights(tokens, counts);
+        pass.omega = omega.empty() ? nullptr : omega.data();
     }
-}
 
-long count_valid(const Problem& problem, long row) {
-    const Array& mask = problem.mask;
-    const long begin = problem.offsets ? problem.offsets[row] : 0;
-    const long length = problem.begin(row + 1) - problem.begin(row);
-    if (!mask) return length;
-    const long base = row * mask.row + begin * mask.token;
-    long count = 0;
-    if ((mask.dtype == Dtype::u8 || mask.dtype == Dtype::i8) && mask.token == 1) {
-        const unsigned char* bytes = static_cast<const unsigned char*>(mask.data) + base;
-        for (long t = 0; t < length; ++t) count += bytes[t] != 0;
-    } else {
-        for (long t = 0; t < length; ++t) count += !is_zero(mask, base + t * mask.token);
+    bool by_row_sums() const {
+        const bool one = pass.tokens.one_result_per_row(pass.rule.weights_per) ||
+                         ((pass.known || solved_here) && !pass.outputs.advantages);
+        return one && pama::by_row_sums(pass.tokens);
     }
-    return count;
-}
 
-bool any_valid(const Problem& problem) {
-    for (long row = 0; row < problem.rows; ++row)
-        if (count_valid(problem, row) > 0) return true;
-    return false;
-}
-
-void store_scalar(const Array& array, double value) {
-    if (!array) return;
-    if (array.dtype == Dtype::f64)
-        *static_cast<double*>(array.data) = value;
-    else
-        *static_cast<float*>(array.data) = static_cast<float>(value);
-}
-
-void store_weights(const Array& array, int n, const double* c) {
-    if (!array) return;
-    for (int i = 0; i < n; ++i) {
-        if (array.dtype == Dtype::f64)
-            static_cast<double*>(array.data)[i] = c[i];
-        else
-            static_cast<float*>(array.data)[i] = static_cast<float>(c[i]);
+    void solve_batch() {
+        c.resize(static_cast<size_t>(n));
+        effective.resize(static_cast<size_t>(n));
+        const double optimum = solve(sums, pass.rule, preference.data, n, c.data(), effective.data());
+        store_value(pass.outputs.optimum, 0, optimum);
+        for (int i = 0; i < n; ++i) store_value(pass.outputs.weights, i, c[static_cast<size_t>(i)]);
+        pass.known = pass.divided = true;
+        pass.statistics = false;
+        pass.weights = Array{c.data(), Dtype::f64, 0, 0, 1};
+        pass.preference = effective.data();
     }
-}
+
+    // The factor of every token's loss, but for its weight.
+    void find_scale() {
+        const Outputs& outputs = pass.outputs;
+        if (!outputs.loss) return;
+        const bool given = outputs.normalizer != kNoNormalizer;
+        double denominator = given ? outputs.normalizer : static_cast<double>(pass.tokens.rows);
+        if (!given && pass.tokens.aggregation == Aggregation::token_mean) denominator = valid_tokens();
+        if (!given && denominator == 0) denominator = 1;
+        pass.scale = denominator == 0 && valid_tokens() == 0 ? 0 : 1 / denominator;
+    }
+
+    double valid_tokens() {
+        if (!pass.statistics && pass.omega == nullptr) return sums[total_offset(n) + kTokenCount];
+        if (counts.empty()) counts = count_rows(collapsed(pass.tokens), threads);
+        double total = 0;
+        for (const int64_t count : counts) total += static_cast<double>(count);
+        return total;
+    }
+
+    // Runs work(first, last, partial) over blocks of `units` and writes what follows from the partial sums.
+    template <class Work>
+    void run(int64_t units, int64_t tokens, int64_t multiple, Work work) {
+        const int64_t own = n + 3, size = own + (pass.statistics ? statistics_size(n, pass.outputs.pairs) : 0);
+        std::vector<double> merged(static_cast<size_t>(size));
+        sum_blocks(units, tokens, multiple, size, threads, merged.data(), [&](int64_t first, int64_t last, double* part) {
+            Partial partial{pass.statistics ? part + own : nullptr, part + 3, 0, 0, 0};
+            work(first, last, partial);
+            part[0] = partial.loss;
+            part[1] = partial.optimum;
+            part[2] = partial.square;
+        });
+        if (pass.outputs.loss) store_value(pass.outputs.loss, 0, merged[0]);
+        *pass.outputs.square_sum = merged[2];
+        if (pass.statistics) {
+            std::memcpy(sums, merged.data() + own, sizeof(double) * static_cast<size_t>(size - own));
+            if (pass.outputs.pairs) complete_pairs(pass.tokens, sums);
+        }
+        if (!solved_here && !pass.by_rows()) report(merged.data());
+    }
+
+    // Given weights, or the mean of those per token.
+    void report(const double* merged) {
+        const double count = sums[total_offset(n) + kTokenCount];
+        double optimum = count > 0 ? merged[1] / count : 0.0;
+        if (pass.known) optimum = 0;
+        for (int i = 0; i < n; ++i) {
+            double weight = count > 0 ? merged[3 + i] / count : pass.preference[i];
+            if (pass.known) {
+                weight = load_value(pass.weights, i * pass.weights.objective);
+                optimum += weight * score(sums, n, i);
+            }
+            store_value(pass.outputs.weights, i, weight);
+        }
+        store_value(pass.outputs.optimum, 0, optimum);
+    }
+
+    void token_passes() {
+        const Kernels& k = kernels();
+        if (solved_here) {
+            token_statistics(pass.tokens, pass.omega, pass.outputs.pairs, sums, threads);
+            solve_batch();
+        }
+        find_scale();
+        if (!pass.by_rows() && !pass.omega) pass.tokens = collapsed(pass.tokens);
+        const int64_t tokens = pass.tokens.tokens(), bytes = k.scratch_size(n);
+        run(pass.by_rows() ? pass.tokens.rows : tokens, tokens, pass.by_rows() ? 1 : kTileMultiple,
+            [&](int64_t first, int64_t last, Partial& partial) { k.apply(pass, first, last, partial, scratch(bytes)); });
+    }
+
+    // One pass over the tokens where weights are known before it, else one for the sums and one for the gradient.
+    void row_passes() {
+        const Kernels& k = kernels();
+        const Tokens& tokens = pass.tokens;
+        const int64_t bytes = k.scratch_size(n);
+        const bool gradient = static_cast<bool>(pass.outputs.gradient), first_gradient = gradient && pass.known;
+        RowPass row_pass;
+        row_pass.omega = pass.omega;
+        row_pass.kl_coef = pass.outputs.kl_coef;
+        row_pass.gradient = pass.outputs.gradient;
+        std::vector<double> up(gradient ? static_cast<size_t>(tokens.rows) : 0), down(up.size());
+        const auto with_gradient = [&](RowPass with) {
+            with.scale = pass.scale;
+            with.up = up.data();
+            with.down = down.data();
+            return with;
+        };
+        if (first_gradient) {
+            find_scale();
+            Partial none{};
+            k.row_apply(pass, nullptr, up.data(), down.data(), 0, tokens.rows, none, scratch(bytes));
+        }
+        rows = pama::row_sums(tokens, first_gradient ? with_gradient(row_pass) : row_pass, threads);
+        if (pass.statistics) row_statistics(tokens, pass.omega, rows, pass.outputs.pairs, sums, threads);
+        pass.statistics = false;
+        if (solved_here) solve_batch();
+        if (!first_gradient) find_scale();
+        const bool up_needed = gradient && !first_gradient;
+        run(tokens.rows, tokens.rows * n, 1, [&](int64_t first, int64_t last, Partial& partial) {
+            k.row_apply(pass, rows.data(), up_needed ? up.data() : nullptr, up_needed ? down.data() : nullptr, first,
+                        last, partial, scratch(bytes));
+        });
+        if (up_needed) row_gradient(tokens, with_gradient(row_pass), threads);
+    }
+};
 
 }  // namespace
 
-const Kernels& kernels(const char* name) {
-    static const Kernels* chosen = best();
-    if (name) {
-        const Kernels* wanted = &kernels_portable;
-#if defined(PAMA_HAVE_AVX512)
-        if (std::strcmp(name, "avx2") == 0 && supports_avx2()) wanted = &kernels_avx2;
-        if (std::strcmp(name, "avx512") == 0 && supports_avx512()) wanted = &kernels_avx512;
-        if (std::strcmp(name, "best") == 0) wanted = best();
-#endif
-        chosen = wanted;
-    }
-    return *chosen;
-}
-
-void statistics(const Problem& given, bool pairs, double* out, int threads) {
-    const Problem problem = collapsed(given);
-    const Kernels& k = kernels();
-    const long size = statistics_size(problem.n, pairs), bytes = k.scratch_size(problem.n);
-    const Blocks blocks(problem.tokens(), problem.tokens(), kTileMultiple, size);
-    std::vector<double> parts(static_cast<size_t>(size * blocks.count));
-    for_each_block(blocks.count, blocks.threads(threads), [&](long block) {
-        k.statistics(problem, pairs, blocks.first(block), blocks.last(block), parts.data() + block * size,
-                     scratch(bytes));
-    });
-    add(parts, blocks.count, size, out);
-    if (pairs) complete_pairs(problem, out);
-}
-
-double batch_weights(const double* sums, int n, bool gram, const double* prior, double regularization, double* c) {
-    if (!gram) {
-        std::vector<double> work(static_cast<size_t>(2 * n));
-        return statistics_weights(sums, n, prior, regularization, work.data(), work.data() + n, c);
-    }
-    std::vector<double> matrix(static_cast<size_t>(n) * static_cast<size_t>(n));
-    std::vector<unsigned char> present(static_cast<size_t>(n));
-    for (long i = 0; i < n; ++i) {
-        present[static_cast<size_t>(i)] = sums[kCount * n + i] > 0;
-        for (long j = 0; j < n; ++j) matrix[static_cast<size_t>(i * n + j)] = gram_entry(sums, n, i, j);
-    }
-    const Kernels& k = kernels();
-    double optimum;
-    const Gram problem{1, n, true, matrix.data(), 0, n, 1, c, &optimum, false};
-    k.min_norm(problem, prior, present.data(), regularization, 0, 1, scratch(k.min_norm_scratch(n)));
-    return optimum;
-}
-
-long min_norm(const Gram& gram, const double* prior, double regularization, int threads) {
-    const Kernels& k = kernels();
-    const long bytes = k.min_norm_scratch(gram.n);
-    const Blocks blocks(gram.rows, gram.rows * gram.n * gram.n, 1);
-    std::vector<long> refused(static_cast<size_t>(blocks.count));
-    for_each_block(blocks.count, blocks.threads(threads), [&](long block) {
-        refused[static_cast<size_t>(block)] =
-            k.min_norm(gram, prior, nullptr, regularization, blocks.first(block), blocks.last(block), scratch(bytes));
-    });
-    for (long row : refused)
-        if (row >= 0) return row;
-    return -1;
-}
-
-void apply(Problem problem, Apply apply, int threads) {
-    const Kernels& k = kernels();
-    const int n = problem.n;
-    const long bytes = k.scratch_size(n);
-    const bool batch = apply.weights_per == WeightsPer::batch || apply.weights_per == WeightsPer::gram;
-    const bool given = apply.weights_per == WeightsPer::given;
-    const bool row_weights = apply.weights_per == WeightsPer::sequence || apply.given_per_row;
-    const bool rows_mode = row_weights || apply.combined_per_row;
-    double* sums = apply.statistics;
-
-    std::vector<double> solved(static_cast<size_t>(n));
-    if (batch) {
-        statistics(problem, apply.pairs, sums, threads);
-        const double optimum = batch_weights(sums, n, apply.weights_per == WeightsPer::gram, apply.prior,
-                                             apply.regularization, solved.data());
-        store_scalar(apply.optimum, optimum);
-        store_weights(apply.weights, n, solved.data());
-        apply.weights = apply.optimum = Array{};
-        apply.statistics = nullptr;
-        apply.pairs = false;
-        apply.weights_per = WeightsPer::given;
-        apply.given = Array{solved.data(), Dtype::f64, 0, 0, 1};
-    }
-    const Array weights_out = apply.weights, optimum_out = apply.optimum;
-    if (!row_weights) apply.weights = apply.optimum = Array{};
-
-    std::vector<double> row_scale;
-    if (apply.loss) {
-        double denominator = problem.rows > 0 ? static_cast<double>(problem.rows) : 1;
-        if (apply.aggregation == Aggregation::sequence_mean_token_mean) {
-            row_scale.resize(static_cast<size_t>(problem.rows));
-            for (long row = 0; row < problem.rows; ++row) {
-                const long count = count_valid(problem, row);
-                row_scale[static_cast<size_t>(row)] = count > 0 ? 1.0 / static_cast<double>(count) : 0.0;
-            }
-            apply.row_scale = row_scale.data();
-        } else if (apply.aggregation == Aggregation::token_mean && apply.normalizer == kNoNormalizer) {
-            double count = 0;
-            if (batch)
-                count = sums[total_offset(n) + kTokenCount];
-            else
-                for (long row = 0; row < problem.rows; ++row) count += static_cast<double>(count_valid(problem, row));
-            denominator = count > 0 ? count : 1;
-        }
-        apply.scale = 1 / (apply.normalizer == kNoNormalizer ? denominator : apply.normalizer);
-        if (apply.normalizer == 0 && !any_valid(problem)) apply.scale = 0;
-    }
-
-    if (!rows_mode && !apply.row_scale) problem = collapsed(problem);
-    const long tokens = problem.tokens();
-    const long size = (apply.statistics ? statistics_size(n, apply.pairs) : 0) + n + 2;
-    const Blocks blocks(rows_mode ? problem.rows : tokens, tokens, rows_mode ? 1 : kTileMultiple, size);
-    std::vector<double> parts(static_cast<size_t>(size * blocks.count));
-    for_each_block(blocks.count, blocks.threads(threads), [&](long block) {
-        double* part = parts.data() + block * size;
-        Partial partial{apply.statistics ? part + n + 2 : nullptr, part + 2, 0, 0};
-        k.apply(problem, apply, blocks.first(block), blocks.last(block), partial, scratch(bytes));
-        part[0] = partial.loss;
-        part[1] = partial.optimum;
-    });
-    std::vector<double> merged(static_cast<size_t>(size));
-    add(parts, blocks.count, size, merged.data());
-    store_scalar(apply.loss, merged[0]);
-    if (apply.statistics) {
-        std::memcpy(sums, merged.data() + n + 2, sizeof(double) * static_cast<size_t>(size - n - 2));
-        if (apply.pairs) complete_pairs(problem, sums);
-    }
-    if (batch || row_weights) return;
-    double optimum = merged[1];
-    std::vector<double> c(merged.begin() + 2, merged.begin() + 2 + n);
-    const double count = sums[total_offset(n) + kTokenCount];
-    for (int i = 0; i < n; ++i) {
-        if (given) {
-            c[static_cast<size_t>(i)] = apply.given.dtype == Dtype::f64
-                                            ? static_cast<const double*>(apply.given.data)[i * apply.given.objective]
-                                            : static_cast<const float*>(apply.given.data)[i * apply.given.objective];
-            optimum += c[static_cast<size_t>(i)] * score(sums, n, i);
-        } else {
-            c[static_cast<size_t>(i)] = count > 0 ? c[static_cast<size_t>(i)] / count : apply.prior[i];
-        }
-    }
-    if (!given && count > 0) optimum /= count;
-    store_scalar(optimum_out, optimum);
-    store_weights(weights_out, n, c.data());
-}
-
-void weights(long rows, int n, const Array& scores, const double* prior, bool uniform, double regularization,
-             const Array& scale, void* weights, void* optimum, int threads) {
-    const Kernels& k = kernels();
-    const Blocks blocks(rows, rows * n, 64);
-    if (scores.dtype == Dtype::f32 && n <= kLaneObjectives) {
-        for_each_block(blocks.count, blocks.threads(threads), [&](long block) {
-            const long first = blocks.first(block);
-            k.weights(blocks.last(block) - first, n, static_cast<const float*>(scores.data) + first * scores.row,
-                      scores.row, scores.objective, prior, uniform, regularization,
-                      scale ? static_cast<const double*>(scale.data) + first * scale.row : nullptr, scale.row,
-                      static_cast<float*>(weights) + first * n, static_cast<float*>(optimum) + first,
-                      scratch(k.scratch_size(n)));
-        });
-        return;
-    }
-    const auto solve = [&](auto zero) {
-        using T = decltype(zero);
-        for_each_block(blocks.count, blocks.threads(threads), [&](long block) {
-            double* a = static_cast<double*>(scratch(static_cast<long>(sizeof(double)) * 3 * n));
-            double *p = a + n, *c = p + n;
-            for (long row = blocks.first(block); row < blocks.last(block); ++row) {
-                const T* source = static_cast<const T*>(scores.data) + row * scores.row;
-                for (int i = 0; i < n; ++i) {
-                    a[i] = static_cast<double>(source[i * scores.objective]);
-                    p[i] = prior[i];
-                    c[i] = 1;
-                }
-                const double size = scale ? static_cast<const double*>(scale.data)[row * scale.row] : -1.0;
-                static_cast<T*>(optimum)[row] = static_cast<T>(simplex_row(n, a, p, regularization, size, c));
-                for (int i = 0; i < n; ++i) static_cast<T*>(weights)[row * n + i] = static_cast<T>(c[i]);
-            }
-        });
-    };
-    if (scores.dtype == Dtype::f64)
-        solve(0.0);
+void statistics(const Tokens& tokens, bool pairs, double* out, int threads) {
+    const bool weighted = tokens.aggregation == Aggregation::seq_mean_token_mean;
+    std::vector<double> omega;
+    if (weighted) omega = token_weights(tokens, count_rows(tokens, threads));
+    const double* const weights = weighted ? omega.data() : nullptr;
+    if (by_row_sums(tokens))
+        row_statistics(tokens, weights, row_sums(tokens, RowPass{}, threads), pairs, out, threads);
     else
-        solve(0.0f);
+        token_statistics(tokens, weights, pairs, out, threads);
+}
+
+void apply(const Tokens& tokens, const Rule& rule, const double* preference, const Array& weights, bool per_row,
+           const Outputs& outputs, int threads) {
+    Applied applied(tokens, rule, preference, weights, per_row, outputs, threads);
+    if (applied.by_row_sums())
+        applied.row_passes();
+    else
+        applied.token_passes();
 }
 
 }  // namespace pama

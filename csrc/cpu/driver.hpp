@@ -1,20 +1,39 @@
-// Whole calls: work is cut into blocks whose number and order depend on the input alone, threads take blocks,
-// and partial sums are added in the order of the blocks. So results are bitwise equal for any number of threads.
+// Whole calls. Results are bitwise equal for any number of threads.
 #pragma once
 
-#include "problem.hpp"
+#include <vector>
+
+#include "kernels.hpp"
 
 namespace pama {
 
 // The kernels of the best instruction set that this processor has; `name` forces one (null: no change).
 const Kernels& kernels(const char* name = nullptr);
 
-void statistics(const Problem& problem, bool pairs, double* out, int threads);
+// (n) on the simplex; uniform where none is given.
+struct Preference {
+    std::vector<double> own;
+    const double* data;
+    bool uniform = true;  // its entries are equal
+    Preference(const double* given, int n) : data(given) {
+        if (!given) {
+            own.assign(static_cast<size_t>(n), 1.0 / n);
+            data = own.data();
+        }
+        for (int i = 1; i < n; ++i) uniform = uniform && data[i] == data[0];
+    }
+    Preference(const Preference&) = delete;
+};
 
-// Weights of the whole batch from its (possibly merged) statistics. c: (n).
-double batch_weights(const double* statistics, int n, bool gram, const double* prior, double regularization, double* c);
+void statistics(const Tokens& tokens, bool pairs, double* out, int threads);
 
-void apply(Problem problem, Apply apply, int threads);
+// Weights of the whole batch from its (possibly merged) statistics, and the preference over the objectives with a signal:
+// c and effective (n). Returns the optimum.
+double solve(const double* sums, const Rule& rule, const double* preference, int n, double* c, double* effective);
+
+// `weights`: (n) or, `per_row`, (rows, n); absent where the rule is solved here.
+void apply(const Tokens& tokens, const Rule& rule, const double* preference, const Array& weights, bool per_row,
+           const Outputs& outputs, int threads);
 
 // Rows of the scalar problem. scores, scale, weights and optimum are float or double alike.
 void weights(long rows, int n, const Array& scores, const double* prior, bool uniform, double regularization,
@@ -23,17 +42,20 @@ void weights(long rows, int n, const Array& scores, const double* prior, bool un
 // Rows of the min-norm problem. Returns -1, or the first matrix that is clearly no Gram matrix.
 long min_norm(const Gram& gram, const double* prior, double regularization, int threads);
 
+// Rows of UPGrad's problem, likewise.
+int64_t upgrad(const Gram& gram, const double* preference, int threads);
+
 struct Gae {
-    long rows, width;
+    int64_t rows, width;
     int n;
     double gamma, lam;
-    Array rewards, values, mask, dones, last_values;
+    Array rewards, values, mask, dones, truncated, last_values, final_values;
     Array advantages, returns;
 };
 void multi_objective_gae(const Gae& problem, int threads);
 
 // order: the rows, group after group; group_begin: groups + 1 positions in it.
-void group_normalize(long groups, const long* group_begin, const long* order, int n, const Array& rewards, bool scale,
-                     double eps, const Array& result, int threads);
+void group_normalize(int64_t groups, const int64_t* group_begin, const int64_t* order, int n, const Array& rewards,
+                     bool scale, double eps, const Array& result, int threads);
 
 }  // namespace pama

@@ -1,23 +1,46 @@
 // The kernels of one instruction set; PAMA_ISA names it.
+#include "count.hpp"
 #include "min_norm_rows.hpp"
-#include "passes.hpp"
+#include "row_objectives.hpp"
 
 PAMA_BEGIN
 
 namespace {
 
-void statistics_entry(const Problem& problem, bool pairs, long first, long last, double* sums, void* scratch) {
-    if (problem.wide)
-        statistics_block<double>(problem, pairs, first, last, sums, scratch);
-    else
-        statistics_block<float>(problem, pairs, first, last, sums, scratch);
+int64_t scratch_entry(int n) {
+    const int64_t tiles = scratch_size(n), rows = row_scratch_size(n);
+    return tiles > rows ? tiles : rows;
 }
 
-void apply_entry(const Problem& problem, const Apply& apply, long first, long last, Partial& partial, void* scratch) {
-    if (problem.wide)
-        apply_block<double>(problem, apply, first, last, partial, scratch);
+int64_t count_entry(const Array& mask, int64_t offset, int64_t stride, int64_t count) {
+    return count_nonzero(mask, offset, stride, count);
+}
+
+void statistics_entry(const Tokens& tokens, const double* omega, bool pairs, int64_t first, int64_t last, double* sums,
+                      void* scratch) {
+    if (tokens.wide)
+        statistics_block<double>(tokens, omega, pairs, first, last, sums, scratch);
     else
-        apply_block<float>(problem, apply, first, last, partial, scratch);
+        statistics_block<float>(tokens, omega, pairs, first, last, sums, scratch);
+}
+
+void apply_entry(const Pass& pass, int64_t first, int64_t last, Partial& partial, void* scratch) {
+    if (pass.tokens.wide)
+        apply_block<double>(pass, first, last, partial, scratch);
+    else
+        apply_block<float>(pass, first, last, partial, scratch);
+}
+
+void row_pass_entry(const Tokens& tokens, const RowPass& pass, int64_t first, int64_t last, double* head) {
+    if (tokens.wide)
+        row_pass<double>(tokens, pass, first, last, head);
+    else
+        row_pass<float>(tokens, pass, first, last, head);
+}
+
+constexpr Kernels table(const char* name) {
+    return {name,           scratch_entry, count_entry,  statistics_entry, apply_entry,  row_pass_entry,
+            row_statistics, row_apply,     weights_rows, min_norm_scratch, min_norm_rows};
 }
 
 }  // namespace

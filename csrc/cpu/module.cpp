@@ -1,81 +1,21 @@
-// The Python module `pama_kernels._cpu`: raw pointers in, errors raised here. Python allocates the results, except on
-// the quick path of the solvers.
+// The Python module `pama_kernels.backends._cpu`: records and tensors in, errors raised here. Python allocates the
+// results, except on the quick path of the solvers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <stdexcept>
-#include <vector>
-
+#include "../binding/contract.hpp"
+#include "../core/statistics.hpp"
 #include "driver.hpp"
-#include "exchange.hpp"
 
 namespace py = pybind11;
 using namespace pama;
+using namespace pama::binding;
 
 namespace {
 
-// (pointer, dtype, row stride, token stride, objective stride), or None.
-Array array(const py::handle& given) {
-    if (given.is_none()) return {};
-    const auto t = py::reinterpret_borrow<py::tuple>(given);
-    return {reinterpret_cast<void*>(t[0].cast<uintptr_t>()), static_cast<Dtype>(t[1].cast<int>()), t[2].cast<long>(),
-            t[3].cast<long>(), t[4].cast<long>()};
-}
-
-double* doubles(uintptr_t pointer) { return reinterpret_cast<double*>(pointer); }
-
-// Offsets (pointer, is_int64, rows + 1, stride) as long integers, checked: they decide what memory is read.
-std::vector<long> offsets(const py::handle& given, long tokens) {
-    const auto t = py::reinterpret_borrow<py::tuple>(given);
-    const auto pointer = t[0].cast<uintptr_t>();
-    const bool wide = t[1].cast<bool>();
-    const long count = t[2].cast<long>(), stride = t[3].cast<long>();
-    std::vector<long> result(static_cast<size_t>(count));
-    for (long k = 0; k < count; ++k)
-        result[static_cast<size_t>(k)] = wide ? reinterpret_cast<const int64_t*>(pointer)[k * stride]
-                                              : reinterpret_cast<const int32_t*>(pointer)[k * stride];
-    bool sorted = result.front() == 0 && (tokens < 0 || result.back() == tokens);
-    for (size_t k = 1; k < result.size(); ++k) sorted = sorted && result[k - 1] <= result[k];
-    if (!sorted)
-        throw std::invalid_argument(
-            "cu_seqlens: expected offsets that start at 0, never fall and end at the number of tokens" +
-            (tokens < 0 ? std::string() : " (" + std::to_string(tokens) + ")") + ", got offsets from " +
-            std::to_string(result.front()) + " to " + std::to_string(result.back()));
-    return result;
-}
-
-struct Given {
-    Problem problem;
-    std::vector<long> offsets;
-};
-
-// The tuple that backends/cpu.py builds.
-Given problem(const py::tuple& t) {
-    Given given;
-    Problem& p = given.problem;
-    p.rows = t[0].cast<long>();
-    p.width = t[1].cast<long>();
-    if (!t[2].is_none()) {
-        given.offsets = offsets(t[2], p.width);
-        p.width = given.offsets.back();
-    }
-    p.n = t[3].cast<int>();
-    p.noon = t[4].cast<bool>();
-    p.wide = t[5].cast<bool>();
-    p.clip = Clip::make(t[6].cast<double>(), t[7].cast<double>(), t[8].cast<double>());
-    p.advantages = array(t[9]);
-    p.mask = array(t[10]);
-    p.objective_mask = array(t[11]);
-    p.logprobs = array(t[12]);
-    p.old_logprobs = array(t[13]);
-    p.ref_logprobs = array(t[14]);
-    p.importance_weights = array(t[15]);
-    return given;
-}
-
 // The interpreter is released while a large input runs.
 template <class Work>
-void run(long elements, Work work) {
+void run(int64_t elements, Work work) {
     if (elements > 16384) {
         py::gil_scoped_release release;
         work();
@@ -84,185 +24,284 @@ void run(long elements, Work work) {
     }
 }
 
-int threads_for(long elements, int threads) { return elements > 32768 ? threads : 1; }
+int threads_for(int64_t elements, int threads) { return elements > 32768 ? threads : 1; }
 
-const double* uniform_prior(int n) {
-    thread_local std::vector<double> prior;
-    if (static_cast<int>(prior.size()) != n) prior.assign(static_cast<size_t>(n), 1.0 / n);
-    return prior.data();
-}
+// Tokens with their offsets in host memory.
+struct Given {
+    Tokens tokens;
+    std::vector<int64_t> offsets;
 
-// The leading dimensions of a tensor as one; false where no single stride runs through them.
-bool batch_of(const exchange::Tensor& t, int trailing, long& rows, long& stride) {
-    const int leading = t.ndim - trailing;
-    rows = 1;
-    stride = 0;
-    for (int d = leading - 1; d >= 0; --d) {
-        if (t.shape[d] == 1) continue;
-        if (rows == 1) stride = t.strides[d];
-        if (t.strides[d] != rows * stride) return false;
-        rows *= t.shape[d];
+    explicit Given(const py::handle& record) {
+        Tensor packed;
+        tokens = read_tokens(record, packed);
+        if (!packed) return;
+        offsets = read_offsets(packed, tokens.rows, tokens.width);
+        tokens.offsets = offsets.data();
+        tokens.width = offsets.back();
     }
-    return rows > 0;
+    Given(const Given&) = delete;
+    int64_t elements() const { return tokens.tokens() * (tokens.per_sequence ? 1 : tokens.n); }
+};
+
+double* float64_result(const py::handle& object, const char* name, int64_t elements) {
+    const Array result = read_result(object, name, elements);
+    if (result.dtype != Dtype::f64) throw py::value_error(std::string(name) + ": expected float64 for a result");
+    return static_cast<double*>(result.data);
 }
 
-// The whole call of the solvers for what is common: a plain CPU tensor in float32 or float64, the uniform prior, new
-// results. None for everything else: Python then looks closer.
-py::object quick_weights(const py::handle& scores, double regularization, int threads) {
-    exchange::Tensor t;
-    long rows, stride;
-    if (!exchange::read(scores, 1, t) || !batch_of(t, 1, rows, stride)) return py::none();
-    const int n = static_cast<int>(t.shape[t.ndim - 1]);
-    if (n < 1) return py::none();
-    const Array a{t.data, t.bits == 64 ? Dtype::f64 : Dtype::f32, stride, 0, t.strides[t.ndim - 1]};
-    void *out, *optimum;
-    py::object first = exchange::make(t, t.ndim, &out), second = exchange::make(t, t.ndim - 1, &optimum);
+void statistics_of(const py::handle& record, bool pairs, const py::handle& sums, int threads) {
+    const Given given(record);
+    double* const out = float64_result(sums, "sums", statistics_size(given.tokens.n, pairs));
+    run(given.elements(),
+        [&] { statistics(given.tokens, pairs, out, threads_for(given.elements(), threads)); });
+}
+
+void solve_of(const py::handle& sums, const py::handle& rule, const py::handle& preference, int64_t objectives,
+              const py::handle& weights, const py::handle& optimum, const py::handle& effective) {
+    const int n = objectives_of(objectives, "objectives");
+    const Rule asked = read_rule(rule);
+    const bool pairs = asked.kind == Kind::gram || asked.kind == Kind::upgrad;
+    Tensor t;
+    read_tensor(sums, "sums", t);
+    if (t.dtype != Dtype::f64 || t.elements < statistics_size(n, pairs) || t.stride(0) != 1)
+        throw py::value_error("sums: expected the contiguous float64 statistics of " + std::to_string(n) +
+                              " objectives" + (pairs ? " with pairs" : ""));
+    double *const c = float64_result(weights, "weights", n), *const value = float64_result(optimum, "optimum", 1),
+                  *const p = float64_result(effective, "preference", n);
+    *value = solve(static_cast<const double*>(t.data), asked, read_preference(preference, n), n, c, p);
+}
+
+void apply_of(const py::handle& record, const py::handle& rule, const py::handle& preference,
+              const py::handle& weights, const py::handle& asked, const py::handle& results, int threads) {
+    const Given given(record);
+    const Tokens& tokens = given.tokens;
+    const Rule how = read_rule(rule);
+    const Outputs outputs = read_outputs(asked, results);
+    const double* const p = read_preference(preference, tokens.n);
+    Tensor c;
+    read_tensor(weights, "weights", c);
+    const bool per_row = c.ndim == 2, known = how.kind <= Kind::solved;
+    if (known != static_cast<bool>(c)) throw py::value_error("weights: expected a tensor where the rule solves nothing");
+    if (known && (!c.is_float() || c.size(-1) != tokens.n || (per_row && c.size(0) != tokens.rows)))
+        throw py::value_error("weights: expected floats of shape (N,) or (B, N)");
+    if (outputs.kl_coef != 0 && outputs.loss && !tokens.ref_logprobs)
+        throw py::value_error("ref_logprobs: expected a tensor with kl_coef, got None");
+    if ((outputs.loss || outputs.gradient) && !tokens.logprobs)
+        throw py::value_error("logprobs: expected a tensor for a loss, got None");
+    if (outputs.advantages && tokens.one_result_per_row(how.weights_per) && tokens.objective_mask &&
+        !tokens.mask_per_sequence)
+        throw py::value_error("objective_mask: expected shape (B, N) with advantages per sequence");
+    Array fixed;
+    if (c) fixed = {c.data, c.dtype, per_row ? c.stride(0) : 0, 0, c.stride(-1)};
+    run(given.elements(), [&] {
+        apply(tokens, how, p, fixed, per_row, outputs, threads_for(given.elements(), threads));
+    });
+}
+
+// Matrices (..., N, N) in float32 or float64 with one stride through the leading dimensions; false for anything else.
+bool read_gram(const Tensor& t, Gram& gram) {
+    if ((t.dtype != Dtype::f32 && t.dtype != Dtype::f64) || t.ndim < 2 || t.size(-2) != t.size(-1)) return false;
+    if (!leading_rows(t, 2, gram.rows, gram.batch)) return false;
+    gram.n = objectives_of(t.size(-1), "gram");
+    gram.wide = t.dtype == Dtype::f64;
+    gram.data = t.data;
+    gram.row = t.stride(-2);
+    gram.column = t.stride(-1);
+    return true;
+}
+
+Gram gram_of(const py::handle& matrices, const py::handle& weights, const py::handle& optimum) {
+    Tensor t;
+    Gram gram;
+    read_tensor(matrices, "gram", t);
+    if (!read_gram(t, gram)) throw py::value_error("gram: expected float32 or float64 matrices (..., N, N)");
+    const Array c = read_result(weights, "weights", gram.rows * gram.n), s = read_result(optimum, "optimum", gram.rows);
+    if (c.dtype != t.dtype || s.dtype != t.dtype) throw py::value_error("weights: expected the dtype of gram");
+    gram.weights = c.data;
+    gram.optimum = s.data;
+    return gram;
+}
+
+int64_t size_of(const Gram& gram) { return gram.rows * gram.n * gram.n; }
+
+int64_t min_norm_of(const py::handle& matrices, const py::handle& preference, double regularization,
+                    const py::handle& weights, const py::handle& optimum, int threads) {
+    const Gram gram = gram_of(matrices, weights, optimum);
+    const Preference p(read_preference(preference, gram.n), gram.n);
+    int64_t bad = -1;
+    run(size_of(gram), [&] { bad = min_norm(gram, p.data, regularization, threads_for(size_of(gram), threads)); });
+    return bad;
+}
+
+int64_t upgrad_of(const py::handle& matrices, const py::handle& preference, const py::handle& weights,
+                  const py::handle& optimum, int threads) {
+    const Gram gram = gram_of(matrices, weights, optimum);
+    const Preference p(read_preference(preference, gram.n), gram.n);
+    int64_t bad = -1;
+    run(size_of(gram), [&] { bad = upgrad(gram, p.data, threads_for(size_of(gram), threads)); });
+    return bad;
+}
+
+// Scores (..., N), likewise.
+bool read_scores(const Tensor& t, int64_t& rows, int& n, Array& scores) {
+    int64_t stride;
+    if ((t.dtype != Dtype::f32 && t.dtype != Dtype::f64) || t.ndim < 1 || !leading_rows(t, 1, rows, stride))
+        return false;
+    n = objectives_of(t.size(-1), "scores");
+    scores = {t.data, t.dtype, stride, 0, t.stride(-1)};
+    return true;
+}
+
+void weights_of(const py::handle& given, const py::handle& preference, double regularization, const py::handle& scale,
+                const py::handle& result, const py::handle& optimum, int threads) {
+    Tensor t, sizes;
+    int64_t rows;
+    int n;
+    Array scores;
+    read_tensor(given, "scores", t);
+    if (!read_scores(t, rows, n, scores)) throw py::value_error("scores: expected float32 or float64 rows (..., N)");
+    const Array c = read_result(result, "weights", rows * n), s = read_result(optimum, "optimum", rows);
+    if (c.dtype != t.dtype || s.dtype != t.dtype) throw py::value_error("weights: expected the dtype of scores");
+    read_tensor(scale, "scale", sizes);
+    if (sizes && (sizes.dtype != Dtype::f64 || sizes.ndim != 1 || sizes.elements != rows))
+        throw py::value_error("scale: expected one float64 number for each row");
+    const Array by = sizes ? Array{sizes.data, Dtype::f64, sizes.stride(0), 0, 0} : Array{};
+    const Preference p(read_preference(preference, n), n);
     run(rows * n, [&] {
-        weights(rows, n, a, uniform_prior(n), true, regularization, Array{}, out, optimum,
+        weights(rows, n, scores, p.data, p.uniform, regularization, by, c.data, s.data, threads_for(rows * n, threads));
+    });
+}
+
+// Whole calls of the solvers for what is common: a plain CPU tensor in float32 or float64, the uniform preference, new
+// results. None for everything else: Python then looks closer.
+bool quick(const py::handle& object, Tensor& t) {
+    if (!exchange::table()) return false;
+    read_tensor(object, "", t);
+    return t.lent.strides && t.lent.device_type == exchange::kCpu && t.elements > 0;
+}
+
+py::object quick_weights(const py::handle& given, double regularization, int threads) {
+    Tensor t;
+    int64_t rows;
+    int n;
+    Array a;
+    if (!quick(given, t) || !read_scores(t, rows, n, a)) return py::none();
+    void *out, *optimum;
+    py::object first = exchange::make(t.lent, t.ndim, &out), second = exchange::make(t.lent, t.ndim - 1, &optimum);
+    thread_local std::vector<double> uniform;
+    if (static_cast<int>(uniform.size()) != n) uniform.assign(static_cast<size_t>(n), 1.0 / n);
+    run(rows * n, [&] {
+        weights(rows, n, a, uniform.data(), true, regularization, Array{}, out, optimum,
                 threads_for(rows * n, threads));
     });
     return py::make_tuple(std::move(first), std::move(second));
 }
 
-py::object quick_min_norm(const py::handle& matrices, double regularization, int threads) {
-    exchange::Tensor t;
-    long rows, stride;
-    if (!exchange::read(matrices, 2, t) || !batch_of(t, 2, rows, stride)) return py::none();
-    const int n = static_cast<int>(t.shape[t.ndim - 1]);
-    if (n < 1 || t.shape[t.ndim - 2] != n) return py::none();
-    Gram gram{rows, n, t.bits == 64, t.data, stride, t.strides[t.ndim - 2], t.strides[t.ndim - 1]};
-    py::object first = exchange::make(t, t.ndim - 1, &gram.weights),
-               second = exchange::make(t, t.ndim - 2, &gram.optimum);
-    long bad = -1;
-    run(rows * n * n,
-        [&] { bad = min_norm(gram, uniform_prior(n), regularization, threads_for(rows * n * n, threads)); });
+template <class Solve>
+py::object quick_gram(const py::handle& matrices, int threads, Solve solve) {
+    Tensor t;
+    Gram gram;
+    if (!quick(matrices, t) || !read_gram(t, gram)) return py::none();
+    py::object first = exchange::make(t.lent, t.ndim - 1, &gram.weights),
+               second = exchange::make(t.lent, t.ndim - 2, &gram.optimum);
+    thread_local std::vector<double> uniform;
+    if (static_cast<int>(uniform.size()) != gram.n) uniform.assign(static_cast<size_t>(gram.n), 1.0 / gram.n);
+    int64_t bad = -1;
+    run(size_of(gram), [&] { bad = solve(gram, uniform.data(), threads_for(size_of(gram), threads)); });
     return bad < 0 ? py::object(py::make_tuple(std::move(first), std::move(second))) : py::object(py::none());
+}
+
+py::object quick_min_norm(const py::handle& matrices, double regularization, int threads) {
+    return quick_gram(matrices, threads, [&](const Gram& gram, const double* p, int most) {
+        return min_norm(gram, p, regularization, most);
+    });
+}
+
+py::object quick_upgrad(const py::handle& matrices, double, int threads) {
+    return quick_gram(matrices, threads,
+                      [&](const Gram& gram, const double* p, int most) { return upgrad(gram, p, most); });
+}
+
+void gae_of(const py::handle& rewards, const py::handle& values, const py::handle& mask, const py::handle& dones,
+            const py::handle& truncated, const py::handle& last_values, const py::handle& final_values, double gamma,
+            double lam, const py::handle& advantages, const py::handle& returns, int threads) {
+    Tensor t;
+    const auto read = [&](const py::handle& object, const char* name) -> const Tensor& {
+        read_tensor(object, name, t);
+        return t;
+    };
+    Gae g{};
+    g.rewards = by_objective(read(rewards, "rewards"), false);
+    g.rows = t.size(0);
+    g.width = t.size(1);
+    g.n = objectives_of(t.size(2), "rewards");
+    g.gamma = gamma;
+    g.lam = lam;
+    g.values = by_objective(read(values, "values"), false);
+    g.mask = by_token(read(mask, "mask"));
+    g.dones = by_token(read(dones, "dones"));
+    g.truncated = by_token(read(truncated, "truncated"));
+    g.last_values = by_objective(read(last_values, "last_values"), true);
+    g.final_values = by_objective(read(final_values, "final_values"), false);
+    if (g.truncated && !g.final_values) throw py::value_error("final_values: expected a tensor with truncated, got None");
+    const int64_t elements = g.rows * g.width * g.n;
+    g.advantages = read_result(advantages, "advantages", elements);
+    g.returns = read_result(returns, "returns", elements);
+    run(elements, [&] { multi_objective_gae(g, threads); });
+}
+
+void group_normalize_of(const py::handle& rewards, const py::handle& begin, const py::handle& order, bool scale,
+                        double eps, const py::handle& result, int threads) {
+    Tensor t, first, rows;
+    read_tensor(rewards, "rewards", t);
+    read_tensor(begin, "group_begin", first);
+    read_tensor(order, "order", rows);
+    if (first.dtype != Dtype::i64 || rows.dtype != Dtype::i64 || rows.elements != t.size(0))
+        throw py::value_error("group_ids: expected int64 positions");
+    const Array r = by_objective(t, true), out = read_result(result, "result", t.elements);
+    run(t.elements, [&] {
+        group_normalize(first.elements - 1, static_cast<const int64_t*>(first.data),
+                        static_cast<const int64_t*>(rows.data), objectives_of(t.size(1), "rewards"), r, scale, eps, out,
+                        threads);
+    });
+}
+
+py::dict build_info() {
+    py::dict info;
+#if defined(__clang__)
+    info["compiler"] = "clang " __clang_version__;
+#else
+    info["compiler"] = "gcc " __VERSION__;
+#endif
+#if defined(_OPENMP)
+    info["openmp"] = true;
+#else
+    info["openmp"] = false;
+#endif
+    info["isa"] = kernels().name;
+#if defined(PAMA_HAVE_AVX512)
+    info["isas"] = std::vector<std::string>{"portable", "avx2", "avx512"};
+#else
+    info["isas"] = std::vector<std::string>{"portable"};
+#endif
+    return info;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-    m.def("build_info", [] {
-        py::dict info;
-#if defined(__clang__)
-        info["compiler"] = "clang " __clang_version__;
-#else
-        info["compiler"] = "gcc " __VERSION__;
-#endif
-#if defined(_OPENMP)
-        info["openmp"] = true;
-#else
-        info["openmp"] = false;
-#endif
-        info["isa"] = kernels().name;
-#if defined(PAMA_HAVE_AVX512)
-        info["isas"] = std::vector<std::string>{"portable", "avx2", "avx512"};
-#else
-        info["isas"] = std::vector<std::string>{"portable"};
-#endif
-        return info;
-    });
+    define_shared(m);
+    m.def("build_info", &build_info);
     m.def("use_isa", [](const std::string& name) { return std::string(kernels(name.c_str()).name); });
-    m.def("use_exchange", &exchange::use);
+    m.def("statistics", &statistics_of);
+    m.def("solve", &solve_of);
+    m.def("apply", &apply_of);
+    m.def("weights", &weights_of);
+    m.def("min_norm", &min_norm_of);
+    m.def("upgrad", &upgrad_of);
     m.def("quick_weights", &quick_weights);
     m.def("quick_min_norm", &quick_min_norm);
-    m.def("statistics", [](const py::tuple& t, bool pairs, uintptr_t out, int threads) {
-        Given g = problem(t);
-        g.problem.offsets = g.offsets.empty() ? nullptr : g.offsets.data();
-        const long elements = g.problem.tokens() * g.problem.n;
-        run(elements, [&] { statistics(g.problem, pairs, doubles(out), threads_for(elements, threads)); });
-    });
-    m.def("batch_weights", [](uintptr_t sums, int n, bool gram, uintptr_t prior, double regularization, bool wide,
-                              uintptr_t weights, uintptr_t optimum) {
-        std::vector<double> c(static_cast<size_t>(n));
-        const double value = batch_weights(doubles(sums), n, gram, doubles(prior), regularization, c.data());
-        for (size_t i = 0; i < c.size(); ++i) {
-            if (wide)
-                doubles(weights)[i] = c[i];
-            else
-                reinterpret_cast<float*>(weights)[i] = static_cast<float>(c[i]);
-        }
-        if (wide)
-            *doubles(optimum) = value;
-        else
-            *reinterpret_cast<float*>(optimum) = static_cast<float>(value);
-    });
-    m.def("apply",
-          [](const py::tuple& t, int weights_per, uintptr_t prior, bool uniform, double regularization,
-             const py::object& given, bool given_per_row, int aggregation, double normalizer, double kl_coef,
-             const py::object& combined, bool combined_per_row, const py::object& gradient, const py::object& loss,
-             const py::object& weights, const py::object& optimum, uintptr_t sums, bool pairs, int threads) {
-              Given g = problem(t);
-              g.problem.offsets = g.offsets.empty() ? nullptr : g.offsets.data();
-              Apply a;
-              a.weights_per = static_cast<WeightsPer>(weights_per);
-              a.prior = doubles(prior);
-              a.uniform = uniform;
-              a.regularization = regularization;
-              a.given = array(given);
-              a.given_per_row = given_per_row;
-              a.aggregation = static_cast<Aggregation>(aggregation);
-              a.normalizer = normalizer;
-              a.kl_coef = kl_coef;
-              a.combined = array(combined);
-              a.combined_per_row = combined_per_row;
-              a.gradient = array(gradient);
-              a.loss = array(loss);
-              a.weights = array(weights);
-              a.optimum = array(optimum);
-              a.statistics = doubles(sums);
-              a.pairs = pairs;
-              const long elements = g.problem.tokens() * g.problem.n;
-              run(elements, [&] { apply(g.problem, a, threads_for(elements, threads)); });
-          });
-    m.def("weights", [](long rows, int n, const py::object& scores, uintptr_t prior, bool uniform,
-                        double regularization, const py::object& scale, uintptr_t out, uintptr_t optimum, int threads) {
-        const Array a = array(scores), s = array(scale);
-        run(rows * n, [&] {
-            weights(rows, n, a, doubles(prior), uniform, regularization, s, reinterpret_cast<void*>(out),
-                    reinterpret_cast<void*>(optimum), threads_for(rows * n, threads));
-        });
-    });
-    m.def("min_norm", [](long rows, int n, bool wide, uintptr_t data, long batch, long row, long column,
-                         uintptr_t prior, double regularization, uintptr_t out, uintptr_t optimum, int threads) {
-        const Gram gram{rows,
-                        n,
-                        wide,
-                        reinterpret_cast<void*>(data),
-                        batch,
-                        row,
-                        column,
-                        reinterpret_cast<void*>(out),
-                        reinterpret_cast<void*>(optimum)};
-        long bad = -1;
-        run(rows * n * n,
-            [&] { bad = min_norm(gram, doubles(prior), regularization, threads_for(rows * n * n, threads)); });
-        return bad;
-    });
-    m.def("multi_objective_gae",
-          [](long rows, long width, int n, double gamma, double lam, const py::object& rewards,
-             const py::object& values, const py::object& mask, const py::object& dones, const py::object& last_values,
-             const py::object& advantages, const py::object& returns, int threads) {
-              const Gae g{rows,
-                          width,
-                          n,
-                          gamma,
-                          lam,
-                          array(rewards),
-                          array(values),
-                          array(mask),
-                          array(dones),
-                          array(last_values),
-                          array(advantages),
-                          array(returns)};
-              run(rows * width * n, [&] { multi_objective_gae(g, threads); });
-          });
-    m.def("group_normalize", [](long groups, uintptr_t group_begin, uintptr_t order, int n, const py::object& rewards,
-                                bool scale, double eps, const py::object& result, int threads) {
-        const Array r = array(rewards), out = array(result);
-        const long* begin = reinterpret_cast<const long*>(group_begin);
-        run(begin[groups] * n, [&] {
-            group_normalize(groups, begin, reinterpret_cast<const long*>(order), n, r, scale, eps, out, threads);
-        });
-    });
+    m.def("quick_upgrad", &quick_upgrad);
+    m.def("gae", &gae_of);
+    m.def("group_normalize", &group_normalize_of);
 }

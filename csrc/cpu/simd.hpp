@@ -9,12 +9,13 @@
 
 #include "../core/numbers.hpp"
 #include "../core/simplex.hpp"
-#include "problem.hpp"
+#include "kernels.hpp"
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #define PAMA_VECTOR_BYTES 64
 #elif defined(__AVX2__)
+#include <immintrin.h>
 #define PAMA_VECTOR_BYTES 32
 #else
 #define PAMA_VECTOR_BYTES 16
@@ -96,31 +97,5 @@ inline void store(T* to, V x) {
 // run: what the processor guesses by itself does not reach over the work on one tile.
 inline void ask(const void* from) { __builtin_prefetch(from, 0, 2); }
 inline void ask_to_write(const void* to) { __builtin_prefetch(to, 1, 2); }
-
-inline unsigned short float_to_bf16(float x) {
-    unsigned bits;
-    memcpy(&bits, &x, 4);
-    if (x != x) return 0x7fc0;
-    return static_cast<unsigned short>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-// Round to nearest even; the magic addition lets the float unit do the rounding, in the subnormal range too.
-inline unsigned short float_to_f16(float x) {
-    unsigned bits;
-    memcpy(&bits, &x, 4);
-    const unsigned sign = (bits >> 16) & 0x8000;
-    bits &= 0x7fffffff;
-    if (bits > 0x7f800000) return static_cast<unsigned short>(sign | 0x7e00);
-    if (bits >= 0x477ff000) return static_cast<unsigned short>(sign | 0x7c00);
-    if (bits < 0x38800000) {
-        float magnitude;
-        memcpy(&magnitude, &bits, 4);
-        magnitude += 0.5f;
-        memcpy(&bits, &magnitude, 4);
-        return static_cast<unsigned short>(sign | (bits - 0x3f000000));
-    }
-    bits += 0xfff + ((bits >> 13) & 1);
-    return static_cast<unsigned short>(sign | ((bits - 0x38000000) >> 13));
-}
 
 PAMA_END

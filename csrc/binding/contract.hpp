@@ -1,0 +1,40 @@
+// What the records and enumerations are called here, for a test that Python calls them the same.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../core/statistics.hpp"
+#include "records.hpp"
+
+namespace pama {
+namespace binding {
+
+inline py::dict contract() {
+    const auto names = [](const auto& array) {
+        return std::vector<std::string>(std::begin(array), std::end(array));
+    };
+    py::dict result;
+    result["kinds"] = names(kKindNames);
+    result["weights_per"] = names(kWeightsPerNames);
+    result["aggregations"] = names(kAggregationNames);
+    result["fields"] = names(kFieldNames);
+    result["totals"] = names(kTotalNames);
+    result["pairs"] = names(kPairNames);
+    result["tokens"] = names(TokenNames::names);
+    result["rule"] = names(RuleNames::names);
+    result["outputs"] = names(OutputNames::names);
+    result["results"] = names(ResultNames::names);
+    result["dtypes"] = names(kDtypeNames);
+    return result;
+}
+
+// What every native module has.
+inline void define_shared(py::module_& m) {
+    py::register_local_exception<NoMemory>(m, "NoMemory", PyExc_ValueError);
+    m.def("contract", &contract);
+    m.def("use_exchange", &exchange::use);
+}
+
+}  // namespace binding
+}  // namespace pama

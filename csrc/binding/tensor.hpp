@@ -1,0 +1,162 @@
+// A torch tensor as the kernels see it, read through DLPack's exchange table where torch has it, else by its attributes.
+#pragma once
+
+#include <string>
+
+#include "../core/array.hpp"
+#include "exchange.hpp"
+
+namespace pama {
+namespace binding {
+
+namespace py = pybind11;
+
+// A tensor has elements but no memory of its own.
+struct NoMemory : std::invalid_argument {
+    using std::invalid_argument::invalid_argument;
+};
+
+constexpr int kMaxDimensions = 64;  // of torch
+
+// Borrows from the tensor that it was read from.
+struct Tensor {
+    void* data = nullptr;  // never null where the tensor was given
+    Dtype dtype = Dtype::f32;
+    int ndim = 0;
+    int64_t elements = 0;
+    const int64_t *shape = nullptr, *strides = nullptr;
+    exchange::Tensor lent;  // as DLPack gave it; without strides where it did not
+    int64_t own[2 * kMaxDimensions];  // shape and strides, where nothing lends them
+
+    Tensor() = default;
+    Tensor(const Tensor&) = delete;
+    explicit operator bool() const { return data != nullptr; }
+    int64_t size(int dimension) const { return shape[dimension < 0 ? dimension + ndim : dimension]; }
+    int64_t stride(int dimension) const { return strides[dimension < 0 ? dimension + ndim : dimension]; }
+    bool is_float() const { return dtype <= Dtype::f16; }
+};
+
+constexpr const char* kDtypeNames[] = {"float32", "float64", "bfloat16", "float16", "uint8",
+                                       "bool",    "int8",    "int16",    "int32",   "int64"};
+constexpr Dtype kDtypes[] = {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16, Dtype::u8,
+                             Dtype::u8,  Dtype::i8,  Dtype::i16,  Dtype::i32, Dtype::i64};
+
+[[noreturn]] inline void refuse_dtype(const char* name, const std::string& found) {
+    throw py::type_error(std::string(name) + ": expected a dtype that the kernels read, got " + found);
+}
+
+inline Dtype dtype_of(const exchange::Tensor& t, const char* name) {
+    if (t.code == exchange::kBool && t.bits == 8) return Dtype::u8;
+    if (t.code == exchange::kBfloat && t.bits == 16) return Dtype::bf16;
+    if (t.code == exchange::kUInt && t.bits == 8) return Dtype::u8;
+    if (t.code == exchange::kFloat) {
+        if (t.bits == 32) return Dtype::f32;
+        if (t.bits == 64) return Dtype::f64;
+        if (t.bits == 16) return Dtype::f16;
+    }
+    if (t.code == exchange::kInt) {
+        if (t.bits == 64) return Dtype::i64;
+        if (t.bits == 32) return Dtype::i32;
+        if (t.bits == 16) return Dtype::i16;
+        if (t.bits == 8) return Dtype::i8;
+    }
+    refuse_dtype(name, "DLPack code " + std::to_string(t.code) + " of " + std::to_string(t.bits) + " bits");
+}
+
+inline Dtype dtype_of(const py::handle& dtype, const char* name) {
+    constexpr int count = sizeof kDtypes / sizeof *kDtypes;
+    static PyObject* known[count] = {};
+    if (!known[0]) {
+        const py::module_ torch = py::module_::import("torch");
+        for (int k = count; k-- > 0;) known[k] = py::object(torch.attr(kDtypeNames[k])).release().ptr();  // kept for good
+    }
+    for (int k = 0; k < count; ++k)
+        if (dtype.ptr() == known[k]) return kDtypes[k];
+    refuse_dtype(name, py::str(dtype));
+}
+
+inline void read_attributes(const py::handle& object, const char* name, Tensor& out) {
+    const py::tuple shape = object.attr("shape"), strides = object.attr("stride")();
+    out.dtype = dtype_of(object.attr("dtype"), name);
+    out.ndim = static_cast<int>(shape.size());
+    if (out.ndim > kMaxDimensions) throw py::value_error(std::string(name) + ": expected at most 64 dimensions");
+    for (int d = 0; d < out.ndim; ++d) {
+        out.own[d] = shape[static_cast<size_t>(d)].cast<int64_t>();
+        out.own[kMaxDimensions + d] = strides[static_cast<size_t>(d)].cast<int64_t>();
+    }
+    out.shape = out.own;
+    out.strides = out.own + kMaxDimensions;
+    out.data = reinterpret_cast<void*>(object.attr("data_ptr")().cast<uintptr_t>());
+}
+
+// `name`: of the argument, for errors. None: not given. A tensor without elements has a pointer that nobody follows.
+inline void read_tensor(const py::handle& object, const char* name, Tensor& out) {
+    exchange::Tensor& t = out.lent;
+    out.data = nullptr;
+    t.strides = nullptr;
+    if (object.is_none()) return;
+    if (exchange::read(object.ptr(), t) && t.strides) {
+        out.dtype = dtype_of(t, name);
+        out.ndim = t.ndim;
+        out.shape = t.shape;
+        out.strides = t.strides;
+        out.data = t.data;
+    } else {
+        read_attributes(object, name, out);
+    }
+    out.elements = 1;
+    for (int d = 0; d < out.ndim; ++d) out.elements *= out.shape[d];
+    static double nothing;
+    if (out.elements == 0) out.data = &nothing;
+    if (!out.data)
+        throw NoMemory(std::string(name) +
+                       ": expected a tensor with memory of its own, got one without (freed storage or a wrapper)");
+}
+
+// Objectives are counted by an int.
+inline int objectives_of(int64_t n, const char* name) {
+    if (n < 1 || n > (1 << 30) - 1)
+        throw py::value_error(std::string(name) + ": expected 1 to " + std::to_string((1 << 30) - 1) +
+                              " objectives, got " + std::to_string(n));
+    return static_cast<int>(n);
+}
+
+// A contiguous float64 vector of n, or null where None.
+inline const double* read_preference(const py::handle& object, int64_t n, const char* name = "preference") {
+    if (object.is_none()) return nullptr;
+    Tensor t;
+    read_tensor(object, name, t);
+    if (t.dtype != Dtype::f64 || t.ndim != 1 || t.size(0) != n || (n > 1 && t.stride(0) != 1))
+        throw py::value_error(std::string(name) + ": expected a contiguous float64 tensor of shape (" +
+                              std::to_string(n) + ",)");
+    return static_cast<const double*>(t.data);
+}
+
+// Where a contiguous result goes, which Python has allocated; absent where it has no elements.
+inline Array read_result(const py::handle& object, const char* name, int64_t elements = -1) {
+    Tensor t;
+    read_tensor(object, name, t);
+    if (!t || (elements >= 0 && t.elements != elements))
+        throw py::value_error(std::string(name) + ": expected " + std::to_string(elements) + " elements for a result");
+    int64_t expected = 1;
+    for (int d = t.ndim - 1; d >= 0; expected *= t.size(d--))
+        if (t.size(d) != 1 && t.elements > 0 && t.stride(d) != expected)
+            throw py::value_error(std::string(name) + ": expected a contiguous tensor for a result");
+    return {t.elements > 0 ? t.data : nullptr, t.dtype, 0, 0, 1};
+}
+
+// The leading dimensions as one: rows, and the stride from one to the next; false where no single stride runs through.
+inline bool leading_rows(const Tensor& t, int trailing, int64_t& rows, int64_t& stride) {
+    rows = 1;
+    stride = 0;
+    for (int d = t.ndim - trailing - 1; d >= 0; --d) {
+        if (t.shape[d] == 1) continue;
+        if (rows == 1) stride = t.strides[d];
+        if (t.strides[d] != rows * stride) return false;
+        rows *= t.shape[d];
+    }
+    return true;
+}
+
+}  // namespace binding
+}  // namespace pama

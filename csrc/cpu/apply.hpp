@@ -1,0 +1,173 @@
+// Weights, combined advantages, loss and gradient with the statistics beside them, over blocks of tokens or rows.
+#pragma once
+
+#include "../core/weights.hpp"
+#include "token_weights.hpp"
+
+PAMA_BEGIN
+
+// The sum of squares, in double where T can't hold them.
+template <class T>
+inline double square_sum(const T* x, int64_t count, T sum) {
+    const T tiny = static_cast<T>(0x1p-80);
+    if (sizeof(T) == sizeof(double) || (sum >= tiny && T(0) * sum == 0)) return static_cast<double>(sum);
+    double exact = 0;
+    for (int64_t t = 0; t < count; ++t) exact += static_cast<double>(x[t]) * static_cast<double>(x[t]);
+    return exact;
+}
+
+// Combined advantages, gradient and loss of one tile, whose tokens have the weight `omega`, with weights `fixed` (n) or
+// each token's own in w.c. `shares` (one per token, or null) multiplies them. NaN weights stay away from masked places.
+template <bool Noon, bool Own, class T, class V = typename Lanes<T>::V>
+inline void apply_weights(const Pass& pass, const Workspace<T>& w, int64_t first, double omega, const T* fixed,
+                          const T* shares, Partial& partial) {
+    const Tile<T> tile = w.tile;
+    const Outputs& outputs = pass.outputs;
+    const T* const own = w.c;
+    T *const combined = w.combined, *const gradient = w.gradient;
+    const int n = pass.tokens.n;
+    const bool loss = static_cast<bool>(outputs.loss), penalty = outputs.kl_coef != 0;
+    const int64_t size = size_of(outputs.gradient.dtype);
+    const char* next_gradient = outputs.gradient
+                                    ? static_cast<const char*>(outputs.gradient.data) + (first + tile.count) * size
+                                    : reinterpret_cast<const char*>(gradient);
+    const V zero{}, coefficient = zero + static_cast<T>(outputs.kl_coef), by = zero + static_cast<T>(pass.scale * omega);
+    V sums[2] = {};
+    for (int64_t t = 0; t < tile.padded; t += Lanes<T>::count) {
+        V up = zero, down = zero;
+        for (int i = 0; i < n; ++i) {
+            ask(tile.ahead.at(t, i));
+            const V a = load<V>(tile.advantages + i * kTileTokens + t), positive = a < 0 ? zero : a;
+            const V weight = Own ? load<V>(own + i * kTileTokens + t) : zero + fixed[i];
+            up += weight * positive;
+            if constexpr (!Noon) down += weight * (a - positive);
+        }
+        if (shares) {
+            up *= load<V>(shares + t);
+            down *= load<V>(shares + t);
+        }
+        const auto masked = load<V>(tile.valid + t) == 0;
+        up = masked ? zero : up;
+        down = masked ? zero : down;
+        store(combined + t, up + down);
+        sums[1] += (up + down) * (up + down);
+        if (!loss) continue;
+        TokenFactors<V> f;
+        f.pos = load<V>(tile.pos + t);
+        f.grad_pos = load<V>(tile.grad_pos + t);
+        f.ratio = load<V>(tile.ratio + t);
+        if constexpr (!Noon) {
+            f.neg = load<V>(tile.neg + t);
+            f.grad_neg = load<V>(tile.grad_neg + t);
+        }
+        V gain, slope;
+        loss_terms(Noon, up, down, f, gain, slope);
+        if (penalty) {
+            gain -= coefficient * load<V>(tile.ref_kl + t);
+            slope -= coefficient * load<V>(tile.ref_slope + t);
+        }
+        sums[0] -= by * gain;
+        ask_to_write(next_gradient + t * size);
+        store(gradient + t, masked ? zero : -by * slope);
+    }
+    T result[2];
+    totals(sums, result);
+    partial.loss += static_cast<double>(result[0]);
+    if (outputs.advantages) partial.square += omega * square_sum(combined, tile.padded, result[1]);
+}
+
+// One tile's results. `fixed` (n) serves all its tokens, or null: w.c does. `divisor` (n): the preference that presence
+// divides by, or null.
+template <class T>
+inline void apply_tile(const Pass& pass, Workspace<T>& w, int64_t first, double omega, const T* fixed,
+                       const T* divisor, Partial& partial) {
+    const T* shares = nullptr;
+    if (divisor && w.tile.present) {
+        presence_shares(w.tile, pass.tokens.n, divisor, w.shares);
+        shares = w.shares;
+    }
+    const auto results = pass.tokens.noon ? (fixed ? apply_weights<true, false, T> : apply_weights<true, true, T>)
+                                          : (fixed ? apply_weights<false, false, T> : apply_weights<false, true, T>);
+    results(pass, w, first, omega, fixed, shares, partial);
+    if (pass.outputs.advantages) store_values(pass.outputs.advantages, first, w.tile.count, w.combined);
+    if (pass.outputs.gradient) store_values(pass.outputs.gradient, first, w.tile.count, w.gradient);
+}
+
+// The weights of a row from its own sums, and their optimum. c (n); work: 3 n doubles.
+inline double row_weights(const Pass& pass, int64_t row, const double* sums, double* c, double* work) {
+    const int n = pass.tokens.n;
+    double optimum = 0;
+    if (pass.known) {
+        load_values(pass.weights, row * pass.weights.row, pass.weights.objective, n, false, c);
+        for (int i = 0; i < n; ++i) optimum += c[i] * score(sums, n, i);
+    } else if (pass.rule.kind == Kind::softmin) {
+        for (int i = 0; i < n; ++i) {
+            const double count = sums[kCount * n + i];
+            c[i] = count > 0 ? 1 : 0;
+            work[i] = count > 0 ? sums[kAdvantageSum * n + i] / count : 0;
+        }
+        optimum = softmin_solve(n, work, pass.preference, pass.rule.number, c);
+    } else {
+        optimum = statistics_weights(sums, n, pass.preference, pass.rule.number, work, work + n, c);
+    }
+    store_values(pass.outputs.weights, row * n, n, c);
+    store_value(pass.outputs.optimum, row, optimum);
+    return optimum;
+}
+
+// One row: its weights, solved on its own sums or given, then its tokens.
+template <class T>
+inline void apply_row(const Pass& pass, int64_t row, Workspace<T>& w, Partial& partial) {
+    const Tokens& tokens = pass.tokens;
+    const int n = tokens.n;
+    const int64_t first = tokens.begin(row), last = tokens.begin(row + 1), step = tile_tokens(n);
+    const double omega = pass.token_weight(row);
+    const bool need_ref = pass.outputs.kl_coef != 0, one_tile = last - first <= step;
+    double* sums = w.sums;
+    const int64_t size = statistics_size(n, false);
+    for (int64_t k = 0; k < size; ++k) sums[k] = 0;
+    for_each_tile(tokens, nullptr, first, last, [&](int64_t at, int64_t count, double) {
+        load_tile(tokens, at, count, need_ref, w.tile, w.arena);
+        with_fields(tokens, w, at, [&](const auto& tile) {
+            add_fields(tokens, tile, 1.0, sums);
+            if (partial.sums && pass.outputs.pairs) add_pairs(tokens, tile, omega, partial.sums);
+        });
+    });
+    for (int64_t k = 0; partial.sums && k < size; ++k) partial.sums[k] += omega * sums[k];
+    double* c = w.row + 3 * n;
+    row_weights(pass, row, sums, c, w.row);
+    row_preference(n, pass.preference, sums + kCount * n, w.row);
+    for (int i = 0; i < n; ++i) {
+        w.weights[i] = static_cast<T>(c[i]);
+        w.divisor[i] = static_cast<T>(w.row[i]);
+    }
+    for_each_tile(tokens, nullptr, first, last, [&](int64_t at, int64_t count, double) {
+        if (!one_tile) load_tile(tokens, at, count, need_ref, w.tile, w.arena);
+        apply_tile(pass, w, at, omega, w.weights, pass.known ? nullptr : w.divisor, partial);
+    });
+}
+
+template <class T>
+inline void apply_block(const Pass& pass, int64_t first, int64_t last, Partial& partial, void* scratch) {
+    const Tokens& tokens = pass.tokens;
+    const int n = tokens.n;
+    Workspace<T> w = allocate<T>(tokens, scratch);
+    if (pass.by_rows()) {
+        for (int64_t row = first; row < last; ++row) apply_row(pass, row, w, partial);
+        return;
+    }
+    if (pass.known) load_values(pass.weights, 0, pass.weights.objective, n, false, w.weights);
+    for (int i = 0; i < n; ++i) w.divisor[i] = static_cast<T>(pass.preference[i]);
+    for_each_tile(tokens, pass.omega, first, last, [&](int64_t at, int64_t count, double omega) {
+        load_tile(tokens, at, count, pass.outputs.kl_coef != 0, w.tile, w.arena);
+        if (partial.sums)
+            with_fields(tokens, w, at, [&](const auto& tile) {
+                add_fields(tokens, tile, omega, partial.sums);
+                if (pass.outputs.pairs) add_pairs(tokens, tile, omega, partial.sums);
+            });
+        if (!pass.known) token_weights(pass, w, omega, partial);
+        apply_tile(pass, w, at, omega, pass.known ? w.weights : nullptr, pass.divided ? w.divisor : nullptr, partial);
+    });
+}
+
+PAMA_END

@@ -1,0 +1,110 @@
+// The kernels that exist once for each instruction set, and what they read and write. Plain data: pointers, sizes and
+// strides in elements.
+#pragma once
+
+#include "../core/records.hpp"
+
+namespace pama {
+
+// One pass of `apply` over tokens or rows, as the driver has prepared it.
+struct Pass {
+    Tokens tokens;
+    Rule rule;  // scores or softmin, per sequence or token: solved in the pass; otherwise `weights` are known
+    Outputs outputs;
+    const double* preference = nullptr;  // (n), on the simplex
+    bool uniform = true;                 // its entries are equal
+    Array weights;                       // (n) or (rows, n)
+    bool known = false, per_row = false;
+    bool divided = false;           // known weights are divided by the preference of the objectives present
+    const double* omega = nullptr;  // (rows) token weights; null: 1
+    double scale = 0;               // of every token's loss
+    bool statistics = true;         // else the sums are known
+
+    bool by_rows() const { return known ? per_row : rule.weights_per == WeightsPer::sequence; }
+    double token_weight(int64_t row) const { return omega ? omega[row] : 1.0; }
+};
+
+// Partial sums of one block.
+struct Partial {
+    double* sums;     // statistics_size(n, pairs), or null
+    double* weights;  // (n): sum over valid tokens of omega c(t), weights per token only
+    double loss, optimum, square;
+};
+
+// Advantages per sequence: sums over the valid tokens of a row in which no objective appears. Factors are those of
+// core/token.hpp, with the importance weight.
+enum RowSum {
+    kValid,
+    kGradPos,
+    kGradNeg,
+    kGradPosSquare,
+    kGradNegSquare,
+    kGradBoth,  // product of the two
+    kPos,
+    kNeg,
+    kGradPosLogp,
+    kGradNegLogp,
+    kOffPos,  // tokens without a gradient
+    kOffNeg,
+    kK3,
+    kRefKl,
+    kRowSums
+};
+
+// One pass over the tokens of rows: their sums, the gradient, or both.
+struct RowPass {
+    double* sums = nullptr;       // (rows, kRowSums)
+    const double* up = nullptr;   // (rows): sum_i c_i max(A_i, 0); null: no gradient
+    const double* down = nullptr;  // (rows): sum_i c_i min(A_i, 0)
+    const double* omega = nullptr;
+    double scale = 0, kl_coef = 0;
+    Array gradient;
+};
+
+// Gram matrices (rows, n, n) in float or double, and where the solutions go, in the same type.
+struct Gram {
+    int64_t rows = 0;
+    int n = 0;
+    bool wide = false;
+    const void* data = nullptr;
+    int64_t batch = 0, row = 0, column = 0;  // strides
+    void *weights = nullptr, *optimum = nullptr;
+    bool checked = true;  // refuse what is clearly no Gram matrix
+};
+
+// At most so many objectives have a row per SIMD lane.
+constexpr int kLaneObjectives = 32;
+
+struct Kernels {
+    const char* name;
+    int64_t (*scratch_size)(int n);  // bytes
+    // How many of `count` mask values, `stride` apart from element `offset` on, are not 0.
+    int64_t (*count)(const Array& mask, int64_t offset, int64_t stride, int64_t count);
+    // Statistics of the tokens [first, last). omega: as in Pass.
+    void (*statistics)(const Tokens&, const double* omega, bool pairs, int64_t first, int64_t last, double* sums,
+                       void* scratch);
+    // Weights, advantages, loss and gradient of the tokens [first, last); of the rows, where weights are by rows.
+    void (*apply)(const Pass&, int64_t first, int64_t last, Partial&, void* scratch);
+    // Advantages per sequence. Over the tokens [first, last); `head` receives the sums of a row that began before.
+    void (*row_pass)(const Tokens&, const RowPass&, int64_t first, int64_t last, double* head);
+    // The statistics of the rows [first, last) from their sums.
+    void (*row_statistics)(const Tokens&, const double* omega, const double* row_sums, bool pairs, int64_t first,
+                           int64_t last, double* sums, void* scratch);
+    // Weights of the rows [first, last) and what follows from them without a look at a token; up and down as in RowPass.
+    // Without row_sums up and down alone, for known weights.
+    void (*row_apply)(const Pass&, const double* row_sums, double* up, double* down, int64_t first, int64_t last,
+                      Partial&, void* scratch);
+    // Rows of the scalar problem: float32 scores, at most kLaneObjectives of them.
+    void (*weights)(long rows, int n, const float* scores, long row, long objective, const double* prior, bool uniform,
+                    double regularization, const double* scale, long scale_row, float* weights, float* optimum,
+                    void* scratch);
+    long (*min_norm_scratch)(int n);  // bytes
+    // Matrices of the min-norm problem, float or double; `present` (n bytes) may be null. Returns -1, or the first that
+    // was refused.
+    long (*min_norm)(const Gram& gram, const double* prior, const unsigned char* present, double regularization,
+                     long first, long last, void* scratch);
+};
+
+extern const Kernels kernels_portable, kernels_avx2, kernels_avx512;
+
+}  // namespace pama

@@ -1,0 +1,82 @@
+// The scratch memory of one thread, and tiles that are summed in float64 where float32 can't hold their squares.
+#pragma once
+
+#include "sums.hpp"
+
+PAMA_BEGIN
+
+// Tiles in the type of the computation and, for float, in double for what float can't hold.
+template <class T>
+struct Workspace {
+    Tile<T> tile;
+    Tile<double> exact;
+    T *c, *combined, *gradient, *shares;  // (n, kTileTokens) and (kTileTokens) each
+    T *weights, *divisor;                 // (n)
+    double* row;                          // (4 n)
+    double* sums;                        // (statistics_size(n, false))
+    typename Lanes<T>::V* lanes;         // (3 n)
+    Arena arena;
+};
+
+template <class T>
+inline Workspace<T> allocate(const Tokens& tokens, void* scratch) {
+    Workspace<T> w;
+    Arena arena{static_cast<char*>(scratch)};
+    w.tile = allocate_tile<T>(tokens, arena);
+    w.exact = allocate_tile<double>(tokens, arena);
+    w.c = arena.take<T>(tokens.n * kTileTokens);
+    w.combined = arena.take<T>(kTileTokens);
+    w.gradient = arena.take<T>(kTileTokens);
+    w.shares = arena.take<T>(kTileTokens);
+    w.weights = arena.take<T>(tokens.n);
+    w.divisor = arena.take<T>(tokens.n);
+    w.row = arena.take<double>(4 * tokens.n);
+    w.sums = arena.take<double>(statistics_size(tokens.n, false));
+    w.lanes = arena.take<typename Lanes<T>::V>(3 * tokens.n);
+    w.arena = arena;
+    return w;
+}
+
+inline int64_t scratch_size(int n) {
+    const int64_t size = n, vectors = 3 * size * PAMA_VECTOR_BYTES;
+    const int64_t doubles = kTileTokens * (size + 6) + 8 * size + statistics_size(n, false);
+    return 2 * tile_bytes<double>(n) + 8 * doubles + vectors + 64 * 16;
+}
+
+// Calls add(tile) with the fields of w.tile, or of the same tokens in double where T's range does not suffice.
+template <class T, class Add>
+inline void with_fields(const Tokens& tokens, Workspace<T>& w, int64_t first, Add add) {
+    if (objective_fields(tokens, w.tile)) return add(w.tile);
+    load_tile(tokens, first, w.tile.count, false, w.exact, w.arena);
+    objective_fields(tokens, w.exact);
+    add(w.exact);
+}
+
+// Calls visit(first token, count, omega) for each tile of the tokens [first, last): within one row where tokens have
+// the weight of their row.
+template <class Visit>
+inline void for_each_tile(const Tokens& tokens, const double* omega, int64_t first, int64_t last, Visit visit) {
+    const int64_t step = tile_tokens(tokens.n);
+    const auto pieces = [&](int64_t begin, int64_t end, double weight) {
+        for (int64_t at = begin; at < end; at += step) visit(at, end - at < step ? end - at : step, weight);
+    };
+    if (!omega) return pieces(first, last, 1.0);
+    for_each_segment(tokens, first, last - first, [&](int64_t row, int64_t, int64_t at, int64_t count) {
+        pieces(first + at, first + at + count, omega[row]);
+    });
+}
+
+template <class T>
+inline void statistics_block(const Tokens& tokens, const double* omega, bool pairs, int64_t first, int64_t last,
+                             double* sums, void* scratch) {
+    Workspace<T> w = allocate<T>(tokens, scratch);
+    for_each_tile(tokens, omega, first, last, [&](int64_t at, int64_t count, double weight) {
+        load_tile(tokens, at, count, false, w.tile, w.arena);
+        with_fields(tokens, w, at, [&](const auto& tile) {
+            add_fields(tokens, tile, weight, sums);
+            if (pairs) add_pairs(tokens, tile, weight, sums);
+        });
+    });
+}
+
+PAMA_END
