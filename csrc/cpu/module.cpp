@@ -88,7 +88,7 @@ void apply_of(const py::handle& record, const py::handle& rule, const py::handle
         throw py::value_error("ref_logprobs: expected a tensor with kl_coef, got None");
     if ((outputs.loss || outputs.gradient) && !tokens.logprobs)
         throw py::value_error("logprobs: expected a tensor for a loss, got None");
-    if (outputs.advantages && tokens.one_result_per_row(how.weights_per) && tokens.objective_mask &&
+    if (outputs.advantages && tokens.one_result_per_row(how) && tokens.objective_mask &&
         !tokens.mask_per_sequence)
         throw py::value_error("objective_mask: expected shape (B, N) with advantages per sequence");
     Array fixed;
