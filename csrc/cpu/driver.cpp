@@ -196,10 +196,10 @@ double batch_weights(const double* sums, int n, bool gram, const double* prior, 
 namespace {
 
 template <class Solve>
-long each_matrix(const Gram& gram, int threads, Solve solve) {
+long each_matrix(const Gram& gram, long work, int threads, Solve solve) {
     const Kernels& k = kernels();
     const long bytes = k.min_norm_scratch(gram.n);
-    const Blocks blocks(gram.rows, gram.rows * gram.n * gram.n, 1);
+    const Blocks blocks(gram.rows, gram.rows * work, 1);
     std::vector<Refused> refused(static_cast<size_t>(blocks.count));
     for_each_block(blocks.count, blocks.threads(threads), [&](long block) {
         refused[static_cast<size_t>(block)] = solve(k, blocks.first(block), blocks.last(block), scratch(bytes));
@@ -215,13 +215,15 @@ long each_matrix(const Gram& gram, int threads, Solve solve) {
 }  // namespace
 
 long min_norm(const Gram& gram, const double* preference, double regularization, int threads) {
-    return each_matrix(gram, threads, [&](const Kernels& k, long first, long last, void* scratch) {
+    const long work = static_cast<long>(gram.n) * gram.n;
+    return each_matrix(gram, work, threads, [&](const Kernels& k, long first, long last, void* scratch) {
         return k.min_norm(gram, preference, nullptr, regularization, first, last, scratch);
     });
 }
 
 long upgrad(const Gram& gram, const double* preference, int threads) {
-    return each_matrix(gram, threads, [&](const Kernels& k, long first, long last, void* scratch) {
+    const long work = static_cast<long>(gram.n) * gram.n * gram.n;  // n problems for each matrix
+    return each_matrix(gram, work, threads, [&](const Kernels& k, long first, long last, void* scratch) {
         return k.upgrad(gram, preference, first, last, scratch);
     });
 }
