@@ -1,4 +1,4 @@
-"""The functions of the CUDA backend against the specification; run by test_cuda.py with its kernels on the host."""
+"""The functions of the CUDA backend against the specification; test_cuda.py runs them on the host."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pama_kernels.rules import record
 
 STATISTICS = (*_call.FIELDS, *_call.TOTALS, "scores", "gram", "cosines", "advantage_gram", "conflict")
 TYPES: tuple[Any, ...] = (*FLOATS, {"advantages": torch.bfloat16}, {"logprobs": torch.float64})
-RULES = (
+RULES: tuple[Any, ...] = (
     pk.Fixed(),
     pk.UPGrad(),
     pk.Pama(),
@@ -31,7 +31,8 @@ RULES = (
 
 def found(arguments: dict[str, Any], **options: Any) -> pk.ObjectiveStatistics:
     statistics = pk.objective_statistics(**arguments, pairs=True, **options)
-    assert operators.statistics.backend([(arguments["advantages"],)]) is cuda
+    backend: object = operators.statistics.backend([(arguments["advantages"],)])
+    assert backend is cuda
     return statistics
 
 
@@ -40,9 +41,10 @@ def agree(given: Problem, what: object, ratio: float, **options: Any) -> None:
     arguments = given.statistics_arguments()
     sums = found(arguments, **options)
     wanted = reference.objective_statistics(**arguments, **options)
-    # Terms of a size up to 9 or 12 (I * logp), 16 roundings each; means and cosines of few tokens divide by as few.
+    # Terms of a size up to 9 or 12 (I * logp), 16 roundings each; means and cosines divide by few tokens.
     unit = 16 * 12 * (EPS64 if given.wide() else EPS32) * max(1, given.logprobs.numel())
-    sizes = {"surrogate_sum": ratio, "kl_sum": ratio, "gram": 300, "cosines": 300, "advantage_gram": 300, "conflict": 300}
+    sizes = dict.fromkeys(("gram", "cosines", "advantage_gram", "conflict"), 300.0)
+    sizes |= {"surrogate_sum": ratio, "kl_sum": ratio}
     for name in STATISTICS:
         if name == "conflict" and options["aggregation"] != "token-mean":
             continue  # variances that are 0 up to rounding
@@ -132,13 +134,15 @@ def test_masked_values_are_ignored(layout: str) -> None:
 
 def test_without_logprobs() -> None:
     """Only the mask is read; without one, only the lengths."""
-    for layout, masked in itertools.product(("per-sequence", "packed-per-sequence", "padded", "packed"), (False, True)):
+    layouts = ("per-sequence", "packed-per-sequence", "padded", "packed")
+    for layout, masked in itertools.product(layouts, (False, True)):
         problem = make(layout, rows=5, width=40, objectives=5, mask=torch.bool if masked else None)
         arguments = problem.combine_arguments(ratio=False)
         if layout in ("per-sequence", "padded") and not masked:
             arguments["mask"] = torch.ones(5, 40)
         for aggregation in ("token-mean", "seq-mean-token-mean"):
-            options = {"logprobs": None, "old_logprobs": None, "clip_range": None, "aggregation": aggregation}
+            options: dict[str, Any] = {"clip_range": (1.0, math.inf), "aggregation": aggregation}
+            options |= {"logprobs": None, "old_logprobs": None}
             x = pk.objective_statistics(**arguments, **options, pairs=True)
             y = reference.objective_statistics(**arguments, **options)
             for name in STATISTICS:
@@ -148,24 +152,25 @@ def test_without_logprobs() -> None:
 # --- weights of the batch -----------------------------------------------------------------------------
 
 
-def _preferences(n: int) -> list[list[float] | None]:
-    return [None, [1.0 + i for i in range(n)], [0.0] * (n - 1) + [1.0]]
+def _preferences(n: int) -> list[Tensor | None]:
+    rising, last = torch.arange(1.0, n + 1).double(), torch.eye(n).double()[-1]
+    return [None, rising / rising.sum(), last]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7])
 def test_weights_of_the_batch(n: int) -> None:
     for seed, noon in ((0, False), (1, True), (2, False)):
-        problem = make(rows=4, width=15, objectives=n, seed=seed, objective_mask=torch.bool if seed == 1 else None)
+        here = torch.bool if seed == 1 else None
+        problem = make(rows=4, width=15, objectives=n, seed=seed, objective_mask=here)
         if seed > 0:
             problem.advantages[..., seed % n] = 0  # no signal
         arguments = problem.statistics_arguments()
         sums = found(arguments, noon=noon).buffer
         spelled = reference.objective_statistics(**arguments, noon=noon)
-        for rule, preference in itertools.product(RULES, _preferences(n)):
-            p = None if preference is None else torch.tensor(preference, dtype=torch.float64) / sum(preference)
+        for rule, p in itertools.product(RULES, _preferences(n)):
             c, optimum, effective = cuda.solve(sums, record(rule), p, n)
             wanted, wanted_optimum, wanted_effective = reference.batch_weights(spelled, rule, p, n)
-            near = {"rtol": 0, "atol": 2e-5}
+            near: dict[str, Any] = {"rtol": 0, "atol": 2e-5}
             torch.testing.assert_close(effective, wanted_effective, **near)
             torch.testing.assert_close(optimum, wanted_optimum, **near)
             assert float(optimum) >= 0 or "scores" in str(rule) or isinstance(rule, pk.Fixed)
@@ -209,8 +214,7 @@ def test_one_launch_for_statistics_and_weights(rule: Any) -> None:
             importance_weights=None,
             dual_clip=None,
         )
-        for preference in _preferences(n):
-            p = None if preference is None else torch.tensor(preference, dtype=torch.float64) / sum(preference)
+        for p in _preferences(n):
             sums, batch = cuda.statistics_and_scores(tokens, record(rule), p)
             assert torch.equal(sums, cuda.statistics(tokens, False))
             for x, y in zip(batch, cuda.solve(sums, record(rule), p, n), strict=True):
@@ -231,7 +235,11 @@ def _grams(n: int, seed: int, count: int = 5) -> Tensor:
 def test_solvers(n: int, dtype: torch.dtype) -> None:
     gram = _grams(n, n).to(dtype)
     scores = torch.randn(6, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64).to(dtype)
-    near = {"rtol": 1e-5, "atol": 1e-6 if dtype != torch.float64 else 1e-9, "check_dtype": False}
+    near: dict[str, Any] = {
+        "rtol": 1e-5,
+        "atol": 1e-6 if dtype != torch.float64 else 1e-9,
+        "check_dtype": False,
+    }
     for preference in _preferences(n):
         for views in (gram, gram.transpose(-1, -2), gram[::2]):
             for r in (0.0, 0.1):
@@ -239,7 +247,8 @@ def test_solvers(n: int, dtype: torch.dtype) -> None:
                 y = reference.min_norm_weights(views, preference=preference, regularization=r)
                 torch.testing.assert_close(tuple(x), tuple(y), **near)
             x = pk.upgrad_weights(views, preference=preference)
-            torch.testing.assert_close(tuple(x), tuple(reference.upgrad_weights(views, preference=preference)), **near)
+            y = reference.upgrad_weights(views, preference=preference)
+            torch.testing.assert_close(tuple(x), tuple(y), **near)
         for views in (scores, scores[::2], scores.T.contiguous().T):
             for r, scale in ((0.0, None), (0.1, None), (0.1, 2.0)):
                 x = pk.pama_weights(views, preference=preference, regularization=r, scale=scale)

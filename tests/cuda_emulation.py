@@ -44,22 +44,24 @@ def serve() -> None:
     assert module.build_info()["emulated"]
     sys.modules[name] = module
 
-    torch._C._cuda_getCurrentRawStream = lambda device: 0
-    torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=3)  # type: ignore[assignment]
+    setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)  # noqa: B010
+    properties = SimpleNamespace(multi_processor_count=3)
+    setattr(torch.cuda, "get_device_properties", lambda device: properties)  # noqa: B010
 
     from pama_kernels import backends
     from pama_kernels.backends import registry
 
-    backends._cuda = module  # type: ignore[attr-defined]
+    setattr(backends, "_cuda", module)  # noqa: B010
     from pama_kernels.backends import cuda
 
     cpu, native, *others = registry.BACKENDS
     assert native.name == "cuda"
     emulated = replace(native, devices=("cpu", "cuda"), probe=lambda module, device: "emulated")
-    registry.BACKENDS = (emulated, cpu, *others)
+    setattr(registry, "BACKENDS", (emulated, cpu, *others))  # noqa: B010
     registry.load.cache_clear()
     registry.find.cache_clear()
-    assert registry.find("cpu", "statistics") is cuda
+    found: object = registry.find("cpu", "statistics")
+    assert found is cuda
 
 
 if "PAMA_CUDA_EMULATED" in os.environ:

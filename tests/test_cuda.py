@@ -18,6 +18,8 @@ import cuda_emulation
 import pytest
 import torch
 
+from pama_kernels._call import Kind, Rule, WeightsPer
+
 TESTS = Path(__file__).parent
 ARCHITECTURES = re.compile(r"\d+")
 
@@ -62,10 +64,10 @@ def test_the_module_loads_without_a_device() -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU is here: nothing is missing")
     assert _cuda.device_problem(), "no device, and no reason"
+    sums, rule = torch.zeros(20).double(), Rule(Kind.FIXED, WeightsPer.BATCH, 0.0)
     batch = torch.zeros(2).double(), torch.zeros(()).double(), torch.zeros(2).double()
-    rule = cuda.Rule(2, 0, 0.0)
     with pytest.raises(RuntimeError, match=r"^CUDA: .*(driver|device)"):
-        _cuda.solve(torch.zeros(20).double(), 2, rule, None, batch, lambda n: torch.zeros(n).double(), (0, 1, 0))
+        _cuda.solve(sums, 2, rule, None, batch, lambda count: torch.zeros(count).double(), (0, 1, 0))
     assert cuda.unusable("cpu")
     assert cuda.unusable("cuda")
 
