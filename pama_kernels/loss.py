@@ -135,7 +135,6 @@ def _is_last_use(grad_loss: Tensor) -> bool:
     """Whether the saved gradient may be given away: no second backward pass, and no recorder or transform."""
     return not (
         traced()
-        or torch._C._are_functorch_transforms_active()
         or torch._C._functorch.is_legacy_batchedtensor(grad_loss)  # is_grads_batched=True
         or torch._C._autograd._get_current_graph_task_keep_graph()
     )
@@ -148,12 +147,7 @@ _attached: Callable[..., Tensor] = _Attached.apply
 def _differentiable(tokens: Tokens, rule: Rule, problem: operators.Apply, outputs: Outputs) -> Results:
     logprobs = tokens.logprobs
     assert logprobs is not None
-    if (
-        type(logprobs) is not Tensor
-        or traced()
-        or _forward_mode()
-        or torch._C._are_functorch_transforms_active()
-    ):
+    if type(logprobs) is not Tensor or traced() or _forward_mode():
         arguments = operators.flat(tokens._replace(logprobs=None), rule, problem, outputs)
         del arguments[_LOGPROBS]
         if torch.compiler.is_compiling():  # the compiler refuses one tensor in two places

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ._call import Number, result_dtype
 from ._validate import (
-    FLOATS,
     Preference,
     check_device,
     check_float,
+    check_memory,
     check_number,
     check_positive,
     preference_tensor,
@@ -80,8 +80,7 @@ def pama_weights(
 
 def _scale(scale: Any, scores: Tensor) -> Tensor:
     if isinstance(scale, Tensor):
-        if scale.dtype not in FLOATS:
-            raise TypeError(f"scale: expected a floating-point tensor, got dtype {scale.dtype}")
+        check_float("scale", scale)
         check_device("scale", scale, "scores", scores)
         if scale.dim() and scale.shape != scores.shape[:-1]:
             raise ValueError(
@@ -233,6 +232,8 @@ def pareto_gap(gram: Tensor, weights: Tensor) -> Tensor:
     if weights.shape != gram.shape[:-1]:
         raise ValueError(f"weights: expected shape {tuple(gram.shape[:-1])}, got {shape_of(weights)}")
     check_device("weights", weights, "gram", gram)
+    check_memory("gram", gram)
+    check_memory("weights", weights)
     dtype = torch.promote_types(gram.dtype, weights.dtype)
     m, c = gram.detach().to(dtype), weights.detach().to(dtype)
     product = torch.matmul(m, c.unsqueeze(-1)).squeeze(-1)

@@ -35,7 +35,7 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MASKS = (torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64, *FLOATS)
 WEIGHTS_PER = ("batch", "sequence", "token")
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
-# Every kind of rule, by sequences or not. UPGrad's projections and unregularized "gram" are not unique on the grid.
+# Every kind of rule. Those of UPGrad and of "gram" without regularization are not unique on the grid.
 BATCH_RULES = (Pama(), Pama(bound="scores"), Pama(bound="scores", noon=True), Pama.paper("batch"), Fixed())
 SEQUENCE_RULES = (Pama("sequence"), Pama.paper("sequence"), SoftMin(0.5))
 TOKEN_RULES = (Pama("token"), Pama.paper("token"), SoftMin(0.5, "token"))

@@ -25,7 +25,7 @@ from pama_kernels._call import (
     statistics_size,
     weights_by_row,
 )
-from pama_kernels._validate import traced
+from pama_kernels._validate import check_memory, traced
 
 from .native import NoMemory
 from .registry import Functions, Solution, find
@@ -139,8 +139,9 @@ def flat(*records: Any) -> list[Any]:
             elif isinstance(value, Tensor):
                 result += [None, value]
             elif compiling and value is not None:
-                # An operator's float would be a constant of the graph, which then serves no other value.
-                result += [None, torch.full((), value, dtype=torch.float64)]
+                # An operator's float would be a constant of the graph, which then serves no other value; so
+                # would that of torch.full, of which the compiler cannot make an operation on tensors.
+                result += [None, torch.ones((), dtype=torch.float64, device="cpu") * value]
             else:
                 result += [value, None]
     return result
@@ -293,7 +294,14 @@ class _Operator(Generic[_P, _R]):
             return self._through_operator(records)
 
     def _through_operator(self, records: Sequence[Any]) -> _R:
-        result = self.operator(*flat(*records))
+        try:
+            result = self.operator(*flat(*records))
+        except NoMemory:  # torch took nothing apart
+            for record in records:
+                for name, x in zip(record._fields, record, strict=True):
+                    if isinstance(x, Tensor):
+                        check_memory(name, x)
+            raise
         wrapped: _R = result if self.wrap is None else self.wrap(*result)
         return wrapped
 
