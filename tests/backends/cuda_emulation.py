@@ -2,6 +2,7 @@
 
 `PAMA_CUDA_EMULATED` names the module that `build` made: csrc/cuda compiled as plain C++ against
 csrc/cuda/emulation.hpp. Only what asks PyTorch about the device is replaced; the backend's Python is its own.
+`python cuda_emulation.py FOLDER` builds it there and prints its path.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = ("module.cpp", "statistics.cu", "weights.cu", "min_norm.cu", "upgrad.cu")
 
 
@@ -44,23 +45,28 @@ def serve() -> None:
     assert module.build_info()["emulated"]
     sys.modules[name] = module
 
-    torch._C._cuda_getCurrentRawStream = lambda device: 0
-    torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=3)  # type: ignore[assignment]
+    setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)  # noqa: B010
+    properties = SimpleNamespace(multi_processor_count=3)
+    setattr(torch.cuda, "get_device_properties", lambda device: properties)  # noqa: B010
 
     from pama_kernels import backends
     from pama_kernels.backends import registry
 
-    backends._cuda = module  # type: ignore[attr-defined]
+    setattr(backends, "_cuda", module)  # noqa: B010
     from pama_kernels.backends import cuda
 
     cpu, native, *others = registry.BACKENDS
     assert native.name == "cuda"
     emulated = replace(native, devices=("cpu", "cuda"), probe=lambda module, device: "emulated")
-    registry.BACKENDS = (emulated, cpu, *others)
+    setattr(registry, "BACKENDS", (emulated, cpu, *others))  # noqa: B010
     registry.load.cache_clear()
     registry.find.cache_clear()
-    assert registry.find("cpu", "statistics") is cuda
+    found: object = registry.find("cpu", "statistics")
+    assert found is cuda
 
 
-if "PAMA_CUDA_EMULATED" in os.environ:
+if __name__ == "__main__":
+    Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
+    print(build(Path(sys.argv[1]).absolute()))
+elif "PAMA_CUDA_EMULATED" in os.environ:
     serve()
