@@ -191,7 +191,9 @@ def test_one_collective_for_each_call(ranks: Ranks) -> None:
         assert calls.pop("momentum") == calls.pop("copied") == ["all_reduce"] * 2
         assert calls.pop("refused") == []
         for name, made in calls.items():
-            local = "normalize" in name and ("absent" in name or any(k in name for k in ("scores", "paper", "given")))
+            local = "normalize" in name and (
+                "absent" in name or any(k in name for k in ("scores", "paper", "given"))
+            )
             assert made == ["all_reduce"] * (2 if local else 1), name
 
 

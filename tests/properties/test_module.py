@@ -52,7 +52,6 @@ def same_state(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         assert torch.equal(value, other[name]), name
 
 
-@pytest.mark.portable
 @pytest.mark.parametrize(
     "settings",
     [
@@ -176,7 +175,9 @@ def test_a_saturated_objective_of_one_batch_keeps_its_memory() -> None:
 def test_updated_in_training_mode_only() -> None:
     module = pk.PamaLoss(momentum=0.5).eval()
     alone = module(**batch(1))
-    torch.testing.assert_close(alone.weights, pk.pama_loss(**batch(1)).weights, rtol=0, atol=1e-6)  # no mean yet
+    torch.testing.assert_close(
+        alone.weights, pk.pama_loss(**batch(1)).weights, rtol=0, atol=1e-6
+    )  # no mean yet
     trained = module.train()(**batch(2))
     before = state_of(module)
     frozen = module.eval()(**batch(3))

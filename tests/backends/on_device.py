@@ -1,8 +1,9 @@
 """pytest plugin (`-p on_device`): every public call of the test-suite runs on the device `PAMA_TEST_DEVICE`.
 
-The tests stay as they are. Around each public function the tensors it is given are copied to the device with
-their strides, storage offsets and shared memory; the call runs with synchronisation made an error; results,
-gradients and `out=` come back to the CPU. Device `cpu` copies too: it proves the plugin where no GPU is.
+The tests stay as they are; what only the CPU promises is marked `cpu` and left out by `-m`. Around each public
+function the tensors it is given are copied to the device with their strides, storage offsets and shared memory;
+the call runs with synchronisation made an error; results, gradients and `out=` come back to the CPU. Device
+`cpu` copies too: it proves the plugin where no GPU is.
 """
 
 from __future__ import annotations
@@ -25,21 +26,13 @@ FUNCTIONS = (
     "pama_loss",
     "pama_weights",
     "min_norm_weights",
+    "upgrad_weights",
     "pareto_gap",
     "objective_statistics",
     "multi_objective_gae",
     "group_normalize",
+    "masked_whiten",
 )
-# What only the CPU promises, or what a wrapped call cannot show.
-CPU_FIXTURES = {"isa": "instruction sets of the CPU", "threads": "threads of the CPU"}
-CPU_TESTS = {
-    "threads": "threads of the CPU",
-    "cu_seqlens_are_checked": "offsets on a device are not read by the host",
-    "not_semidefinite": "a matrix on a device is not read by the host",
-    "indefinite": "a matrix on a device is not read by the host",
-    "asymmetric": "a matrix on a device is not read by the host",
-    "refused": "a matrix on a device is not read by the host",
-}
 
 
 class _Move(torch.autograd.Function):
@@ -91,7 +84,7 @@ def back(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.cpu()
     if isinstance(value, pk.ObjectiveStatistics):
-        return pk.ObjectiveStatistics(value.buffer.cpu(), value.objectives, value.has_gram)
+        return pk.ObjectiveStatistics(value.buffer.cpu(), value.objectives, value.has_pairs)
     if isinstance(value, tuple):
         parts = [back(part) for part in value]
         return type(value)(*parts) if hasattr(value, "_replace") else tuple(parts)
@@ -142,7 +135,7 @@ def pytest_configure(config: pytest.Config) -> None:
         if not torch.cuda.is_available():
             raise pytest.UsageError("PAMA_TEST_DEVICE=cuda: torch finds no GPU")
         for count in (1, 2):  # what is made once for a process may wait for the device
-            pk.objective_statistics(None, None, torch.ones(2, 2, count, device=device), gram=True)
+            pk.objective_statistics(None, None, torch.ones(2, 2, count, device=device), pairs=True)
     for name in FUNCTIONS:
         setattr(pk, name, on_device(getattr(pk, name), device))
     pk.PamaLoss.forward = on_device(pk.PamaLoss.forward, device, method=True)  # type: ignore[method-assign]
@@ -160,10 +153,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             left_out.append(item)
             items.remove(item)
     config.hook.pytest_deselected(items=left_out)
-    if os.environ.get("PAMA_TEST_DEVICE", "cuda") == "cpu":
-        return
-    for item in items:
-        reasons = [why for name, why in CPU_FIXTURES.items() if name in getattr(item, "fixturenames", ())]
-        reasons += [why for part, why in CPU_TESTS.items() if part in item.name]
-        if reasons:
-            item.add_marker(pytest.mark.skip(reason=f"CPU only: {reasons[0]}"))

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 import pama_kernels as pk
-from pama_kernels import backends
+from pama_kernels.backends import registry
 
 DEVICE = torch.device(os.environ.get("PAMA_TEST_DEVICE", "cuda" if torch.cuda.is_available() else "cpu"))
 ON_GPU = DEVICE.type == "cuda"
-needs_gpu = pytest.mark.skipif(not ON_GPU, reason="no GPU: torch finds none, or PAMA_TEST_DEVICE=cpu")
+needs_gpu = pytest.mark.gpu  # skipped where there is none
 LARGE = 3_000_000_000 if ON_GPU else 300_000  # tokens; a multiple of 1000
 
 
@@ -55,19 +55,32 @@ def gradient(x: dict[str, Tensor], **options: Any) -> list[Tensor]:
     return [*flat(output), grad]
 
 
+RULES: dict[str, Any] = {
+    "fixed": pk.Fixed(),
+    "gram": None,
+    "scores": pk.Pama(bound="scores"),
+    "upgrad": pk.UPGrad(),
+    "sequence": pk.Pama("sequence"),
+    "softmin": pk.SoftMin(),
+    "token": pk.Pama("token"),
+    "paper": pk.Pama.paper("token"),
+}
 CALLS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "statistics": lambda x: pk.objective_statistics(**x),
-    "statistics with gram": lambda x: pk.objective_statistics(**x, gram=True),
-    "combine batch": lambda x: pk.combine_advantages(*without_logprobs(x), weights_per="batch"),
-    "combine sequence": lambda x: pk.combine_advantages(*without_logprobs(x), weights_per="sequence"),
-    "loss batch": lambda x: gradient(x, weights_per="batch", regularization=0.1),
-    "loss gram": lambda x: gradient(x, weights_per="batch", bound="gram"),
-    "loss sequence": lambda x: gradient(x, weights_per="sequence"),
-    "loss token": lambda x: gradient(x, weights_per="token"),
+    "statistics with pairs": lambda x: pk.objective_statistics(**x, pairs=True),
+    **{f"loss {name}": lambda x, r=rule: gradient(x, rule=r) for name, rule in RULES.items()},
+    **{
+        f"combine {name}": lambda x, r=rule: pk.combine_advantages(*without_logprobs(x), rule=r)
+        for name, rule in RULES.items()
+    },
+    "loss per sequence": lambda x: gradient({**x, "advantages": x["advantages"][:, 0]}),
+    "combine per sequence": lambda x: pk.combine_advantages(x["advantages"][:, 0], x["mask"], normalize=True),
     "weights": lambda x: pk.pama_weights(x["advantages"]),
     "min-norm": lambda x: pk.min_norm_weights(x["advantages"].mT @ x["advantages"]),
+    "upgrad": lambda x: pk.upgrad_weights(x["advantages"].mT @ x["advantages"]),
     "gae": lambda x: pk.multi_objective_gae(x["advantages"], x["advantages"].abs(), x["mask"]),
     "normalize": lambda x: pk.group_normalize(x["advantages"][:, 0], group_size=8),
+    "whiten": lambda x: pk.masked_whiten(*without_logprobs(x)),
 }
 each_call = pytest.mark.parametrize("name", list(CALLS))
 
@@ -79,9 +92,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 @needs_gpu
 def test_the_chosen_backend_serves() -> None:
     forced = os.environ.get("PAMA_BACKEND") or "triton"
-    assert (
-        f"backends.{forced}" in backends.implementation(torch.ones(1, device=DEVICE), "statistics").__module__
-    )
+    assert registry.find(DEVICE.type, "statistics").__name__ == f"pama_kernels.backends.{forced}"
 
 
 @each_call
@@ -107,16 +118,16 @@ def test_no_call_waits_for_the_device(name: str) -> None:
 
 
 @needs_gpu
-def test_a_new_prior_does_not_wait_for_the_device() -> None:
+def test_a_new_preference_does_not_wait_for_the_device() -> None:
     scores = batch(1)["advantages"][0]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = pk.pama_weights(scores, prior=[0.125, 0.5, 0.25, 0.125], regularization=0.1)
+        found = pk.pama_weights(scores, preference=[0.125, 0.5, 0.25, 0.125], regularization=0.1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    prior = torch.tensor([0.125, 0.5, 0.25, 0.125], dtype=torch.float64, device=DEVICE)
-    wanted = pk.pama_weights(scores, prior=prior, regularization=0.1)
+    preference = torch.tensor([0.125, 0.5, 0.25, 0.125], dtype=torch.float64, device=DEVICE)
+    wanted = pk.pama_weights(scores, preference=preference, regularization=0.1)
     assert torch.equal(found.weights, wanted.weights)
 
 
@@ -151,7 +162,9 @@ def test_a_graph_replays_on_changed_inputs(name: str) -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("name", ["statistics", "loss batch", "loss token", "combine batch"])
+@pytest.mark.parametrize(
+    "name", ["statistics", "loss gram", "loss token", "combine scores", "loss per sequence"]
+)
 def test_streams_do_not_disturb_each_other(name: str) -> None:
     inputs = [batch(seed, rows=256) for seed in range(4)]
     wanted = [flat(CALLS[name](x)) for x in inputs]
@@ -171,12 +184,12 @@ def test_streams_do_not_disturb_each_other(name: str) -> None:
 def test_graphs_replay_side_by_side() -> None:
     """Captured on one stream, replayed on several at once: no counter is shared."""
     inputs = [batch(seed, rows=256) for seed in range(4)]
-    wanted = [flat(CALLS["loss batch"](x)) for x in inputs]
+    wanted = [flat(CALLS["loss gram"](x)) for x in inputs]
     graphs, captured = [], []
     for x in inputs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured.append(flat(CALLS["loss batch"](x)))
+            captured.append(flat(CALLS["loss gram"](x)))
         graphs.append(graph)
     streams = [torch.cuda.Stream() for _ in inputs]
     for _ in range(50):
@@ -190,10 +203,10 @@ def test_graphs_replay_side_by_side() -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU, or none")
 def test_every_device_serves_its_own_tensors() -> None:
     x = batch(5)
-    wanted = [y.cpu() for y in flat(CALLS["loss batch"](x))]
+    wanted = [y.cpu() for y in flat(CALLS["loss gram"](x))]
     with torch.cuda.device(0):
         moved = {name: y.to("cuda:1") for name, y in x.items()}
-        found = flat(CALLS["loss batch"](moved))
+        found = flat(CALLS["loss gram"](moved))
         assert torch.cuda.current_device() == 0
     assert all(y.device.index == 1 for y in found)
     assert same([y.cpu() for y in found], wanted)
@@ -226,10 +239,10 @@ def test_more_than_2_31_tokens() -> None:
 
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>:DeprecationWarning")
-@pytest.mark.parametrize("weights_per", ["batch", "token"])
-def test_compiled_without_a_break(weights_per: str) -> None:
+@pytest.mark.parametrize("name", ["gram", "upgrad", "token"])
+def test_compiled_without_a_break(name: str) -> None:
     def step(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-        output = pk.pama_loss(logprobs, old_logprobs, advantages, mask, weights_per=weights_per)
+        output = pk.pama_loss(logprobs, old_logprobs, advantages, mask, rule=RULES[name])
         return output.loss + output.weights.sum()
 
     x = batch(6, rows=4, width=32)
@@ -246,17 +259,12 @@ def test_compiled_without_a_break(weights_per: str) -> None:
 
 @needs_gpu
 @pytest.mark.parametrize(
-    ("options", "launches"),
-    [
-        ({"aggregation": "token-mean"}, 2),  # the statistics pass and the loss pass
-        ({"aggregation": "seq-mean-token-mean"}, 2),
-        ({"bound": "gram"}, 3),  # and the min-norm problem between them
-    ],
+    ("name", "launches"),
+    [("fixed", 2), ("scores", 2), ("gram", 3), ("upgrad", 3)],  # statistics, the matrix problem, the loss
 )
-def test_launches_of_one_loss(options: dict[str, Any], launches: int) -> None:
-    """With weights of the batch."""
+def test_launches_of_one_loss(name: str, launches: int) -> None:
     x = batch(7)
-    call = lambda: pk.pama_loss(**x, weights_per="batch", **options)  # noqa: E731
+    call = lambda: pk.pama_loss(**x, rule=RULES[name])  # noqa: E731
     call()
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -267,3 +275,20 @@ def test_launches_of_one_loss(options: dict[str, Any], launches: int) -> None:
         event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA
     ]
     assert len(kernels) == launches, kernels
+
+
+@needs_gpu
+def test_settings_that_change_stay_on_the_device() -> None:
+    """0-d tensors: neither read by the host nor a reason to compile again."""
+    x = batch(8)
+    wanted = flat(pk.pama_loss(**x, rule=pk.Pama(regularization=0.25), clip_range=0.3))
+    number = lambda value: torch.tensor(value, device=DEVICE)  # noqa: E731
+    regularization, clip_range = number(0.25), number(0.3)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = flat(pk.pama_loss(**x, rule=pk.Pama(regularization=regularization), clip_range=clip_range))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)  # 0.3 rounded to float32

@@ -10,8 +10,13 @@ import os
 import torch
 
 import pama_kernels as pk
+from pama_kernels import Fixed, Pama, SoftMin, UPGrad
 
 device = os.environ.get("PAMA_TEST_DEVICE", "cuda")
+RULES = (
+    *(Fixed(), Pama(), Pama(bound="scores"), UPGrad(), Pama("sequence"), SoftMin()),
+    *(Pama("token"), SoftMin(1.0, "token"), Pama.paper("token")),
+)
 g = torch.Generator(device=device).manual_seed(0)
 
 for n, rows, width, dtype in (
@@ -24,18 +29,21 @@ for n, rows, width, dtype in (
     advantages = torch.randn(rows, width, n, generator=g, device=device).to(dtype)
     mask = torch.rand(rows, width, generator=g, device=device) < 0.7
     present = torch.rand(rows, n, generator=g, device=device) < 0.8
-    pk.objective_statistics(logprobs, old, advantages, mask, objective_mask=present, gram=True)
+    pk.objective_statistics(logprobs, old, advantages, mask, objective_mask=present, pairs=True)
     pk.objective_statistics(logprobs, old, advantages)
-    for weights_per in ("batch", "sequence", "token"):
-        leaf = logprobs.clone().requires_grad_()
-        pk.pama_loss(leaf, old, advantages, mask, weights_per=weights_per, regularization=0.1).loss.backward()
-        assert leaf.grad is not None
-        assert torch.isfinite(leaf.grad).all()
-    pk.combine_advantages(advantages[:, 0], mask, weights_per="batch", bound="gram", objective_mask=present)
+    for rule in RULES:
+        for given in (advantages, advantages[:, 0]):
+            leaf = logprobs.clone().requires_grad_()
+            pk.pama_loss(leaf, old, given, mask, rule=rule, objective_mask=present).loss.backward()
+            assert leaf.grad is not None
+            assert torch.isfinite(leaf.grad).all()
+            pk.combine_advantages(given, mask, rule=rule, aggregation="seq-mean-token-mean", normalize=True)
     pk.pama_weights(advantages)
     vectors = torch.randn(7, n, n + 2, generator=g, device=device)
     pk.min_norm_weights(vectors @ vectors.mT, regularization=0.1)
-    pk.multi_objective_gae(advantages, advantages.abs(), mask)
+    pk.upgrad_weights(vectors @ vectors.mT)
+    over, final = mask.logical_not(), advantages.roll(1, 1)
+    pk.multi_objective_gae(advantages, advantages.abs(), mask, truncated=over, final_values=final)
     pk.group_normalize(torch.randn(6, n, generator=g, device=device), group_size=3)
 if device == "cuda":
     torch.cuda.synchronize()

@@ -2,6 +2,7 @@
 
 `PAMA_CUDA_EMULATED` names the module that `build` made: csrc/cuda compiled as plain C++ against
 csrc/cuda/emulation.hpp. Only what asks PyTorch about the device is replaced; the backend's Python is its own.
+`python cuda_emulation.py FOLDER` builds it there and prints its path.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = ("module.cpp", "statistics.cu", "weights.cu", "min_norm.cu", "upgrad.cu")
 
 
@@ -64,5 +65,8 @@ def serve() -> None:
     assert found is cuda
 
 
-if "PAMA_CUDA_EMULATED" in os.environ:
+if __name__ == "__main__":
+    Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
+    print(build(Path(sys.argv[1]).absolute()))
+elif "PAMA_CUDA_EMULATED" in os.environ:
     serve()
