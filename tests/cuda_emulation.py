@@ -11,11 +11,12 @@ import os
 import subprocess
 import sys
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("module.cpp", "statistics.cu", "solvers.cu")
+SOURCES = ("module.cpp", "statistics.cu", "weights.cu", "min_norm.cu", "upgrad.cu")
 
 
 def build(folder: Path) -> Path:
@@ -23,7 +24,7 @@ def build(folder: Path) -> Path:
     import pybind11
 
     target = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    command = ["c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden"]
+    command = ["c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
     command += ["-DPAMA_CUDA_EMULATION=1", "-DPAMA_CUDA_THREADS=32", f"-I{ROOT / 'csrc'}"]
     command += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     command += ["-x", "c++", *(str(ROOT / "csrc" / "cuda" / name) for name in SOURCES), "-o", str(target)]
@@ -31,32 +32,35 @@ def build(folder: Path) -> Path:
     return target
 
 
-def _serve() -> None:
+def serve() -> None:
     import torch
 
-    spec = importlib.util.spec_from_file_location("pama_kernels._cuda", os.environ["PAMA_CUDA_EMULATED"])
+    name = "pama_kernels.backends._cuda"
+    spec = importlib.util.spec_from_file_location(name, os.environ["PAMA_CUDA_EMULATED"])
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.build_info()["emulated"]
-    sys.modules["pama_kernels._cuda"] = module
+    sys.modules[name] = module
 
     torch._C._cuda_getCurrentRawStream = lambda device: 0
-    torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=1)  # type: ignore[assignment]
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=3)  # type: ignore[assignment]
 
-    import pama_kernels
-
-    pama_kernels._cuda = module  # type: ignore[attr-defined]
     from pama_kernels import backends
+    from pama_kernels.backends import registry
+
+    backends._cuda = module  # type: ignore[attr-defined]
     from pama_kernels.backends import cuda
 
-    cuda.unusable = lambda device_type: None  # type: ignore[assignment]
-    cuda.quick_weights = cuda.quick_min_norm = lambda *arguments: None  # type: ignore[attr-defined]
-    backends.BACKENDS["cpu"] = ("cuda", "cpu")
-    backends.find.cache_clear()
-    assert backends.find("cpu", "statistics") is cuda.statistics
+    cpu, native, *others = registry.BACKENDS
+    assert native.name == "cuda"
+    emulated = replace(native, devices=("cpu", "cuda"), probe=lambda module, device: "emulated")
+    registry.BACKENDS = (emulated, cpu, *others)
+    registry.load.cache_clear()
+    registry.find.cache_clear()
+    assert registry.find("cpu", "statistics") is cuda
 
 
 if "PAMA_CUDA_EMULATED" in os.environ:
-    _serve()
+    serve()

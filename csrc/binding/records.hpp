@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../core/records.hpp"
+#include "../core/statistics.hpp"
 #include "tensor.hpp"
 
 namespace pama {
@@ -179,22 +180,33 @@ inline Rule read_rule(const py::handle& object) {
             static_cast<WeightsPer>(record[RuleNames::weights_per].cast<int>()), number(record[RuleNames::number])};
 }
 
-// What is asked for, and where it goes.
-inline Outputs read_outputs(const py::handle& asked, const py::handle& results) {
+inline double* float64_result(const py::handle& object, const char* name, int64_t elements) {
+    const Array result = read_result(object, name, elements);
+    if (result.dtype != Dtype::f64) throw py::value_error(std::string(name) + ": expected float64 for a result");
+    return static_cast<double*>(result.data);
+}
+
+// What is asked for, and where it goes. `by_row`: weights and optimum are per sequence.
+inline Outputs read_outputs(const py::handle& asked, const py::handle& results, const Tokens& tokens, const Rule& rule,
+                            bool by_row) {
     const Record<OutputNames> record(asked);
     const Record<ResultNames> into(results);
     Outputs outputs;
     outputs.pairs = truth(record[OutputNames::pairs]);
     outputs.normalizer = number(record[OutputNames::normalizer], kNoNormalizer);
     outputs.kl_coef = number(record[OutputNames::kl_coef]);
-    const auto result = [&](ResultNames::Field field) { return read_result(into[field], ResultNames::names[field]); };
-    if (truth(record[OutputNames::advantages])) outputs.advantages = result(ResultNames::advantages);
-    if (truth(record[OutputNames::loss])) outputs.loss = result(ResultNames::loss);
-    if (truth(record[OutputNames::gradient])) outputs.gradient = result(ResultNames::gradient);
-    outputs.weights = result(ResultNames::weights);
-    outputs.optimum = result(ResultNames::optimum);
-    outputs.sums = static_cast<double*>(result(ResultNames::sums).data);
-    outputs.square_sum = static_cast<double*>(result(ResultNames::square_sum).data);
+    const auto result = [&](ResultNames::Field field, int64_t elements) {
+        return read_result(into[field], ResultNames::names[field], elements);
+    };
+    const int64_t count = tokens.tokens(), rows = by_row ? tokens.rows : 1;
+    if (truth(record[OutputNames::advantages]))
+        outputs.advantages = result(ResultNames::advantages, tokens.one_result_per_row(rule) ? tokens.rows : count);
+    if (truth(record[OutputNames::loss])) outputs.loss = result(ResultNames::loss, 1);
+    if (truth(record[OutputNames::gradient])) outputs.gradient = result(ResultNames::gradient, count);
+    outputs.weights = result(ResultNames::weights, rows * tokens.n);
+    outputs.optimum = result(ResultNames::optimum, rows);
+    outputs.sums = float64_result(into[ResultNames::sums], "sums", statistics_size(tokens.n, outputs.pairs));
+    outputs.square_sum = float64_result(into[ResultNames::square_sum], "square_sum", 1);
     return outputs;
 }
 

@@ -95,7 +95,7 @@ struct Applied {
     }
 
     bool by_row_sums() const {
-        const bool one = pass.tokens.one_result_per_row(pass.rule.weights_per) ||
+        const bool one = pass.tokens.one_result_per_row(pass.rule) ||
                          ((pass.known || solved_here) && !pass.outputs.advantages);
         return one && pama::by_row_sums(pass.tokens);
     }

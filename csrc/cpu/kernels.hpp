@@ -72,6 +72,13 @@ struct Gram {
     bool checked = true;  // refuse what is clearly no Gram matrix
 };
 
+// The first matrix of a batch without a solution: clearly no Gram matrix (residual 0), or above the promised residual.
+struct Refused {
+    long row = -1;
+    double residual = 0;
+    explicit operator bool() const { return row >= 0; }
+};
+
 // At most so many objectives have a row per SIMD lane.
 constexpr int kLaneObjectives = 32;
 
@@ -99,10 +106,10 @@ struct Kernels {
                     double regularization, const double* scale, long scale_row, float* weights, float* optimum,
                     void* scratch);
     long (*min_norm_scratch)(int n);  // bytes
-    // Matrices of the min-norm problem, float or double; `present` (n bytes) may be null. Returns -1, or the first that
-    // was refused.
-    long (*min_norm)(const Gram& gram, const double* prior, const unsigned char* present, double regularization,
-                     long first, long last, void* scratch);
+    // Matrices of the min-norm problem, float or double; `present` (n bytes) may be null.
+    Refused (*min_norm)(const Gram& gram, const double* preference, const unsigned char* present, double regularization,
+                        long first, long last, void* scratch);
+    Refused (*upgrad)(const Gram& gram, const double* preference, long first, long last, void* scratch);
 };
 
 extern const Kernels kernels_portable, kernels_avx2, kernels_avx512;

@@ -43,12 +43,6 @@ struct Given {
     int64_t elements() const { return tokens.tokens() * (tokens.per_sequence ? 1 : tokens.n); }
 };
 
-double* float64_result(const py::handle& object, const char* name, int64_t elements) {
-    const Array result = read_result(object, name, elements);
-    if (result.dtype != Dtype::f64) throw py::value_error(std::string(name) + ": expected float64 for a result");
-    return static_cast<double*>(result.data);
-}
-
 void statistics_of(const py::handle& record, bool pairs, const py::handle& sums, int threads) {
     const Given given(record);
     double* const out = float64_result(sums, "sums", statistics_size(given.tokens.n, pairs));
@@ -76,19 +70,20 @@ void apply_of(const py::handle& record, const py::handle& rule, const py::handle
     const Given given(record);
     const Tokens& tokens = given.tokens;
     const Rule how = read_rule(rule);
-    const Outputs outputs = read_outputs(asked, results);
     const double* const p = read_preference(preference, tokens.n);
     Tensor c;
     read_tensor(weights, "weights", c);
     const bool per_row = c.ndim == 2, known = how.kind <= Kind::solved;
     if (known != static_cast<bool>(c)) throw py::value_error("weights: expected a tensor where the rule solves nothing");
-    if (known && (!c.is_float() || c.size(-1) != tokens.n || (per_row && c.size(0) != tokens.rows)))
+    if (known && (!c.is_float() || c.ndim < 1 || c.size(-1) != tokens.n || (per_row && c.size(0) != tokens.rows)))
         throw py::value_error("weights: expected floats of shape (N,) or (B, N)");
+    const bool by_row = known ? per_row : how.weights_per == WeightsPer::sequence;
+    const Outputs outputs = read_outputs(asked, results, tokens, how, by_row);
     if (outputs.kl_coef != 0 && outputs.loss && !tokens.ref_logprobs)
         throw py::value_error("ref_logprobs: expected a tensor with kl_coef, got None");
     if ((outputs.loss || outputs.gradient) && !tokens.logprobs)
         throw py::value_error("logprobs: expected a tensor for a loss, got None");
-    if (outputs.advantages && tokens.one_result_per_row(how.weights_per) && tokens.objective_mask &&
+    if (outputs.advantages && tokens.one_result_per_row(how) && tokens.objective_mask &&
         !tokens.mask_per_sequence)
         throw py::value_error("objective_mask: expected shape (B, N) with advantages per sequence");
     Array fixed;

@@ -19,6 +19,7 @@
 #define __device__
 #define __launch_bounds__(...)
 #define PAMA_ROLLED
+#define PAMA_UNROLL_BY(count)
 #define PAMA_SHARED(type, name) \
     static char name##_key;     \
     type& name = *static_cast<type*>(::pama::emulation::shared(&name##_key, sizeof(type)))
@@ -35,6 +36,9 @@ struct alignas(16) float4 {
 };
 struct alignas(8) float2 {
     float x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
 };
 using cudaError_t = int;
 using cudaStream_t = void*;
