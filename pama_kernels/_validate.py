@@ -21,6 +21,7 @@ from ._call import Aggregation, Number, Tokens
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOATS)
+INTEGERS = MASKS[:6]
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
 
 Preference = Sequence[float] | Tensor | None
@@ -51,6 +52,25 @@ def check_tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...], kind: st
 def _is_dtensor(x: Tensor) -> bool:
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(x, distributed.DTensor)
+
+
+def check_memory(name: str, x: Tensor) -> None:
+    """For tensors that torch's own kernels read: they follow the null pointer of freed storage.
+
+    A backend looks at its pointers itself.
+    """
+    if not traced() and without_memory(x):
+        raise ValueError(f"{name}: expected a tensor with memory of its own, got one whose storage was freed")
+
+
+def without_memory(x: Tensor) -> bool:
+    """Whether the storage was freed; not so for wrappers, which bring their own, and tensors of zeros."""
+    if type(x) not in (Tensor, torch.nn.Parameter) or x.numel() == 0 or x._is_zerotensor():
+        return False
+    try:
+        return x.untyped_storage().nbytes() == 0
+    except (NotImplementedError, RuntimeError):  # functorch's wrappers
+        return False
 
 
 def check_float(name: str, x: object) -> None:
@@ -121,6 +141,7 @@ def check_number(
             raise TypeError(f"{name}: expected a real number, got dtype {value.dtype}")
         if traced() or value.device.type != "cpu":
             return value.detach()
+        check_memory(name, value)
         value = float(value.detach().item())
     elif type(value) is not float:
         if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat)):
@@ -170,11 +191,13 @@ def check_process_group(process_group: object, *, batch: bool, setting: str = "p
 
 
 def traced() -> bool:
-    """Whether operators are recorded (torch.compile, FakeTensorMode, make_fx, torch.jit.trace)."""
+    """Whether operators are recorded or transformed (torch.compile, FakeTensorMode, make_fx, torch.jit.trace,
+    torch.func)."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
     )
 
 
@@ -199,6 +222,7 @@ def preference_tensor(preference: Preference, n: int, device: torch.device) -> T
         check_shape("preference", preference, (n,))
         if preference.device != device:
             raise ValueError(f"preference: expected device {device}, got {preference.device}")
+        check_memory("preference", preference)
         values = preference.detach().double()
         if device.type != "cpu" or type(preference) is not Tensor or traced():
             return values / values.sum()

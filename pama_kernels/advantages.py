@@ -12,6 +12,7 @@ from torch import Tensor
 from ._call import Kind, Number, Outputs, WeightsPer, result_dtype
 from ._solve import SOLVED, Solved, solve_batch
 from ._validate import (
+    INTEGERS,
     ClipRange,
     Layout,
     Preference,
@@ -20,9 +21,11 @@ from ._validate import (
     check_float,
     check_float_like,
     check_mask_like,
+    check_memory,
     check_number,
     check_process_group,
     check_shape,
+    check_tensor,
     check_tokens,
     check_weights,
     preference_tensor,
@@ -292,10 +295,8 @@ def group_normalize(
     if group_size is not None and group_ids is not None:
         raise ValueError("group_ids: expected None with group_size, got both")
     if group_ids is not None:
-        if not isinstance(group_ids, Tensor):
-            raise TypeError(f"group_ids: expected a tensor, got {type(group_ids).__name__}")
-        if group_ids.is_floating_point() or group_ids.is_complex():
-            raise TypeError(f"group_ids: expected integers, got dtype {group_ids.dtype}")
+        check_tensor("group_ids", group_ids, INTEGERS, "one-dimensional integer")
+        check_memory("group_ids", group_ids)
         check_device("group_ids", group_ids, "rewards", rewards)
         check_shape("group_ids", group_ids, (rows,))
     size = rows
@@ -335,6 +336,9 @@ def masked_whiten(
     """
     _, layout = check_tokens(advantages, mask, objective_mask=objective_mask)
     check_process_group(process_group, batch=True)
+    for name, given in (("advantages", advantages), ("mask", mask), ("objective_mask", objective_mask)):
+        if given is not None:
+            check_memory(name, given)
     x = advantages.detach().to(torch.float64)
     counts = torch.ones(x.shape[:-1], dtype=torch.float64, device=x.device)
     if mask is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -135,7 +136,6 @@ def _is_last_use(grad_loss: Tensor) -> bool:
     """Whether the saved gradient may be given away: no second backward pass, and no recorder or transform."""
     return not (
         traced()
-        or torch._C._are_functorch_transforms_active()
         or torch._C._functorch.is_legacy_batchedtensor(grad_loss)  # is_grads_batched=True
         or torch._C._autograd._get_current_graph_task_keep_graph()
     )
@@ -148,12 +148,7 @@ _attached: Callable[..., Tensor] = _Attached.apply
 def _differentiable(tokens: Tokens, rule: Rule, problem: operators.Apply, outputs: Outputs) -> Results:
     logprobs = tokens.logprobs
     assert logprobs is not None
-    if (
-        type(logprobs) is not Tensor
-        or traced()
-        or _forward_mode()
-        or torch._C._are_functorch_transforms_active()
-    ):
+    if type(logprobs) is not Tensor or traced() or _forward_mode():
         arguments = operators.flat(tokens._replace(logprobs=None), rule, problem, outputs)
         del arguments[_LOGPROBS]
         if torch.compiler.is_compiling():  # the compiler refuses one tensor in two places
@@ -345,7 +340,12 @@ class PamaLoss(nn.Module):
         if preference is not None and not isinstance(preference, Tensor):
             check_preference_type(preference)
             preference_tensor(preference, len(preference), torch.device("cpu"))
-        if objectives is None and preference is not None:
+        if objectives is not None:
+            if isinstance(objectives, bool) or not isinstance(objectives, Integral):
+                raise TypeError(f"objectives: expected an integer, got {type(objectives).__name__}")
+            if objectives < 1:
+                raise ValueError(f"objectives: expected at least 1, got {objectives}")
+        elif preference is not None:
             objectives = len(preference)
         self.preference, self.clip_range, self.dual_clip = preference, clip_range, dual_clip
         self.aggregation, self.kl_coef = aggregation, check_number("kl_coef", kl_coef, 0.0)

@@ -108,19 +108,23 @@ def _solve_scalar(a: Tensor, p: Tensor, rho: float) -> Solution:
     return Solution(c, a @ c if rho > 0 else a.new_zeros(()))
 
 
-def _scalar_problem(a: Tensor, p: Tensor, regularization: float, scale: Tensor, present: Tensor) -> Solution:
+def _scalar_problem(
+    a: Tensor, p: Tensor, regularization: float, scale: Tensor | None, present: Tensor
+) -> Solution:
     """One row: objectives that are absent take no part; scores of any size are first scaled to 1."""
     if not present.any():
         return Solution(p.clone(), a.new_zeros(()))
     kept, share = a[present], _normalized(p[present])
-    if not torch.isfinite(kept).all() or (regularization > 0 and not torch.isfinite(scale)):
+    if not torch.isfinite(kept).all() or (
+        regularization > 0 and scale is not None and not torch.isfinite(scale)
+    ):
         return Solution(torch.full_like(p, math.nan), a.new_tensor(math.nan))
     unit = float(kept.abs().max())
     weights = torch.zeros_like(p)
     if unit == 0:
         weights[present] = share
         return Solution(weights, a.new_zeros(()))
-    rho = regularization * float(scale) / unit / unit
+    rho = regularization if scale is None else regularization * float(scale) / unit / unit
     rho = rho if rho > 1e-280 else 0.0
     solution = (
         Solution(share, kept @ share / unit) if math.isinf(rho) else _solve_scalar(kept / unit, share, rho)
@@ -141,7 +145,7 @@ def _preference(preference: object, n: int) -> Tensor:
 
 
 def _rows(
-    solve: Callable[..., Solution], rows: Sequence[tuple[Tensor, ...]], n: int, shape: tuple[int, ...]
+    solve: Callable[..., Solution], rows: Sequence[tuple[Tensor | None, ...]], n: int, shape: tuple[int, ...]
 ) -> Solution:
     solutions = [solve(*row) for row in rows]
     weights = torch.stack([s.weights for s in solutions]) if rows else torch.zeros(0, n)
@@ -163,15 +167,11 @@ def pama_weights(
     p = _preference(preference, n)
     here = torch.ones_like(a, dtype=torch.bool) if present is None else present
     a = torch.where(here, a, 0.0)
-    r = a.square().amax(-1) if scale is None else torch.as_tensor(scale, dtype=torch.float64)
-    rows = list(
-        zip(
-            a.reshape(-1, n).unbind(),
-            r.expand(shape).reshape(-1).unbind(),
-            here.reshape(-1, n).unbind(),
-            strict=True,
-        )
-    )
+    present_rows = here.reshape(-1, n).unbind()
+    r: Sequence[Tensor | None] = [None] * len(present_rows)
+    if scale is not None:
+        r = torch.as_tensor(scale, dtype=torch.float64).expand(shape).reshape(-1).unbind()
+    rows = list(zip(a.reshape(-1, n).unbind(), r, present_rows, strict=True))
     return _rows(lambda x, size, mask: _scalar_problem(x, p, regularization, size, mask), rows, n, shape)
 
 
@@ -335,10 +335,13 @@ def softmin_weights(
     def solve(row: Tensor, mask: Tensor) -> Solution:
         if not mask.any():
             return Solution(p.clone(), row.new_zeros(()))
-        kept, weights = row[mask], torch.zeros_like(p)
-        weights[mask] = _normalized(_normalized(p[mask]) * torch.exp(-(kept - kept.min()) / temperature))
+        kept, share, weights = row[mask], _normalized(p[mask]), torch.zeros_like(p)
         if not torch.isfinite(kept).all():
             return Solution(torch.full_like(p, math.nan), row.new_tensor(math.nan))
+        least = kept[share > 0].min()  # of those that can have a weight: else all terms may vanish
+        weights[mask] = _normalized(
+            torch.where(share > 0, share * torch.exp((least - kept) / temperature), 0.0)
+        )
         return Solution(weights, weights[mask] @ kept)
 
     rows = list(zip(a.reshape(-1, n).unbind(), here.reshape(-1, n).unbind(), strict=True))
@@ -528,6 +531,8 @@ def _statistics(x: _Dense, t: _Terms, aggregation: str) -> Statistics:
     variance = (_ratio(products(raw.square(), here), pairs) - mean.square()).clamp(min=0)
     covariance = _ratio(advantage_product, pairs) - mean * mean.T
     norms = bound_product.diagonal().sqrt()
+    cosines = _ratio(bound_product, torch.outer(norms, norms))
+    cosines = torch.where(torch.eye(len(norms), dtype=torch.bool) & (cosines > 0), 1.0, cosines)
     return Statistics(
         count=count,
         bound_sum=bound_sum,
@@ -544,7 +549,7 @@ def _statistics(x: _Dense, t: _Terms, aggregation: str) -> Statistics:
         second_moments=_ratio(bound_square_sum, count),
         signal=(raw != 0).flatten(0, 1).any(0),
         gram=_ratio(bound_product, torch.outer(count, count).sqrt()),
-        cosines=_ratio(bound_product, torch.outer(norms, norms)),
+        cosines=cosines,
         advantage_gram=_ratio(advantage_product, torch.outer(count, count).sqrt()),
         conflict=_ratio(covariance, (variance * variance.T).sqrt()).clamp(-1, 1),
     )
@@ -824,8 +829,10 @@ def group_normalize(
         for i in range(n):
             member = (groups == group) & ~x[:, i].isnan()
             values = x[member, i]
+            if values.isinf().any():
+                values = torch.full_like(values, math.nan)
             if len(values) < 2 or bool((values == values[0]).all()):
-                result[member, i] = values - values  # 0, or NaN where the value is infinite
+                result[member, i] = values - values  # 0, or NaN
                 continue
             centred = values - values.mean()
             result[member, i] = centred / (values.std(correction=1) + eps) if scale else centred

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ._call import Number, result_dtype
 from ._validate import (
-    FLOATS,
     Preference,
     check_device,
     check_float,
+    check_memory,
     check_number,
     check_positive,
     preference_tensor,
@@ -66,6 +66,7 @@ def pama_weights(
         if solution is not None:
             return WeightSolution(*solution)
     check_float("scores", scores)
+    check_memory("scores", scores)
     shape = scores.shape
     if not shape or shape[-1] < 1:
         raise ValueError(f"scores: expected shape (..., N) with N >= 1, got {shape_of(scores)}")
@@ -80,8 +81,8 @@ def pama_weights(
 
 def _scale(scale: Any, scores: Tensor) -> Tensor:
     if isinstance(scale, Tensor):
-        if scale.dtype not in FLOATS:
-            raise TypeError(f"scale: expected a floating-point tensor, got dtype {scale.dtype}")
+        check_float("scale", scale)
+        check_memory("scale", scale)
         check_device("scale", scale, "scores", scores)
         if scale.dim() and scale.shape != scores.shape[:-1]:
             raise ValueError(
@@ -199,6 +200,7 @@ def upgrad_weights(
 
 def _check_gram(gram: Tensor) -> int:
     check_float("gram", gram)
+    check_memory("gram", gram)
     shape = gram.shape
     if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] < 1:
         raise ValueError(f"gram: expected shape (..., N, N) with N >= 1, got {shape_of(gram)}")
@@ -233,6 +235,8 @@ def pareto_gap(gram: Tensor, weights: Tensor) -> Tensor:
     if weights.shape != gram.shape[:-1]:
         raise ValueError(f"weights: expected shape {tuple(gram.shape[:-1])}, got {shape_of(weights)}")
     check_device("weights", weights, "gram", gram)
+    check_memory("gram", gram)
+    check_memory("weights", weights)
     dtype = torch.promote_types(gram.dtype, weights.dtype)
     m, c = gram.detach().to(dtype), weights.detach().to(dtype)
     product = torch.matmul(m, c.unsqueeze(-1)).squeeze(-1)

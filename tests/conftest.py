@@ -1,15 +1,14 @@
-"""Hypothesis profiles and fixtures that the tests share."""
+"""Hypothesis profiles, markers and fixtures that the tests share."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-
-from pama_kernels import _cpu
 
 # Fixtures here only set and restore process-wide state, which is the same for every example of a test.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
@@ -18,6 +17,19 @@ settings.register_profile("quick", max_examples=8, derandomize=True, **_COMMON)
 settings.register_profile("full", max_examples=1000, **_COMMON)
 settings.register_profile("interpreter", max_examples=3, derandomize=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs something that is not here, by the marker that says so."""
+    missing = {}
+    if importlib.util.find_spec("pama_kernels.backends._cpu") is None:
+        missing["cpu"] = "the native CPU backend is not built"
+    if not torch.cuda.is_available():
+        missing["gpu"] = "torch finds no GPU"
+    for item in items:
+        for marker, reason in missing.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +51,9 @@ def threads(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(params=["portable", "avx2", "avx512"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Kernels of one instruction set."""
+    """Kernels of one instruction set. Tests that use it are marked `cpu`."""
+    from pama_kernels.backends import _cpu
+
     if _cpu.use_isa(request.param) != request.param:
         _cpu.use_isa("best")
         pytest.skip(f"this build or processor has no {request.param}")

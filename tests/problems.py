@@ -18,7 +18,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pama_kernels import reference
+from pama_kernels import Fixed, Pama, SoftMin, UPGrad, reference
 
 INF = math.inf
 LAYOUTS = (
@@ -35,6 +35,11 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MASKS = (torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64, *FLOATS)
 WEIGHTS_PER = ("batch", "sequence", "token")
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
+# Every kind of rule. Those of UPGrad and of "gram" without regularization are not unique on the grid.
+BATCH_RULES = (Pama(), Pama(bound="scores"), Pama(bound="scores", noon=True), Pama.paper("batch"), Fixed())
+SEQUENCE_RULES = (Pama("sequence"), Pama.paper("sequence"), SoftMin(0.5))
+TOKEN_RULES = (Pama("token"), Pama.paper("token"), SoftMin(0.5, "token"))
+RULES = (*BATCH_RULES, *SEQUENCE_RULES, *TOKEN_RULES, UPGrad(), Pama(regularization=0.0))
 CLIPS: tuple[Any, ...] = (0.2, (0.2, 0.28), (0.0, 0.0), (1.0, INF), (0.0, INF), (1.0, 0.2), 0.5)
 EPS32, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
 # Float32 runs over at most 256 tokens (error at most 256 eps of the sum of the sizes); 16 roundings per term.
@@ -209,7 +214,7 @@ def loss_scale(problem: Problem, **options: Any) -> tuple[float, Tensor]:
 
     All weights are 1 or as given, and both signs of each advantage are counted; nothing cancels.
     """
-    options = {k: v for k, v in options.items() if k not in ("noon", "prior", "regularization")}
+    options = {k: v for k, v in options.items() if k not in ("rule", "preference")}
     given = options.pop("weights", None)
     options["weights"] = torch.ones(problem.objectives) if given is None else given.abs()
     kl_coef = options.pop("kl_coef", 0.0)
@@ -218,22 +223,22 @@ def loss_scale(problem: Problem, **options: Any) -> tuple[float, Tensor]:
     value, gradient = 0.0, torch.zeros(problem.logprobs.shape, dtype=torch.float64)
     for sign in (1, -1):
         arguments["advantages"] = sign * size
-        value += abs(float(reference.pama_loss(**arguments, noon=False, **options).loss))
+        value += abs(float(reference.pama_loss(**arguments, **options).loss))
     arguments["advantages"] = size
-    options.update(clip_range=(1.0, float("inf")), dual_clip=None)
-    cases = [(arguments, {})]
+    options.update(clip_range=(1.0, INF), dual_clip=None)
+    cases: list[tuple[dict[str, Any], dict[str, float]]] = [(arguments, {})]
     if kl_coef:
+        assert problem.ref_logprobs is not None
         # Value and gradient at |r| + 1 are above every intermediate result at r.
         r = (problem.ref_logprobs.double() - problem.logprobs.double()).abs()
         zero = {**arguments, "advantages": 0 * size, "ref_logprobs": problem.logprobs.double() + r + 1}
         cases.append((zero, {"kl_coef": kl_coef}))
     for given_arguments, extra in cases:
         leaf = problem.logprobs.detach().double().requires_grad_()
-        loss = reference.pama_loss(
-            **{**given_arguments, "logprobs": leaf}, noon=False, **options, **extra
-        ).loss
+        loss = reference.pama_loss(**{**given_arguments, "logprobs": leaf}, **options, **extra).loss
         if loss.requires_grad:
             loss.backward()
+            assert leaf.grad is not None
             gradient += leaf.grad.abs()
         if extra:
             value += abs(float(loss.detach()))
@@ -261,8 +266,6 @@ def batches(
     """A problem of `make`, in every layout, with or without what is optional; `shapes`: rows and width."""
     layout, n = draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from(objectives))
     rows, width = draw(st.sampled_from(shapes))
-    if layout == "per-sequence" and n == width:
-        n += 1  # the ambiguous shape, which is refused
     return make(
         layout,
         rows=rows,
@@ -288,19 +291,18 @@ def clippings(draw: st.DrawFn) -> dict[str, Any]:
     return {"clip_range": clip_range, "dual_clip": draw(st.sampled_from([None, *above]))}
 
 
-def weightings(draw: Any, problem: Problem) -> dict[str, Any]:
-    """Options that say whose weights: hypothesis draws them."""
+def weightings(draw: st.DrawFn, problem: Problem) -> dict[str, Any]:
+    """A rule whose weights are unique, and a preference or given weights."""
     n = problem.objectives
-    flat = problem.flat
-    choices = ("batch", "token") if flat else WEIGHTS_PER
+    rules = (*BATCH_RULES, *TOKEN_RULES, *(() if problem.flat else SEQUENCE_RULES))
     options: dict[str, Any] = {
-        "weights_per": draw(st.sampled_from(choices)),
-        "noon": draw(st.booleans()),
-        "regularization": draw(st.sampled_from([0.0, 0.1, 1.0])),
-        "prior": draw(st.sampled_from([None, [float(1 + i % 3) for i in range(n)], [0.0] * (n - 1) + [2.0]])),
+        "rule": draw(st.sampled_from(rules)),
+        "preference": draw(
+            st.sampled_from([None, [float(1 + i % 3) for i in range(n)], [0.0] * (n - 1) + [2.0]])
+        ),
     }
     given = draw(st.sampled_from([None, None, None, "shared", "per row"]))
-    if given == "shared" or (given and flat):
+    if given == "shared" or (given and problem.flat):
         options["weights"] = torch.arange(1, n + 1).to(draw(st.sampled_from(FLOATS))) / 8
     elif given:
         options["weights"] = torch.arange(problem.rows * n).reshape(problem.rows, n).float() % 5 / 4
@@ -310,6 +312,7 @@ def weightings(draw: Any, problem: Problem) -> dict[str, Any]:
 def solution_error(problem: Problem, options: dict[str, Any], dtype: torch.dtype) -> float:
     """How far weights are from the reference's: they are solved in float64, per token in the type of the
     computation, and stored in float32 unless `dtype` is float64. On the grid lambda <= 64 (n-term sums)."""
-    eps = problem.eps() if options["weights_per"] == "token" else EPS64
+    by_token = getattr(options.get("rule"), "weights_per", "batch") == "token"
+    eps = problem.eps() if by_token else EPS64
     stored = EPS64 if dtype == torch.float64 else EPS32
     return 64 * 8 * problem.objectives * max(eps, 2 * EPS64) + stored

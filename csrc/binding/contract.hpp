@@ -29,7 +29,8 @@ inline py::dict contract() {
 
 // What every native module has.
 inline void define_shared(py::module_& m) {
-    py::register_local_exception<NoMemory>(m, "NoMemory", PyExc_ValueError);
+    const py::object base = py::module_::import("pama_kernels.backends.native").attr("NoMemory");
+    py::register_local_exception<NoMemory>(m, "NoMemory", base);
     m.def("contract", &contract);
     m.def("use_exchange", &exchange::use);
 }

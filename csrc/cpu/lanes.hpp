@@ -31,6 +31,37 @@ inline void set_lane(V& v, int k, T x) {
     memcpy(reinterpret_cast<char*>(&v) + static_cast<long>(sizeof(T)) * k, &x, sizeof x);
 }
 
+template <class T>
+constexpr T narrow() {
+    return static_cast<T>(sizeof(T) == 4 ? 1e-3 : 1e-9);
+}
+template <class T>
+constexpr double weak_regularization() {
+    return sizeof(T) == 4 ? 1e-4 : 1e-13;
+}
+
+// Scores of very different size and hardly any regularization: the large one gets a weight near T's rounding, on which
+// the rest depends. These lanes are solved in double: the marked ones, and where `largest` is given, with a score below
+// narrow() of it. Out of line, so that it costs the others no registers. Returns the optima.
+template <class V, class T>
+__attribute__((noinline)) V solve_unsure(int n, const T* a, const T* present, long stride, int lanes,
+                                         const double* preference, double regularization, const double* scale,
+                                         const V& largest, const V& marked, V optimum, double* row, T* c) {
+    for (int k = 0; k < lanes; ++k) {
+        bool unsure = lane<T>(marked, k) != 0;
+        for (int i = 0; i < n && !unsure; ++i) {
+            const T own = a[i * stride + k];
+            const bool counts = !present || present[i * stride + k] > 0;
+            unsure = counts && (own < 0 ? -own : own) < lane<T>(largest, k) * narrow<T>();
+        }
+        if (unsure)
+            set_lane(optimum, k,
+                     solve_lane(n, a + k, present ? present + k : nullptr, stride, preference, regularization,
+                                scale ? scale[k] : -1.0, row, c + k));
+    }
+    return optimum;
+}
+
 // Scores a (n, stride) of `lanes` rows side by side; preference (n). c (n, stride) receives the weights. Returns the
 // optima. `present` (1 or 0, like a) may be null; `scale` (per lane) may be null, then it is max a^2. `non_negative`:
 // no score is negative and there is no regularization. work: 3 n vectors; row: 3 n doubles. A compile-time N > 0 stands
@@ -135,29 +166,14 @@ inline V solve_lanes(int given, const T* a, const T* present, long stride, int l
     for (int i = 0; i < n; ++i)
         store(c + i * stride, choose(none, zero + static_cast<T>(preference[i]), keep[i] + poison));
     optimum = choose(none, zero, optimum) + poison;
-    // Scores of very different size and hardly any regularization: the large one gets a weight near T's rounding, on
-    // which the rest depends. These lanes are solved in double.
-    constexpr T narrow = static_cast<T>(sizeof(T) == 4 ? 1e-3 : 1e-9);
     const V smaller = min_of(-low, high);
-    auto unsure = exact & (low < zero) & (high > zero) & (smaller < largest * narrow);
-    const auto weak = (rho > zero) & (rho < size * static_cast<T>(sizeof(T) == 4 ? 1e-4 : 1e-13));
-    if (any(weak)) {
-        V least_size = largest;
-        for (int i = 0; i < n; ++i) {
-            const V own = load<V>(a + i * stride), magnitude = max_of(own, -own);
-            const V counted = present ? choose(load<V>(present + i * stride) > zero, magnitude, largest) : magnitude;
-            least_size = min_of(counted, least_size);
-        }
-        unsure = unsure | (weak & (least_size < largest * narrow));
-    }
-    if (any(unsure)) {
-        const V marked = choose(unsure, one, zero);
-        for (int k = 0; k < lanes; ++k)
-            if (lane<T>(marked, k) != 0)
-                set_lane(optimum, k,
-                         solve_lane(n, a + k, present ? present + k : nullptr, stride, preference, regularization,
-                                    scale ? scale[k] : -1.0, row, c + k));
-    }
+    const auto unsure = exact & (low < zero) & (high > zero) & (smaller < largest * narrow<T>());
+    const bool weak = regularization > 0 && (scale || regularization < weak_regularization<T>());
+    if (weak || any(unsure))
+        optimum =
+            solve_unsure<V>(n, a, present, stride, lanes, preference, regularization, scale,
+                            weak ? choose(rho < size * static_cast<T>(weak_regularization<T>()), largest, zero) : zero,
+                            choose(unsure, one, zero), optimum, row, c);
     return optimum;
 }
 

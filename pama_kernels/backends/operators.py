@@ -139,8 +139,9 @@ def flat(*records: Any) -> list[Any]:
             elif isinstance(value, Tensor):
                 result += [None, value]
             elif compiling and value is not None:
-                # An operator's float would be a constant of the graph, which then serves no other value.
-                result += [None, torch.full((), value, dtype=torch.float64)]
+                # An operator's float would be a constant of the graph, which then serves no other value; so
+                # would that of torch.full, of which the compiler cannot make an operation on tensors.
+                result += [None, torch.ones((), dtype=torch.float64, device="cpu") * value]
             else:
                 result += [value, None]
     return result
@@ -392,7 +393,10 @@ def _quick(name: str) -> Callable[[Tensor, float], Solution | None]:
             return None
         if on_cpu is None:
             on_cpu = getattr(find("cpu", name.removeprefix("quick_")), name, lambda *_: None)
-        solution: Solution | None = on_cpu(x, regularization, torch.get_num_threads())
+        try:
+            solution: Solution | None = on_cpu(x, regularization, torch.get_num_threads())
+        except Exception:
+            return None  # the way with checks says what is wrong with which argument
         return solution
 
     return call
