@@ -21,7 +21,7 @@ help:
 	@echo 'make test-gpu   what needs a GPU; make bench-gpu times it: docs/gpu.md'
 	@echo 'make lint       ruff, mypy, clang-format; make format mends what it can'
 	@echo 'make bench      the benchmarks; BENCH_ARGS are passed on'
-	@echo 'make study      does it align: every rule compared (an hour, resumable; STUDY_ARGS=--quick: minutes)'
+	@echo 'make study      does it align: every rule compared (hours, resumable; STUDY_ARGS=--quick: minutes)'
 	@echo 'make dist       sdist and wheel'
 	@echo 'make clean      remove the virtual environment and everything built'
 
@@ -72,7 +72,7 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 study: $(VENV)/study.stamp
-	$(BIN)/python -m benchmarks.study $(STUDY_ARGS)
+	$(BIN)/python -m study $(STUDY_ARGS)
 
 # The next two take the Python, the packages and the nvcc that are there, and need no network.
 test-gpu:
@@ -115,7 +115,7 @@ test-python: $(VENV)/test.stamp
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-integrations: $(VENV)-verl/stamp
-	$(VENV)-verl/bin/python -m pytest tests/test_integration_verl.py tests/test_integration_verl_trainer.py
+	$(VENV)-verl/bin/python -m pytest tests/integrations/test_verl.py tests/integrations/test_verl_trainer.py
 
 # The wheel is built from the sdist, so that a file missing from the sdist shows.
 dist: $(VENV)/tools.stamp

@@ -1,9 +1,9 @@
 """python -m benchmarks [PART ...] [--quick] [--out DIR] | --docs
 
 Every part times our call beside its peers in one process, in interleaved rounds, after it has
-checked that they agree, and writes PART.csv and PART.png. At the end the goals are held against
-the CSVs in DIR (goals.csv). --docs writes the tables of the documentation instead, from the results
-that are part of the repository: `python -m benchmarks --out benchmarks/results` makes those.
+checked that they agree, and writes PART.csv and PART.png. --docs writes the tables of the
+documentation instead, from the results that are part of the repository:
+`python -m benchmarks --out benchmarks/results` makes those.
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ def main() -> None:
 
     import torch
 
-    from . import goals
     from .harness import Session
 
     torch.set_num_threads(1)
@@ -67,8 +66,6 @@ def main() -> None:
             importlib.import_module(f"{__package__}.{part}").run(session)
         except ImportError as error:
             print(f"{part}: missing: {error}")
-    judged = goals.verdicts(arguments.out)
-    print(f"\n{goals.table(judged)}\nwrote {goals.write(arguments.out, judged)}")
 
 
 if __name__ == "__main__":

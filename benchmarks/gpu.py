@@ -31,15 +31,14 @@ import torch
 from torch import Tensor
 
 import pama_kernels as pk
-from pama_kernels import backends
-from pama_kernels.backends.inputs import TokenInputs
+from pama_kernels._solve import solve_batch
+from pama_kernels.backends import registry
 
 from . import models, peers
 from .harness import Row, Session
 
 CACHE_BYTES = 200e6  # more than the second-level cache of any GPU here
 ROUNDS = 9
-SHARE_GOAL, LAUNCH_GOAL, BANDWIDTH_GOAL = 0.005, 12.0, 0.8  # DESIGN, numbers to reach
 BACKENDS = ("cuda", "triton")
 
 Inputs = dict[str, Tensor]
@@ -163,7 +162,7 @@ def chosen(backend: str | None) -> Any:
         return
     before = os.environ.get("PAMA_BACKEND")
     os.environ["PAMA_BACKEND"] = backend
-    backends.find.cache_clear()
+    registry.find.cache_clear()
     try:
         yield
     finally:
@@ -171,7 +170,7 @@ def chosen(backend: str | None) -> Any:
             del os.environ["PAMA_BACKEND"]
         else:
             os.environ["PAMA_BACKEND"] = before
-        backends.find.cache_clear()
+        registry.find.cache_clear()
 
 
 def summary(times: Sequence[float]) -> tuple[float, float]:
@@ -184,7 +183,7 @@ def available(device: torch.device) -> list[str]:
     """The backends that serve the device, by what they say themselves."""
     if device.type != "cuda":
         return ["cpu"]
-    return [name for name in BACKENDS if not isinstance(backends.load(name, "cuda"), str)]
+    return [name for name in BACKENDS if not isinstance(registry.load(name, "cuda"), str)]
 
 
 def inputs(tokens: int, n: int, device: torch.device, seed: int) -> Inputs:
@@ -214,18 +213,16 @@ def agree(found: Tensor, wanted: Tensor, tolerance: float, what: str) -> None:
         raise RuntimeError(f"{what}: results differ by {difference:.2e}, more than {tolerance:g}")
 
 
-def ceilings(bench: Bench) -> float:
-    """Rows of a copy of device memory and of an empty kernel; GB/s of the copy."""
+def ceilings(bench: Bench) -> None:
+    """Rows of a copy of device memory and of an empty kernel."""
     size = 1 << 20 if bench.quick else 1 << 30
     pool = [
         {"x": torch.ones(size // 4, device=bench.device), "y": torch.empty(size // 4, device=bench.device)}
     ]
     copy = Work("copy of device memory", lambda x: x["y"].copy_(x["x"]), 2.0 * size)
     bench.measure("ceiling", f"{size >> 20} MiB", 0, size // 4, [copy], pool)
-    fastest = next(row.gigabytes_per_second for row in bench.session.rows if row.gigabytes_per_second)
     empty = Work("empty kernel", empty_kernel(bench))
     bench.measure("ceiling", "nothing", 0, 0, [empty], [{"x": torch.ones(1, device=bench.device)}])
-    return float(fastest or 0.0)
 
 
 def empty_kernel(bench: Bench) -> Callable[[Inputs], Any]:
@@ -248,71 +245,60 @@ def eager_statistics(x: Inputs) -> Tensor:
     return peers.smallest(scores)
 
 
+PAPER = pk.Pama.paper("batch")  # the rule of the eager functions
+
+
+def weights_of(x: Inputs, rule: pk.Pama | pk.UPGrad = PAPER) -> Tensor:
+    """What `pama_loss` does before its second pass."""
+    pairs = isinstance(rule, pk.UPGrad) or rule.bound == "gram"
+    noon = isinstance(rule, pk.Pama) and rule.noon
+    sums = pk.objective_statistics(**x, clip_range=peers.CLIP, noon=noon, pairs=pairs)
+    return solve_batch(sums, rule, None).weights
+
+
 def first_pass(bench: Bench, tokens: int, n: int) -> None:
-    """Statistics with the weights: one launch."""
+    """Statistics and weights of the batch."""
     pool = pool_of(lambda seed: inputs(tokens, n, bench.device, seed), bench.quick)
     moved = float(sum(x.numel() * x.element_size() for x in pool[0].values()))
-
-    def ours(x: Inputs) -> Any:
-        sums = pk.objective_statistics(**x, clip_range=peers.CLIP)
-        return pk.pama_weights(sums.scores.float())
-
     works = []
     for name in available(bench.device):
-        fused = launch_of(name)
-        if fused is not None:
-            works.append(Work(f"statistics and weights, one launch: {name}", fused, moved, name))
-        works.append(
-            Work(f"objective_statistics: {name}", lambda x: pk.objective_statistics(**x), moved, name)
-        )
+        works += [
+            Work(f"statistics and weights: {name}", weights_of, moved, name),
+            Work(f"objective_statistics: {name}", lambda x: pk.objective_statistics(**x), moved, name),
+        ]
+        for title, rule in (("default rule", pk.Pama()), ("UPGrad", pk.UPGrad())):
+            call = functools.partial(weights_of, rule=rule)
+            works.append(Work(f"statistics and weights, {title}: {name}", call, moved, name))
     works.append(Work("eager PyTorch, scores and weights alone", eager_statistics, moved))
-    with chosen(works[0].backend):
-        agree(ours(pool[0]).weights, eager_statistics(pool[0]), 1e-5, "statistics and weights")
-        if works[0].name.startswith("statistics and weights"):
-            agree(works[0].call(pool[0]), eager_statistics(pool[0]), 1e-5, works[0].name)
+    for work in works:
+        if work.call is weights_of:
+            with chosen(work.backend):
+                agree(work.call(pool[0]), eager_statistics(pool[0]), 1e-5, work.name)
     bench.measure("statistics and weights", f"{tokens} tokens", n, tokens, works, pool)
 
 
-def launch_of(backend: str) -> Callable[[Inputs], Any] | None:
-    """What `pama_loss` does before its second pass: the backend's first launch."""
+def combine(bench: Bench, rows: int, width: int, n: int) -> None:
+    """`combine_advantages` of one advantage per sequence and objective, without log-probabilities."""
 
-    def tokens(x: Inputs) -> TokenInputs:
-        tensors = x["logprobs"], x["old_logprobs"], x["advantages"], x["mask"]
-        layout, clip = [*x["logprobs"].shape, 0, 0], [peers.CLIP, peers.CLIP, float("inf")]
-        return TokenInputs(*tensors, None, None, None, None, layout, clip, True)
+    def made(seed: int) -> Inputs:
+        g = torch.Generator(device=bench.device).manual_seed(seed)
+        return {
+            "advantages": torch.randn(rows, n, generator=g, device=bench.device),
+            "mask": torch.rand(rows, width, generator=g, device=bench.device) < 0.9,
+        }
 
-    if backend == "cuda":
-        from pama_kernels.backends.cuda.statistics import statistics_weights
+    pool = pool_of(made, bench.quick)
+    moved = float(rows * width)
 
-        def by_cuda(x: Inputs) -> Tensor:
-            return statistics_weights(tokens(x), False, False, prior_of(x), 0.0, False)[0]
+    def ours(x: Inputs) -> Tensor:
+        return pk.combine_advantages(**x).advantages
 
-        return by_cuda
-    if backend == "triton":
-        from pama_kernels.backends.triton.problem import problem
-        from pama_kernels.backends.triton.statistics import run_statistics
-
-        def by_triton(x: Inputs) -> Tensor:
-            prior = prior_of(x)
-            solution = (
-                torch.empty_like(prior, dtype=torch.float32),
-                x["mask"].new_empty((), dtype=torch.float32),
-            )
-            run_statistics(problem(tokens(x)), False, prior, 0.0, solution)
-            return solution[0]
-
-        return by_triton
-    return None
-
-
-@functools.lru_cache(maxsize=16)
-def uniform(n: int, device: torch.device) -> Tensor:
-    return torch.full((n,), 1 / n, dtype=torch.float64, device=device)
-
-
-def prior_of(x: Inputs) -> Tensor:
-    """Made once, as the library does it."""
-    return uniform(x["advantages"].shape[-1], x["advantages"].device)
+    exact = pk.reference.combine_advantages(**{name: x.cpu() for name, x in pool[0].items()}).advantages
+    works = [Work(f"combine_advantages: {b}", ours, moved, b) for b in available(bench.device)]
+    for work in works:
+        with chosen(work.backend):
+            agree(ours(pool[0]).cpu(), exact, 1e-4, work.name)
+    bench.measure("combine_advantages per sequence", f"mask {rows} x {width}", n, rows * width, works, pool)
 
 
 def whole_loss(bench: Bench, tokens: int, n: int, weights_per: str) -> None:
@@ -324,8 +310,8 @@ def whole_loss(bench: Bench, tokens: int, n: int, weights_per: str) -> None:
 
     def ours(x: Inputs) -> Tensor:
         leaf = x["logprobs"].detach().requires_grad_()
-        rule = {"weights_per": weights_per, "regularization": 0.0, "clip_range": peers.CLIP}  # the eager one
-        loss = pk.pama_loss(**{**x, "logprobs": leaf}, **rule).loss
+        rule = pk.Pama.paper(weights_per)  # the eager one
+        loss = pk.pama_loss(**{**x, "logprobs": leaf}, rule=rule, clip_range=peers.CLIP).loss
         (gradient,) = torch.autograd.grad(loss, leaf)
         return gradient
 
@@ -371,6 +357,11 @@ def solvers(bench: Bench, rows: int, n: int) -> None:
     if rows == 1:
         works += torchjd(grams)
     bench.measure("min_norm_weights", f"{rows} rows", n, rows, works, grams)
+    works = [
+        Work(f"upgrad_weights: {b}", lambda x: pk.upgrad_weights(x["x"]), None, b)
+        for b in available(bench.device)
+    ]
+    bench.measure("upgrad_weights", f"{rows} rows", n, rows, works, grams)
 
 
 def torchjd(grams: Sequence[Inputs]) -> list[Work]:
@@ -408,17 +399,13 @@ def policy_step(bench: Bench) -> None:
         return call
 
     def pama(logprobs: Tensor) -> Tensor:
-        return pk.pama_loss(
-            logprobs, old, advantages, mask, weights_per="batch", regularization=0.1, clip_range=peers.CLIP
-        ).loss
+        return pk.pama_loss(logprobs, old, advantages, mask, clip_range=peers.CLIP).loss
 
     alone = {"logprobs": old.float(), "old_logprobs": old.float(), "advantages": advantages, "mask": mask}
 
     def loss_alone(x: Inputs) -> Any:
         leaf = x["logprobs"].detach().requires_grad_()
-        loss = pk.pama_loss(
-            leaf, x["old_logprobs"], x["advantages"], x["mask"], weights_per="batch", regularization=0.1
-        ).loss
+        loss = pk.pama_loss(leaf, x["old_logprobs"], x["advantages"], x["mask"]).loss
         return torch.autograd.grad(loss, leaf)
 
     works = [Work(f"step with pama_loss: {b}", step(pama), None, b) for b in available(bench.device)]
@@ -436,7 +423,7 @@ def policy_step(bench: Bench) -> None:
     for backend in available(bench.device):
         (own,) = bench.device_times([Work(backend, loss_alone, None, backend)], [alone])
         middle, spread = summary(own)
-        note = f"device time over the step with pama_loss; goal {SHARE_GOAL:.1%}"
+        note = "device time over the step with pama_loss"
         share = f"share of pama_loss with its gradient: {backend}"
         rows_out.append(
             Row(
@@ -454,32 +441,6 @@ def policy_step(bench: Bench) -> None:
             )
         )
     bench.session.add(rows_out)
-
-
-def goals(bench: Bench, copied: float) -> None:
-    """The GPU rows of the numbers to reach, each beside what was measured."""
-    rows = bench.session.rows
-    print("\ngoals")
-    for row in rows:
-        if (
-            row.work == "statistics and weights"
-            and "one launch" in row.contestant
-            and "device" in row.contestant
-        ):
-            if row.size == 1 << 20 and row.n == 4:
-                told(f"{row.contestant}, 1M tokens, N=4", row.microseconds, LAUNCH_GOAL, "us", least=False)
-            if row.size == 1 << 26 and row.gigabytes_per_second is not None:
-                share = row.gigabytes_per_second / copied
-                told(f"{row.contestant}, 64M tokens, of the copy", share, BANDWIDTH_GOAL, "", least=True)
-        if row.contestant.startswith("share of pama_loss"):
-            told(f"{row.case}: {row.contestant}", row.ratio, SHARE_GOAL, "", least=False)
-
-
-def told(what: str, value: float | None, goal: float, unit: str, least: bool) -> None:
-    if value is None:
-        return
-    reached = value >= goal if least else value <= goal
-    print(f"  {'reached' if reached else 'MISSED ':7} {value:.4g}{unit} (goal {goal:g}{unit})  {what}")
 
 
 def plot(session: Session) -> None:
@@ -549,7 +510,7 @@ def main() -> int:
         parser.error("no backend serves this GPU: see python -m pama_kernels.info")
     start, failed = perf_counter(), []
     with torch.cuda.device(device) if bench.on_gpu else nullcontext():
-        copied = ceilings(bench)
+        ceilings(bench)
         for part in parts(bench):
             what = " ".join(str(x) for x in (part.func.__name__, *part.args[1:]))
             if perf_counter() - start > arguments.seconds:
@@ -562,18 +523,18 @@ def main() -> int:
                 failed.append(f"{what}: failed")
             session.write()  # what there is, should the rest fail
     plot(session)
-    goals(bench, copied)
     for line in failed:
         print(line)
     return int(bool(failed))
 
 
 def parts(bench: Bench) -> list[functools.partial[None]]:
-    """The goals first."""
+    """What matters most first."""
     part, quick = functools.partial, bench.quick
     sizes = (1024, 256) if quick else (1 << 20, 1 << 26, 1 << 14, 1 << 23)
     found = [part(first_pass, bench, tokens, 4) for tokens in sizes]
     found.append(part(policy_step, bench))
+    found.append(part(combine, bench, *((16, 32) if quick else (512, 4096)), 8))
     found += [
         part(whole_loss, bench, 512 if quick else 1 << 20, 4, p) for p in ("batch", "sequence", "token")
     ]

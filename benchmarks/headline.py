@@ -24,7 +24,7 @@ from .harness import Contestant, Missing, Session, read
 
 ROWS, WIDTH = 4, 16  # answers and their tokens: few, which suits MGDA
 LARGEST = 5e8  # elements of all gradients on a CPU, so that all benchmarks together stay within ten minutes
-REGULARIZATION = 0.1
+RULE = pk.Pama()
 MODEL_N = 4  # objectives where d varies
 LARGEST_N = 16
 COPIES = 2  # gradients in memory beside the n: the one at work
@@ -78,8 +78,7 @@ def to_weights(session: Session, policy: models.Policy, name: str, n: int) -> No
         return pk.combine_advantages(
             advantages,
             mask,
-            weights_per="batch",
-            regularization=REGULARIZATION,
+            rule=RULE,
             logprobs=logprobs.detach(),
             old_logprobs=old,
             clip_range=peers.CLIP,
@@ -89,8 +88,7 @@ def to_weights(session: Session, policy: models.Policy, name: str, n: int) -> No
         exact = pk.reference.combine_advantages(
             advantages.cpu(),
             mask.cpu(),
-            weights_per="batch",
-            regularization=REGULARIZATION,
+            rule=RULE,
             logprobs=logprobs.detach().cpu(),
             old_logprobs=old.cpu(),
             clip_range=peers.CLIP,
@@ -175,8 +173,7 @@ def milliseconds(session: Session) -> None:
         return pk.combine_advantages(
             advantages,
             mask,
-            weights_per="batch",
-            regularization=REGULARIZATION,
+            rule=RULE,
             logprobs=old,
             old_logprobs=old,
             clip_range=peers.CLIP,
@@ -189,7 +186,7 @@ def milliseconds(session: Session) -> None:
         [
             Contestant(
                 "pama_weights, the solve",
-                settled(lambda _: pk.pama_weights(scores, regularization=REGULARIZATION)),
+                settled(lambda _: pk.pama_weights(scores, regularization=0.1)),
                 [None],
             ),
             Contestant("combine_advantages, all of it", settled(whole), [None]),

@@ -105,14 +105,6 @@ def latencies(results: Path, work: str, case: str) -> str:
 # --- tables ------------------------------------------------------------------------------------------
 
 
-def goals(results: Path) -> str:
-    rows = read(results / "goals.csv")
-    return markdown(
-        ["work", "against", "goal", "measured", "met", "memory allows"],
-        [[r[key] for key in ("work", "against", "goal", "measured", "met", "limit")] for r in rows],
-    )
-
-
 def runs(results: Path) -> str:
     """Where each CSV comes from."""
     keys = ("command", "date", "commit", "processor", "kernels")
@@ -135,6 +127,10 @@ def gram(results: Path) -> str:
 
 def gram_singular(results: Path) -> str:
     return latencies(results, "gram", "float64, singular pool")
+
+
+def upgrad(results: Path) -> str:
+    return latencies(results, "upgrad", "float64, regular pool")
 
 
 def many_rows(results: Path) -> str:
@@ -204,6 +200,14 @@ def loss_cases(results: Path) -> str:
     return markdown(["input", "tokens", "N", "ours", "per token", *peers], lines)
 
 
+def combine(results: Path) -> str:
+    lines = []
+    for r in rows_of(results, "tokens", work="combine", contestant=tokens.COMBINE):
+        reading = one(results, "tokens", work="combine", n=r["n"], contestant=tokens.MASK)
+        lines.append([r["case"], r["n"], duration(r["microseconds"]), times(1 / float(reading["ratio"]))])
+    return markdown(["input", "N", "time", "over a read of the mask"], lines)
+
+
 def headline_table(results: Path) -> str:
     rows = rows_of(results, "headline", work="time to the weights")
     names = (headline.PAMA, headline.MGDA_UB, headline.MGDA)
@@ -241,7 +245,7 @@ def figures(results: Path) -> str:
     ppo = one(
         *(results, "tokens"),
         work="loss and gradient",
-        case="padded, float32, weights per batch",
+        case=f"padded, float32, {tokens.BATCH}",
         n=8,
         size=2**18,
         contestant=tokens.PPO,
@@ -270,16 +274,17 @@ def figures(results: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "figures": figures,
-    "goals": goals,
     "runs": runs,
     "scores": scores,
     "gram": gram,
     "gram-singular": gram_singular,
+    "upgrad": upgrad,
     "rows": many_rows,
     "bandwidth": bandwidth,
     "statistics": statistics,
     "loss": loss,
     "loss-cases": loss_cases,
+    "combine": combine,
     "headline": headline_table,
     "milliseconds": milliseconds,
     "step": steps,

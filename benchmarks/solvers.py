@@ -2,7 +2,8 @@
 
 scores: `pama_weights` of one row beside eager PyTorch with the same rule, TorchJD's MGDA and cvxpy.
 gram: `min_norm_weights` of one float64 matrix beside QP solvers, on NumPy arrays in the form each likes best.
-cost: one small call, taken apart: the public function, its operator, the kernel.
+upgrad: `upgrad_weights` of one float64 matrix beside TorchJD's UPGrad, whose ridge moves its weights.
+cost: one small call, taken apart: the public function and the backend's.
 batch: 10,000 matrices of 8 objectives beside a loop over DAQP.
 rows: a million rows of 4 scores as a share of copy bandwidth.
 
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import pama_kernels as pk
-from pama_kernels import _cpu
+from pama_kernels.backends import registry
 
 from . import plots
 from .harness import Contestant, Missing, Session, available_threads, read
@@ -37,7 +38,7 @@ QP_TOLERANCE = 1e-5  # of the objective over max M_ii: some stop at an infeasibi
 POOL = 500
 LARGEST = 64  # objectives for every peer; beyond, for those that take well under a second
 UP_TO_ANY = ("DAQP", "quadprog", "TorchJD MGDA")
-OTHER_PROBLEM = "another problem (the dual cone): speed only"
+UPGRAD_SIZES = (2, 4, 8, 16, 32, 64)
 
 
 def run(session: Session) -> None:
@@ -46,6 +47,7 @@ def run(session: Session) -> None:
         "ratio: median over rounds of the contestant's time over ours (the copy's: our share of its speed)",
         "difference, scores: largest |c - ours| for eager, else of (a.c)^2 over max a^2",
         "difference, gram and batch: largest of c'Mc over max M_ii; of ours Wolfe's gap",
+        "difference, upgrad: of ours the -(Mc)_j over max M_ii; of TorchJD's |c - ours| at sum 1",
     ]
     sizes = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512, 1024)
     score_sizes = (2, 4, 16) if session.quick else sizes
@@ -55,6 +57,7 @@ def run(session: Session) -> None:
         *((scores, (n,)) for n in score_sizes),
         *((gram, (n, "regular")) for n in gram_sizes),
         *((gram, (n, "singular")) for n in singular_sizes),
+        *((upgrad, (n,)) for n in UPGRAD_SIZES[: 2 if session.quick else None]),
         (cost_of_scores, (4,)),
         *((cost_of_gram, (n,)) for n in (2, 8)),
         (batch, ()),
@@ -245,12 +248,6 @@ def torchjd_mgda(n: int) -> Peer:
     return MGDAWeighting(), torch.from_numpy, lambda c: c.numpy()
 
 
-def torchjd_upgrad(n: int) -> Peer:
-    from torchjd.aggregation import UPGradWeighting
-
-    return UPGradWeighting(), torch.from_numpy, lambda c: c.numpy()
-
-
 def daqp_raw(n: int) -> Peer:
     import daqp
 
@@ -340,7 +337,6 @@ PEERS: list[tuple[str, Callable[[int], Peer], str]] = [
     ("PIQP via qpsolvers", through_qpsolvers("piqp"), ""),
     ("ProxQP via qpsolvers", through_qpsolvers("proxqp", eps_abs=1e-9), ""),
     ("TorchJD MGDA", torchjd_mgda, "inexact"),
-    ("TorchJD UPGrad", torchjd_upgrad, OTHER_PROBLEM),
     ("cvxpy (Clarabel)", cvxpy_clarabel, "problem built in each call"),
 ]
 
@@ -396,8 +392,6 @@ def contestant(
         return Missing(name, note)
     kept = [i for i, _ in tried if i not in failed]
     inputs = [prepare(pool[i]) for i in kept]
-    if note == OTHER_PROBLEM:
-        return Contestant(name, call, inputs, note=note)
     check = objective_apart([pool[i] for i in kept], [optima[i] for i in kept], weights)
     return Contestant(name, call, inputs, check, None if "inexact" in note else QP_TOLERANCE, note)
 
@@ -419,52 +413,68 @@ def gram(session: Session, n: int, kind: str) -> None:
         session.measure("gram", f"float64, {kind} pool", n, contestants)
 
 
+# --- upgrad ------------------------------------------------------------------------------------------
+
+
+def upgrad(session: Session, n: int) -> None:
+    pool = [torch.from_numpy(m) for m in gram_pool(n, pool_size(n), "regular")]
+
+    def conflict(c: Contestant) -> float:
+        products = [(m @ c.call(m).weights) / m.diagonal().max() for m in pool]
+        return max(float(-x.min()) for x in products)
+
+    contestants: list[Contestant | Missing] = [
+        Contestant("upgrad_weights", pk.upgrad_weights, pool, conflict, 1e-9)
+    ]
+    try:
+        from torchjd.aggregation import UPGradWeighting
+
+        def apart(c: Contestant) -> float:
+            found = [(c.call(m), pk.upgrad_weights(m).weights) for m in pool[:50]]
+            return max(float((x / x.sum() - ours).abs().max()) for x, ours in found)
+
+        contestants.append(Contestant("TorchJD UPGrad", UPGradWeighting(), pool, apart, None, "inexact"))
+    except ImportError as error:
+        contestants.append(Missing("TorchJD UPGrad", str(error)))
+    session.measure("upgrad", "float64, regular pool", n, contestants)
+
+
 # --- the parts of a call ------------------------------------------------------------------------------
 
 
 def cost_of_scores(session: Session, n: int) -> None:
-    pool = score_pool(n, POOL)
-    prior = torch.full((n,), 1 / n, dtype=torch.float64)
-    weights, optimum = torch.empty(n), torch.empty(())
-    prior_place, out = prior.data_ptr(), (weights.data_ptr(), optimum.data_ptr())
-    arrays = [(a.data_ptr(), 0, n, 0, 1) for a in pool]
-    session.measure(
-        "cost",
-        "pama_weights, one row, float32",
-        n,
-        [
-            Contestant("pama_weights", pk.pama_weights, pool),
-            Contestant(
-                "torch.ops.pama.weights", lambda a: torch.ops.pama.weights(a, prior, True, 0.0, None), pool
-            ),
-            Contestant(
-                "kernel, from raw pointers",
-                lambda a: _cpu.weights(1, n, a, prior_place, True, 0.0, None, *out, 1),
-                arrays,
-            ),
-            Contestant("an empty Python function", lambda a: None, pool),
-        ],
+    inner = registry.find("cpu", "weights")
+    cost(
+        *(session, n, "pama_weights, one row, float32", pk.pama_weights, score_pool(n, POOL)),
+        lambda a: inner.weights(a, None, 0.0, None),
     )
 
 
 def cost_of_gram(session: Session, n: int) -> None:
+    inner = registry.find("cpu", "min_norm")
     pool = [torch.from_numpy(m) for m in gram_pool(n, POOL, "regular")]
-    prior = torch.full((n,), 1 / n, dtype=torch.float64)
-    weights, optimum = torch.empty(n, dtype=torch.float64), torch.empty((), dtype=torch.float64)
-    rest = (prior.data_ptr(), 0.0, weights.data_ptr(), optimum.data_ptr(), 1)
+    cost(
+        *(session, n, "min_norm_weights, one matrix, float64", pk.min_norm_weights, pool),
+        lambda m: inner.min_norm(m, None, 0.0),
+    )
+
+
+def cost(
+    session: Session,
+    n: int,
+    case: str,
+    public: Callable[[Tensor], Any],
+    pool: list[Tensor],
+    backend: Callable[[Tensor], Any],
+) -> None:
     session.measure(
         "cost",
-        "min_norm_weights, one matrix, float64",
+        case,
         n,
         [
-            Contestant("min_norm_weights", pk.min_norm_weights, pool),
-            Contestant("torch.ops.pama.min_norm", lambda m: torch.ops.pama.min_norm(m, prior, 0.0), pool),
-            Contestant(
-                "kernel, from raw pointers",
-                lambda m: _cpu.min_norm(1, n, True, m, n * n, n, 1, *rest),
-                [m.data_ptr() for m in pool],
-            ),
-            Contestant("an empty Python function", lambda m: None, pool),
+            Contestant(case.partition(",")[0], public, pool),
+            Contestant("the backend's function", backend, pool),
+            Contestant("an empty Python function", lambda x: None, pool),
         ],
     )
 

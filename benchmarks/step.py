@@ -57,9 +57,7 @@ def step(session: Session, policy: models.Policy, name: str) -> None:
         return perf_counter_ns() * 1e-3
 
     def pama(logprobs: Tensor) -> Tensor:
-        return pk.pama_loss(
-            logprobs, old, advantages, mask, weights_per="batch", regularization=0.1, clip_range=peers.CLIP
-        ).loss
+        return pk.pama_loss(logprobs, old, advantages, mask, clip_range=peers.CLIP).loss
 
     def one(logprobs: Tensor) -> Tensor:
         return peers.ppo_loss(logprobs, old, single, mask)

@@ -3,6 +3,7 @@
 statistics: `objective_statistics` beside a plain read of as many bytes, and eager PyTorch.
 loss: `pama_loss` and its gradient beside eager PyTorch with the same rule (also under `torch.compile`), and
     beside what a trainer pays today for one objective: eager PPO, TRL's own loss, verl's own loss.
+combine: `combine_advantages` of one advantage per sequence beside a read of the mask.
 
 Inputs are rotated through more memory than the last-level cache holds, as far as `POOL_BYTES` allows. One
 thread unless said. Gigabytes per second count what a call cannot avoid: inputs read once and the gradient
@@ -32,6 +33,23 @@ PPO, TRL, VERL = "eager PPO, one objective", "TRL, one objective", "verl, one ob
 EAGER, COMPILED = "eager PyTorch, same rule", "torch.compile, same rule"
 READ, COPY = "read of as many bytes", "copy"
 LOSS = "pama_loss"
+COMBINE = "combine_advantages"
+MASK = "read of the mask"
+
+# The paper's rule has an eager form to compare with; the other two are checked against the reference.
+RULES: dict[str, pk.Pama | pk.UPGrad] = {
+    **{f"weights per {per}": pk.Pama.paper(per) for per in ("batch", "sequence", "token")},
+    "given weights": pk.Pama.paper("batch"),
+    "default rule": pk.Pama(),
+    "UPGrad": pk.UPGrad(),
+}
+EAGER_RULES = {f"weights per {per}": per for per in ("batch", "sequence", "token")} | {
+    "given weights": "given"
+}
+BATCH, TOKEN, SEQUENCE, GIVEN, DEFAULT, UPGRAD = (
+    *("weights per batch", "weights per token", "weights per sequence"),
+    *("given weights", "default rule", "UPGrad"),
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +58,7 @@ class Case:
     n: int
     layout: str = "padded"  # padded | packed | per sequence (advantages (B, N))
     dtype: torch.dtype = torch.float32
-    weights_per: tuple[str, ...] = ("batch", "token")
+    rules: tuple[str, ...] = (BATCH, TOKEN)  # of RULES
     trainers: bool = True  # beside TRL and verl too
     compiled: bool = False  # beside torch.compile too
     forward: bool = False  # without the gradient too
@@ -140,6 +158,7 @@ def run(session: Session) -> None:
     works: list[Callable[[], None]] = [functools.partial(bandwidth, session)]
     works += [functools.partial(statistics, session, case) for case in statistics_cases(session.quick)]
     works += [functools.partial(loss, session, case) for case in loss_cases(session.quick)]
+    works += [functools.partial(combine, session, n) for n in ((8,) if session.quick else (1, 8, 64))]
     for work in session.works(works, len(works)):
         work()
     session.write()
@@ -164,15 +183,16 @@ def loss_cases(quick: bool) -> Iterator[Case]:
     middle = Case(2**18, 8, compiled=True)
     yield overhead
     if quick:
-        yield replace(middle, weights_per=("batch", "token", "given"))
+        yield replace(middle, rules=(BATCH, TOKEN, GIVEN, DEFAULT))
         return
-    yield replace(middle, weights_per=("batch", "token", "sequence", "given"), forward=True)
+    yield replace(middle, rules=(BATCH, TOKEN, SEQUENCE, GIVEN, DEFAULT, UPGRAD), forward=True)
     for n in (1, 2, 16, 32):
         yield Case(2**18, n, trainers=False)
     for tokens in (2**10, 2**14, 2**18, 2**20, 2**24):
         yield Case(tokens, 4, trainers=tokens < 2**24, compiled=tokens == 2**20)
-    for layout in ("packed", "per sequence"):
-        yield Case(2**18, 8, layout, trainers=False)
+    yield Case(2**18, 8, "packed", trainers=False)
+    for n in (1, 8, 64):
+        yield Case(2**18, n, "per sequence", rules=(BATCH, TOKEN, DEFAULT, UPGRAD), trainers=False)
     yield Case(2**18, 8, dtype=torch.bfloat16, trainers=False)
 
 
@@ -219,7 +239,9 @@ def bandwidth(session: Session) -> None:
 
 
 def our_statistics(x: Batch) -> pk.ObjectiveStatistics:
-    return pk.objective_statistics(x.logprobs.detach(), x.old, x.advantages, x.mask, clip_range=peers.CLIP)
+    return pk.objective_statistics(
+        x.logprobs.detach(), x.old, x.advantages, x.mask, clip_range=peers.CLIP, noon=True
+    )
 
 
 def statistics(session: Session, case: Case) -> None:
@@ -267,18 +289,13 @@ def statistics_apart(eager: dict[str, Tensor], ours: pk.ObjectiveStatistics) -> 
 # --- loss --------------------------------------------------------------------------------------------
 
 
-def our_loss(case: Case, weights_per: str) -> Callable[[Batch], Tensor]:
-    given = torch.full((case.n,), 1 / case.n) if weights_per == "given" else None
-    per = "batch" if given is not None else weights_per
+def our_loss(case: Case, rule: str) -> Callable[[Batch], Tensor]:
+    given = torch.full((case.n,), 1 / case.n) if rule == GIVEN else None
 
     def loss(x: Batch) -> Tensor:
         return pk.pama_loss(
-            x.logprobs,
-            x.old,
-            x.advantages,
-            x.mask,
-            weights_per=per,
-            regularization=0.0,  # the paper's problem, which is what the eager rule solves
+            *(x.logprobs, x.old, x.advantages, x.mask),
+            rule=RULES[rule],
             weights=given,
             clip_range=peers.CLIP,
             cu_seqlens=x.cu_seqlens,
@@ -287,19 +304,28 @@ def our_loss(case: Case, weights_per: str) -> Callable[[Batch], Tensor]:
     return loss
 
 
+def reference_loss(rule: str) -> Callable[[Batch], Tensor]:
+    def loss(x: Batch) -> Tensor:
+        return pk.reference.pama_loss(
+            *(x.logprobs, x.old, x.advantages, x.mask),
+            rule=RULES[rule],
+            clip_range=peers.CLIP,
+            cu_seqlens=x.cu_seqlens,
+        ).loss
+
+    return loss
+
+
 def our_single_loss(dual_clip: float | None) -> Callable[[Batch], Tensor]:
-    """One objective and no Noon: what the trainers' own losses are held against."""
-    one = torch.ones(1)
+    """One objective, signed: what the trainers' own losses are held against."""
 
     def loss(x: Batch) -> Tensor:
-        advantages = x.single.unsqueeze(-1)
-        settings: dict[str, Any] = {"noon": False, "dual_clip": dual_clip, "cu_seqlens": x.cu_seqlens}
         return pk.pama_loss(
-            *(x.logprobs, x.old, advantages, x.mask),
-            weights_per="batch",
-            weights=one,
+            *(x.logprobs, x.old, x.single.unsqueeze(-1), x.mask),
+            rule="fixed",
             clip_range=peers.CLIP,
-            **settings,
+            dual_clip=dual_clip,
+            cu_seqlens=x.cu_seqlens,
         ).loss
 
     return loss
@@ -350,16 +376,16 @@ def available(make: Callable[[], peers.Loss]) -> peers.Loss | str:
 
 def loss(session: Session, case: Case) -> None:
     batches = pool(case)
-    for weights_per in case.weights_per:
-        loss_beside_peers(session, case, weights_per, batches, with_gradient, "loss and gradient")
+    for rule in case.rules:
+        loss_beside_peers(session, case, rule, batches, with_gradient, "loss and gradient")
     if case.forward:
-        loss_beside_peers(session, case, "batch", batches, without_gradient, "loss without gradient")
+        loss_beside_peers(session, case, BATCH, batches, without_gradient, "loss without gradient")
 
 
 def loss_beside_peers(
     session: Session,
     case: Case,
-    weights_per: str,
+    rule: str,
     batches: list[Batch],
     wrap: Callable[[Callable[[Batch], Tensor]], Callable[[Batch], Any]],
     work: str,
@@ -367,7 +393,7 @@ def loss_beside_peers(
     tolerance = TOLERANCE[case.dtype]
     gradient_bytes = batches[0].logprobs.numel() * batches[0].logprobs.element_size()
     moved = float(batches[0].bytes + gradient_bytes * (wrap is with_gradient))
-    ours = wrap(our_loss(case, weights_per))
+    ours = wrap(our_loss(case, rule))
 
     def beside(
         name: str, loss: peers.Loss, same: Callable[[Batch], Tensor] | None, single: bool, note: str = ""
@@ -384,14 +410,18 @@ def loss_beside_peers(
             name, call, inputs, lambda c: apart(expected(batches[0]), c.call(c.inputs[0])), tolerance, note
         )
 
-    contestants: list[Contestant | Missing] = [Contestant(LOSS, ours, batches, moved=moved)]
-    if not (case.layout == "packed" and weights_per == "sequence"):
-        contestants.append(beside(EAGER, peers.eager_loss(weights_per), None, False))
+    own = Contestant(LOSS, ours, batches, moved=moved)
+    contestants: list[Contestant | Missing] = [own]
+    if rule not in EAGER_RULES:
+        own.check = lambda c: apart(wrap(reference_loss(rule))(batches[0]), c.call(batches[0]))
+        own.tolerance = tolerance
+    elif not (case.layout == "packed" and rule == SEQUENCE):
+        contestants.append(beside(EAGER, peers.eager_loss(EAGER_RULES[rule]), None, False))
     contestants.append(beside(PPO, peers.ppo_loss, our_single_loss(None), True))
-    shared = weights_per == "batch" and wrap is with_gradient
+    shared = rule == BATCH and wrap is with_gradient
     if shared and case.compiled:
         try:
-            contestants.append(beside(COMPILED, peers.compiled_loss(weights_per), None, False))
+            contestants.append(beside(COMPILED, peers.compiled_loss(EAGER_RULES[rule]), None, False))
         except ImportError as error:
             contestants.append(Missing(COMPILED, str(error)))
     if shared and case.trainers:
@@ -407,14 +437,39 @@ def loss_beside_peers(
             contestants.append(Contestant(f"{LOSS}, 2 threads", ours, batches, threads=2, moved=moved))
     session.measure(
         work,
-        f"{case.name}, weights per {weights_per}"
-        if weights_per != "given"
-        else f"{case.name}, given weights",
+        f"{case.name}, {rule}",
         case.n,
         contestants,
         size=case.tokens,
         input_bytes=batches[0].bytes if case.tokens >= 2**18 else None,
     )
+
+
+# --- combined advantages -----------------------------------------------------------------------------
+
+
+def combine(session: Session, n: int, rows: int = 512, width: int = 4096) -> None:
+    """One advantage per sequence and objective, no log-probabilities: what GRPO hands over."""
+    g = torch.Generator().manual_seed(n)
+    mask = torch.arange(width) < torch.randint(width // 2, width + 1, (rows, 1), generator=g)
+    advantages = torch.randn(rows, n, generator=g)
+    reads = reader()
+    moved = float(mask.numel())
+
+    def ours(x: tuple[Tensor, Tensor]) -> Tensor:
+        return pk.combine_advantages(*x).advantages
+
+    def check(c: Contestant) -> float:
+        exact = pk.reference.combine_advantages(advantages, mask).advantages
+        return float((c.call(c.inputs[0]).double() - exact).abs().max())
+
+    copies = [(advantages.clone(), mask.clone()) for _ in range(8)]
+    words = [x.view(torch.float32) for x in torch.ones(8, mask.numel() // 4)]
+    contestants = [
+        Contestant(COMBINE, ours, copies, check, TOLERANCE[torch.float32], moved=moved),
+        Contestant(MASK, reads, words, moved=moved),
+    ]
+    session.measure("combine", f"per sequence, mask {rows} x {width}", n, contestants, size=mask.numel())
 
 
 # --- plot --------------------------------------------------------------------------------------------

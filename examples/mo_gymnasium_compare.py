@@ -7,25 +7,10 @@ the picture and prints the table from that file.
     water-reservoir-v0      continuous; its front comes from dynamic programming (`_fronts.py`)
 
 Each run ends at one point. PAMA looks for one that is Pareto-stationary, not for a front: where it lies, the
-rewards and the prior decide. Several fixed weightings together cover what no single run can.
+rewards and the preference decide. Several fixed weightings together cover what no single run can.
 
-What it showed (three seeds, examples/results/mo_gymnasium.csv): fixed weights do better on both. On
-deep-sea-treasure-v0 all their policies end on the front. So do the most likely actions of 8 of 9 PAMA
-policies, but what these sample stays undecided between treasures. On water-reservoir-v0 no run reaches the
-front in 60,000 steps; PAMA ends about as far from it as equal fixed weights, and a prior of 3 : 1 in place
-of 1 : 1 moves its weights, but hardly its point. The settings for the reservoir were chosen on runs that
-were mostly with fixed weights.
-
-Noon (positive advantages only) makes the difference, not the weights. Mean distance from the front of three
-seeds, actions sampled, runs of mo_gymnasium_ppo.py that are not in the file:
-
-                                                                  deep-sea-treasure  water-reservoir
-    --method pama                                                             0.055             0.21
-    --regularization 100    Noon, the weights held at 1/2                     0.032             0.26
-    --no-noon               all advantages; the weights stay at 1/2           0.000             0.08
-
-Without Noon standardised advantages have mean 0, so that the scores say nothing and the prior decides. In
-the reservoir such runs end where the fixed weights 0.9 and 0.1 end: nearer the front, at its far end.
+examples/results/mo_gymnasium.csv holds runs of the library's first edition, whose default kept positive
+advantages only; docs/examples.md says what they showed.
 
     python examples/mo_gymnasium_compare.py            # minutes on two cores
     python examples/mo_gymnasium_compare.py --quick    # half a minute, to see that it runs
@@ -60,12 +45,12 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 INK, GREY = "#222222", "#8a8a8a"
 FIXED = ((0.1, 0.9), (0.3, 0.7), (0.5, 0.5), (0.7, 0.3), (0.9, 0.1))
-PRIORS = ((0.5, 0.5), (0.25, 0.75), (0.75, 0.25))
+PREFERENCES = ((0.5, 0.5), (0.25, 0.75), (0.75, 0.25))
 
 
 def study(quick: bool, seeds: int) -> list[Settings]:
-    runs: list[dict[str, Any]] = [{"method": "fixed", "weights": weights} for weights in FIXED]
-    runs += [{"method": "pama", "prior": prior} for prior in PRIORS]
+    runs: list[dict[str, Any]] = [{"rule": "fixed", "preference": weights} for weights in FIXED]
+    runs += [{"rule": "pama", "preference": preference} for preference in PREFERENCES]
     if quick:
         runs = [run | {"steps": 6_000, "eval_episodes": 32} for run in (runs[2], runs[5])]
     return [settings_for(env, seed=seed, **run) for env in FRONTS for seed in range(seeds) for run in runs]
@@ -78,8 +63,8 @@ def run(s: Settings) -> dict[str, Any]:
     agent, history = train(s)
     late = torch.tensor(history)[-max(1, len(history) // 4) :].mean(0).tolist()
     returns = {"mode": evaluate(agent, s), "sampled": evaluate(agent, s, sampled=True)}
-    row: dict[str, Any] = {"env": s.env, "method": s.method}
-    row["given"] = " ".join(f"{x:g}" for x in (s.weights if s.method == "fixed" else s.prior) or ())
+    row: dict[str, Any] = {"env": s.env, "method": s.rule}
+    row["given"] = " ".join(f"{x:g}" for x in s.preference or ())
     row |= {"seed": s.seed, "steps": s.steps, "gamma": s.gamma}
     for how, values in returns.items():
         row |= {f"{how}_{i + 1}": round(x, 4) for i, x in enumerate(values)}
@@ -126,14 +111,13 @@ def table(rows: list[dict[str, Any]]) -> str:
         head = [f"{name:>9}" for name in names] + [" distance", "  sampled", "     area", "  weights"]
         lines.append(" " * 22 + " ".join(head))
         for (method, given), some in groups(here, "method", "given").items():
-            what = f"{'prior' if method == 'pama' else 'weights'} {given}"
             cells = [statistics.mean(column) for column in zip(*points(some), strict=True)]
             cells.append(float(distance(front, points(some)).mean()))
             cells.append(float(distance(front, points(some, "sampled")).mean()))
             cells.append(statistics.mean(hypervolume(front, [point]) for point in points(some)))
             late = "/".join(f"{statistics.mean(row[f'weight_{i}'] for row in some):.2f}" for i in (1, 2))
             text = " ".join(f"{x:9.{2 if i < 2 else 3}f}" for i, x in enumerate(cells))
-            lines.append(f"{method:<6}{what:<16}{text} {late:>9}")
+            lines.append(f"{method:<8}{given:<14}{text} {late:>9}")
         for (method,), some in groups(here, "method").items():
             seeds = groups(some, "seed").values()
             area = statistics.mean(hypervolume(front, points(of_seed)) for of_seed in seeds)
@@ -195,7 +179,7 @@ def plane(axis: Axes, env: str, rows: list[dict[str, Any]]) -> None:
         else:
             marker = {0.5: "*", 0.25: "v", 0.75: "^"}[first]
             style = {"color": "#0a6ebd", "marker": marker, "s": 150 if marker == "*" else 60}
-        label = ("PAMA, prior " if method == "pama" else "fixed ") + given.replace(" ", " : ")
+        label = ("PAMA, " if method == "pama" else "fixed ") + given.replace(" ", " : ")
         order = 3 + 2 * (method == "pama")
         for pair in zip(drawn, mode, strict=True):
             axis.plot(*zip(*pair, strict=True), color=style["color"], lw=1, zorder=order)

@@ -4,16 +4,17 @@ The environment's rewards are vectors, the critic has one head per objective, an
 library are all that is multi-objective about the rest:
 
     multi_objective_gae    rewards and values (num_envs, T, N) to advantages, for each head by itself
-    combine_advantages     PAMA's weights, one set for the rollout
+    combine_advantages     the rule's weights, one set for the rollout
     pama_loss              flat advantages (M, N) beside log-probabilities (M,)
 
-`--method fixed` is ordinary PPO on the weighted reward, for comparison. PAMA looks for one point where no
-objective can gain to first order without another losing; it does not trace a front. Which point, `--prior`
-and `--regularization` decide along with the rewards. `mo_gymnasium_compare.py` runs both beside known fronts.
+`--rule fixed` is ordinary PPO on the weighted reward, for comparison. PAMA looks for one point where no
+objective can gain to first order without another losing; it does not trace a front. Which point,
+`--preference` and `--regularization` decide along with the rewards. `mo_gymnasium_compare.py` runs both
+beside known fronts.
 
     python examples/mo_gymnasium_ppo.py                                         # deep-sea-treasure-v0
-    python examples/mo_gymnasium_ppo.py --env water-reservoir-v0 --prior 1 3    # continuous actions
-    python examples/mo_gymnasium_ppo.py --method fixed --weights 0.7 0.3
+    python examples/mo_gymnasium_ppo.py --env water-reservoir-v0 --preference 1 3    # continuous actions
+    python examples/mo_gymnasium_ppo.py --rule fixed --preference 0.7 0.3
 """
 
 from __future__ import annotations
@@ -49,13 +50,9 @@ class Settings:
     """Everything that decides the result of one run."""
 
     env: str = "deep-sea-treasure-v0"
-    method: str = "pama"
-    weights: tuple[float, ...] | None = None  # of method "fixed"; equal unless given
-    weights_per: str = "batch"
-    bound: str = "scores"
-    noon: bool = True
-    prior: tuple[float, ...] | None = None
-    regularization: float = 0.1
+    rule: str = "pama"
+    preference: tuple[float, ...] | None = None
+    regularization: float = 0.1  # of rule "pama"
     seed: int = 0
     steps: int = 100_000  # of all environments together
     num_envs: int = 16
@@ -88,12 +85,9 @@ class Settings:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
-        for name, method in (("weights", "fixed"), ("prior", "pama")):
-            if getattr(self, name) is not None and self.method != method:
-                raise ValueError(f"{name}: goes with method {method!r} only, got method {self.method!r}")
 
 
-CHOICES = {"method": ("pama", "fixed"), "weights_per": ("batch", "token"), "bound": ("scores", "gram")}
+CHOICES = {"rule": ("pama", "upgrad", "paper", "fixed")}  # paper: the paper's rule, with weights per token
 
 
 @dataclass(frozen=True)
@@ -277,19 +271,18 @@ def advantages_of(r: Rollout, gamma: float, lam: float) -> tuple[Tensor, Tensor]
     """Advantages and returns (num_envs, T, N), for each objective by itself.
 
     The environments reset in the step after an episode's last, so what follows the last step is still the
-    episode's own observation. A terminated episode is worth nothing from there on. A truncated one would have
-    gone on: the value of that observation is added to the last reward, and then it ends for GAE as well.
-    The step of the reset is masked.
+    episode's own observation. The step of the reset is masked.
     """
-    cut_off = (r.truncated & ~r.terminated).unsqueeze(-1)
     return pk.multi_objective_gae(
-        r.rewards + gamma * r.next_values * cut_off,
+        r.rewards,
         r.values,
         r.valid,
         gamma=gamma,
         lam=lam,
-        dones=r.terminated | r.truncated,
+        dones=r.terminated,
+        truncated=r.truncated,
         last_values=r.next_values[:, -1],
+        final_values=r.next_values,
     )
 
 
@@ -298,27 +291,29 @@ def advantages_of(r: Rollout, gamma: float, lam: float) -> tuple[Tensor, Tensor]
 
 def weighting_of(s: Settings, objectives: int) -> dict[str, Any]:
     """The arguments of `pama_loss` in which the methods differ."""
-    for name in ("weights", "prior"):
-        given = getattr(s, name)
-        if given is not None and len(given) != objectives:
-            raise ValueError(f"{name}: expected {objectives} numbers, one for each objective, got {given}")
-    if s.method == "fixed":
-        weights = torch.tensor(s.weights or (1.0,) * objectives)
-        if not (weights >= 0).all() or weights.sum() <= 0:
-            raise ValueError(f"weights: expected non-negative numbers, one positive, got {s.weights}")
-        return {"weights_per": "batch", "noon": False, "weights": weights / weights.sum()}
-    names = ("weights_per", "bound", "noon", "prior", "regularization")
-    return {name: getattr(s, name) for name in names}
+    if s.preference is not None and len(s.preference) != objectives:
+        message = f"preference: expected {objectives} numbers, one for each objective, got {s.preference}"
+        raise ValueError(message)
+    rules = {
+        "pama": pk.Pama(regularization=s.regularization),
+        "upgrad": pk.UPGrad(),
+        "paper": pk.Pama.paper("token"),
+        "fixed": pk.Fixed(),
+    }
+    return {"rule": rules[s.rule], "preference": s.preference}
 
 
-def normalise(advantages: Tensor, valid: Tensor, weights: Tensor | None) -> Tensor:
+def normalise(advantages: Tensor, valid: Tensor, s: Settings) -> Tensor:
     """Advantages (M, N), standardised.
 
-    Given weights: so that their combination has mean 0 and variance 1, as ordinary PPO on the weighted reward
-    has it. Else each objective by itself: PAMA's weights then don't depend on the units of rewards.
+    With fixed weights: so that their combination has mean 0 and variance 1, as ordinary PPO on the weighted
+    reward has it. Else each objective by itself: the weights then don't depend on the units of rewards.
     """
+    if s.rule != "fixed":
+        return pk.masked_whiten(advantages, valid)
+    weights = advantages.new_tensor(s.preference or (1.0,) * advantages.shape[-1])
     chosen = advantages[valid]
-    spread = (chosen if weights is None else chosen @ weights).std(0)
+    spread = (chosen @ (weights / weights.sum())).std(0)
     return (advantages - chosen.mean(0)) / (spread + 1e-8)
 
 
@@ -330,11 +325,11 @@ def update(
     observations, actions, logprobs, valid = (
         x.flatten(0, 1) for x in (r.observations, r.actions, r.logprobs, r.valid)
     )
-    advantages = normalise(advantages, valid, weighting.get("weights"))
+    advantages = normalise(advantages, valid, s)
 
     # Weights of a batch belong to the whole rollout, not to the minibatch that is just looked at.
     combined = pk.combine_advantages(advantages, valid, **weighting)
-    if weighting["weights_per"] == "batch":
+    if s.rule != "paper":
         weighting = weighting | {"weights": combined.weights}
     for _ in range(s.epochs):
         for rows in torch.randperm(len(valid)).chunk(s.minibatches):
@@ -448,7 +443,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
 def main() -> None:
     s = parse()
     torch.set_num_threads(1)  # the networks are too small for more
-    with tqdm(total=updates_of(s), unit="update", desc=f"{s.env}, {s.method}") as bar:
+    with tqdm(total=updates_of(s), unit="update", desc=f"{s.env}, {s.rule}") as bar:
 
         def report(values: dict[str, str]) -> None:
             bar.set_postfix(values, refresh=False)

@@ -89,9 +89,8 @@ def main() -> None:
     tokenizer = letters()
     settings = PamaGRPOConfig(
         output_dir=tempfile.mkdtemp(prefix="trl_grpo_"),
-        # PAMA: one set of weights per rollout, pulled towards equal weights, from a running mean
-        pama_weights_per="batch",
-        pama_regularization=0.5,
+        # one set of weights per rollout, from a running mean; try "upgrad", "fixed", "softmin"
+        pama_rule="pama",
         pama_momentum=0.8,
         # what GRPO has anyway
         per_device_train_batch_size=64,
@@ -125,12 +124,14 @@ def report(trainer: PamaGRPOTrainer) -> None:
     columns = {
         **{f"reward {name}": f"rewards/{name}/mean" for name in names},
         **{f"weight {name}": f"pama/weight/{name}" for name in names},
+        **{f"covariance {name}": f"pama/covariance/{name}" for name in names},  # below 0: sacrificed
         **{f"conflict {pair}": f"pama/conflict/{pair}" for pair in pairs},
     }
     print("step".rjust(5), *columns, sep="  ")
     for entry in trainer.state.log_history:
         if "loss" in entry:
-            cells = [f"{entry[key]:.3f}".rjust(len(title)) for title, key in columns.items()]
+            values = {title: entry[key] for title, key in columns.items()}  # None: nothing to say
+            cells = [f"{'-' if x is None else f'{x:.3f}'}".rjust(len(title)) for title, x in values.items()]
             print(str(entry["step"]).rjust(5), *cells, sep="  ")
 
 

@@ -335,10 +335,13 @@ def softmin_weights(
     def solve(row: Tensor, mask: Tensor) -> Solution:
         if not mask.any():
             return Solution(p.clone(), row.new_zeros(()))
-        kept, weights = row[mask], torch.zeros_like(p)
-        weights[mask] = _normalized(_normalized(p[mask]) * torch.exp(-(kept - kept.min()) / temperature))
+        kept, share, weights = row[mask], _normalized(p[mask]), torch.zeros_like(p)
         if not torch.isfinite(kept).all():
             return Solution(torch.full_like(p, math.nan), row.new_tensor(math.nan))
+        least = kept[share > 0].min()  # of those that can have a weight: else all terms may vanish
+        weights[mask] = _normalized(
+            torch.where(share > 0, share * torch.exp((least - kept) / temperature), 0.0)
+        )
         return Solution(weights, weights[mask] @ kept)
 
     rows = list(zip(a.reshape(-1, n).unbind(), here.reshape(-1, n).unbind(), strict=True))
@@ -528,6 +531,8 @@ def _statistics(x: _Dense, t: _Terms, aggregation: str) -> Statistics:
     variance = (_ratio(products(raw.square(), here), pairs) - mean.square()).clamp(min=0)
     covariance = _ratio(advantage_product, pairs) - mean * mean.T
     norms = bound_product.diagonal().sqrt()
+    cosines = _ratio(bound_product, torch.outer(norms, norms))
+    cosines = torch.where(torch.eye(len(norms), dtype=torch.bool) & (cosines > 0), 1.0, cosines)
     return Statistics(
         count=count,
         bound_sum=bound_sum,
@@ -544,7 +549,7 @@ def _statistics(x: _Dense, t: _Terms, aggregation: str) -> Statistics:
         second_moments=_ratio(bound_square_sum, count),
         signal=(raw != 0).flatten(0, 1).any(0),
         gram=_ratio(bound_product, torch.outer(count, count).sqrt()),
-        cosines=_ratio(bound_product, torch.outer(norms, norms)),
+        cosines=cosines,
         advantage_gram=_ratio(advantage_product, torch.outer(count, count).sqrt()),
         conflict=_ratio(covariance, (variance * variance.T).sqrt()).clamp(-1, 1),
     )
@@ -824,8 +829,10 @@ def group_normalize(
         for i in range(n):
             member = (groups == group) & ~x[:, i].isnan()
             values = x[member, i]
+            if values.isinf().any():
+                values = torch.full_like(values, math.nan)
             if len(values) < 2 or bool((values == values[0]).all()):
-                result[member, i] = values - values  # 0, or NaN where the value is infinite
+                result[member, i] = values - values  # 0, or NaN
                 continue
             centred = values - values.mean()
             result[member, i] = centred / (values.std(correction=1) + eps) if scale else centred

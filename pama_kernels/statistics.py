@@ -159,7 +159,9 @@ class ObjectiveStatistics:
         if product is None:
             return None
         norm = product.diagonal().sqrt()
-        return _ratio(product, torch.outer(norm, norm))
+        cosines = _ratio(product, torch.outer(norm, norm))
+        own = torch.eye(self.objectives, dtype=torch.bool, device=cosines.device)
+        return torch.where(own & (cosines > 0), 1.0, cosines)  # exactly, not to a rounding
 
     @property
     def advantage_gram(self) -> Tensor | None:

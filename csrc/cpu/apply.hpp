@@ -43,8 +43,9 @@ inline void apply_weights(const Pass& pass, const Workspace<T>& w, int64_t first
             if constexpr (!Noon) down += weight * (a - positive);
         }
         if (shares) {
-            up *= load<V>(shares + t);
-            down *= load<V>(shares + t);
+            const V share = load<V>(shares + t);
+            up = share == 0 ? zero : up * share;
+            down = share == 0 ? zero : down * share;
         }
         const auto masked = load<V>(tile.valid + t) == 0;
         up = masked ? zero : up;

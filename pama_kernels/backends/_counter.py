@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _COUNTERS = 4096  # to a device
+_APART = 4  # numbers of 4 bytes: Triton compiles a second variant for an address that is no multiple of 16
 _pools: dict[torch.device, Tensor] = {}
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 _captured: dict[torch.device, int] = {}
@@ -24,7 +25,7 @@ def counter(device: torch.device) -> Tensor:
         key = device, torch.cuda.current_stream(device).cuda_stream
         if key not in _of_stream:
             if device not in _pools:
-                _pools[device] = torch.zeros(_COUNTERS, device=device, dtype=torch.int32)
+                _pools[device] = torch.zeros(_COUNTERS * _APART, device=device, dtype=torch.int32)
                 torch.cuda.synchronize(device)  # other streams use it too
             _of_stream[key] = torch.zeros(1, device=device, dtype=torch.int32)
         return _of_stream[key]
@@ -32,4 +33,9 @@ def counter(device: torch.device) -> Tensor:
     if device not in _pools or taken == _COUNTERS:
         return torch.zeros(1, device=device, dtype=torch.int32)  # one more node in the graph
     _captured[device] = taken + 1
-    return _pools[device][taken : taken + 1]
+    return slot(_pools[device], taken)
+
+
+def slot(pool: Tensor, index: int) -> Tensor:
+    """The counter of an index, at an address as aligned as the pool's."""
+    return pool[_APART * index : _APART * index + 1]

@@ -12,29 +12,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pama_kernels.advantages import combine_advantages, group_normalize
+from pama_kernels._validate import AGGREGATIONS, check_choice, check_flag, preference_tensor
+from pama_kernels.rules import Rule, noon_of
+from pama_kernels.statistics import objective_statistics
+
+from ._rollout import combine, make_rule, prefixed, reward_advantages, rollout_metrics
 
 NAME = "pama"
 EPS = 1e-6  # added to deviations, as verl does
-LOGGED = ("score", "weight", "positive_fraction", "conflict", "optimum")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """``algorithm.pama``: `reward_keys` name the objectives, the rest goes to `combine_advantages`."""
+    """``algorithm.pama``: `reward_keys` name the objectives; None is the rule's own default."""
 
     reward_keys: tuple[str, ...]
-    weights_per: str = "batch"
-    bound: str = "scores"
-    noon: bool = True
-    prior: tuple[float, ...] | None = None
-    regularization: float = 0.1
+    rule: str | None = None
+    preference: tuple[float, ...] | None = None
+    weights_per: str | None = None
+    bound: str | None = None
+    noon: bool | None = None
+    regularization: float | None = None
+    temperature: float | None = None
+    normalize: bool = False
+    aggregation: str = "token-mean"  # token weights of the statistics: the trainers set the loss's own
 
-    def rule(self) -> dict[str, Any]:
-        # Rewards belong to whole responses: weights per token are those of the sequence.
-        per = "sequence" if self.weights_per == "token" else self.weights_per
-        names = ("bound", "noon", "prior", "regularization")
-        return {"weights_per": per, **{name: getattr(self, name) for name in names}}
+    def made(self) -> Rule:
+        names = "weights_per", "bound", "noon", "regularization", "temperature"
+        return make_rule(self.rule, {name: getattr(self, name) for name in names})
 
 
 def read_settings(algorithm: Any) -> Settings:
@@ -57,15 +62,12 @@ def read_settings(algorithm: Any) -> Settings:
         raise TypeError(f"algorithm.pama.reward_keys: expected a list of names, got {keys!r}")
     if len(set(keys)) != len(keys):
         raise ValueError(f"algorithm.pama.reward_keys: expected different names, got {list(keys)}")
-    if not isinstance(given.get("noon", True), bool):
-        raise TypeError(f"algorithm.pama.noon: expected true or false, got {given['noon']!r}")
-    if given.get("bound") == "gram" and len(keys) < 2:
-        raise ValueError(f"algorithm.pama.bound: 'gram' needs two rewards or more, got {list(keys)}")
     settings = Settings(**given)
-    try:
-        combine_advantages(torch.empty(0, len(keys)), **settings.rule())
-    except (TypeError, ValueError) as error:  # "argument: expected ..., got ..."
-        raise type(error)(f"algorithm.pama.{error}") from None
+    with prefixed("algorithm.pama."):
+        check_flag("normalize", settings.normalize)
+        check_choice("aggregation", settings.aggregation, AGGREGATIONS)
+        settings.made()
+        preference_tensor(settings.preference, len(keys), torch.device("cpu"))
     return settings
 
 
@@ -80,7 +82,7 @@ class Rollout:
 
     components: Mapping[str, Any]
     sources: Sequence[int] | None = None  # the row whose reward counts, for each row; itself by default
-    parts: Tensor | None = None  # noon=False: (bs, 2), sum_i c_i max(A_i, 0) and sum_i c_i min(A_i, 0)
+    parts: Tensor | None = None  # without Noon: (bs, 2), sum_i c_i max(A_i, 0) and sum_i c_i min(A_i, 0)
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -95,7 +97,7 @@ def compute_pama_advantage(
     non_tensor_batch: Mapping[str, Any] | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """verl's estimator interface: group-relative advantages of every reward component, combined by PAMA.
+    """verl's estimator interface: group-relative advantages of every reward component, combined by a rule.
 
     Args:
         token_level_rewards: (bs, T); only its device is used: the components are the rewards.
@@ -103,12 +105,13 @@ def compute_pama_advantage(
         config: verl's ``algorithm`` section, with settings in ``pama``; `norm_adv_by_std_in_grpo` (True by
             default) divides by the group's deviation.
         index: (bs,) group of each row, verl's ``uid``.
-        non_tensor_batch: reward key to (bs,) values, None where a reward does not apply. verl 0.9.1 passes
-            it to its own ``gdpo`` only; in its trainers the components come another way (_verl_trainers.py).
+        non_tensor_batch: reward key to (bs,) values, None or NaN where a reward does not apply. verl 0.9.1
+            passes it to its own ``gdpo`` only; in its trainers the components come another way
+            (_verl_trainers.py).
 
     Returns:
-        (advantages, returns), one (bs, T) tensor twice, 0 where masked. One objective with `noon=False` gives
-        what verl's ``grpo`` gives, but 0 for a group of one.
+        (advantages, returns), one (bs, T) float32 tensor twice, 0 where masked. One objective without Noon
+        gives what verl's ``grpo`` gives, but 0 for a group of one.
 
     Raises:
         ValueError, TypeError: settings or reward components are missing or wrong.
@@ -117,33 +120,48 @@ def compute_pama_advantage(
     if non_tensor_batch is not None or rollout is None:
         rollout = Rollout(non_tensor_batch or {})
     settings = read_settings(config)
+    rule, keys = settings.made(), settings.reward_keys
     if index is None:
         raise ValueError("index: expected the group of each row (verl's uid), got None")
-    device = token_level_rewards.device
-    rows, width = response_mask.shape
-    rewards = _reward_matrix(rollout.components, settings.reward_keys, rows).to(device)
-    groups = torch.from_numpy(np.unique(np.asarray(index, dtype=str), return_inverse=True)[1]).to(device)
-    sources = torch.tensor(range(rows) if rollout.sources is None else rollout.sources, device=device)
+    mask = response_mask.cpu() != 0
+    rows = len(mask)
+    rewards = _reward_matrix(rollout.components, keys, rows)
+    groups = torch.from_numpy(np.unique(np.asarray(index, dtype=str), return_inverse=True)[1])
+    sources = torch.tensor(range(rows) if rollout.sources is None else rollout.sources)
     counted, row = torch.unique(sources, return_inverse=True)
-    scale = bool(config.get("norm_adv_by_std_in_grpo", True))
-    advantages = group_normalize(rewards[counted], group_ids=groups[counted], scale=scale, eps=EPS)[row]
-    present = ~rewards[sources].isnan()
-    # Responses of N tokens would make (bs, N) look like one advantage per token.
-    mask = response_mask if width != len(settings.reward_keys) else _one_wider(response_mask)
-    combined = combine_advantages(advantages, mask, objective_mask=present, **settings.rule())
-    if not settings.noon:
-        given = {**settings.rule(), "noon": True, "weights": combined.weights, "objective_mask": present}
-        positive = combine_advantages(advantages, mask, **given).advantages
-        negative = combine_advantages(-advantages, mask, **given).advantages
-        rollout.parts = torch.stack([positive, -negative], -1)
-    metrics = combined.metrics(settings.reward_keys)
-    rollout.metrics = {name: value.item() for name, value in metrics.items() if name.split("/")[1] in LOGGED}
-    result = combined.advantages[:, None] * (response_mask != 0)
+    scale = "group" if config.get("norm_adv_by_std_in_grpo", True) else "none"
+    once = reward_advantages(rewards[counted], keys, group_ids=groups[counted], scale=scale, eps=EPS)
+    advantages, present = once[row], ~rewards[sources].isnan()
+    statistics = objective_statistics(
+        None,
+        None,
+        advantages,
+        mask,
+        noon=noon_of(rule),
+        objective_mask=present,
+        aggregation=settings.aggregation,
+        pairs=True,
+    )
+    lengths = mask.sum(1)
+    combined = combine(
+        advantages,
+        present,
+        ((lengths > 0) if settings.aggregation == "seq-mean-token-mean" else lengths).double(),
+        statistics,
+        rule,
+        preference_tensor(settings.preference, len(keys), torch.device("cpu")),
+        normalize=settings.normalize,
+    )
+    if not noon_of(rule):
+        rollout.parts = torch.stack([combined.positive, -combined.negative], -1).float()
+    metrics = rollout_metrics(combined, dict(enumerate(keys)), rule)
+    rollout.metrics = {name: value for name, value in metrics.items() if not math.isnan(value)}
+    result = (combined.advantages[:, None] * mask).to(token_level_rewards.device, torch.float32)
     return result, result
 
 
 def _reward_matrix(components: Mapping[str, Any], keys: Sequence[str], rows: int) -> Tensor:
-    """(rows, N) float32, NaN where the reward function returned None."""
+    """(rows, N) float64, NaN where a reward does not apply."""
     columns = []
     for key in keys:
         if key not in components:
@@ -155,21 +173,17 @@ def _reward_matrix(components: Mapping[str, Any], keys: Sequence[str], rows: int
         if len(values) != rows:
             raise ValueError(f"reward {key!r}: expected {rows} values, got {len(values)}")
         columns.append([math.nan if value is None else _number(key, value) for value in values])
-    return torch.tensor(columns, dtype=torch.float32).reshape(len(keys), rows).T
+    return torch.tensor(columns, dtype=torch.float64).reshape(len(keys), rows).T
 
 
 def _number(key: str, value: Any) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
+        number = math.inf
+    if math.isinf(number):
         raise ValueError(f"reward {key!r}: expected a finite number or None, got {value!r}")
     return number
-
-
-def _one_wider(mask: Tensor) -> Tensor:
-    return torch.cat([mask, mask.new_zeros(len(mask), 1)], 1)
 
 
 def compute_pama_policy_loss(
@@ -188,8 +202,8 @@ def compute_pama_policy_loss(
     -P min(u, 1 + eps_high) - Q min(max(u, 1 - eps_low), clip_ratio_c).
 
     Args:
-        advantages: (bs, 2 T), P and Q of a token side by side, as the pama trainers send them with
-            `noon=False`; or (bs, T), one advantage per token: the loss is then verl's vanilla loss.
+        advantages: (bs, 2 T), P and Q of a token side by side, as the pama trainers send them
+            without Noon; or (bs, T), one advantage per token: the loss is then verl's vanilla loss.
         The others, the aggregation (verl's `agg_loss`) and the metrics are those of the vanilla loss.
     """
     from verl.trainer.ppo.core_algos import agg_loss

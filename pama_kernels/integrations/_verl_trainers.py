@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pama_kernels.rules import noon_of
+
+from ._rollout import only_lengths
 from ._verl_algorithms import NAME, Rollout, current_rollout, read_settings
 
 MODES = ("sync", "colocate_async", "separate_async")
@@ -39,18 +42,32 @@ def check_config(config: Any, carries_components: bool) -> None:
             "actor_rollout_ref.rollout.n: expected 2 or more with pama, whose baseline is the mean of the "
             f"group, got {responses}"
         )
-    if settings.noon:
+    if only_lengths(settings.made()):
+        _log.warning(
+            "algorithm.pama.bound: 'scores' without noon: the advantages of a group add up to 0, so that the "
+            "scores of a batch only reflect the lengths of responses; use gram"
+        )
+    if noon_of(settings.made()):
         return
     if not config.trainer.get("use_v1", True):
-        raise ValueError(
-            "algorithm.pama.noon: expected true with trainer.use_v1=false, got false: the older trainer "
-            "cannot hand both parts of the advantages to the loss"
+        _log.warning(
+            "pama: with trainer.use_v1=false the loss clips each combined advantage by its own sign; where "
+            "objectives disagree that is exact in the first epoch over a rollout only (noon: true is always)"
         )
-    if (loss := actor.policy_loss.get("loss_mode", "vanilla")) != NAME:
+    elif (loss := actor.policy_loss.get("loss_mode", "vanilla")) != NAME:
         raise ValueError(
-            f"actor_rollout_ref.actor.policy_loss.loss_mode: expected {NAME!r} with "
-            f"algorithm.pama.noon=false, got {loss!r}"
+            f"actor_rollout_ref.actor.policy_loss.loss_mode: expected {NAME!r}, with which each objective is "
+            f"clipped by its own sign, or algorithm.pama.noon=true, got {loss!r}"
         )
+
+
+def set_aggregation(config: Any) -> None:
+    """Statistics count tokens as the actor's loss does."""
+    from omegaconf import open_dict
+
+    mode = config.actor_rollout_ref.actor.get("loss_agg_mode", "token-mean")
+    with open_dict(config):
+        config.algorithm.pama.aggregation = mode if mode == "seq-mean-token-mean" else "token-mean"
 
 
 def final_rows(keys: Sequence[str]) -> list[int]:
@@ -75,6 +92,7 @@ class PamaTrainer:
         from omegaconf import open_dict
 
         check_config(config, carries_components=True)
+        set_aggregation(config)
         with open_dict(config):  # verl chooses buffers and sections by the mode's name
             config.trainer.v1.trainer_mode = self.mode
         super().__init__(config)  # type: ignore[call-arg]
@@ -110,7 +128,7 @@ class PamaTrainer:
         return {name: [reward.get(name) for reward in returned] for name in names}
 
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        """With `noon=False` the actor gets both parts of the advantages; everybody else sees their sum."""
+        """Without Noon the actor gets both parts of the advantages; everybody else sees their sum."""
         if self.parts is None:
             return super()._update_actor(batch, metrics)  # type: ignore[misc]
         import transfer_queue as tq
@@ -169,6 +187,7 @@ def _check_at_construction(trainer: type) -> None:
     def __init__(self: Any, config: Any, *arguments: Any, **named: Any) -> None:
         if config.algorithm.adv_estimator == NAME and not isinstance(self, PamaTrainer):
             check_config(config, carries_components=not config.trainer.get("use_v1", True))
+            set_aggregation(config)
         construct(self, config, *arguments, **named)
 
     trainer.__init__ = __init__  # type: ignore[misc]

@@ -6,148 +6,58 @@ combined ones, sum_i c_i A_i, with weights c solved once per rollout, over the c
 
 from __future__ import annotations
 
+import math
 import os
-import re
 import warnings
 from collections import defaultdict
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from pama_kernels._arguments import check_number, prior_tensor
-from pama_kernels.advantages import (
-    PAIRS_UP_TO,
-    CombinedAdvantages,
-    combine_advantages,
-    group_normalize,
-    weights_from_statistics,
-)
-from pama_kernels.loss import PamaLoss
 from pama_kernels.statistics import ObjectiveStatistics, objective_statistics
 
-OLDEST, NEWEST = (1, 11), (1, 16)  # releases of TRL that were tested, see docs/trl.md
+from ._rollout import (
+    Combination,
+    combine,
+    only_lengths,
+    prefixed,
+    reward_advantages,
+    rollout_metrics,
+    unique_names,
+)
+from ._trl_config import (
+    COMPLETION_MEANS,
+    LOSS_TYPES,
+    GRPOTrainer,
+    PamaGRPOConfig,
+    check_options,
+    read_settings,
+)
 
+__all__ = ["LOSS_TYPES", "PamaGRPOConfig", "PamaGRPOTrainer"]
 
-def _check_version() -> None:
-    wanted = "trl from {}.{} to {}.{}".format(*OLDEST, *NEWEST)
-    try:
-        found = version("trl")
-    except PackageNotFoundError:
-        raise ImportError(
-            f"pama_kernels.integrations.trl: expected {wanted}, found none (pip install 'pama-kernels[trl]')"
-        ) from None
-    release = tuple(int(number) for number in re.findall(r"\d+", found)[:2])
-    if not OLDEST <= release <= NEWEST:
-        raise ImportError(f"pama_kernels.integrations.trl: expected {wanted}, found {found}")
-
-
-_check_version()
-
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402
-
-# Loss types whose loss per token is linear in the advantage on each side of 0: positive advantages may be
-# combined before it, and with `pama_noon=False` the positive and the negative ones each by themselves.
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
-LOGGED = ("score", "weight", "positive_fraction", "conflict", "optimum")
+# What TRL's adaptive entropy controller changes in each call of the loss.
+ENTROPY_STATE = ("entropy_coef", "_last_world_entropy", "_entropy_window_stats")
 STATE_FILE = "pama_state.pt"
 EPS = 1e-4  # added to deviations, as TRL does
-
-
-@dataclass
-class PamaGRPOConfig(GRPOConfig):
-    """`GRPOConfig` with PAMA's settings: the arguments of `combine_advantages`, and `PamaLoss`'s momentum.
-
-    GRPO's rewards belong to completions: "token" and "sequence" are the same problem. TRL's
-    `reward_weights`, if given, are the prior; what has weight 0 is only logged.
-    """
-
-    pama_weights_per: str = field(
-        default="batch",
-        metadata={"help": "Whose weights: 'batch' (one set per rollout), 'sequence' or 'token'."},
-    )
-    pama_bound: str = field(
-        default="scores",
-        metadata={"help": "'scores' (Theorem 1 on mean scores) or 'gram' (min-norm; 'batch' only)."},
-    )
-    pama_noon: bool = field(
-        default=True, metadata={"help": "Keep positive advantages only (Noon PPO), as the paper does."}
-    )
-    pama_prior: list[float] | None = field(
-        default=None,
-        metadata={"help": "Where the weights lie when the scores do not decide; uniform by default."},
-    )
-    pama_regularization: float = field(
-        default=0.1, metadata={"help": "Pull towards the prior, relative to the scores' second moment."}
-    )
-    pama_momentum: float = field(
-        default=0.0,
-        metadata={"help": "Solve on a running mean of all rollouts' statistics, in [0, 1) ('batch' only)."},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _settings(self)
-
-
-def _settings(args: Any) -> PamaLoss:
-    """The settings and the running mean; the loss of the module is not used. Raises where one is wrong."""
-    try:
-        if not isinstance(args.pama_noon, bool):
-            raise TypeError(f"noon: expected True or False, got {args.pama_noon!r}")
-        if not isinstance(args.pama_prior, (list, tuple, type(None))):
-            raise TypeError(f"prior: expected a list of numbers, got {args.pama_prior!r}")
-        return PamaLoss(
-            weights_per=args.pama_weights_per,
-            bound=args.pama_bound,
-            noon=args.pama_noon,
-            prior=args.pama_prior,
-            regularization=args.pama_regularization,
-            momentum=args.pama_momentum,
-        )
-    except (TypeError, ValueError) as error:  # "argument: expected ..., got ..."
-        raise type(error)(f"pama_{error}") from None
-
-
-def _check_options(args: Any) -> None:
-    """Options of the trainer that would bypass the combined advantages, or be bypassed by them."""
-    if not isinstance(args, PamaGRPOConfig):
-        raise TypeError(f"args: expected a PamaGRPOConfig, got {type(args).__name__}")
-    if args.use_liger_kernel:
-        raise ValueError(
-            "use_liger_kernel: expected False, got True: TRL up to 1.13 computes a loss of Liger's with it; "
-            "layer kernels also come with model_init_kwargs={'use_kernels': True}"
-        )
-    if args.loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type: expected one of {', '.join(LOSS_TYPES)}, got {args.loss_type!r}")
-    if args.scale_rewards not in ("group", "batch", "none"):
-        raise ValueError(f"scale_rewards: expected 'group', 'batch' or 'none', got {args.scale_rewards!r}")
-    if args.multi_objective_aggregation != "sum_then_normalize":
-        raise ValueError(
-            "multi_objective_aggregation: expected the default 'sum_then_normalize', got "
-            f"{args.multi_objective_aggregation!r}: PAMA normalises each reward and combines them itself"
-        )
-    if args.reward_weights is not None:
-        if args.pama_prior is not None:
-            raise ValueError("pama_prior: expected None with reward_weights, which are the prior, got both")
-        for weight in args.reward_weights:
-            check_number("reward_weights", weight, 0.0, float("inf"))
-        if not any(args.reward_weights):
-            raise ValueError(f"reward_weights: expected at least one above 0, got {args.reward_weights}")
 
 
 class PamaGRPOTrainer(GRPOTrainer):
     """`GRPOTrainer` that combines its reward functions by PAMA instead of by fixed weights.
 
-    Takes the arguments of `GRPOTrainer`, with `args` a `PamaGRPOConfig`. Every reward function whose weight
-    is not 0 is an objective. Its rewards are normalised by themselves, in groups, as `scale_rewards` says;
-    completions for which it returns None have no part in it. Logged beside TRL's own, for each objective by
-    the name of its reward function: ``pama/score/<name>``, ``pama/weight/<name>``,
-    ``pama/positive_fraction/<name>``, ``pama/conflict/<name>~<name>``; and ``pama/optimum``.
+    Takes the arguments of `GRPOTrainer`, with `args` a `PamaGRPOConfig`. Every reward function is an
+    objective. Its rewards are normalised by themselves, in groups, as `scale_rewards` says; completions for
+    which it returns None (or NaN) have no part in it. `reward_weights` are the preference, read at every
+    rollout; a reward of weight 0 is only logged. `_rollout.rollout_metrics` lists what is logged beside TRL's
+    own.
 
-    `combination` is the `CombinedAdvantages` of the latest rollout: all processes' completions, on the CPU.
+    `combination` is the `Combination` of the latest rollout: all processes' completions, on the CPU.
+
+    Subclasses: what `_calculate_rewards` returns is what advantages are made of. A completion whose
+    `output["advantages"]` a subclass changes gets TRL's own loss of the changed advantage.
 
     Raises (all but the last at construction):
         TypeError, ValueError: a setting is wrong, two contradict each other, or an option of TRL would bypass
@@ -157,182 +67,161 @@ class PamaGRPOTrainer(GRPOTrainer):
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "grpo", "pama"]
+    reward_func_names: list[str]
+    _calculate_rewards: Callable[..., Tensor]
 
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **named: Any
     ) -> None:
-        _check_options(args)
-        self._pama = _settings(args)
-        self.combination: CombinedAdvantages | None = None
-        self._gathered_rewards: Tensor | None = None
+        check_options(args)
+        self._pama = read_settings(args)
+        self.combination: Combination | None = None
         self._forward_cache: list[Any] | None = None
         if isinstance(reward_funcs, tuple):  # of which TRL takes lists only
             reward_funcs = list(reward_funcs)
         super().__init__(model, reward_funcs, args, *others, **named)
-        self._columns, self._prior = self._objectives()
-        self.objective_names = [self.reward_func_names[i] for i in self._columns]
-        self._two_sided = not args.pama_noon and len(self._columns) > 1
-        if self._two_sided and (args.pama_weights_per, args.pama_bound) == ("batch", "scores"):
+        names = self.reward_func_names
+        self.reward_func_names = self.objective_names = unique_names(names)
+        if names != self.objective_names:
             warnings.warn(
-                "pama_noon=False: the advantages of a group add up to 0, so that the scores of 'batch' only "
-                "reflect the lengths of completions; use pama_bound='gram'",
+                f"reward_funcs: expected different names, by which they are logged, got {', '.join(names)}; "
+                f"they are logged as {', '.join(self.objective_names)}",
                 stacklevel=2,
             )
-        if self._two_sided and getattr(args, "use_adaptive_entropy", False):
-            raise ValueError(
-                "use_adaptive_entropy: expected False with pama_noon=False and several objectives, got True: "
-                "the loss has several parts then, and TRL's controller would count each"
+        if args.pama_preference is not None:
+            if len(args.pama_preference) != len(names):
+                raise ValueError(
+                    f"pama_preference: expected {len(names)} numbers, one for each of "
+                    f"{self.objective_names}, got {len(args.pama_preference)}"
+                )
+            self.reward_weights = torch.tensor(args.pama_preference, dtype=torch.float32)
+        self._preference()
+        if only_lengths(self._pama.rule) and len(names) > 1:
+            warnings.warn(
+                "pama_bound='scores': without Noon the advantages of a group add up to 0, so that the scores "
+                "of a batch only reflect the lengths of completions; use pama_bound='gram'",
+                stacklevel=2,
             )
 
-    def _objectives(self) -> tuple[list[int], Tensor]:
-        """Columns of the reward matrix that are objectives, and their prior."""
-        names, args = self.reward_func_names, self.args
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
+    def _preference(self) -> Tensor:
+        """TRL's `reward_weights` as they are now, (N,) on the CPU."""
+        weights = torch.as_tensor(self.reward_weights).detach().cpu().double()
+        shape = (len(self.objective_names),)
+        if weights.shape != shape or not (weights >= 0).all() or not 0 < float(weights.sum()) < math.inf:
             raise ValueError(
-                f"reward_funcs: expected different names, by which they are logged, got {', '.join(repeated)}"
-                " more than once (TRL takes a function's __name__, else the name of the class)"
+                f"reward_weights: expected {shape[0]} non-negative finite numbers, at least one above 0, got "
+                f"{weights.tolist()}"
             )
-        prior = args.pama_prior
-        columns = list(range(len(names)))
-        if args.reward_weights is not None:
-            weights = self.reward_weights.tolist()  # TRL has appended those of environments
-            columns = [i for i in columns if weights[i] != 0]
-            prior = [weights[i] for i in columns]
-        n = len(columns)
-        if prior is not None and len(prior) != n:
-            raise ValueError(f"pama_prior: expected {n} numbers, one for each of {names}, got {len(prior)}")
-        if n == 1:
-            for setting, is_set in (
-                ("pama_bound='gram'", args.pama_bound == "gram"),
-                ("pama_momentum", args.pama_momentum > 0),
-                ("pama_prior", args.pama_prior is not None),
-            ):
-                if is_set:
-                    raise ValueError(
-                        f"reward_funcs: expected at least two objectives with {setting}, got one, "
-                        f"{names[columns[0]]}, whose weight is always 1"
-                    )
-        return columns, prior_tensor(prior, n, torch.device("cpu"))[0]
+        return weights / weights.sum()
 
     # --- from rewards to the trainer's advantages -----------------------------------------------------------
 
-    def _calculate_rewards(self, *arguments: Any, **named: Any) -> Tensor:
-        rewards: Tensor = super()._calculate_rewards(*arguments, **named)
-        self._gathered_rewards = rewards  # (completions of all processes, reward functions); NaN for None
-        return rewards
+    @contextmanager
+    def _recorded_rewards(self) -> Iterator[list[Tensor]]:
+        """What `_calculate_rewards` returns to TRL, after all that subclasses do in it."""
+        calculate, own = self._calculate_rewards, self.__dict__.get("_calculate_rewards")
+        returned: list[Tensor] = []
+
+        def recorded(*arguments: Any, **named: Any) -> Tensor:
+            returned.append(calculate(*arguments, **named))
+            return returned[-1]
+
+        self._calculate_rewards = recorded
+        try:
+            yield returned
+        finally:
+            del self._calculate_rewards
+            if own is not None:
+                self._calculate_rewards = own
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        mode = "train" if self.model.training else "eval"
-        rewards, self._gathered_rewards = self._gathered_rewards, None
-        if rewards is None:
+        with self._recorded_rewards() as returned:
+            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if not returned:
             raise RuntimeError("PamaGRPOTrainer: this TRL does not score completions by _calculate_rewards")
+        mode = "train" if self.model.training else "eval"
         mask = output["completion_mask"]
         if "tool_mask" in output:
             mask = mask * output["tool_mask"]
-        # Corrections for a rollout engine that differs; VESPO has them within its own factor.
-        importance = None if self.loss_type == "vespo" else output.get("importance_sampling_ratio")
-        if importance is not None:
-            importance = importance.cpu().expand(mask.shape)
+        preference = self._preference()
 
         # TRL has waited for the device many times by now, and this is little: on the CPU the same kernels
         # serve every accelerator, in float64.
-        rewards = rewards[:, self._columns].cpu().double()
-        advantages = self._normalize(
-            rewards, self.num_generations if mode == "train" else self.num_generations_eval
+        rewards = returned[-1].cpu().double()  # (completions of all processes, reward functions)
+        size = self.num_generations if mode == "train" else self.num_generations_eval
+        advantages = reward_advantages(
+            rewards, self.objective_names, group_size=size, scale=self.args.scale_rewards, eps=EPS
         )
-        present = ~rewards.isnan()
-        rank, rows = self.accelerator.process_index, len(inputs)
+        present = ~rewards.isnan() & (preference > 0)
+        rows, rank = len(inputs), self.accelerator.process_index
         local = slice(rank * rows, (rank + 1) * rows)
+        statistics = self._statistics(advantages[local], present[local], mask, output)
+        lengths = self.accelerator.gather(mask.sum(1)).cpu()
+        self._pama.train(mode == "train")
+        with prefixed("pama_"):
+            self.combination = combine(
+                advantages,
+                present,
+                ((lengths > 0) if self.loss_type in COMPLETION_MEANS else lengths).double(),
+                statistics,
+                self._pama.rule,
+                preference,
+                average=self._pama.update if self._pama.momentum else None,
+                normalize=self.args.pama_normalize,
+            )
+        self._ship(output, local)
+        self._log_combination(mode, preference)
+        return output
+
+    def _statistics(
+        self, advantages: Tensor, present: Tensor, mask: Tensor, output: dict[str, Any]
+    ) -> ObjectiveStatistics:
+        """Over all processes by one all-reduce: bitwise equal on each."""
+        # Corrections for a rollout engine that differs; VESPO has them within its own factor.
+        importance = None if self.loss_type == "vespo" else output.get("importance_sampling_ratio")
         statistics = objective_statistics(
             None,
             None,
-            advantages[local, None].expand(*mask.shape, -1),  # (B, N) would be ambiguous with N tokens
+            advantages,
             mask.cpu(),
-            noon=self.args.pama_noon,
-            objective_mask=present[local],
-            importance_weights=importance,
-            gram=self.args.pama_bound == "gram" or len(self._columns) <= PAIRS_UP_TO,
+            noon=bool(getattr(self._pama.rule, "noon", False)),
+            objective_mask=present,
+            importance_weights=None if importance is None else importance.cpu().expand(mask.shape),
+            aggregation="seq-mean-token-mean" if self.loss_type in COMPLETION_MEANS else "token-mean",
+            pairs=True,
         )
-        self._pama.train(mode == "train")
-        self.combination = self._combine(advantages, present, self._merge(statistics))
-
-        device = output["advantages"].device
-        output["advantages"] = self.combination.advantages[local].to(device, torch.float32)
-        if self._two_sided:
-            for name, sign in (("pama_positive", 1), ("pama_negative", -1)):
-                side = combine_advantages(
-                    sign * advantages,
-                    weights_per="sequence",
-                    weights=self.combination.weights,
-                    objective_mask=present,
-                )
-                output[name] = sign * side.advantages[local].to(device, torch.float32)
-        self._log_combination(mode)
-        return output
-
-    def _normalize(self, rewards: Tensor, group_size: int) -> Tensor:
-        """Each objective by itself: minus the mean of its group, over what `scale_rewards` says."""
-        infinite = rewards.isinf().any(0).tolist()
-        if any(infinite):
-            names = [name for name, bad in zip(self.objective_names, infinite, strict=True) if bad]
-            raise ValueError(
-                f"reward_funcs: expected finite rewards or None, got inf from {', '.join(names)}"
-            )
-        scale = self.args.scale_rewards
-        advantages = group_normalize(rewards, group_size=group_size, scale=scale == "group", eps=EPS)
-        if scale == "batch":
-            squares = (rewards - rewards.nanmean(0)).square().nansum(0)
-            degrees = (~rewards.isnan()).sum(0) - 1
-            advantages = advantages / ((squares / degrees.clamp(min=1)).sqrt() + EPS)
-        return advantages
-
-    def _merge(self, statistics: ObjectiveStatistics) -> ObjectiveStatistics:
-        """Over all processes by one all-reduce: bitwise equal on each."""
         if self.accelerator.num_processes == 1:
             return statistics
         buffer = self.accelerator.reduce(statistics.buffer.to(self.accelerator.device), reduction="sum")
-        return ObjectiveStatistics(buffer.cpu(), statistics.objectives, statistics.has_gram)
+        return ObjectiveStatistics(buffer.cpu(), statistics.objectives, statistics.has_pairs)
 
-    def _combine(
-        self, advantages: Tensor, present: Tensor, statistics: ObjectiveStatistics
-    ) -> CombinedAdvantages:
-        args = self.args
-        weights = optimum = None
-        if args.pama_weights_per == "batch":
-            mean = self._pama.update(statistics) if args.pama_momentum else statistics
-            weights, optimum = weights_from_statistics(
-                mean, args.pama_bound, self._prior, args.pama_regularization, wide=True
-            )
-        combined = combine_advantages(
-            advantages,
-            weights_per="sequence",  # all tokens of a completion have the same advantages
-            weights=weights,
-            noon=args.pama_noon,
-            prior=self._prior,
-            regularization=args.pama_regularization,
-            objective_mask=present,
-        )
-        if optimum is None:
-            optimum = combined.optimum
-        return CombinedAdvantages(combined.advantages, combined.weights, optimum, statistics)
-
-    def _log_combination(self, mode: str) -> None:
+    def _ship(self, output: dict[str, Any], local: slice) -> None:
+        """Where signs disagree and clipping may bind, both sides beside their difference."""
         assert self.combination is not None
-        for name, value in self.combination.metrics(self.objective_names).items():
-            if name.split("/")[1] in LOGGED:
-                self._metrics[mode][name].append(value.item())
+        _, positive, negative, *_ = self.combination
+        device = output["advantages"].device
+        sides = [side[local].to(device, torch.float32) for side in (positive, negative)]
+        output["advantages"] = sides[0] - sides[1]
+        # On-policy (TRL then keeps no log-probabilities) the losses are linear; SAPO's value is not.
+        off_policy = "old_per_token_logps" in output or self.loss_type == "sapo"
+        if off_policy and ((positive > 0) & (negative > 0)).any():  # of all processes: all do the same
+            output["pama_positive"], output["pama_negative"] = sides
+
+    def _log_combination(self, mode: str, preference: Tensor) -> None:
+        assert self.combination is not None
+        names = {i: name for i, name in enumerate(self.objective_names) if preference[i] > 0}
+        for name, value in rollout_metrics(self.combination, names, self._pama.rule).items():
+            self._metrics[mode][name].append(value)  # TRL leaves NaN out of its means
         # TRL has logged the advantages that it would have used.
         logged, used = self._logs["advantages"], self.combination.advantages.tolist()
         for _ in range(min(len(used), len(logged))):
             logged.pop()
         logged.extend(used)
 
-    # --- the loss where negative advantages are kept --------------------------------------------------------
+    # --- the loss where signs disagree ----------------------------------------------------------------------
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """TRL's own loss L; with `pama_noon=False`, sum_i c_i L(A_i) = L(P) + L(-Q) - L(0).
+        """TRL's own loss L; with both sides, sum_i c_i L(A_i) = L(P) + L(-Q) - L(0).
 
         P = sum_i c_i max(A_i, 0), Q = sum_i c_i max(-A_i, 0): their difference alone would lose what
         clipping does where signs disagree. L(0) is all that does not depend on advantages: KL, entropy
@@ -341,13 +230,22 @@ class PamaGRPOTrainer(GRPOTrainer):
         if "pama_positive" not in inputs:
             loss: Tensor = super()._compute_loss(model, inputs)
             return loss
+        advantages, positive, negative = (
+            inputs[name] for name in ("advantages", "pama_positive", "pama_negative")
+        )
+        if advantages.dim() == 2:  # a subclass made them per token
+            positive, negative = positive[:, None], negative[:, None]
+        ours = advantages == positive - negative  # else a subclass changed it: its loss is TRL's own
+        positive = torch.where(ours, positive, advantages.clamp(min=0))
+        negative = torch.where(ours, negative, advantages.clamp(max=0).neg())
         mode = "train" if self.model.training else "eval"
-        positive, negative = inputs["pama_positive"], inputs["pama_negative"]
         kept = self._metrics[mode]
+        entropy = {name: getattr(self, name) for name in ENTROPY_STATE if hasattr(self, name)}
         losses, metrics = [], []
         self._forward_cache = []
         try:
-            for side in (positive, negative, torch.zeros_like(positive)):
+            for side in (positive, -negative, torch.zeros_like(positive)):
+                self.__dict__.update(entropy)
                 self._metrics[mode] = defaultdict(list)
                 losses.append(super()._compute_loss(model, {**inputs, "advantages": side}))
                 metrics.append(self._metrics[mode])

@@ -4,11 +4,11 @@ verl loads this module by itself (entry-point group ``verl.plugins``). It regist
 
 - the advantage estimator ``pama``: the components of the reward to one advantage, with weights solved once
   per rollout in the driver, where all samples are together;
-- the policy loss ``pama``, for `noon=False`: the positive and the negative part are clipped each by itself;
+- the policy loss ``pama``, for rules without Noon: each objective is clipped by its own sign;
 - the trainers ``pama_sync``, ``pama_colocate_async`` and ``pama_separate_async``: verl's own, which hand the
   components to the estimator. verl's older trainer (``trainer.use_v1=false``) needs no other name.
 
-Settings, in ``algorithm.pama``, are `reward_keys` and those of `combine_advantages`: see docs/verl.md.
+Settings, in ``algorithm.pama``, are `reward_keys` and the rule's: see docs/verl.md.
 """
 
 from __future__ import annotations

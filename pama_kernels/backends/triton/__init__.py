@@ -1,28 +1,30 @@
 """The Triton backend: portable GPU kernels (NVIDIA and AMD); on the CPU they run in Triton's interpreter.
 
-`statistics.py` has statistics and batch_weights, `passes.py` combine and loss, `solvers.py` weights, min_norm
-and their `_out` forms, `advantages.py` gae and group_normalize; `simplex.py` solves the scalar problem on the
-device.
+`passes.py` has statistics and apply, `rules.py` solve, `simplex.py` weights, `min_norm.py` min_norm and upgrad,
+`advantages.py` gae and group_normalize. Underneath, `tokens.py` reads, `statistics.py` and `reduce.py` add up,
+`apply.py` is the pass over tokens and `rows.py` the one over sequences; `active_set.py` solves quadratic problems.
 """
 
 from __future__ import annotations
 
 from .advantages import gae, group_normalize
 from .launch import INTERPRETED
-from .passes import combine, loss
-from .solvers import min_norm, min_norm_out, weights, weights_out
-from .statistics import batch_weights, statistics
+from .min_norm import min_norm, min_norm_out, upgrad, upgrad_out
+from .passes import apply, statistics
+from .rules import solve
+from .simplex import weights, weights_out
 
 __all__ = [
-    "batch_weights",
-    "combine",
+    "apply",
     "gae",
     "group_normalize",
-    "loss",
     "min_norm",
     "min_norm_out",
+    "solve",
     "statistics",
     "unusable",
+    "upgrad",
+    "upgrad_out",
     "weights",
     "weights_out",
 ]

@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, power_of_two
-from .solvers import read
+from pama_kernels._call import Number
+
+from .launch import check_memory, launch, number, number_of, power_of_two
+from .simplex import power_of_two_of
+from .tokens import read, rounded, truth
 
 _STEPS = 1024  # steps times objectives that a program scans at a time
 _MEMBERS = 1024  # members of a group times objectives, likewise
 
 
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """float64 to dtype. To bfloat16 by float32 and whole numbers: the interpreter would cut digits off."""
-    if dtype == tl.bfloat16:
-        x = tl.where(x == x, x, float("nan")).to(tl.float32)
-        bits = x.to(tl.int32, bitcast=True)
-        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits) & -0x10000
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(dtype)
-
-
 # --- generalised advantage estimation --------------------------------------------------------------------
-
-
-@triton.jit
-def _truth(pointer, here):
-    """Whether a mask of any type is non-zero; false where not `here`."""
-    x = tl.load(pointer, here, 0)
-    if x.dtype == tl.bfloat16:
-        x = x.to(tl.float32)
-    return here & (x != 0)
 
 
 @triton.jit
@@ -50,28 +35,38 @@ def _chain(cut, factor, term, next_cut, next_factor, next_term):
     return cut | next_cut, factor * next_factor, total
 
 
-@triton.jit(do_not_specialize=["width", "n"])
+_STRIDES = (
+    "r_row r_step r_objective v_row v_step v_objective m_row m_step d_row d_step t_row t_step l_row l_objective "
+    "f_row f_step f_objective width"
+).split()
+
+
+@triton.jit(do_not_specialize=_STRIDES)
 def gae_kernel(
-    rewards, reward_row, reward_step, reward_objective, values, value_row, value_step, value_objective,
-    mask, mask_row, mask_step, dones, done_row, done_step, last_values, last_row, last_objective,
-    advantages, returns, gamma: tl.float64, lam: tl.float64, width, n,
-    STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    rewards, r_row: tl.int64, r_step: tl.int64, r_objective: tl.int64,
+    values, v_row: tl.int64, v_step: tl.int64, v_objective: tl.int64,
+    mask, m_row: tl.int64, m_step: tl.int64, dones, d_row: tl.int64, d_step: tl.int64,
+    truncated, t_row: tl.int64, t_step: tl.int64, last_values, l_row: tl.int64, l_objective: tl.int64,
+    final_values, f_row: tl.int64, f_step: tl.int64, f_objective: tl.int64,
+    advantages, returns, gamma: tl.float64, gamma_at, lam: tl.float64, lam_at, width: tl.int64,
+    n: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One sequence, backwards in chunks of STEPS; place 0 of a chunk is its last step.
 
     A valid step is V -> its value and A -> reward + gamma V - value + gamma lam A, where V and A are those of
-    the valid step that follows, both 0 where the episode ends; a masked step changes neither.
+    the valid step that follows; A is 0 where the episode ends, V too, or where truncated the step's final value. A
+    masked step changes neither.
     """
     tiles = tl.cdiv(n, BLOCK)
     sequence = (tl.program_id(0) // tiles).to(tl.int64)
     place = tl.arange(0, STEPS)
     objective = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = objective < n
-    gamma = tl.full([], gamma, tl.float64)
-    decay = gamma * tl.full([], lam, tl.float64)
+    discount = number_of(gamma, gamma_at)
+    decay = discount * number_of(lam, lam_at)
     value = tl.zeros((BLOCK,), tl.float64)
     if last_values is not None:
-        bootstrap = last_values + sequence * last_row + objective * last_objective
+        bootstrap = last_values + sequence * l_row + objective * l_objective
         value = read(bootstrap, inside, tl.float64)
     advantage = tl.zeros((BLOCK,), tl.float64)
     for done_steps in range(0, width, STEPS):
@@ -79,24 +74,33 @@ def gae_kernel(
         valid = step >= 0
         later = (step + 1 < width) & (place > 0)  # within this chunk
         if mask is not None:
-            own_mask = mask + sequence * mask_row
-            valid = valid & _truth(own_mask + step * mask_step, valid)
-            later = later & _truth(own_mask + (step + 1) * mask_step, later)
-        over = step < 0
+            own_mask = mask + sequence * m_row
+            valid = truth(own_mask + step * m_step, valid)
+            later = truth(own_mask + (step + 1) * m_step, later)
+        over = valid & ~valid
         if dones is not None:
-            over = valid & _truth(dones + sequence * done_row + step * done_step, valid)
+            over = truth(dones + sequence * d_row + step * d_step, valid)
         here = valid[:, None] & inside[None, :]
-        own_values = values + sequence * value_row + objective[None, :] * value_objective
-        own = read(own_values + step[:, None] * value_step, here, tl.float64)
+        own_values = values + sequence * v_row + objective[None, :] * v_objective
+        own = read(own_values + step[:, None] * v_step, here, tl.float64)
         following_here = later[:, None] & inside[None, :]
-        following = read(own_values + (step + 1)[:, None] * value_step, following_here, tl.float64)
+        following = read(own_values + (step + 1)[:, None] * v_step, following_here, tl.float64)
         found, following = tl.associative_scan((following_here.to(tl.int32), following), 0, _nearest)
         found = found != 0
         following = tl.where(found, following, value[None, :])
-        ends = (over & valid)[:, None] & inside[None, :]
-        own_rewards = rewards + sequence * reward_row + objective[None, :] * reward_objective
-        delta = read(own_rewards + step[:, None] * reward_step, here, tl.float64) - own
-        delta += tl.where(ends, 0.0, gamma * following)
+        nearest = following
+        following = tl.where(over[:, None], 0.0, following)
+        if truncated is not None:
+            cut_off = truth(truncated + sequence * t_row + step * t_step, valid & ~over)
+            final = (
+                final_values + sequence * f_row + step[:, None] * f_step + objective[None, :] * f_objective
+            )
+            stops = cut_off[:, None] & inside[None, :]
+            following = tl.where(stops, read(final, stops, tl.float64), following)
+            over = over | cut_off
+        ends = over[:, None] & inside[None, :]
+        own_rewards = rewards + sequence * r_row + objective[None, :] * r_objective
+        delta = read(own_rewards + step[:, None] * r_step, here, tl.float64) - own + discount * following
         term = tl.where(here, delta, 0.0)
         factor = tl.where(here, decay, tl.full([], 1.0, tl.float64))
         cut, factor, term = tl.associative_scan((ends.to(tl.int32), factor, term), 0, _chain)
@@ -108,7 +112,7 @@ def gae_kernel(
         last = (place == STEPS - 1)[:, None]
         advantage = tl.sum(tl.where(last, result, 0.0), 0)
         # the value of the earliest valid step of this chunk
-        earliest = tl.where(last & here, own, tl.where(last & found, following, 0.0))
+        earliest = tl.where(last & here, own, tl.where(last & found, nearest, 0.0))
         any_found = tl.max((last & (here | found)).to(tl.int32), 0) > 0
         value = tl.where(any_found, tl.sum(earliest, 0), value)
 
@@ -118,9 +122,11 @@ def gae(
     values: Tensor,
     mask: Tensor | None,
     dones: Tensor | None,
+    truncated: Tensor | None,
     last_values: Tensor | None,
-    gamma: float,
-    lam: float,
+    final_values: Tensor | None,
+    gamma: Number,
+    lam: Number,
 ) -> tuple[Tensor, Tensor]:
     rows, width, n = rewards.shape
     dtype = torch.promote_types(rewards.dtype, values.dtype)
@@ -128,15 +134,19 @@ def gae(
     returns = torch.empty_like(advantages)
     if advantages.numel() == 0:
         return advantages, returns
+    check_memory(
+        rewards=rewards, values=values, mask=mask, dones=dones, truncated=truncated, last_values=last_values,
+        final_values=final_values,
+    )  # fmt: skip
     block = min(power_of_two(n), 16)
-    steps = min(_STEPS // block, power_of_two(width))
-    none = (0, 0)
+    arrays: list[Any] = []
+    for x, dimensions in (
+        (rewards, 3), (values, 3), (mask, 2), (dones, 2), (truncated, 2), (last_values, 2), (final_values, 3),
+    ):  # fmt: skip
+        arrays += [x, *((0,) * dimensions if x is None else x.stride())]
     launch(
-        gae_kernel, rewards.device, rows * triton.cdiv(n, block), rewards, *rewards.stride(), values,
-        *values.stride(), mask, *(none if mask is None else mask.stride()), dones,
-        *(none if dones is None else dones.stride()), last_values,
-        *(none if last_values is None else last_values.stride()), advantages, returns, gamma, lam, width, n,
-        STEPS=steps, BLOCK=block,
+        gae_kernel, rewards.device, rows * triton.cdiv(n, block), *arrays, advantages, returns, *number(gamma),
+        *number(lam), width, n=n, STEPS=min(_STEPS // block, max(64, power_of_two(width))), BLOCK=block,
     )  # fmt: skip
     return advantages, returns
 
@@ -158,16 +168,17 @@ def _members(rewards, row, column, order, ids, own, first, last, objective, n, M
     return x, here, at, tl.min(member.to(tl.int32), 0)
 
 
-@triton.jit(do_not_specialize=["rows", "n", "size"])
+@triton.jit(do_not_specialize=["row", "column", "rows", "size"])
 def group_normalize_kernel(
-    rewards, row, column, order, ids, result, eps: tl.float64, rows, n, size,
-    SCALE: tl.constexpr, MEMBERS: tl.constexpr, BLOCK: tl.constexpr,
+    rewards, row: tl.int64, column: tl.int64, order, ids, result, eps: tl.float64, rows: tl.int64, size: tl.int64,
+    n: tl.constexpr, SCALE: tl.constexpr, MEMBERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One group: `size` rows that stand together; or with ids (sorted, by `order`) those with the id of place
-    program_id(0), if it is the first of them."""
+    program_id(0), if it is the first of them. (x - mean) / (deviation + eps), in units of the largest |x|."""
     tiles = tl.cdiv(n, BLOCK)
     program = (tl.program_id(0) // tiles).to(tl.int64)
     objective = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    infinity: tl.constexpr = float("inf")
     own = 0
     begin, last = program * size, program * size + size
     leads = 1
@@ -177,39 +188,52 @@ def group_normalize_kernel(
         before = tl.load(ids + program - 1, program > 0, own)
         leads = ((program == 0) | (before != own)).to(tl.int32)
     if leads != 0:
-        total = tl.zeros((BLOCK,), tl.float64)
         count = tl.zeros((BLOCK,), tl.float64)
+        low = count + infinity
+        high = count - infinity
         first, more = begin, begin < last
         while more:
             x, here, _, full = _members(
                 rewards, row, column, order, ids, own, first, last, objective, n, MEMBERS
             )
             known = here & (x == x)
-            total += tl.sum(tl.where(known, x, 0.0), 0)
             count += tl.sum(known.to(tl.float64), 0)
+            low = tl.minimum(low, tl.min(tl.where(known, x, infinity), 0))
+            high = tl.maximum(high, tl.max(tl.where(known, x, -infinity), 0))
             first += MEMBERS
             more = (full != 0) & (first < last)
         end = first
-        mean = total / count
-        squares = tl.zeros((BLOCK,), tl.float64)
+        largest = tl.maximum(tl.maximum(tl.abs(low), tl.abs(high)), 2.2250738585072014e-308)
+        unit, inverse = power_of_two_of(tl.where(largest < infinity, largest, 1.0))
+        total = tl.zeros((BLOCK,), tl.float64)
+        first = begin
+        while first < end:
+            x, here, _, _ = _members(
+                rewards, row, column, order, ids, own, first, last, objective, n, MEMBERS
+            )
+            total += tl.sum(tl.where(here & (x == x), x * inverse[None, :], 0.0), 0)
+            first += MEMBERS
+        mean = tl.where((count > 0) & (largest == infinity), float("nan"), total / tl.maximum(count, 1.0))
+        same = (low == high) & (largest < infinity)
+        divisor = 1.0 / unit
         if SCALE:
+            squares = tl.zeros((BLOCK,), tl.float64)
             first = begin
             while first < end:
                 x, here, _, _ = _members(
                     rewards, row, column, order, ids, own, first, last, objective, n, MEMBERS
                 )
-                known = here & (x == x)
-                centred = tl.where(known, x - mean[None, :], 0.0)
+                centred = tl.where(here & (x == x), x * inverse[None, :] - mean[None, :], 0.0)
                 squares += tl.sum(centred * centred, 0)
                 first += MEMBERS
-        deviation = tl.sqrt(squares / tl.where(count > 1, count - 1, 1.0)) + tl.full([], eps, tl.float64)
-        deviation = tl.where(count > 1, deviation, 1.0) if SCALE else 1.0 + 0.0 * count
+            divisor = tl.sqrt(squares / tl.maximum(count - 1, 1.0)) + tl.full([], eps, tl.float64) / unit
         first = begin
         while first < end:
             x, here, at, _ = _members(
                 rewards, row, column, order, ids, own, first, last, objective, n, MEMBERS
             )
-            y = tl.where(x == x, (x - mean[None, :]) / deviation[None, :], 0.0)
+            y = (x * inverse[None, :] - mean[None, :]) / divisor[None, :]
+            y = tl.where((x != x) | same[None, :], 0.0, y)
             to = result + at[:, None] * n + objective[None, :]
             tl.store(to, rounded(y, result.dtype.element_ty), here)
             first += MEMBERS
@@ -222,6 +246,7 @@ def group_normalize(
     result = torch.empty(rewards.shape, dtype=rewards.dtype, device=rewards.device)
     if result.numel() == 0:
         return result
+    check_memory(rewards=rewards, group_ids=group_ids)
     order = ids = None
     groups, largest = rows // group_size, group_size
     if group_ids is not None:  # sorting needs no host, counting the groups would
@@ -231,6 +256,6 @@ def group_normalize(
     members = min(_MEMBERS // block, power_of_two(largest))
     launch(
         group_normalize_kernel, rewards.device, groups * triton.cdiv(n, block), rewards, *rewards.stride(),
-        order, ids, result, eps, rows, n, group_size, SCALE=scale, MEMBERS=members, BLOCK=block, num_warps=2,
+        order, ids, result, eps, rows, group_size, n=n, SCALE=scale, MEMBERS=members, BLOCK=block, num_warps=2,
     )  # fmt: skip
     return result

@@ -1,84 +1,95 @@
-"""Weights applied to tokens: the combined advantage, or the loss with its gradient.
+"""The pass over tokens: statistics, combined advantages, the loss with its gradient, whatever a call asks for.
 
-`tokens_kernel` is launched over all tokens: with weights for the batch, or solved per token.
-`rows_kernel` is launched over sequences: with weights solved or given for each, or one result for each.
-Where weights are not those of a statistics pass before, the statistics are summed in the same launch.
+Abar_t = sum_i c_i(t) A_{i,t} = up_t + down_t;  loss_t = -up_t pos_t - down_t neg_t + kl_coef (e^r - r - 1)
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .simplex import solve
-from .sums import (
-    add_slot,
-    add_tile,
+from pama_kernels._call import Number
+from pama_kernels.backends._counter import counter
+
+from .launch import launch, number, number_of, programs
+from .reduce import (
+    HEAD,
+    added_number,
     added_slots,
-    batch_solution,
     clear,
-    count_rows,
     is_last,
-    load_tile,
-    place,
-    scores,
+    slot_size,
     store_statistics,
 )
-from .tile import (
-    clip_numbers,
+from .rules import ratio, scores_of, store_batch_weights
+from .simplex import preference_of, softmin, solve
+from .statistics import (
+    add_pairs,
+    add_sums,
+    no_pairs,
+    no_sums,
+    share_of,
+    store_pairs,
+    store_sums,
+)
+from .tokens import (
+    ANY_SIZE,
+    Problem,
+    at_tokens,
+    by_sign,
+    clip_of,
     exponential,
-    load,
-    load_advantages,
+    load_factors,
+    load_terms,
+    locate,
+    part_range,
+    read,
     rounded,
-    row_range,
     tokens_in_all,
-    valid_tokens,
 )
 
-GIVEN, SEQUENCE, TOKEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # whose weights: WEIGHTS below
+# WEIGHTS: none (statistics alone); one set; one for each row; solved per token; already in up and down of each row
+NONE, BATCH, ROW, SCORES, SOFTMIN, FACTORS = range(6)
+_NONE, _BATCH, _ROW, _SCORES, _SOFTMIN, _FACTORS = map(tl.constexpr, range(6))
+_HEAD = tl.constexpr(HEAD)
 
 
 @triton.jit
-def load_weights(given, row, n: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
-    """(1, N) of one row of given weights."""
+def coefficients(
+    weights, effective, row, here, n: tl.constexpr, N: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr
+):
+    """c (1 or TOKENS, N) of given or solved weights; SHARE: over the preference of those who are present.
+
+    row: (TOKENS, 1), or 0 where all rows have the same.
+    """
     i = tl.arange(0, N)[None, :]
-    c = tl.load(given[0] + row * given[1] + i * given[2], mask=i < n, other=0.0)
-    if c.dtype == tl.bfloat16 or c.dtype == tl.float16:
-        c = c.to(tl.float32)
-    return c.to(D)
+    c = read(weights[0] + row * weights[1] + i * weights[2], i < n, D)
+    if SHARE:
+        if effective[0] is not None:
+            p = read(effective[0] + row * effective[1] + i, i < n, D)
+        else:
+            p = tl.where(i < n, tl.full([1, N], 1.0 / n, D), 0.0)
+        share = tl.sum(tl.where(here, p, 0.0), axis=1, keep_dims=True)
+        c = tl.where(here & (share > 0), c / tl.where(share > 0, share, 1.0), 0.0)
+    return c
 
 
 @triton.jit
-def share(scale, denominator, slots, SLOTS: tl.constexpr, COUNT: tl.constexpr):
-    """What every token's loss is multiplied by: scale, over the sum of the denominator's slots where there is
-    one. A count of no tokens is 1."""
-    if denominator is not None:
-        k = tl.arange(0, SLOTS)
-        total = tl.sum(tl.load(denominator + k, mask=k < slots, other=0.0).to(tl.float64), axis=0)
-        if COUNT:
-            total = tl.maximum(total, 1.0)
-        scale = scale / total
-    return scale
-
-
-@triton.jit
-def combine_tile(tile, c, NOON: tl.constexpr):
+def combine(c, a, NOON: tl.constexpr):
     """sum of c_i A_i over positive and over negative advantages, (TOKENS,)."""
-    a = tile[1]
-    up = tl.sum(c * tl.where(a < 0, 0.0, a), axis=1)
-    down = tl.zeros_like(up)
-    if not NOON:
-        down = tl.sum(c * tl.where(a < 0, a, 0.0), axis=1)
-    return up, down
+    up, down = by_sign(a, NOON)
+    return tl.sum(c * up, axis=1), tl.sum(c * down, axis=1)
 
 
 @triton.jit
-def store_loss(
-    tile, up, down, ref, row, token, at, inside, scale, kl_coef, gradient,
-    NOON: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """Stores the gradient of a tile's tokens; returns the sum of their losses. scale: one or (TOKENS,)."""
-    valid, logp, ratio, pos, neg, grad_pos, grad_neg, _, _, _ = tile[0]
+def loss_and_slope(factors, up, down, ref, kl_coef, row, token, inside, UNIT: tl.constexpr, NOON: tl.constexpr,
+                   D: tl.constexpr):  # fmt: skip
+    """Each token's loss and its derivative in logp, (TOKENS,)."""
+    valid, logp, ratio, pos, neg, grad_pos, grad_neg, _, _, _ = factors
     value = -up * pos
     slope = -up * grad_pos
     if not NOON:
@@ -87,247 +98,249 @@ def store_loss(
     slope *= ratio
     if ref[0] is not None:
         infinity: tl.constexpr = float("inf")
-        r = tl.where(valid, load(ref, row, token, inside, D) - logp, 0.0)
-        _, rest = exponential(r)
-        finite = tl.abs(r) < infinity
+        r = tl.where(valid, read(at_tokens(ref, row, token, UNIT), inside, D) - logp, 0.0)
+        clamped = tl.minimum(tl.maximum(r, -20.0), 20.0)
+        _, rest = exponential(clamped)
+        usable = tl.abs(r) < infinity
         coefficient = tl.cast(kl_coef, D)
-        value += coefficient * tl.where(finite, rest, float("nan"))
-        slope -= coefficient * tl.where(finite, r + rest, float("nan"))
-    scale = tl.cast(scale, D)
-    if gradient is not None:
-        tl.store(gradient + at, tl.where(valid, scale * slope, 0.0), mask=inside)
-    return tl.sum(tl.where(valid, scale * value, 0.0), axis=0).to(tl.float64)
+        value += coefficient * tl.where(usable, rest, float("nan"))
+        rise = tl.where(tl.abs(r) > 20.0, 0.0, clamped + rest)
+        slope -= coefficient * tl.where(usable, rise, float("nan"))
+    return value, slope
 
 
 @triton.jit
-def store_results(
-    partial, slots, sums, value, weights, optimum, given, prior,
-    n: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr,
-    BY_ROW: tl.constexpr, PAIRS: tl.constexpr, PRESENT: tl.constexpr,
-):  # fmt: skip
-    """By the last program: adds the slots. Weights that are not per row are reported here."""
-    if value is not None:
-        zero = tl.zeros([1], tl.int32)
-        tl.store(value + zero, added_slots(partial, slots, STRIDE, zero, zero == 0, 64))
-    if STATISTICS:
-        store_statistics(partial + 2 + n, slots, STRIDE, sums, n, PAIRS, PRESENT)
-        if not BY_ROW:
-            i = tl.arange(0, N)
-            if WEIGHTS == TOKEN:
-                one = tl.zeros([1], tl.int32) + 1
-                count = tl.load(sums + 9 * n)
-                c = added_slots(partial, slots, STRIDE, 2 + i, i < n, 32) / tl.maximum(count, 1.0)
-                c = tl.where(count > 0, c, tl.load(prior + i, mask=i < n, other=0.0))
-                total = tl.sum(added_slots(partial, slots, STRIDE, one, one == 1, 64), axis=0)
-                total = total / tl.maximum(count, 1.0)
-            else:
-                c = tl.sum(load_weights(given, 0, n, N, tl.float64), axis=0)
-                present = tl.load(sums + i, mask=i < n, other=0.0)
-                total = tl.sum(c * scores(present, tl.load(sums + n + i, mask=i < n, other=0.0)), axis=0)
-            tl.store(weights + i, c, mask=i < n)
-            tl.store(optimum, total)
-
-
-@triton.jit
-def tokens_kernel(
-    problem, ref, cu, rows, width,
-    low: tl.float64, high: tl.float64, dual: tl.float64,
-    log_low: tl.float64, log_high: tl.float64, log_dual: tl.float64,
-    given, prior, regularization: tl.float64, scale: tl.float64, denominator, denominators, row_counts,
-    kl_coef: tl.float64, combined, gradient, value, weights, optimum, sums, partial, counter,
-    n: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr, LAYOUT: tl.constexpr, NARROW: tl.constexpr,
-    NOON: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr, PRESENT: tl.constexpr,
-    STRIDE: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr, SLOTS: tl.constexpr,
-    COUNT: tl.constexpr,
-):  # fmt: skip
-    D: tl.constexpr = tl.float64 if WIDE else tl.float32
-    clip = clip_numbers(low, high, dual, log_low, log_high, log_dual)
-    regularization = tl.full([], regularization, tl.float64)
-    kl_coef = tl.full([], kl_coef, tl.float64)
-    scale = share(tl.full([], scale, tl.float64), denominator, denominators, SLOTS, COUNT)
-    total = tokens_in_all(cu, rows, width, LAYOUT)
-    slots = tl.num_programs(0)
+def report(partial, slots, STRIDE: tl.constexpr, sums, weights, preference, reported, optimum, n: tl.constexpr,
+           N: tl.constexpr, BY_TOKEN: tl.constexpr):  # fmt: skip
+    """What is reported of weights that the statistics of the same launch belong to: one set, with a.c; or the means of
+    those of the tokens (preference where there is none)."""
     i = tl.arange(0, N)
-    p = tl.load(prior + i, mask=i < n, other=0.0)[None, :]
-    if WEIGHTS == GIVEN:
-        c = load_weights(given, 0, n, N, D)
-    if partial is not None:
-        slot = partial + tl.program_id(0).to(tl.int64) * STRIDE
-        clear(slot, STRIDE)
-    loss = tl.zeros([], tl.float64)
-    optimum_sum = tl.zeros([], tl.float64)
-    weights_sum = tl.zeros([N], tl.float64)
-    for tile_index in range(tl.program_id(0), tl.cdiv(total, TOKENS), slots):
-        first = tl.cast(tile_index, tl.int64) * TOKENS
-        at = first + tl.arange(0, TOKENS)
-        inside = at < total
-        row, token = place(at, cu, rows, width, 0, LAYOUT, NARROW)
-        tile = load_tile(problem, clip, row, token, inside, 0, n, N, NOON, D)
-        valid = tile[0][0]
-        if STATISTICS:
-            add_tile(
-                slot + 2 + n, tile, problem, clip, first, total, cu, rows, width, 0,
-                n, N, TOKENS, LAYOUT, NARROW, NOON, PAIRS, PRESENT,
-            )  # fmt: skip
-        if WEIGHTS == TOKEN:
-            c, s = solve(tile[3], p, tile[2], regularization, None, N, NOON)
-            weights_sum += tl.sum(tl.where(valid[:, None], c, 0.0), axis=0).to(tl.float64)
-            optimum_sum += tl.sum(tl.sum(tl.where(valid[:, None], s, 0.0), axis=1), axis=0).to(tl.float64)
-        up, down = combine_tile(tile, c, NOON)
-        if combined is not None:
-            together = rounded(tl.where(valid, up + down, 0.0), combined.dtype.element_ty)
-            tl.store(combined + at, together, mask=inside)
-        if value is not None:
-            factor = scale
-            if row_counts is not None:
-                factor = scale / tl.maximum(tl.load(row_counts + row, mask=inside, other=1.0), 1.0)
-            loss += store_loss(
-                tile, up, down, ref, row, token, at, inside, factor, kl_coef, gradient, NOON, D
-            )
-    if partial is not None:
-        tl.store(slot, loss)
-        tl.store(slot + 1, optimum_sum)
-        tl.store(slot + 2 + i, weights_sum, mask=i < n)
-        if is_last(counter, slots):
-            store_results(
-                partial, slots, sums, value, weights, optimum, given, prior,
-                n, N, STRIDE, WEIGHTS, STATISTICS, False, PAIRS, PRESENT,
-            )  # fmt: skip
-
-
-@triton.jit
-def rows_kernel(
-    problem, ref, cu, rows, width,
-    low: tl.float64, high: tl.float64, dual: tl.float64,
-    log_low: tl.float64, log_high: tl.float64, log_dual: tl.float64,
-    given, prior, regularization: tl.float64, scale: tl.float64, denominator, denominators,
-    kl_coef: tl.float64, combined, gradient, value, weights, optimum, sums, partial, counter,
-    n: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr, LAYOUT: tl.constexpr, NARROW: tl.constexpr,
-    NOON: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr, PRESENT: tl.constexpr,
-    STRIDE: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr, SLOTS: tl.constexpr,
-    COUNT: tl.constexpr,
-    BY_ROW: tl.constexpr, ONE_RESULT: tl.constexpr, ROW_MEAN: tl.constexpr, OWN: tl.constexpr,
-):  # fmt: skip
-    """BY_ROW: weights and optimum are stored for each row; ONE_RESULT: so is the combination; ROW_MEAN: the
-    loss of a row is the mean over its tokens. A row is summed in the last OWN numbers of the
-    program's slot."""
-    D: tl.constexpr = tl.float64 if WIDE else tl.float32
-    clip = clip_numbers(low, high, dual, log_low, log_high, log_dual)
-    regularization = tl.full([], regularization, tl.float64)
-    kl_coef = tl.full([], kl_coef, tl.float64)
-    scale = share(tl.full([], scale, tl.float64), denominator, denominators, SLOTS, COUNT)
-    slots = tl.num_programs(0)
-    i = tl.arange(0, N)
-    if partial is not None:
-        slot = partial + tl.program_id(0).to(tl.int64) * STRIDE
-        clear(slot, STRIDE)
-        own = slot + STRIDE - OWN
-    loss = tl.zeros([], tl.float64)
-    optimum_sum = tl.zeros([], tl.float64)
-    weights_sum = tl.zeros([N], tl.float64)
-    for row_index in range(tl.program_id(0), rows, slots):
-        row = tl.cast(row_index, tl.int64)
-        begin, end = row_range(cu, row, width)
-        valid_count = tl.zeros([], tl.float64)
-        if STATISTICS:
-            clear(own, OWN)
-        for first in range(begin, end, TOKENS):
-            at = first + tl.arange(0, TOKENS)
-            if STATISTICS:
-                token_row = tl.zeros_like(at) + row
-                tile = load_tile(problem, clip, token_row, at, at < end, 0, n, N, NOON, D)
-                add_tile(
-                    own, tile, problem, clip, first, end, cu, rows, width, row,
-                    n, N, TOKENS, 3, NARROW, NOON, PAIRS, PRESENT,
-                )  # fmt: skip
-            else:
-                here = valid_tokens(problem[2], tl.zeros_like(at) + row, at, at < end)
-                valid_count += tl.sum(here.to(tl.int32), axis=0).to(tl.float64)
-        if STATISTICS:
-            add_slot(slot + 2 + n, own, OWN)
-            valid_count = tl.load(own + 9 * n)
-        if ONE_RESULT:
-            a, here = row_advantages(problem, row, n, N, NOON, D)
-        if WEIGHTS == SEQUENCE:
-            c, s = batch_solution(own, prior, regularization, n, N)
-        elif WEIGHTS == TOKEN:  # all tokens of the row have the same bound terms
-            p = tl.load(prior + i, mask=i < n, other=0.0)[None, :]
-            counts = tl.zeros([1, N], tl.float64) + valid_count
-            c, s = solve(a.to(tl.float64), p, here & (counts > 0), regularization, None, N)
-            weights_sum += tl.where(valid_count > 0, valid_count * tl.sum(c, axis=0), 0.0)
-            optimum_sum += tl.where(valid_count > 0, valid_count * tl.sum(tl.sum(s, axis=1), axis=0), 0.0)
-        else:
-            c = load_weights(given, row, n, N, tl.float64)
-            s = tl.zeros([1, 1], tl.float64)
-            if STATISTICS:
-                count = tl.load(own + i, mask=i < n, other=0.0)
-                bound_sum = tl.load(own + n + i, mask=i < n, other=0.0)
-                s = tl.sum(c * scores(count, bound_sum)[None, :], axis=1, keep_dims=True)
-        if BY_ROW:
-            tl.store(weights + row * n + i[None, :], c, mask=i[None, :] < n)
-            tl.store(optimum + row + tl.zeros([1, 1], tl.int32), s)
-        if ONE_RESULT:
-            together = tl.sum(tl.sum(c * a.to(tl.float64), axis=1), axis=0)
-            together = tl.where(valid_count > 0, together, 0.0)
-            tl.store(combined + row, rounded(together, combined.dtype.element_ty))
-        else:
-            c = c.to(D)
-            factor = scale
-            if ROW_MEAN:
-                factor = scale / tl.maximum(valid_count, 1.0)
-            base = row * width
-            if cu[0] is not None:
-                base = tl.zeros([], tl.int64)
-            for first in range(begin, end, TOKENS):
-                at = first + tl.arange(0, TOKENS)
-                inside = at < end
-                token_row = tl.zeros_like(at) + row
-                tile = load_tile(problem, clip, token_row, at, inside, 0, n, N, NOON, D)
-                up, down = combine_tile(tile, c, NOON)
-                if combined is not None:
-                    together = rounded(tl.where(tile[0][0], up + down, 0.0), combined.dtype.element_ty)
-                    tl.store(combined + base + at, together, mask=inside)
-                if value is not None:
-                    loss += store_loss(
-                        tile, up, down, ref, token_row, at, base + at, inside, factor, kl_coef, gradient,
-                        NOON, D,
-                    )  # fmt: skip
-    if partial is not None:
-        tl.store(slot, loss)
-        tl.store(slot + 1, optimum_sum)
-        tl.store(slot + 2 + i, weights_sum, mask=i < n)
-        if is_last(counter, slots):
-            store_results(
-                partial, slots, sums, value, weights, optimum, given, prior,
-                n, N, STRIDE, WEIGHTS, STATISTICS, BY_ROW, PAIRS, PRESENT,
-            )  # fmt: skip
-
-
-@triton.jit
-def row_advantages(problem, row, n: tl.constexpr, N: tl.constexpr, NOON: tl.constexpr, D: tl.constexpr):
-    """A and presence (1, N) of a sequence, whatever its tokens' mask."""
-    objective = tl.arange(0, N)[None, :]
-    everywhere = objective >= 0
-    zero = tl.zeros([1, 1], tl.int64)
-    a, here = load_advantages(problem, zero + row, zero, objective, everywhere, n, D)
-    if NOON:
-        a = tl.where(a < 0, 0.0, a)
-    return a, here
-
-
-@triton.jit
-def count_kernel(
-    mask, cu, rows, width, counts,
-    TOKENS: tl.constexpr, LAYOUT: tl.constexpr, NARROW: tl.constexpr, BY_ROW: tl.constexpr,
-):  # fmt: skip
-    """Valid tokens: of each row (BY_ROW), or of each program's share of all."""
-    if BY_ROW:
-        count_rows(mask, cu, rows, width, counts, TOKENS)
+    if BY_TOKEN:
+        tokens = tl.load(sums + 9 * n)
+        c = ratio(added_slots(partial + _HEAD, slots, STRIDE, i, i < n, 32), tokens)
+        c = tl.where(tokens != 0, c, preference_of(preference, n, N))
+        best = ratio(added_number(partial, slots, STRIDE, 1), tokens)
     else:
-        total = tokens_in_all(cu, rows, width, LAYOUT)
-        count = tl.zeros([TOKENS], tl.int32)
-        for tile in range(tl.program_id(0), tl.cdiv(total, TOKENS), tl.num_programs(0)):
-            at = tl.cast(tile, tl.int64) * TOKENS + tl.arange(0, TOKENS)
-            row, token = place(at, cu, rows, width, 0, LAYOUT, NARROW)
-            count += valid_tokens(mask, row, token, at < total).to(tl.int32)
-        tl.store(counts + tl.program_id(0), tl.sum(count.to(tl.int64), axis=0).to(tl.float64))
+        c = read(weights[0] + i * weights[2], i < n, tl.float64)
+        _, score = scores_of(sums, n, N)
+        best = tl.sum(c * score, axis=0)
+    tl.store(reported + i, c, mask=i < n)
+    tl.store(optimum, best)
+
+
+@triton.jit(do_not_specialize=[*ANY_SIZE, "c_row", "c_step", "e_row", "parts"])
+def tokens_kernel(
+    advantages, a_row: tl.int64, a_token: tl.int64, a_objective: tl.int64,
+    presence, o_row: tl.int64, o_token: tl.int64, o_objective: tl.int64,
+    mask, m_row: tl.int64, m_token: tl.int64, logprobs, l_row: tl.int64, l_token: tl.int64,
+    old, b_row: tl.int64, b_token: tl.int64, importance, w_row: tl.int64, w_token: tl.int64,
+    ref, r_row: tl.int64, r_token: tl.int64, cu, cu_step: tl.int64, rows: tl.int64, width: tl.int64,
+    low: tl.float64, low_at, high: tl.float64, high_at, dual: tl.float64, dual_at,
+    preference, value: tl.float64, value_at,
+    c, c_row: tl.int64, c_step: tl.int64, effective, e_row: tl.int64, row_counts, row_factors,
+    denominator: tl.float64, denominator_at, kl: tl.float64, kl_at,
+    combined, gradient, loss, square_sum, weights, optimum, sums, row_fields, parts: tl.int64, partial, counter,
+    n: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr, LAYOUT: tl.constexpr, NARROW: tl.constexpr,
+    UNIT: tl.constexpr, DENSE: tl.constexpr, NOON: tl.constexpr, WIDE: tl.constexpr,
+    WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr, PAIRS: tl.constexpr, SHARE: tl.constexpr,
+    SOLVE: tl.constexpr, COUNT: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
+    """Programs take tiles of all tokens in turn; with `row_fields`, which receives (rows * parts, 4, n) sums, they take
+    whole parts of rows. SOLVE: the kind of weights that the last program solves from the statistics, or -1.
+    COUNT: a denominator below 1 counts as 1."""
+    D: tl.constexpr = tl.float64 if WIDE else tl.float32
+    PRESENT: tl.constexpr = presence is not None
+    clip = clip_of(low, low_at, high, high_at, dual, dual_at)
+    setting = number_of(value, value_at)
+    own = (advantages, a_row, a_token, a_objective)
+    present = (presence, o_row, o_token, o_objective)
+    mask = (mask, m_row, m_token)
+    logprobs = (logprobs, l_row, l_token)
+    old = (old, b_row, b_token)
+    importance = (importance, w_row, w_token)
+    ref = (ref, r_row, r_token)
+    cu = (cu, cu_step)
+    c = (c, c_row, c_step)
+    effective = (effective, e_row)
+    slots = tl.num_programs(0)
+    program = tl.program_id(0).to(tl.int64)
+    slot = partial
+    if partial is not None:
+        slot = partial + program * STRIDE
+        clear(slot, STRIDE)
+    if loss is not None:
+        divisor = number_of(denominator, denominator_at)
+        if COUNT:
+            divisor = tl.maximum(divisor, 1.0)
+        coefficient = number_of(kl, kl_at)
+    if WEIGHTS == _SCORES or WEIGHTS == _SOFTMIN:
+        p = preference_of(preference, n, N)[None, :]
+        c_sum = tl.zeros([TOKENS, N], tl.float64)
+    zero = tl.zeros([TOKENS], tl.float64)
+    loss_sum = zero
+    best_sum = zero
+    squares = zero
+    units = slots
+    if row_fields is not None:
+        units = rows * parts
+    for unit in range(tl.program_id(0), units, slots):
+        begin = program * TOKENS
+        end = tokens_in_all(cu, rows, width, LAYOUT)
+        step = tl.cast(slots, tl.int64) * TOKENS
+        own_row = tl.zeros([], tl.int64)
+        if row_fields is not None:
+            own_row = tl.cast(unit, tl.int64) // parts
+            begin, end = part_range(cu, own_row, width, tl.cast(unit, tl.int64) % parts, parts, TOKENS)
+            step = tl.full([], TOKENS, tl.int64)
+        if STATISTICS:
+            acc = no_sums(TOKENS, N)
+            if PAIRS:
+                pair_acc = no_pairs(TOKENS, N, PRESENT)
+        for first in range(begin, end, step):
+            at = first + tl.arange(0, TOKENS)
+            inside = at < end
+            if row_fields is not None:
+                row = tl.zeros_like(at) + own_row
+                token = at
+            else:
+                row, token = locate(at, cu, rows, width, LAYOUT, NARROW)
+            factors = load_factors(mask, logprobs, old, importance, clip, row, token, inside, UNIT, D)
+            valid = factors[0]
+            if WEIGHTS == _FACTORS:
+                up = tl.load(row_factors + 3 * row, mask=inside, other=0.0).to(D)
+                down = tl.load(row_factors + 3 * row + 1, mask=inside, other=0.0).to(D)
+                share = tl.load(row_factors + 3 * row + 2, mask=inside, other=0.0)
+            else:
+                share = share_of(row, inside, row_counts)
+                terms = load_terms(own, present, factors, row, token, 0, n, N, NOON, DENSE, D)
+                a, here, bound, _ = terms
+                if STATISTICS:
+                    acc = add_sums(acc, factors, terms, share, NOON)
+                    if PAIRS:
+                        pair_acc = add_pairs(pair_acc, terms, terms, share, PRESENT)
+                if WEIGHTS == _BATCH:
+                    up, down = combine(coefficients(c, effective, 0, here, n, N, SHARE, D), a, NOON)
+                elif WEIGHTS == _ROW:
+                    up, down = combine(
+                        coefficients(c, effective, row[:, None], here, n, N, SHARE, D), a, NOON
+                    )
+                elif WEIGHTS != _NONE:
+                    if WEIGHTS == _SCORES:
+                        x, best = solve(bound, p, here, setting, None, N, NOON)
+                    else:
+                        x, best = softmin(a, p, here, setting)
+                    x_sum = x.to(tl.float64)
+                    best = tl.sum(best, axis=1).to(tl.float64)
+                    if share is not None:
+                        x_sum *= share[:, None]
+                        best *= share
+                    c_sum += tl.where(valid[:, None], x_sum, 0.0)
+                    best_sum += tl.where(valid, best, 0.0)
+                    up, down = combine(x, a, NOON)
+            if combined is not None:
+                together = tl.where(valid, up + down, 0.0)
+                square = together.to(tl.float64) * together.to(tl.float64)
+                if share is not None:
+                    square *= share
+                squares += square
+                tl.store(combined + at, rounded(together, combined.dtype.element_ty), mask=inside)
+            if loss is not None:
+                amount, slope = loss_and_slope(
+                    factors, up, down, ref, coefficient, row, token, inside, UNIT, NOON, D
+                )
+                factor = 1.0 / divisor
+                if share is not None:
+                    factor = share / divisor
+                loss_sum += tl.where(valid, amount.to(tl.float64) * factor, 0.0)
+                if gradient is not None:
+                    slope = tl.where(valid, slope * factor.to(D), 0.0)
+                    tl.store(gradient + at, rounded(slope, gradient.dtype.element_ty), mask=inside)
+        if STATISTICS:
+            store_sums(slot + _HEAD + n, acc, n, N)
+            if PAIRS:
+                i = tl.arange(0, N)
+                store_pairs(slot + _HEAD + 10 * n + 2, pair_acc, i[:, None], i[None, :], n, PRESENT)
+            if row_fields is not None:
+                i = tl.arange(0, N)
+                to = row_fields + tl.cast(unit, tl.int64) * 4 * n + i
+                tl.store(to, tl.sum(acc[0], axis=0), mask=i < n)
+                tl.store(to + n, tl.sum(acc[1], axis=0), mask=i < n)
+                tl.store(to + 2 * n, tl.sum(acc[2], axis=0), mask=i < n)
+                tl.store(to + 3 * n, tl.sum(acc[5], axis=0), mask=i < n)
+    if partial is not None:
+        i = tl.arange(0, N)
+        tl.store(slot, tl.sum(loss_sum, axis=0))
+        tl.store(slot + 1, tl.sum(best_sum, axis=0))
+        tl.store(slot + 2, tl.sum(squares, axis=0))
+        if WEIGHTS == _SCORES or WEIGHTS == _SOFTMIN:
+            tl.store(slot + _HEAD + i, tl.sum(c_sum, axis=0), mask=i < n)
+        if is_last(counter, slots):
+            if loss is not None:
+                tl.store(loss, added_number(partial, slots, STRIDE, 0))
+            if square_sum is not None:
+                tl.store(square_sum, added_number(partial, slots, STRIDE, 2))
+            if STATISTICS:
+                store_statistics(partial + _HEAD + n, slots, STRIDE, sums, n, PAIRS, PRESENT)
+                if SOLVE >= 0:
+                    store_batch_weights(
+                        sums, preference, setting, weights, optimum, effective[0], n, N, SOLVE, 1
+                    )
+                elif WEIGHTS != _NONE:
+                    report(
+                        partial, slots, STRIDE, sums, c, preference, weights, optimum, n, N, WEIGHTS != _BATCH
+                    )
+
+
+class Pass(NamedTuple):
+    """What a launch of `tokens_kernel` does, and where its results go."""
+
+    weights: int = NONE  # WEIGHTS
+    statistics: bool = False
+    pairs: bool = False
+    share: bool = False
+    solve: int = -1
+    preference: Tensor | None = None
+    setting: Number = 0.0  # regularization or temperature
+    c: Tensor | None = None  # (N,), or (B, N) with weights per row
+    effective: Tensor | None = None
+    row_counts: Tensor | None = None
+    row_factors: Tensor | None = None
+    denominator: Number = 1.0
+    count: bool = False  # the denominator is one
+    kl_coef: Number = 0.0
+    combined: Tensor | None = None
+    gradient: Tensor | None = None
+    loss: Tensor | None = None
+    square_sum: Tensor | None = None
+    reported: Tensor | None = None
+    optimum: Tensor | None = None
+    sums: Tensor | None = None
+    row_fields: Tensor | None = None
+    parts: int = 1
+
+
+def run_tokens(p: Problem, x: Pass) -> None:
+    n, present = p.constants["n"], p.arguments[4] is not None
+    # Sums beside the results take registers, and so does the float64 that both signs may want.
+    if x.pairs:
+        constants = p.tile(512 if present else 1024, p.constants["N"] ** 2)
+    else:
+        by_token = x.weights in (SCORES, SOFTMIN)
+        constants = p.tile(256 if by_token and x.statistics else 512 if x.statistics else 1024)
+    stride = slot_size(n, x.statistics, x.pairs, present)
+    tiles = -(-p.total // constants["TOKENS"])
+    units = tiles if x.row_fields is None else p.rows * x.parts
+    slots = programs(p.device, units, 2 if x.statistics else 8)
+    partial = count = None
+    if x.statistics or x.loss is not None or x.square_sum is not None:
+        partial = torch.empty(slots * stride, device=p.device, dtype=torch.float64)
+        count = counter(p.device)
+    by_row = x.c is not None and x.c.dim() == 2
+    strides: tuple[Any, ...] = (0, 0) if x.c is None else (x.c.stride(0) if by_row else 0, x.c.stride(-1))
+    launch(
+        tokens_kernel, p.device, slots, *p.arguments, x.preference, *number(x.setting), x.c, *strides,
+        x.effective, n if by_row else 0, x.row_counts, x.row_factors, *number(x.denominator), *number(x.kl_coef),
+        x.combined, x.gradient, x.loss, x.square_sum, x.reported, x.optimum, x.sums, x.row_fields, x.parts, partial,
+        count, **constants, WEIGHTS=x.weights, STATISTICS=x.statistics, PAIRS=x.pairs, SHARE=x.share,
+        SOLVE=x.solve, COUNT=x.count, STRIDE=stride,
+    )  # fmt: skip

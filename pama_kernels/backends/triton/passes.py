@@ -1,244 +1,259 @@
-"""`combine` and `loss`: which kernels a call takes, and what they write into.
+"""`statistics` and `apply`: which kernels a call takes, and what they write into.
 
-Weights of the batch: the statistics pass with its solution, then a pass over the tokens. Other weights: one
-pass, before which the valid tokens are counted where the loss is a mean over masked tokens.
+Weights of the batch: a pass for the statistics, in which the last program solves FIXED and SCORES (GRAM and UPGRAD take
+a launch of their own), then a pass over the tokens. Weights per row: the same, with sums of each row. Others: one pass,
+before which the valid tokens are counted where the loss or the token weights need them. Advantages per sequence take
+`rows.py`, and a pass over the tokens for the loss alone.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any
-
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from pama_kernels._codes import BATCH, FIELDS, GIVEN, GRAM, SEQUENCE, TOKEN, statistics_size
-from pama_kernels.backends._counter import counter
-from pama_kernels.backends.inputs import TokenInputs
+from pama_kernels._call import (
+    FIELDS,
+    Aggregation,
+    Kind,
+    Number,
+    Outputs,
+    Results,
+    Rule,
+    Tokens,
+    WeightsPer,
+    one_result_per_row,
+    statistics_size,
+    weights_by_row,
+)
+from pama_kernels.backends.operators import empty_results
 
-from .apply import count_kernel, rows_kernel, tokens_kernel
-from .launch import launch, more_warps, power_of_two
-from .pairs import add_pairs, gram_weights
-from .problem import COUNTED, PAIRS_IN_REGISTERS, Problem, flattened, problem, programs, slot_size
-from .statistics import run_statistics
+from .apply import BATCH, FACTORS, NONE, ROW, SCORES, SOFTMIN, Pass, run_tokens
+from .launch import INTERPRETED, check_memory, launch, number, number_of, power_of_two, programs
+from .rows import Rows
+from .rules import solve_into
+from .simplex import preference_of, softmin, solve
+from .statistics import PAIRS_IN_REGISTERS, store_pairs_of, valid_count
+from .tokens import Problem, check_tokens_memory, problem, row_range, valid_tokens
 
-_TOKEN_MEAN, _SEQUENCE_MEAN_TOKEN_SUM, SEQUENCE_MEAN_TOKEN_MEAN = range(3)
-# What a first pass by another backend found: the weights of the batch, the optimum and the statistics.
-Solved = tuple[Tensor, Tensor, Tensor]
-
-_KERNEL_WEIGHTS = {GIVEN: 0, BATCH: 0, GRAM: 0, SEQUENCE: 1, TOKEN: 2}
-
-
-def _counts(given: Problem, rows: Tensor | None = None) -> Tensor:
-    """Valid tokens of each row, into `rows`; without it in parts whose sum is that of all."""
-    by_row = rows is not None
-    source = given if by_row else flattened(given)
-    shape = source.shape(False)
-    units = given.rows if by_row else -(-source.tokens() // COUNTED)
-    slots = programs(given.device, units)
-    counts = torch.empty(slots, device=given.device, dtype=torch.float64) if rows is None else rows
-    launch(
-        count_kernel,
-        given.device,
-        slots,
-        source.arrays[2],
-        source.cu,
-        source.rows,
-        source.width,
-        counts,
-        TOKENS=COUNTED,
-        LAYOUT=0 if source.cu[0] is not None else shape.LAYOUT,
-        NARROW=shape.NARROW,
-        BY_ROW=by_row,
-    )
-    return counts
+_BATCH_KINDS = (Kind.FIXED, Kind.SCORES, Kind.GRAM, Kind.UPGRAD)
 
 
-def _denominator(
-    given: Problem, aggregation: int, fixed: float, normalizer: Tensor | None, batch_sums: Tensor | None
-) -> tuple[float, Tensor | None, bool]:
-    """What a token's loss is multiplied by, whose sum it is divided by, and whether that is a count."""
-    if fixed != -math.inf:
-        return 1 / fixed, None, False
-    if normalizer is not None:
-        return 1.0, normalizer, False
-    if aggregation != _TOKEN_MEAN:
-        return 1 / max(given.rows, 1), None, False
-    if given.arrays[2][0] is None:
-        return 1 / max(given.tokens(), 1), None, False
-    if batch_sums is not None:
-        return 1.0, batch_sums[len(FIELDS) * given.n :][:1], True
-    return 1.0, _counts(given), True
+def _factorised(given: Tokens) -> bool:
+    return given.per_sequence and (given.objective_mask is None or given.mask_per_sequence)
 
 
-def _apply(
-    given: Problem,
-    weights_per: int,
-    weights: Tensor | None,
-    prior: Tensor,
-    regularization: float,
-    pairs: bool,
-    dtype: torch.dtype,
-    combined: Tensor | None,
-    one_result: bool = False,
-    value: Tensor | None = None,
-    gradient: Tensor | None = None,
-    kl_coef: float = 0.0,
-    aggregation: int = _TOKEN_MEAN,
-    fixed: float = -math.inf,
-    normalizer: Tensor | None = None,
-    first: Solved | None = None,
-) -> Solved:
-    """Weights, optimum and statistics; the rest is written into what is given."""
-    n, rows, device = given.n, given.rows, given.device
-    by_row = weights_per == SEQUENCE or (weights is not None and weights.dim() == 2)
-    batch_sums = None
-    if first is None:
-        solved = torch.empty((rows, n) if by_row else (n,), device=device, dtype=dtype)
-        optimum = torch.empty((rows,) if by_row else (), device=device, dtype=dtype)
+class _Call:
+    """A call's pass over all that it needs, by rows or by tokens."""
+
+    def __init__(self, given: Tokens, by_token: bool, by_row: bool = False) -> None:
+        self.given, self.n, self.device = given, given.objectives, given.advantages.device
+        self.rows = Rows(given) if _factorised(given) and not by_token else None
+        self.row_counts: Tensor | None = None
+        if self.rows is None and given.aggregation == Aggregation.SEQ_MEAN_TOKEN_MEAN:
+            self.row_counts = valid_count(given, True)
+        self.problem: Problem | None = None
+        if self.rows is None:
+            self.problem = problem(given, by_row or self.row_counts is not None)
+
+    def run(self, x: Pass, by_row: bool = False) -> None:
+        """Adds pairs beyond what a pass has registers for."""
+        inside = x.pairs and self.n <= PAIRS_IN_REGISTERS
+        asked = x._replace(pairs=inside, row_counts=self.row_counts)
+        if self.rows is not None:
+            self.rows.run(asked, by_row)
+        else:
+            assert self.problem is not None
+            run_tokens(self.problem, asked)
+        if x.pairs and not inside:
+            assert x.sums is not None
+            if self.rows is not None:
+                self.rows.store_pairs(x.sums)
+            else:
+                assert self.problem is not None
+                present = self.given.objective_mask is not None
+                store_pairs_of(self.problem, present, self.row_counts, x.sums)
+
+    def new(self, *shape: int) -> Tensor:
+        return torch.empty(shape, device=self.device, dtype=torch.float64)
+
+
+def statistics(tokens: Tokens, pairs: bool) -> Tensor:
+    check_tokens_memory(tokens)
+    call = _Call(tokens, by_token=False)
+    sums = call.new(statistics_size(call.n, pairs))
+    call.run(Pass(statistics=True, pairs=pairs, sums=sums))
+    return sums
+
+
+@triton.jit(do_not_specialize=["parts", "rows", "c_row", "c_step"])
+def row_weights_kernel(
+    fields, parts: tl.int64, preference, value: tl.float64, value_at, c, c_row: tl.int64, c_step: tl.int64,
+    weights, optimum, effective, rows: tl.int64,
+    n: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, WEIGHTS: tl.constexpr, NOON: tl.constexpr,
+):  # fmt: skip
+    """Weights of rows from their sums (rows * parts, 4, n): count, I, I^2, A'; and the preference in each row. Given
+    weights (ROW) have only their optimum a.c computed."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    i = tl.arange(0, N)
+    inside = (row < rows)[:, None] & (i < n)[None, :]
+    count = tl.zeros([ROWS, N], tl.float64)
+    bound = count
+    square = count
+    advantage = count
+    for part in range(parts):
+        at = fields + (row * parts + part)[:, None] * 4 * n + i[None, :]
+        count += tl.load(at, mask=inside, other=0.0)
+        bound += tl.load(at + n, mask=inside, other=0.0)
+        square += tl.load(at + 2 * n, mask=inside, other=0.0)
+        advantage += tl.load(at + 3 * n, mask=inside, other=0.0)
+    here = inside & (count > 0)
+    count = tl.where(here, count, 1.0)
+    score = tl.where(here, bound / count, 0.0)
+    if WEIGHTS == 2:
+        x = tl.load(c + row[:, None] * c_row + i[None, :] * c_step, mask=inside, other=0.0).to(tl.float32)
+        if c.dtype.element_ty == tl.float64:
+            x = tl.load(c + row[:, None] * c_row + i[None, :] * c_step, mask=inside, other=0.0)
+        best = tl.sum(x * score, axis=1, keep_dims=True)
     else:
-        solved, optimum, batch_sums = first
-    row_mean = value is not None and aggregation == SEQUENCE_MEAN_TOKEN_MEAN
-    over_rows = by_row or one_result
-    row_counts = None
-    if row_mean and not over_rows:
-        row_counts = torch.empty(rows, device=device, dtype=torch.float64)
-    if first is None and weights_per == BATCH:
-        batch_sums = run_statistics(given, pairs, prior, regularization, (solved, optimum), row_counts)
-    elif first is None and weights_per == GRAM:
-        batch_sums = run_statistics(given, True, None, 0.0, None, row_counts)
-        gram_weights(batch_sums, n, prior, regularization, solved, optimum)
-    elif row_counts is not None:
-        _counts(given, row_counts)
-    sums = batch_sums
-    if sums is None:
-        sums = torch.empty(statistics_size(n, pairs), device=device, dtype=torch.float64)
-    source = solved if weights is None else weights.detach()
-    statistics = batch_sums is None
+        p = preference_of(preference, n, N)[None, :]
+        setting = number_of(value, value_at)
+        if WEIGHTS == 3:
+            moment = tl.where(here, square / count, 0.0)
+            scale = tl.max(moment, axis=1, keep_dims=True)
+            unusable = tl.max((moment != moment).to(tl.int32), axis=1, keep_dims=True) > 0
+            x, best = solve(score, p, here, setting, tl.where(unusable, float("nan"), scale), N, NOON)
+        else:
+            x, best = softmin(tl.where(here, advantage / count, 0.0), p, here, setting)
+        mass = tl.sum(tl.where(here, p, 0.0), axis=1, keep_dims=True)
+        many = tl.maximum(tl.sum(here.to(tl.float64), axis=1, keep_dims=True), 1.0)
+        own = tl.where(mass > 0, p / tl.where(mass > 0, mass, 1.0), 1.0 / many)
+        tl.store(effective + row[:, None] * n + i[None, :], tl.where(here, own, 0.0), mask=inside)
+    tl.store(weights + row[:, None] * n + i[None, :], x, mask=inside)
+    tl.store(optimum + row[:, None], best, mask=(row < rows)[:, None])
 
-    scale, denominator, is_count = 1.0, None, False
-    if value is not None:
-        scale, denominator, is_count = _denominator(given, aggregation, fixed, normalizer, batch_sums)
-    if not over_rows and row_counts is None:
-        given = flattened(given)
-    inside = statistics and pairs and n <= PAIRS_IN_REGISTERS
-    # Statistics beside the results take registers, and so does the float64 that both signs may want.
-    many = over_rows and n > 8
-    area = 1024 if not statistics else 256 if many or (weights_per == TOKEN and not given.noon) else 512
-    shape = given.shape(inside, row_counts is not None, area)
-    if over_rows:
-        length = given.width if given.cu[0] is None else 256
-        shape = shape._replace(TOKENS=min(shape.TOKENS, power_of_two(length)))
-    stride = slot_size(n, statistics, inside, shape.PRESENT)
-    own = stride - 2 - n if over_rows else 0
-    stride += own
-    units = rows if over_rows else -(-given.tokens() // shape.TOKENS)
-    slots = programs(device, units, stride)
-    partial = count = None
-    if statistics or value is not None:
-        partial = torch.empty(slots * stride, device=device, dtype=torch.float64)
-        count = counter(device)
-    denominators = 0 if denominator is None else denominator.numel()
-    extra: dict[str, Any] = {"BY_ROW": by_row, "ONE_RESULT": one_result, "ROW_MEAN": row_mean, "OWN": own}
+
+def _row_weights(call: _Call, x: Pass, fields: Tensor, parts: int, effective: Tensor) -> None:
+    rows, n, block = call.given.rows, call.n, power_of_two(call.n)
+    each = max(1, 256 // block)
+    strides = (0, 0) if x.c is None else x.c.stride()
     launch(
-        rows_kernel if over_rows else tokens_kernel,
-        device,
-        slots,
-        given.arrays,
-        given.ref,
-        given.cu,
-        given.rows,
-        given.width,
-        *given.clip,
-        (source, source.stride(0) if by_row else 0, source.stride(-1)),
-        prior,
-        regularization,
-        scale,
-        denominator,
-        denominators,
-        *(() if over_rows else (row_counts,)),
-        kl_coef,
-        combined,
-        gradient,
-        value,
-        solved,
-        optimum,
-        sums,
-        partial,
-        count,
-        **shape._asdict(),
-        STRIDE=stride,
-        WEIGHTS=_KERNEL_WEIGHTS[weights_per],
-        STATISTICS=statistics,
-        SLOTS=power_of_two(denominators),
-        COUNT=is_count,
-        **(extra if over_rows else {}),
-        num_warps=more_warps() if many else 4,
-    )
-    if statistics and pairs and not inside:
-        add_pairs(given, sums)
-    return solved, optimum, sums
+        row_weights_kernel, call.device, max(1, -(-rows // each)), fields, parts, x.preference, *number(x.setting),
+        x.c, *strides, x.reported, x.optimum, effective, rows, n=n, N=block, ROWS=each, WEIGHTS=x.weights,
+        NOON=call.given.noon,
+    )  # fmt: skip
 
 
-def combine(
-    given: TokenInputs,
-    weights: Tensor | None,
-    prior: Tensor,
-    weights_per: int,
-    uniform: bool,
-    regularization: float,
-    token_shape: Sequence[int] | None,
-    pairs: bool,
-    *,
-    first: Solved | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    advantages = given.advantages
-    dtype = torch.float64 if advantages.dtype == torch.float64 else torch.float32
-    shape = advantages.shape[:-1] if token_shape is None else token_shape
-    combined = torch.empty(shape, device=advantages.device, dtype=advantages.dtype)
-    one_result = bool(given.layout[2]) and token_shape is None
-    return combined, *_apply(
-        *(problem(given), weights_per, weights, prior, regularization, pairs, dtype, combined, one_result),
-        first=first,
-    )
+@triton.jit(do_not_specialize=["m_token", "cu_step", "rows", "width"])
+def first_token_kernel(
+    mask, m_token: tl.int64, cu, cu_step: tl.int64, width: tl.int64, values, result, TOKENS: tl.constexpr
+):
+    """A packed sequence's value at its first valid token; 0 where there is none."""
+    row = tl.program_id(0).to(tl.int64)
+    begin, end = row_range((cu, cu_step), row, width)
+    place = end
+    for first in range(begin, end, TOKENS):
+        at = first + tl.arange(0, TOKENS)
+        valid = valid_tokens((mask, 0, m_token), tl.zeros_like(at), at, at < end, False)
+        place = tl.minimum(place, tl.min(tl.where(valid, at, end), axis=0))
+    tl.store(result + row, tl.load(values + place, mask=place < end, other=0.0))
 
 
-def loss(
-    given: TokenInputs,
-    weights: Tensor | None,
-    normalizer: Tensor | None,
-    prior: Tensor,
-    weights_per: int,
-    uniform: bool,
-    regularization: float,
-    aggregation: int,
-    fixed_normalizer: float,
-    kl_coef: float,
-    need_gradient: bool,
-    *,
-    first: Solved | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    logprobs = given.logprobs
-    assert logprobs is not None
-    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-    value = torch.empty((), device=logprobs.device, dtype=dtype)
-    gradient = torch.empty(logprobs.shape if need_gradient else (0,), device=logprobs.device, dtype=dtype)
-    rest = _apply(
-        problem(given),
-        weights_per,
-        weights,
-        prior,
-        regularization,
-        weights_per == GRAM,
-        dtype,
-        None,
-        value=value,
-        gradient=gradient if need_gradient else None,
-        kl_coef=kl_coef,
-        aggregation=aggregation,
-        fixed=fixed_normalizer,
-        normalizer=normalizer,
-        first=first,
-    )
-    return value, gradient, *rest
+def _denominator(given: Tokens, outputs: Outputs, sums: Tensor | None) -> tuple[Number, bool]:
+    """What the sum of the tokens' losses is divided by, and whether that is a count."""
+    if outputs.normalizer is not None:
+        return outputs.normalizer, False
+    if given.aggregation != Aggregation.TOKEN_MEAN:
+        return float(max(given.rows, 1)), False
+    if given.mask is None and given.cu_seqlens is None:
+        return float(max(given.rows * given.width, 1)), False
+    if sums is not None:
+        return sums[len(FIELDS) * given.objectives], True
+    return valid_count(given, False), True
+
+
+def apply(
+    tokens: Tokens, rule: Rule, preference: Tensor | None, weights: Tensor | None, outputs: Outputs
+) -> Results:
+    check_tokens_memory(tokens)
+    check_memory(preference=preference, weights=weights)
+    if not isinstance(outputs.kl_coef, Tensor) and outputs.kl_coef == 0:
+        tokens = tokens._replace(ref_logprobs=None)
+    results = empty_results(tokens, rule, weights, outputs)
+    n, rows = tokens.objectives, tokens.rows
+    by_row = weights_by_row(rule, weights)
+    by_token = rule.weights_per == WeightsPer.TOKEN and weights is None and tokens.logprobs is not None
+    batch = weights is None and rule.weights_per == WeightsPer.BATCH
+    call = _Call(tokens, by_token, by_row)
+
+    # what is asked for
+    combined = results.advantages if outputs.advantages else None
+    picked = combined
+    if combined is not None and call.rows is None and one_result_per_row(tokens, rule):
+        width = tokens.width if tokens.width >= 0 else 0
+        combined = combined.new_empty(
+            width
+        )  # presence may differ within a row: its first valid token decides
+    loss = results.loss if outputs.loss else None
+    asked = {
+        "combined": combined,
+        "loss": loss,
+        "gradient": results.gradient if outputs.gradient else None,
+        "kl_coef": outputs.kl_coef,
+    }
+    # whose weights
+    if weights is not None:
+        kind = ROW if by_row else BATCH
+    else:
+        kind = BATCH if batch else SOFTMIN if rule.kind == Kind.SOFTMIN else SCORES
+    x = Pass(
+        weights=kind, statistics=True, pairs=outputs.pairs, preference=preference, setting=rule.number,
+        c=None if weights is None else weights.detach(), effective=preference,
+        share=tokens.objective_mask is not None and kind != SCORES and kind != SOFTMIN and rule.kind != Kind.GIVEN,
+        reported=results.weights, optimum=results.optimum, sums=results.sums, square_sum=results.square_sum,
+    )  # fmt: skip
+    solved = False  # the statistics are there, and weights in x.c
+    if batch:
+        effective = call.new(n)
+        inline = rule.kind in (Kind.FIXED, Kind.SCORES)
+        call.run(x._replace(weights=NONE, solve=int(rule.kind) if inline else -1, effective=effective))
+        if not inline:
+            solve_into(results.sums, rule, preference, n, results.weights, results.optimum, effective)
+        x = x._replace(c=results.weights, effective=effective, reported=None, optimum=None)
+        solved = True
+    elif by_row and call.rows is None:
+        parts = 1 if INTERPRETED else max(1, min(programs(call.device, 1 << 30, 2) // max(rows, 1), 64))
+        fields, effective = call.new(rows * parts * 4 * n), call.new(rows, n)
+        call.run(x._replace(weights=NONE, row_fields=fields, parts=parts, effective=None))
+        _row_weights(call, x, fields, parts, effective)
+        share = tokens.objective_mask is not None and not tokens.mask_per_sequence and weights is None
+        x = x._replace(weights=ROW, c=results.weights, effective=effective, share=share, reported=None)
+        solved = True
+    if solved:
+        x = x._replace(statistics=False, pairs=False)
+
+    if call.rows is not None:
+        factors = call.new(rows, 3) if loss is not None else None
+        if not solved or combined is not None or factors is not None:
+            call.run(x._replace(combined=combined, row_factors=factors), by_row)
+        if loss is not None:
+            denominator, count = _denominator(tokens, outputs, results.sums)
+            final = Pass(weights=FACTORS, row_factors=factors, denominator=denominator, count=count)
+            run_tokens(
+                problem(tokens, True, without_objectives=True),
+                final._replace(loss=loss, gradient=asked["gradient"], kl_coef=outputs.kl_coef),
+            )
+    else:
+        denominator, count = 1.0, False
+        if loss is not None:
+            denominator, count = _denominator(tokens, outputs, results.sums if solved else None)
+        call.run(x._replace(**asked, denominator=denominator, count=count))
+        if combined is not picked:
+            assert picked is not None and tokens.cu_seqlens is not None
+            mask = tokens.mask
+            launch(
+                first_token_kernel, call.device, rows, mask, 0 if mask is None else mask.stride(0), tokens.cu_seqlens,
+                tokens.cu_seqlens.stride(0), tokens.width, combined, picked, TOKENS=128,
+            )  # fmt: skip
+    return results

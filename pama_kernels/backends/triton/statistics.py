@@ -1,4 +1,7 @@
-"""The statistics of a batch, with its weights solved in the same launch."""
+"""Sums over tokens: the terms of a tile, kept element by element in float64 and added over tokens once at the end.
+
+Every term is weighted by the token weights of the aggregation: `share` (TOKENS,) float64, or 1 where it is None.
+"""
 
 from __future__ import annotations
 
@@ -7,147 +10,253 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pama_kernels._codes import statistics_size
+from pama_kernels._call import Tokens
 from pama_kernels.backends._counter import counter
-from pama_kernels.backends.inputs import TokenInputs
 
-from .launch import launch, power_of_two
-from .pairs import add_pairs, gram_weights
-from .problem import COUNTED, PAIRS_IN_REGISTERS, Problem, flattened, problem, programs, slot_size
-from .sums import (
-    add_tile,
-    batch_solution,
-    clear,
-    count_rows,
+from .launch import INTERPRETED, launch, programs
+from .reduce import (
+    FIELD_COUNT,
+    TOTAL_COUNT,
+    add_pairs_kernel,
+    add_to,
+    added_number,
     is_last,
-    load_tile,
-    place,
-    store_statistics,
+    pair_blocks,
 )
-from .tile import clip_numbers, tokens_in_all
+from .tokens import (
+    ANY_SIZE,
+    Problem,
+    clip_of,
+    load_factors,
+    load_terms,
+    locate,
+    problem,
+    row_range,
+    tokens_in_all,
+    valid_tokens,
+)
+
+PAIRS_IN_REGISTERS = 8  # objectives whose N x N sums ride along with the others
+_COUNTED = 128 if INTERPRETED else 1024  # tokens at a time, where nothing but the mask is read
+_BLOCK = 8  # objectives of a block of pairs
 
 
 @triton.jit
-def statistics_kernel(
-    problem, cu, rows, width,
-    low: tl.float64, high: tl.float64, dual: tl.float64,
-    log_low: tl.float64, log_high: tl.float64, log_dual: tl.float64,
-    prior, regularization: tl.float64, partial, counter, sums, weights, optimum, row_counts,
-    n: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr, LAYOUT: tl.constexpr, NARROW: tl.constexpr,
-    NOON: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr, PRESENT: tl.constexpr,
-    STRIDE: tl.constexpr, SOLVE: tl.constexpr, COUNTED: tl.constexpr,
-):  # fmt: skip
-    """With `row_counts` the valid tokens of every row are counted too, COUNTED at a time."""
-    D: tl.constexpr = tl.float64 if WIDE else tl.float32
-    clip = clip_numbers(low, high, dual, log_low, log_high, log_dual)
-    total = tokens_in_all(cu, rows, width, LAYOUT)
-    slots = tl.num_programs(0)
-    slot = partial + tl.program_id(0).to(tl.int64) * STRIDE
-    clear(slot, STRIDE)
-    for tile in range(tl.program_id(0), tl.cdiv(total, TOKENS), slots):
-        first = tl.cast(tile, tl.int64) * TOKENS
-        at = first + tl.arange(0, TOKENS)
-        row, token = place(at, cu, rows, width, 0, LAYOUT, NARROW)
-        loaded = load_tile(problem, clip, row, token, at < total, 0, n, N, NOON, D)
-        add_tile(
-            slot + 2 + n, loaded, problem, clip, first, total, cu, rows, width, 0,
-            n, N, TOKENS, LAYOUT, NARROW, NOON, PAIRS, PRESENT,
-        )  # fmt: skip
-    if row_counts is not None:
-        count_rows(problem[2], cu, rows, width, row_counts, COUNTED)
-    if is_last(counter, slots):
-        store_statistics(partial + 2 + n, slots, STRIDE, sums, n, PAIRS, PRESENT)
-        if SOLVE:
-            store_solution(sums, prior, regularization, weights, optimum, n, N)
+def no_sums(TOKENS: tl.constexpr, N: tl.constexpr):
+    z = tl.zeros([TOKENS, N], tl.float64)
+    t = tl.zeros([TOKENS], tl.float64)
+    return z, z, z, z, z, z, z, z, z, t, t
 
 
 @triton.jit
-def store_solution(
-    sums, prior, regularization, weights, optimum, n: tl.constexpr, N: tl.constexpr
-):  # fmt: skip
-    c, value = batch_solution(sums, prior, tl.full([], regularization, tl.float64), n, N)
-    i = tl.arange(0, N)[None, :]
-    tl.store(weights + i, c, mask=i < n)
-    tl.store(optimum + tl.zeros([1, 1], tl.int32), value)
-
-
-@triton.jit
-def batch_weights_kernel(
-    sums, prior, regularization: tl.float64, weights, optimum, n: tl.constexpr, N: tl.constexpr
-):
-    store_solution(sums, prior, regularization, weights, optimum, n, N)
-
-
-def run_statistics(
-    given: Problem,
-    pairs: bool,
-    prior: Tensor | None,
-    regularization: float,
-    solved: tuple[Tensor, Tensor] | None,
-    row_counts: Tensor | None = None,
-) -> Tensor:
-    """The statistics buffer; the batch's weights and optimum are written into `solved`, the valid tokens of
-    each row into `row_counts`."""
-    n = given.n
-    sums = torch.empty(statistics_size(n, pairs), device=given.device, dtype=torch.float64)
-    collapsed = given if row_counts is not None else flattened(given)
-    inside = pairs and n <= PAIRS_IN_REGISTERS
-    shape = collapsed.shape(inside, area=512 if inside else 1024)
-    stride = slot_size(n, True, inside, shape.PRESENT)
-    slots = programs(given.device, -(-collapsed.tokens() // shape.TOKENS), stride)
-    partial = torch.empty(slots * stride, device=given.device, dtype=torch.float64)
-    launch(
-        statistics_kernel,
-        given.device,
-        slots,
-        collapsed.arrays,
-        collapsed.cu,
-        collapsed.rows,
-        collapsed.width,
-        *collapsed.clip,
-        prior,
-        regularization,
-        partial,
-        counter(given.device),
-        sums,
-        *(solved or (None, None)),
-        row_counts,
-        **shape._asdict(),
-        STRIDE=stride,
-        SOLVE=solved is not None,
-        COUNTED=COUNTED,
-        num_warps=4,
+def add_sums(sums, factors, terms, share, NOON: tl.constexpr):
+    """In the order of `_call.FIELDS`, (TOKENS, N) each, then `TOTALS`, (TOKENS,)."""
+    valid, logp, _, _, _, _, _, off_pos, off_neg, kl = factors
+    a, here, bound, surrogate = terms
+    w, v = 1.0, 1.0
+    if share is not None:
+        w, v = share[:, None], share
+    positive = a > 0
+    clipped = positive & off_pos[:, None]
+    if not NOON:
+        clipped = clipped | ((a < 0) & off_neg[:, None])
+    b = bound.to(tl.float64)
+    x = a.to(tl.float64)
+    wb = w * b
+    wx = w * x
+    zero = tl.zeros_like(b)
+    return (
+        sums[0] + tl.where(here, w, zero),
+        sums[1] + wb,
+        sums[2] + wb * b,
+        sums[3] + wb * logp.to(tl.float64)[:, None],
+        sums[4] + w * surrogate.to(tl.float64),
+        sums[5] + wx,
+        sums[6] + wx * x,
+        sums[7] + tl.where(positive, w, zero),
+        sums[8] + tl.where(clipped, w, zero),
+        sums[9] + tl.where(valid, v, tl.zeros(valid.shape, tl.float64)),
+        sums[10] + v * kl.to(tl.float64),
     )
-    if pairs and not inside:
-        add_pairs(collapsed, sums)
-    return sums
 
 
-def statistics(given: TokenInputs, gram: bool) -> Tensor:
-    return run_statistics(problem(given), gram, None, 0.0, None)
-
-
-def batch_weights(
-    sums: Tensor, objectives: int, gram: bool, prior: Tensor, regularization: float, wide: bool
-) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if wide else torch.float32
-    weights = torch.empty(objectives, device=sums.device, dtype=dtype)
-    optimum = torch.empty((), device=sums.device, dtype=dtype)
-    sums = sums.contiguous()
-    if gram:
-        gram_weights(sums, objectives, prior, regularization, weights, optimum)
+@triton.jit
+def no_pairs(TOKENS: tl.constexpr, N: tl.constexpr, PRESENT: tl.constexpr):
+    z = tl.zeros([TOKENS, N, N], tl.float64)
+    if PRESENT:
+        return z, z, z, z, z
     else:
-        launch(
-            batch_weights_kernel,
-            sums.device,
-            1,
-            sums,
-            prior,
-            regularization,
-            weights,
-            optimum,
-            objectives,
-            power_of_two(objectives),
-            num_warps=1,
+        return z, z
+
+
+@triton.jit
+def add_pairs(sums, x, y, share, PRESENT: tl.constexpr):
+    """Of two blocks of objectives on the same tokens, in the order of `_call.PAIRS`, (TOKENS, N, N) each."""
+    w = 1.0
+    if share is not None:
+        w = share[:, None]
+    a = x[0].to(tl.float64)
+    b = y[0].to(tl.float64)[:, None, :]
+    wa = w * a
+    bound = (w * x[2].to(tl.float64))[:, :, None] * y[2].to(tl.float64)[:, None, :]
+    product = wa[:, :, None] * b
+    if PRESENT:
+        there = tl.where(y[1], 1.0, tl.zeros_like(wa))[:, None, :]
+        here = tl.where(x[1], w, tl.zeros_like(wa))
+        return (
+            sums[0] + bound,
+            sums[1] + product,
+            sums[2] + here[:, :, None] * there,
+            sums[3] + wa[:, :, None] * there,
+            sums[4] + (wa * a)[:, :, None] * there,
         )
-    return weights, optimum
+    else:
+        return sums[0] + bound, sums[1] + product
+
+
+@triton.jit
+def store_sums(slot, sums, n: tl.constexpr, N: tl.constexpr):
+    """Adds them over tokens to a slot's fields."""
+    i = tl.arange(0, N)
+    for field in tl.static_range(FIELD_COUNT):
+        add_to(slot + field * n + i, tl.sum(sums[field], axis=0), i < n)
+    one = tl.zeros([1], tl.int32)
+    for total in tl.static_range(TOTAL_COUNT):
+        add_to(
+            slot + FIELD_COUNT * n + total + one, tl.sum(sums[FIELD_COUNT + total], axis=0)[None], one == 0
+        )
+    tl.debug_barrier()  # what is added next may be read by other threads
+
+
+@triton.jit
+def store_pairs(slot, sums, i, j, n: tl.constexpr, PRESENT: tl.constexpr):
+    """Adds them over tokens to a slot's blocks, of objectives i (N, 1) and j (1, N)."""
+    blocks: tl.constexpr = 5 if PRESENT else 2
+    for block in tl.static_range(blocks):
+        add_to(slot + block * n * n + i * n + j, tl.sum(sums[block], axis=0), (i < n) & (j < n))
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["m_row", "m_token", "cu_step", "rows", "width"])
+def count_kernel(
+    mask, m_row: tl.int64, m_token: tl.int64, cu, cu_step: tl.int64, rows: tl.int64, width: tl.int64, counts, total,
+    counter, TOKENS: tl.constexpr, LAYOUT: tl.constexpr, NARROW: tl.constexpr, UNIT: tl.constexpr,
+    BY_ROW: tl.constexpr,
+):  # fmt: skip
+    """Valid tokens of each row (BY_ROW), or of each program's share of all, which the last adds."""
+    mask = (mask, m_row, m_token)
+    cu = (cu, cu_step)
+    slots = tl.num_programs(0)
+    if BY_ROW:
+        for index in range(tl.program_id(0), rows, slots):
+            row = tl.cast(index, tl.int64)
+            begin, end = row_range(cu, row, width)
+            count = tl.zeros([TOKENS], tl.int32)
+            for first in range(begin, end, TOKENS):
+                at = first + tl.arange(0, TOKENS)
+                count += valid_tokens(mask, tl.zeros_like(at) + row, at, at < end, UNIT).to(tl.int32)
+            tl.store(counts + row, tl.sum(count.to(tl.int64), axis=0).to(tl.float64))
+    else:
+        every = tokens_in_all(cu, rows, width, LAYOUT)
+        count = tl.zeros([TOKENS], tl.int32)
+        for tile in range(tl.program_id(0), tl.cdiv(every, TOKENS), slots):
+            at = tl.cast(tile, tl.int64) * TOKENS + tl.arange(0, TOKENS)
+            row, token = locate(at, cu, rows, width, LAYOUT, NARROW)
+            count += valid_tokens(mask, row, token, at < every, UNIT).to(tl.int32)
+        tl.store(counts + tl.program_id(0), tl.sum(count.to(tl.int64), axis=0).to(tl.float64))
+        if is_last(counter, slots):
+            tl.store(total, added_number(counts, slots, 1, 0))
+
+
+def valid_count(given: Tokens, by_row: bool) -> Tensor:
+    """Valid tokens of each row, or of all (0-d), in float64."""
+    only_mask = given._replace(
+        logprobs=None, old_logprobs=None, ref_logprobs=None, importance_weights=None, objective_mask=None
+    )
+    p = problem(only_mask, by_row, without_objectives=True)
+    units = given.rows if by_row else -(-p.total // _COUNTED)
+    slots = programs(p.device, units, 4)
+    counts = torch.empty(given.rows if by_row else slots, device=p.device, dtype=torch.float64)
+    total = None if by_row else torch.empty((), device=p.device, dtype=torch.float64)
+    launch(
+        count_kernel, p.device, slots, *p.arguments[8:11], *p.arguments[23:27], counts, total,
+        None if by_row else counter(p.device), TOKENS=_COUNTED, LAYOUT=p.constants["LAYOUT"],
+        NARROW=p.constants["NARROW"], UNIT=p.constants["UNIT"], BY_ROW=by_row,
+    )  # fmt: skip
+    return counts if total is None else total
+
+
+@triton.jit
+def share_of(row, inside, row_counts):
+    """The token weights: None where all are 1, or 1 over the valid tokens of the row, float64."""
+    share = None
+    if row_counts is not None:
+        share = 1.0 / tl.maximum(tl.load(row_counts + row, mask=inside, other=1.0), 1.0)
+    return share
+
+
+@triton.jit(do_not_specialize=[*ANY_SIZE, "slots"])
+def pairs_kernel(
+    advantages, a_row: tl.int64, a_token: tl.int64, a_objective: tl.int64,
+    presence, o_row: tl.int64, o_token: tl.int64, o_objective: tl.int64,
+    mask, m_row: tl.int64, m_token: tl.int64, logprobs, l_row: tl.int64, l_token: tl.int64,
+    old, b_row: tl.int64, b_token: tl.int64, importance, w_row: tl.int64, w_token: tl.int64,
+    ref, r_row: tl.int64, r_token: tl.int64, cu, cu_step: tl.int64, rows: tl.int64, width: tl.int64,
+    low: tl.float64, low_at, high: tl.float64, high_at, dual: tl.float64, dual_at,
+    row_counts, partial, slots: tl.int64,
+    n: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr, LAYOUT: tl.constexpr, NARROW: tl.constexpr,
+    UNIT: tl.constexpr, DENSE: tl.constexpr, NOON: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    PRESENT: tl.constexpr,
+):  # fmt: skip
+    """The N x N sums of many objectives: a program has a block of them and a share of the tokens."""
+    D: tl.constexpr = tl.float64 if WIDE else tl.float32
+    clip = clip_of(low, low_at, high, high_at, dual, dual_at)
+    own = (advantages, a_row, a_token, a_objective)
+    here = (presence, o_row, o_token, o_objective)
+    cu = (cu, cu_step)
+    total = tokens_in_all(cu, rows, width, LAYOUT)
+    slot = tl.program_id(0) % slots
+    block = tl.program_id(0) // slots
+    blocks: tl.constexpr = (n + BLOCK - 1) // BLOCK
+    i = block // blocks * BLOCK
+    j = block % blocks * BLOCK
+    sums = no_pairs(TOKENS, BLOCK, PRESENT)
+    for tile in range(slot, tl.cdiv(total, TOKENS), slots):
+        at = tl.cast(tile, tl.int64) * TOKENS + tl.arange(0, TOKENS)
+        row, token = locate(at, cu, rows, width, LAYOUT, NARROW)
+        factors = load_factors(
+            (mask, m_row, m_token), (logprobs, l_row, l_token), (old, b_row, b_token),
+            (importance, w_row, w_token), clip, row, token, at < total, UNIT, D,
+        )  # fmt: skip
+        x = load_terms(own, here, factors, row, token, i, n, BLOCK, NOON, DENSE, D)
+        y = load_terms(own, here, factors, row, token, j, n, BLOCK, NOON, DENSE, D)
+        sums = add_pairs(sums, x, y, share_of(row, at < total, row_counts), PRESENT)
+    many: tl.constexpr = 5 if PRESENT else 2
+    p = (i + tl.arange(0, BLOCK)[:, None]).to(tl.int64)
+    q = (j + tl.arange(0, BLOCK)[None, :]).to(tl.int64)
+    to = partial + slot.to(tl.int64) * many * n * n
+    for pair in tl.static_range(many):
+        tl.store(to + pair * n * n + p * n + q, tl.sum(sums[pair], axis=0), mask=(p < n) & (q < n))
+
+
+def pair_slots(device: torch.device, n: int, units: int) -> int:
+    """Shares that the tokens are cut into, for each block of pairs."""
+    return max(1, programs(device, units, 4) // (-(-n // _BLOCK)) ** 2)
+
+
+def finish_pairs(partial: Tensor, slots: int, sums: Tensor, n: int, present: bool) -> None:
+    k = 256
+    launch(add_pairs_kernel, sums.device, -(-5 * n * n // k), partial, slots, sums, n=n, K=k, PRESENT=present)
+
+
+def store_pairs_of(p: Problem, present: bool, row_counts: Tensor | None, sums: Tensor) -> None:
+    """Writes the N x N blocks of a buffer whose fields are there."""
+    n = p.constants["n"]
+    constants = p.tile(256, _BLOCK)
+    slots = pair_slots(p.device, n, -(-p.total // constants["TOKENS"]))
+    partial = torch.empty(slots * pair_blocks(present) * n * n, device=p.device, dtype=torch.float64)
+    launch(
+        pairs_kernel, p.device, slots * (-(-n // _BLOCK)) ** 2, *p.arguments, row_counts, partial, slots,
+        **constants, BLOCK=_BLOCK, PRESENT=present,
+    )  # fmt: skip
+    finish_pairs(partial, slots, sums, n, present)

@@ -1,1 +1,0 @@
-"""Does PAMA align, and whose weights should it use? `python -m benchmarks.study --help`."""

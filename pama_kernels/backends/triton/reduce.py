@@ -1,0 +1,119 @@
+"""Sums over all programs of a launch: each stores a slot of its own, the last to finish adds them in fixed order.
+
+A slot holds HEAD numbers [loss, optimum, sum of squares, sum of c (n)], then the statistics as the buffer has them,
+but for the pair blocks that follow from the fields.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pama_kernels._call import FIELDS, PAIRS, TOTALS
+
+HEAD = 3  # and n
+FIELD_COUNT, TOTAL_COUNT = tl.constexpr(len(FIELDS)), tl.constexpr(len(TOTALS))
+COUNT = tl.constexpr(FIELDS.index("count"))
+BOUND_SUM = tl.constexpr(FIELDS.index("bound_sum"))
+BOUND_SQUARE_SUM = tl.constexpr(FIELDS.index("bound_square_sum"))
+ADVANTAGE_SUM = tl.constexpr(FIELDS.index("advantage_sum"))
+ADVANTAGE_SQUARE_SUM = tl.constexpr(FIELDS.index("advantage_square_sum"))
+POSITIVE_COUNT = tl.constexpr(FIELDS.index("positive_count"))
+
+
+def pair_blocks(present: bool) -> int:
+    """N x N blocks that are summed; the others follow from the fields where everyone is present."""
+    return len(PAIRS) if present else 2
+
+
+def slot_size(n: int, statistics: bool, pairs: bool, present: bool) -> int:
+    fields = len(FIELDS) * n + len(TOTALS) + (pair_blocks(present) * n * n if pairs else 0)
+    return HEAD + n + (fields if statistics else 0)
+
+
+@triton.jit
+def is_last(counter, slots):
+    """Whether all other programs of the launch have stored their slots; the counter is then as it was."""
+    tl.debug_barrier()  # every thread's stores come before the program is counted
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == slots - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def clear(slot, SIZE: tl.constexpr):
+    for first in range(0, SIZE, 128):
+        k = first + tl.arange(0, 128)
+        tl.store(slot + k, tl.zeros([128], tl.float64), mask=k < SIZE)
+    tl.debug_barrier()
+
+
+@triton.jit
+def add_to(pointer, x, inside):
+    tl.store(pointer, x + tl.load(pointer, mask=inside, other=0.0), mask=inside)
+
+
+@triton.jit
+def added_slots(partial, slots, stride, at, inside, CHUNK: tl.constexpr):
+    """The sum of element `at` (K,) over all slots, in fixed order."""
+    total = tl.zeros(at.shape, tl.float64)
+    for first in range(0, slots, CHUNK):
+        slot = first + tl.arange(0, CHUNK).to(tl.int64)
+        x = tl.load(
+            partial + slot[:, None] * stride + at[None, :],
+            mask=(slot < slots)[:, None] & inside[None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        total += tl.sum(x, axis=0)
+    return total
+
+
+@triton.jit
+def added_number(partial, slots, stride, place):
+    """The same of one element, a scalar."""
+    zero = tl.zeros([1], tl.int32)
+    return tl.sum(added_slots(partial + place, slots, stride, zero, zero == 0, 128), axis=0)
+
+
+@triton.jit
+def _pair_source(k, n: tl.constexpr, first: tl.constexpr):
+    """Where the number at place k of the pairs stands if everyone is present: among the blocks from `first` on, or,
+    for the last three blocks, in the fields (from 0 on)."""
+    block = k // (n * n)
+    i = k % (n * n) // n
+    follows = tl.where(block == 2, i, i + ADVANTAGE_SUM * n)
+    follows = tl.where(block == 4, i + ADVANTAGE_SQUARE_SUM * n, follows)
+    return tl.where(block < 2, first + k, follows)
+
+
+@triton.jit
+def store_statistics(
+    partial, slots, stride, sums, n: tl.constexpr, PAIRS: tl.constexpr, PRESENT: tl.constexpr
+):
+    """The slots' statistics, added, into the buffer. `partial` points behind the head."""
+    K: tl.constexpr = 64
+    pairs: tl.constexpr = FIELD_COUNT * n + TOTAL_COUNT
+    size: tl.constexpr = pairs + 5 * n * n if PAIRS else pairs
+    for first in range(0, size, K):
+        k = first + tl.arange(0, K)
+        source = k
+        if PAIRS:
+            if not PRESENT:
+                source = tl.where(k < pairs, k, _pair_source(tl.maximum(k - pairs, 0), n, pairs))
+        tl.store(sums + k, added_slots(partial, slots, stride, source, k < size, 32), mask=k < size)
+    tl.debug_barrier()  # what is stored here is read again by other threads
+
+
+@triton.jit
+def add_pairs_kernel(partial, slots, sums, n: tl.constexpr, K: tl.constexpr, PRESENT: tl.constexpr):
+    """The pair blocks of slots that hold nothing else, into a buffer whose fields are there."""
+    blocks: tl.constexpr = 5 if PRESENT else 2
+    k = tl.program_id(0) * K + tl.arange(0, K)
+    value = added_slots(partial, slots, blocks * n * n, k, k < blocks * n * n, 16)
+    if not PRESENT:
+        field = _pair_source(k, n, 0)
+        follows = (k >= 2 * n * n) & (k < 5 * n * n)
+        value = tl.where(follows, tl.load(sums + field, mask=follows, other=0.0), value)
+    tl.store(sums + FIELD_COUNT * n + TOTAL_COUNT + k, value, mask=k < 5 * n * n)

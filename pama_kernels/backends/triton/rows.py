@@ -1,0 +1,429 @@
+"""Advantages per sequence: what the tokens of a row contribute are sums in which no objective appears.
+
+With U = max(A, 0), V = min(A, 0) of the row (0 under Noon), and over its valid tokens the sums of the factors
+
+    sum I = U gp + V gn    sum I^2 = U^2 gp^2 + V^2 gn^2    sum I_i I_j = U_i (gp^2 U_j + gp gn V_j) + V_i (gn^2 V_j + gp gn U_j)
+
+and so on. The loss needs up = sum c_i U_i and down = sum c_i V_i of each row. All in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pama_kernels._call import Aggregation, Tokens
+from pama_kernels.backends._counter import counter
+
+from .apply import NONE, Pass, coefficients, report
+from .launch import INTERPRETED, launch, number, number_of, power_of_two, programs
+from .reduce import HEAD, added_number, clear, is_last, pair_blocks, slot_size, store_statistics
+from .rules import store_batch_weights
+from .simplex import preference_of, softmin, solve
+from .statistics import finish_pairs, no_pairs, no_sums, pair_slots, store_pairs, store_sums
+from .tokens import (
+    ANY_SIZE,
+    _objective_strides,
+    by_sign,
+    clip_of,
+    load_advantages,
+    load_factors,
+    part_range,
+    problem,
+    rounded,
+    valid_tokens,
+)
+
+_TOKENS = 128 if INTERPRETED else 512
+_BLOCK = 8  # objectives of a block of pairs
+_SUMS = 13
+_NONE, _BATCH, _ROW, _SCORES, _SOFTMIN = map(tl.constexpr, range(5))  # as in apply.py
+_HEAD = tl.constexpr(HEAD)
+_ROW_SIZES = "a_row a_objective o_row o_objective m_row m_token cu_step rows width parts".split()
+
+
+@triton.jit(do_not_specialize=[*ANY_SIZE, "parts"])
+def row_sums_kernel(
+    mask, m_row: tl.int64, m_token: tl.int64, logprobs, l_row: tl.int64, l_token: tl.int64,
+    old, b_row: tl.int64, b_token: tl.int64, importance, w_row: tl.int64, w_token: tl.int64,
+    cu, cu_step: tl.int64, rows: tl.int64, width: tl.int64,
+    low: tl.float64, low_at, high: tl.float64, high_at, dual: tl.float64, dual_at, row_sums, parts: tl.int64,
+    TOKENS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, PLAIN: tl.constexpr,
+):  # fmt: skip
+    """(rows * parts, 13): tokens, gp, gn, gp^2, gn^2, gp gn, pos, neg, gp logp, gn logp, clipped of either sign, k3;
+    or, PLAIN, (rows * parts, 1): where all factors are 1 the tokens tell all."""
+    D: tl.constexpr = tl.float64 if WIDE else tl.float32
+    mask = (mask, m_row, m_token)
+    cu = (cu, cu_step)
+    clip = clip_of(low, low_at, high, high_at, dual, dual_at)
+    for unit in range(tl.program_id(0), rows * parts, tl.num_programs(0)):
+        own = tl.cast(unit, tl.int64) // parts
+        begin, end = part_range(cu, own, width, tl.cast(unit, tl.int64) % parts, parts, TOKENS)
+        z = tl.zeros([TOKENS], tl.float64)
+        count = tl.zeros([TOKENS], tl.int32)
+        off_pos = count
+        off_neg = count
+        sums = (z, z, z, z, z, z, z, z, z, z)
+        for first in range(begin, end, TOKENS):
+            at = first + tl.arange(0, TOKENS)
+            row = tl.zeros_like(at) + own
+            if PLAIN:
+                count += valid_tokens(mask, row, at, at < end, UNIT).to(tl.int32)
+            else:
+                valid, logp, _, pos, neg, gp, gn, stops_pos, stops_neg, kl = load_factors(
+                    mask, (logprobs, l_row, l_token), (old, b_row, b_token), (importance, w_row, w_token), clip,
+                    row, at, at < end, UNIT, D,
+                )  # fmt: skip
+                count += valid.to(tl.int32)
+                off_pos += stops_pos.to(tl.int32)
+                off_neg += stops_neg.to(tl.int32)
+                p = gp.to(tl.float64)
+                q = gn.to(tl.float64)
+                x = logp.to(tl.float64)
+                sums = (
+                    sums[0] + p,
+                    sums[1] + q,
+                    sums[2] + p * p,
+                    sums[3] + q * q,
+                    sums[4] + p * q,
+                    sums[5] + pos.to(tl.float64),
+                    sums[6] + neg.to(tl.float64),
+                    sums[7] + p * x,
+                    sums[8] + q * x,
+                    sums[9] + kl.to(tl.float64),
+                )
+        stored: tl.constexpr = 1 if PLAIN else 13
+        to = row_sums + tl.cast(unit, tl.int64) * stored
+        tl.store(to, tl.sum(count.to(tl.int64), axis=0).to(tl.float64))
+        if not PLAIN:
+            for k in tl.static_range(9):
+                tl.store(to + 1 + k, tl.sum(sums[k], axis=0))
+            tl.store(to + 10, tl.sum(off_pos.to(tl.int64), axis=0).to(tl.float64))
+            tl.store(to + 11, tl.sum(off_neg.to(tl.int64), axis=0).to(tl.float64))
+            tl.store(to + 12, tl.sum(sums[9], axis=0))
+
+
+@triton.jit
+def _sum_of(row_sums, row, inside, parts, k: tl.constexpr, size: tl.constexpr):
+    total = tl.zeros(row.shape, tl.float64)
+    for part in range(parts):
+        total += tl.load(row_sums + (row * parts + part) * size + k, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def load_rows(row_sums, cu, row, inside, width, parts, PLAIN: tl.constexpr, OMEGA: tl.constexpr):
+    """The valid tokens, omega, and the sums times omega of rows, (ROWS, 1) each. OMEGA: it is 1 / tokens, else 1."""
+    if row_sums is None:
+        if cu[0] is not None:
+            begin = tl.load(cu[0] + row * cu[1], mask=inside, other=0).to(tl.int64)
+            end = tl.load(cu[0] + (row + 1) * cu[1], mask=inside, other=0).to(tl.int64)
+            if width >= 0:
+                begin = tl.maximum(begin, 0)
+                end = tl.minimum(end, tl.cast(width, tl.int64))
+            tokens = tl.maximum(end - begin, 0).to(tl.float64)
+        else:
+            tokens = tl.where(inside, tl.cast(width, tl.float64), tl.zeros(row.shape, tl.float64))
+    elif PLAIN:
+        tokens = _sum_of(row_sums, row, inside, parts, 0, 1)
+    else:
+        tokens = _sum_of(row_sums, row, inside, parts, 0, 13)
+    omega = tl.where(tokens > 0, 1.0, tl.zeros_like(tokens))
+    if OMEGA:
+        omega /= tl.maximum(tokens, 1.0)
+    w = omega[:, None]
+    t = tokens[:, None] * w
+    if PLAIN:
+        zero = tl.zeros_like(t)
+        sums = (t, t, t, t, t, t, t, t, zero, zero, zero, zero, zero)
+    else:
+        sums = (
+            t,
+            _sum_of(row_sums, row, inside, parts, 1, 13)[:, None] * w,
+            _sum_of(row_sums, row, inside, parts, 2, 13)[:, None] * w,
+            _sum_of(row_sums, row, inside, parts, 3, 13)[:, None] * w,
+            _sum_of(row_sums, row, inside, parts, 4, 13)[:, None] * w,
+            _sum_of(row_sums, row, inside, parts, 5, 13)[:, None] * w,
+            _sum_of(row_sums, row, inside, parts, 6, 13)[:, None] * w,
+            _sum_of(row_sums, row, inside, parts, 7, 13)[:, None] * w,
+            _sum_of(row_sums, row, inside, parts, 8, 13)[:, None] * w,
+            _sum_of(row_sums, row, inside, parts, 9, 13)[:, None] * w,
+            _sum_of(row_sums, row, inside, parts, 10, 13)[:, None] * w,
+            _sum_of(row_sums, row, inside, parts, 11, 13)[:, None] * w,
+            _sum_of(row_sums, row, inside, parts, 12, 13)[:, None] * w,
+        )
+    return tokens, omega, sums
+
+
+@triton.jit
+def load_row_advantages(advantages, presence, row, tokens, lead, n: tl.constexpr, N: tl.constexpr):
+    """A' and presence (ROWS, N) of the objectives from `lead` on, in rows with a valid token."""
+    objective = (tl.cast(lead, tl.int64) + tl.arange(0, N))[None, :]
+    zero = tl.zeros_like(row)[:, None]
+    return load_advantages(
+        advantages, presence, row[:, None], zero, objective, (tokens > 0)[:, None], n, False, tl.float64
+    )
+
+
+@triton.jit
+def row_terms(a, here, s, NOON: tl.constexpr):
+    """The row's terms in the order of `_call.FIELDS`, (ROWS, N), and `TOTALS`, (ROWS,)."""
+    u, v = by_sign(a, NOON)
+    clipped = tl.where(a > 0, s[10], 0.0)
+    if not NOON:
+        clipped += tl.where(a < 0, s[11], 0.0)
+    return (
+        tl.where(here, s[0], 0.0),
+        tl.where(here, u * s[1] + v * s[2], 0.0),
+        tl.where(here, u * u * s[3] + v * v * s[4], 0.0),
+        tl.where(here, u * s[8] + v * s[9], 0.0),
+        tl.where(here, u * s[6] + v * s[7], 0.0),
+        tl.where(here, a * s[0], 0.0),
+        tl.where(here, a * a * s[0], 0.0),
+        tl.where(a > 0, s[0], 0.0),
+        tl.where(here, clipped, 0.0),
+        tl.sum(s[0], axis=1),
+        tl.sum(s[12], axis=1),
+    )
+
+
+@triton.jit
+def added(x, y):
+    return (
+        x[0] + y[0], x[1] + y[1], x[2] + y[2], x[3] + y[3], x[4] + y[4], x[5] + y[5], x[6] + y[6], x[7] + y[7],
+        x[8] + y[8], x[9] + y[9], x[10] + y[10],
+    )  # fmt: skip
+
+
+@triton.jit
+def finite(x):
+    return tl.where(x == x, x, 0.0)
+
+
+@triton.jit
+def add_row_pairs(sums, a, here, b, there, s, NOON: tl.constexpr, PRESENT: tl.constexpr):
+    """Of two blocks of objectives of the same rows, (ROWS, N, N) each."""
+    u, v = by_sign(a, NOON)
+    x, y = by_sign(b, NOON)
+    pp, qq, pq = finite(s[3]), finite(s[4]), finite(s[5])
+    first = (u * pp)[:, :, None] * x[:, None, :] + (u * pq)[:, :, None] * y[:, None, :]
+    second = (v * qq)[:, :, None] * y[:, None, :] + (v * pq)[:, :, None] * x[:, None, :]
+    bad = tl.where(s[3] == s[3], 0.0, s[3])  # NaN wherever one of the two is present
+    bound = first + second + tl.where(here, bad, 0.0)[:, :, None] + tl.where(there, bad, 0.0)[:, None, :]
+    wa = a * s[0]
+    product = wa[:, :, None] * b[:, None, :]
+    if PRESENT:
+        o = there.to(tl.float64)[:, None, :]
+        return (
+            sums[0] + bound,
+            sums[1] + product,
+            sums[2] + (here.to(tl.float64) * s[0])[:, :, None] * o,
+            sums[3] + wa[:, :, None] * o,
+            sums[4] + (wa * a)[:, :, None] * o,
+        )
+    else:
+        return sums[0] + bound, sums[1] + product
+
+
+@triton.jit(do_not_specialize=[*_ROW_SIZES, "c_row", "c_step"])
+def rows_kernel(
+    advantages, a_row: tl.int64, a_objective: tl.int64, presence, o_row: tl.int64, o_objective: tl.int64,
+    cu, cu_step: tl.int64, rows: tl.int64, width: tl.int64, row_sums, parts: tl.int64,
+    preference, value: tl.float64, value_at, c, c_row: tl.int64, c_step: tl.int64, effective,
+    combined, row_factors, square_sum, weights, optimum, sums, partial, counter,
+    n: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, NOON: tl.constexpr, PLAIN: tl.constexpr,
+    OMEGA: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr, PAIRS: tl.constexpr, SHARE: tl.constexpr,
+    SOLVE: tl.constexpr, BY_ROW: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
+    """Statistics, weights and combined advantages of rows; `row_factors` receives (rows, 3) up, down and omega. BY_ROW:
+    weights and optimum are stored for each row."""
+    PRESENT: tl.constexpr = presence is not None
+    own = (advantages, a_row, 0, a_objective)
+    present = (presence, o_row, 0, o_objective)
+    cu = (cu, cu_step)
+    c = (c, c_row, c_step)
+    setting = number_of(value, value_at)
+    i = tl.arange(0, N)
+    slots = tl.num_programs(0)
+    slot = partial
+    if partial is not None:
+        slot = partial + tl.program_id(0).to(tl.int64) * STRIDE
+        clear(slot, STRIDE)
+    if WEIGHTS == _SCORES or WEIGHTS == _SOFTMIN:
+        p = preference_of(preference, n, N)[None, :]
+    acc = no_sums(ROWS, N)
+    if PAIRS:
+        pair_acc = no_pairs(ROWS, N, PRESENT)
+    squares = tl.zeros([ROWS], tl.float64)
+    best_sum = tl.zeros([ROWS], tl.float64)
+    c_sum = tl.zeros([ROWS, N], tl.float64)
+    for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), slots):
+        row = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
+        inside = row < rows
+        tokens, omega, s = load_rows(row_sums, cu, row, inside, width, parts, PLAIN, OMEGA)
+        a, here = load_row_advantages(own, present, row, tokens, 0, n, N)
+        if STATISTICS or BY_ROW:
+            terms = row_terms(a, here, s, NOON)
+        if STATISTICS:
+            acc = added(acc, terms)
+            if PAIRS:
+                pair_acc = add_row_pairs(pair_acc, a, here, a, here, s, NOON, PRESENT)
+        if WEIGHTS != _NONE:
+            mass = tl.sum(s[0], axis=1)
+            count = tl.where(here, s[0], 1.0)
+            if WEIGHTS == _SCORES:
+                moment = tl.where(here, terms[2] / count, 0.0) if BY_ROW else tl.where(here, a * a, 0.0)
+                score = (
+                    tl.where(here, terms[1] / count, 0.0)
+                    if BY_ROW
+                    else by_sign(a, NOON)[0] + by_sign(a, NOON)[1]
+                )
+                scale = tl.max(moment, axis=1, keep_dims=True)
+                unusable = tl.max((moment != moment).to(tl.int32), axis=1, keep_dims=True) > 0
+                x, best = solve(score, p, here, setting, tl.where(unusable, float("nan"), scale), N, NOON)
+                best = tl.sum(best, axis=1)
+            elif WEIGHTS == _SOFTMIN:
+                x, best = softmin(a, p, here, setting)
+                best = tl.sum(best, axis=1)
+            else:
+                x = coefficients(
+                    c, (effective, 0), row[:, None], here & inside[:, None], n, N, SHARE, tl.float64
+                )
+                best = tl.zeros([ROWS], tl.float64)
+                if BY_ROW:
+                    best = tl.sum(x * tl.where(here, terms[1] / count, 0.0), axis=1)
+            if BY_ROW:
+                tl.store(weights + row[:, None] * n + i[None, :], x, mask=inside[:, None] & (i < n)[None, :])
+                tl.store(optimum + row, best, mask=inside)
+            elif WEIGHTS != _BATCH:
+                some = tokens > 0
+                c_sum += tl.where(some[:, None], x * mass[:, None], 0.0)
+                best_sum += tl.where(some, best * mass, 0.0)
+            u, v = by_sign(a, NOON)
+            up = tl.sum(x * u, axis=1)
+            down = tl.sum(x * v, axis=1)
+            if combined is not None:
+                together = tl.where(tokens > 0, up + down, 0.0)
+                squares += mass * together * together
+                tl.store(combined + row, rounded(together, combined.dtype.element_ty), mask=inside)
+            if row_factors is not None:
+                tl.store(row_factors + 3 * row, up, mask=inside)
+                tl.store(row_factors + 3 * row + 1, down, mask=inside)
+                tl.store(row_factors + 3 * row + 2, omega, mask=inside)
+    if partial is not None:
+        tl.store(slot + 1, tl.sum(best_sum, axis=0))
+        tl.store(slot + 2, tl.sum(squares, axis=0))
+        tl.store(slot + _HEAD + i, tl.sum(c_sum, axis=0), mask=i < n)
+        if STATISTICS:
+            store_sums(slot + _HEAD + n, acc, n, N)
+            if PAIRS:
+                store_pairs(slot + _HEAD + 10 * n + 2, pair_acc, i[:, None], i[None, :], n, PRESENT)
+        if is_last(counter, slots):
+            if square_sum is not None:
+                tl.store(square_sum, added_number(partial, slots, STRIDE, 2))
+            if STATISTICS:
+                store_statistics(partial + _HEAD + n, slots, STRIDE, sums, n, PAIRS, PRESENT)
+                if SOLVE >= 0:
+                    store_batch_weights(
+                        sums, preference, setting, weights, optimum, effective, n, N, SOLVE, 1
+                    )
+                elif WEIGHTS != _NONE and not BY_ROW:
+                    report(
+                        partial, slots, STRIDE, sums, c, preference, weights, optimum, n, N, WEIGHTS != _BATCH
+                    )
+
+
+@triton.jit(do_not_specialize=[*_ROW_SIZES, "slots"])
+def row_pairs_kernel(
+    advantages, a_row: tl.int64, a_objective: tl.int64, presence, o_row: tl.int64, o_objective: tl.int64,
+    cu, cu_step: tl.int64, rows: tl.int64, width: tl.int64, row_sums, parts: tl.int64, partial, slots: tl.int64,
+    n: tl.constexpr, ROWS: tl.constexpr, NOON: tl.constexpr, PLAIN: tl.constexpr, OMEGA: tl.constexpr,
+    BLOCK: tl.constexpr, PRESENT: tl.constexpr,
+):  # fmt: skip
+    """The N x N sums of many objectives: a program has a block of them and a share of the rows."""
+    own = (advantages, a_row, 0, a_objective)
+    present = (presence, o_row, 0, o_objective)
+    cu = (cu, cu_step)
+    slot = tl.program_id(0) % slots
+    block = tl.program_id(0) // slots
+    blocks: tl.constexpr = (n + BLOCK - 1) // BLOCK
+    i = block // blocks * BLOCK
+    j = block % blocks * BLOCK
+    sums = no_pairs(ROWS, BLOCK, PRESENT)
+    for tile in range(slot, tl.cdiv(rows, ROWS), slots):
+        row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+        tokens, _, s = load_rows(row_sums, cu, row, row < rows, width, parts, PLAIN, OMEGA)
+        a, here = load_row_advantages(own, present, row, tokens, i, n, BLOCK)
+        b, there = load_row_advantages(own, present, row, tokens, j, n, BLOCK)
+        sums = add_row_pairs(sums, a, here, b, there, s, NOON, PRESENT)
+    many: tl.constexpr = 5 if PRESENT else 2
+    p = (i + tl.arange(0, BLOCK)[:, None]).to(tl.int64)
+    q = (j + tl.arange(0, BLOCK)[None, :]).to(tl.int64)
+    to = partial + slot.to(tl.int64) * many * n * n
+    for pair in tl.static_range(many):
+        tl.store(to + pair * n * n + p * n + q, tl.sum(sums[pair], axis=0), mask=(p < n) & (q < n))
+
+
+class Rows:
+    """A call whose advantages are per sequence, with the sums over its tokens."""
+
+    def __init__(self, given: Tokens) -> None:
+        self.given, self.n, self.device = given, given.objectives, given.advantages.device
+        self.plain = given.logprobs is None and given.importance_weights is None
+        self.sums: Tensor | None = None
+        self.parts = 1
+        p = problem(given, True, without_objectives=True)
+        if not self.plain or given.mask is not None:
+            rows = max(given.rows, 1)
+            each = -(-p.total // rows)
+            self.parts = max(1, min(programs(self.device, 1 << 30, 8) // rows, -(-each // _TOKENS)))
+            units = given.rows * self.parts
+            size = units * (1 if self.plain else _SUMS)
+            self.sums = torch.empty(size, device=self.device, dtype=torch.float64)
+            launch(
+                row_sums_kernel, self.device, programs(self.device, units, 8), *p.arguments[8:20],
+                *p.arguments[23:], self.sums, self.parts, TOKENS=_TOKENS, UNIT=p.constants["UNIT"],
+                WIDE=given.wide, PLAIN=self.plain,
+            )  # fmt: skip
+        a = _objective_strides(given.advantages, True)
+        o = _objective_strides(given.objective_mask, True)
+        self.arguments = (
+            given.advantages, a[0], a[2], given.objective_mask, o[0], o[2], *p.arguments[23:27], self.sums, self.parts,
+        )  # fmt: skip
+        self.constants = {
+            "n": self.n,
+            "NOON": given.noon,
+            "PLAIN": self.plain,
+            "OMEGA": given.aggregation == Aggregation.SEQ_MEAN_TOKEN_MEAN,
+        }
+
+    def run(self, x: Pass, by_row: bool = False) -> None:
+        """`x.row_factors` is written here."""
+        n, block = self.n, power_of_two(self.n)
+        present = self.given.objective_mask is not None
+        area = (256 if present else 512) // block**2 if x.pairs else 256 // block
+        count = max(1, min(area, 64 if INTERPRETED else 128))
+        slots = programs(self.device, -(-self.given.rows // count), 2)
+        stride = slot_size(n, x.statistics, x.pairs, present)
+        partial = torch.empty(slots * stride, device=self.device, dtype=torch.float64)
+        strides = (0, 0) if x.c is None else (x.c.stride(0) if x.c.dim() == 2 else 0, x.c.stride(-1))
+        launch(
+            rows_kernel, self.device, slots, *self.arguments, x.preference, *number(x.setting), x.c, *strides,
+            x.effective, x.combined, x.row_factors, x.square_sum, x.reported, x.optimum, x.sums, partial,
+            counter(self.device), **self.constants, N=block, ROWS=count, WEIGHTS=x.weights, STATISTICS=x.statistics,
+            PAIRS=x.pairs, SHARE=x.share, SOLVE=x.solve, BY_ROW=by_row and x.weights != NONE, STRIDE=stride,
+        )  # fmt: skip
+
+    def store_pairs(self, sums: Tensor) -> None:
+        """Writes the N x N blocks of a buffer whose fields are there."""
+        n, present = self.n, self.given.objective_mask is not None
+        count = 16
+        slots = pair_slots(self.device, n, -(-self.given.rows // count))
+        partial = torch.empty(slots * pair_blocks(present) * n * n, device=self.device, dtype=torch.float64)
+        launch(
+            row_pairs_kernel, self.device, slots * (-(-n // _BLOCK)) ** 2, *self.arguments, partial, slots,
+            **self.constants, ROWS=count, BLOCK=_BLOCK, PRESENT=present,
+        )  # fmt: skip
+        finish_pairs(partial, slots, sums, n, present)

@@ -1,0 +1,337 @@
+"""Tokens on the device: their tensors, the factors of the surrogate, and each objective's terms.
+
+    d = logp - old, u = exp(clamp(d, -20, 20)), w the importance weight
+    g = w min(min(u, dual) A, clip(u, 1 - eps_low, 1 + eps_high) A) = max(A, 0) pos + min(A, 0) neg
+    I = w A where g has a gradient in logp                          = max(A, 0) grad_pos + min(A, 0) grad_neg
+
+An array is the tuple (pointer or None, row stride, token stride[, objective stride]). Tokens are told by row and
+position, tiles of TOKENS x N objectives by `inside`, `objective` and their number n <= N. D is the type of the
+computation. Masked places hold 0; a NaN or infinity makes its own advantage, or the factors of its token, NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pama_kernels._call import Tokens
+
+from .launch import INTERPRETED, check_memory, number, number_of, power_of_two
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+# Sizes and strides change from step to step: a kernel that takes the arguments of `Problem` has none compiled in.
+ANY_SIZE = (
+    "a_row a_token a_objective o_row o_token o_objective m_row m_token l_row l_token b_row b_token w_row w_token "
+    "r_row r_token cu_step rows width"
+).split()
+
+
+class Problem(NamedTuple):
+    """The tensors of a call as the kernels take them."""
+
+    arguments: tuple[Any, ...]  # from `advantages` to `dual_at`
+    constants: dict[str, Any]
+    rows: int
+    width: int
+    total: int  # tokens, or a guess where only the offsets tell
+    flat: bool  # rows do not matter: the whole is taken as one
+    device: torch.device
+
+    def tile(self, area: int, n: int | None = None) -> dict[str, Any]:
+        """The constants with tiles of `area` tokens times objectives (N, or n)."""
+        most = 128 if INTERPRETED else 1024
+        wide = 2 if self.constants["WIDE"] else 1
+        tokens = max(1, min(most, area // wide // (n or self.constants["N"])))
+        return {**self.constants, "TOKENS": tokens}
+
+
+def _strides(x: Tensor | None) -> tuple[int, int]:
+    """(B, T) or (M,)."""
+    if x is None:
+        return 0, 0
+    return (0, x.stride(0)) if x.dim() == 1 else (x.stride(0), x.stride(1))
+
+
+def _objective_strides(x: Tensor | None, per_sequence: bool) -> tuple[int, int, int]:
+    """(B, T, N), (B, N) or (M, N)."""
+    if x is None:
+        return 0, 0, 0
+    if x.dim() == 3:
+        return x.stride(0), x.stride(1), x.stride(2)
+    return (x.stride(0), 0, x.stride(1)) if per_sequence else (0, x.stride(0), x.stride(1))
+
+
+def check_tokens_memory(given: Tokens) -> None:
+    check_memory(**{name: x for name, x in given._asdict().items() if isinstance(x, Tensor) and x.dim() > 0})
+
+
+def problem(given: Tokens, by_row: bool, without_objectives: bool = False) -> Problem:
+    """by_row: what the kernel does depends on the row of a token. Else sequences without a gap are taken as one."""
+    advantages = None if without_objectives else given.advantages
+    presence = None if without_objectives else given.objective_mask
+    per_token = (
+        given.mask, given.logprobs, given.old_logprobs, given.importance_weights, given.ref_logprobs,
+    )  # fmt: skip
+    a = _objective_strides(advantages, given.per_sequence)
+    o = _objective_strides(presence, given.mask_per_sequence)
+    strides = [_strides(x) for x in per_token]
+    rows, width, cu, n = given.rows, given.width, given.cu_seqlens, given.objectives
+    by_row = by_row or (advantages is not None and given.per_sequence)
+    by_row = by_row or (presence is not None and given.mask_per_sequence)
+    present = [
+        s
+        for x, s in zip((*per_token, advantages, presence), (*strides, a[:2], o[:2]), strict=True)
+        if x is not None
+    ]
+    together = cu is not None or rows == 1 or all(s[0] == width * s[1] for s in present)
+    flat = together and not by_row
+    total = rows * width if cu is None else width if width >= 0 else 256 * rows
+    if flat and cu is None:
+        rows, width = 1, total
+        a, o, strides = (0, *a[1:]), (0, *o[1:]), [(0, s[1]) for s in strides]
+    arrays = [y for x, s in zip(per_token, strides, strict=True) for y in (x, *s)]
+    arguments = (
+        advantages, *a, presence, *o, *arrays, cu, 0 if cu is None else cu.stride(0), rows, width,
+        *number(given.eps_low), *number(given.eps_high, float("inf")), *number(given.dual_clip, float("inf")),
+    )  # fmt: skip
+    constants = {
+        "n": n,
+        "N": power_of_two(n),
+        "LAYOUT": (0 if flat else 2) if cu is not None else 0 if rows == 1 else 1,
+        "NARROW": total < 2**31,
+        "UNIT": all(s[1] == 1 for x, s in zip(per_token, strides, strict=True) if x is not None),
+        "DENSE": a[1:] == (n, 1),
+        "NOON": given.noon,
+        "WIDE": given.wide,
+    }
+    return Problem(arguments, constants, rows, width, total, flat, given.advantages.device)
+
+
+@triton.jit
+def clip_of(low, low_at, high, high_at, dual, dual_at):
+    """1 - eps_low, 1 + eps_high, dual_clip and their logarithms, in float64."""
+    lower = 1.0 - number_of(low, low_at)
+    upper = 1.0 + number_of(high, high_at)
+    d = number_of(dual, dual_at)
+    return lower, upper, d, tl.log(lower), tl.log(upper), tl.log(d)
+
+
+@triton.jit
+def exponential(x):
+    """e^x, and e^x - 1 - x without cancellation."""
+    small = tl.abs(x) <= 1
+    y = tl.where(small, x, 0.0)
+    series = tl.full(x.shape, 1.0, x.dtype)
+    terms: tl.constexpr = 20 if x.dtype == tl.float64 else 12
+    for k in tl.static_range(terms, 2, -1):
+        series = series * y / k + 1
+    rest = series * y * y * 0.5
+    e = tl.where(small, 1 + (y + rest), tl.exp(x))
+    return e, tl.where(small, rest, e - 1 - x)
+
+
+@triton.jit
+def locate(at, cu, rows, width, LAYOUT: tl.constexpr, NARROW: tl.constexpr):
+    """Row and position of tokens in a launch over all of them.
+
+    LAYOUT 0: one row; 1: rows of `width` tokens; 2: packed by offsets, positions counted through.
+    """
+    row = tl.zeros_like(at)
+    token = at
+    if LAYOUT == 1:
+        if NARROW:
+            row = (at.to(tl.int32) // tl.cast(width, tl.int32)).to(tl.int64)
+        else:
+            row = at // width
+        token = at - row * width
+    if LAYOUT == 2:
+        high = row + rows
+        span = rows
+        while span > 1:  # the last row that begins at or before the token
+            middle = (row + high) // 2
+            begins = tl.load(cu[0] + middle * cu[1]) <= at
+            row = tl.where(begins & (middle < high), middle, row)
+            high = tl.where(begins, high, middle)
+            span = (span + 1) // 2
+    return row, token
+
+
+@triton.jit
+def tokens_in_all(cu, rows, width, LAYOUT: tl.constexpr):
+    """int64; packed, a negative width leaves it to the last offset."""
+    total = tl.cast(width, tl.int64)
+    if LAYOUT == 1:
+        total = total * rows
+    if cu[0] is not None:
+        if total < 0:
+            total = tl.load(cu[0] + rows * cu[1]).to(tl.int64)
+    return total
+
+
+@triton.jit
+def row_range(cu, row, width):
+    """First token of a sequence and the one after its last. Offsets are not checked on the device, but
+    nothing outside the tensors is touched."""
+    begin = tl.zeros([], tl.int64)
+    end = begin + width
+    if cu[0] is not None:
+        begin = tl.load(cu[0] + row * cu[1]).to(tl.int64)
+        end = tl.load(cu[0] + (row + 1) * cu[1]).to(tl.int64)
+        if width >= 0:
+            begin = tl.maximum(begin, 0)
+            end = tl.minimum(end, tl.cast(width, tl.int64))
+    return begin, end
+
+
+@triton.jit
+def part_range(cu, row, width, part, parts, TOKENS: tl.constexpr):
+    """The same of one of the parts that a sequence is cut into."""
+    begin, end = row_range(cu, row, width)
+    length = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), parts), TOKENS) * TOKENS
+    begin += part * length
+    return begin, tl.minimum(end, begin + length)
+
+
+@triton.jit
+def read(pointer, here, D: tl.constexpr):
+    """Values in D (float32, float64), 0 where not `here`."""
+    x = tl.load(pointer, mask=here, other=0.0)
+    if x.dtype == tl.bfloat16 or x.dtype == tl.float16:
+        x = x.to(tl.float32)  # which the interpreter converts to float64, unlike bfloat16
+    return x.to(D)
+
+
+@triton.jit
+def truth(pointer, here):
+    """Whether a mask of any type is not 0; false where not `here`."""
+    x = tl.load(pointer, mask=here, other=0)
+    if x.dtype == tl.bfloat16 or x.dtype == tl.float16:
+        x = x.to(tl.float32)
+    return here & (x != 0)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """x in dtype. The interpreter would cut the digits off that bfloat16 does not have."""
+    if dtype == tl.bfloat16:
+        x = x.to(tl.float32)
+        if _INTERPRETED:
+            bits = x.to(tl.int32, bitcast=True)
+            bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000) & -0x10000
+            x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def at_tokens(array, row, token, UNIT: tl.constexpr):
+    if UNIT:
+        return array[0] + (row * array[1] + token)
+    return array[0] + (row * array[1] + token * array[2])
+
+
+@triton.jit
+def valid_tokens(mask, row, token, inside, UNIT: tl.constexpr):
+    if mask[0] is not None:
+        inside = truth(at_tokens(mask, row, token, UNIT), inside)
+    return inside
+
+
+@triton.jit
+def _usable(x, valid):
+    """x, 0 where it is masked or not finite; and where it is not finite."""
+    infinity: tl.constexpr = float("inf")
+    x = tl.where(valid, x, 0.0)
+    finite = tl.abs(x) < infinity
+    return tl.where(finite, x, 0.0), valid & ~finite
+
+
+@triton.jit
+def load_factors(
+    mask, logprobs, old, importance, clip, row, token, inside, UNIT: tl.constexpr, D: tl.constexpr
+):
+    """valid, logp, ratio; pos, neg, grad_pos, grad_neg (with w and mask); where the latter two have no
+    gradient; the k3 estimate of KL. All (TOKENS,)."""
+    valid = valid_tokens(mask, row, token, inside, UNIT)
+    bad = valid & ~valid
+    weight = tl.where(valid, 1.0, 0.0).to(D)
+    logp = tl.zeros_like(weight)
+    if importance[0] is not None:
+        weight, bad = _usable(read(at_tokens(importance, row, token, UNIT), inside, D), valid)
+    if logprobs[0] is not None:
+        logp, unusable = _usable(read(at_tokens(logprobs, row, token, UNIT), inside, D), valid)
+        bad = bad | unusable
+    if old[0] is not None:
+        before, unusable = _usable(read(at_tokens(old, row, token, UNIT), inside, D), valid)
+        bad = bad | unusable
+        poison = tl.where(bad, float("nan"), 0.0).to(D)
+        d = logp - before
+        ratio, k3 = exponential(tl.minimum(tl.maximum(d, -20.0), 20.0))
+        stopped = (tl.abs(d) > 20.0) & ~bad
+        off_pos = valid & (stopped | ((d > tl.cast(clip[4], D)) & ~bad))
+        off_neg = valid & (stopped | (((d > tl.cast(clip[5], D)) | (d < tl.cast(clip[3], D))) & ~bad))
+        upper = tl.minimum(ratio, tl.cast(clip[1], D))
+        lower = tl.maximum(tl.minimum(ratio, tl.cast(clip[2], D)), tl.cast(clip[0], D))
+        pos = weight * upper + poison
+        neg = weight * lower + poison
+        grad_pos = tl.where(off_pos, 0.0, weight) + poison
+        grad_neg = tl.where(off_neg, 0.0, weight) + poison
+        kl = tl.where(valid, k3, 0.0) + poison
+    else:
+        ratio = tl.full(weight.shape, 1.0, D)
+        kl = tl.where(bad, float("nan"), 0.0).to(D)
+        pos = weight + kl
+        neg = pos
+        grad_pos = pos
+        grad_neg = pos
+        off_pos = valid & ~valid
+        off_neg = off_pos
+    return valid, logp, ratio, pos, neg, grad_pos, grad_neg, off_pos, off_neg, kl
+
+
+@triton.jit
+def load_advantages(
+    advantages, presence, row, token, objective, valid, n: tl.constexpr, DENSE: tl.constexpr, D: tl.constexpr
+):
+    """A' (NaN where it is not finite), and where it is present. objective: (1, N) int64, others (TOKENS, 1)."""
+    infinity: tl.constexpr = float("inf")
+    here = valid & (objective < n)
+    if presence[0] is not None:
+        offset = row * presence[1] + token * presence[2] + objective * presence[3]
+        here = truth(presence[0] + offset, here)
+    if DENSE:
+        offset = row * advantages[1] + token * n + objective
+    else:
+        offset = row * advantages[1] + token * advantages[2] + objective * advantages[3]
+    a = tl.where(here, read(advantages[0] + offset, here, D), 0.0)
+    return tl.where(tl.abs(a) < infinity, a, float("nan")), here
+
+
+@triton.jit
+def by_sign(a, NOON: tl.constexpr):
+    """max(A, 0) and, but for Noon, min(A, 0); NaN in both or the first."""
+    return tl.where(a < 0, 0.0, a), tl.where(a < 0, tl.zeros_like(a) if NOON else a, 0.0)
+
+
+@triton.jit
+def load_terms(
+    advantages, presence, factors, row, token, lead,
+    n: tl.constexpr, N: tl.constexpr, NOON: tl.constexpr, DENSE: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """A', presence, I and g (TOKENS, N) of the objectives from `lead` on; I and g are 0 where it is absent."""
+    objective = (tl.cast(lead, tl.int64) + tl.arange(0, N))[None, :]
+    valid, _, _, pos, neg, grad_pos, grad_neg, _, _, _ = factors
+    a, here = load_advantages(
+        advantages, presence, row[:, None], token[:, None], objective, valid[:, None], n, DENSE, D
+    )
+    up, down = by_sign(a, NOON)
+    bound = up * grad_pos[:, None]
+    surrogate = up * pos[:, None]
+    if not NOON:
+        bound += down * grad_neg[:, None]
+        surrogate += down * neg[:, None]
+    return a, here, tl.where(here, bound, 0.0), tl.where(here, surrogate, 0.0)

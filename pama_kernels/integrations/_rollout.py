@@ -1,0 +1,231 @@
+"""What the adapters share: a rule from its settings, and the rewards of a rollout to one advantage each.
+
+A reward belongs to a completion. NaN means that the objective does not apply to it (a reward function
+returned None or NaN): it enters no mean, and the objective takes no part there. An infinite reward is an
+error. All is computed in float64.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pama_kernels._solve import AveragedRule, solve_batch
+from pama_kernels._validate import check_choice
+from pama_kernels.advantages import combine_advantages, group_normalize
+from pama_kernels.rules import DEFAULT, Fixed, Pama, Rule, RuleLike, SoftMin, UPGrad, noon_of, resolve_rule
+from pama_kernels.statistics import ObjectiveStatistics
+
+# Rules by name, and the settings that each has.
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "pama": ("weights_per", "bound", "noon", "regularization"),
+    "upgrad": (),
+    "fixed": (),
+    "softmin": ("weights_per", "temperature"),
+    "paper": ("weights_per",),
+}
+_CLASSES: dict[str, type] = {"pama": Pama, "upgrad": UPGrad, "fixed": Fixed, "softmin": SoftMin}
+_NAMES = "|".join(("rule", "preference", "momentum", "normalize", *dict.fromkeys(sum(SETTINGS.values(), ()))))
+PAIRS_LOGGED_UP_TO = 8  # objectives; beyond, only the pair that conflicts most
+
+
+# --- settings ---------------------------------------------------------------------------------------------
+
+
+def make_rule(rule: RuleLike, settings: Mapping[str, object]) -> Rule:
+    """`rule`: a name, a rule, a function of `ObjectiveStatistics`, or None for the library's default.
+
+    Settings that are None are the rule's own; one that the rule does not have is refused.
+    """
+    name = rule if isinstance(rule, str) else None
+    if name is not None:
+        check_choice("rule", name, tuple(SETTINGS))
+    elif rule is None:
+        name = next(name for name, kind in _CLASSES.items() if isinstance(DEFAULT, kind))
+    given = {key: value for key, value in settings.items() if value is not None}
+    for key, value in given.items():
+        if key not in SETTINGS.get(name or "", ()):
+            raise ValueError(
+                f"{key}: expected None with rule={rule!r}, which has no such setting, got {value!r}"
+            )
+    if name is None:
+        made = resolve_rule(rule)
+    elif name == "paper":
+        if "weights_per" not in given:
+            raise ValueError(
+                "weights_per: expected 'batch', 'sequence' or 'token' with rule='paper', which leaves it "
+                "open, got None"
+            )
+        made = Pama.paper(str(given["weights_per"]))
+    else:
+        made = _CLASSES[name](**given)
+    if isinstance(made, (Pama, SoftMin)) and made.weights_per == "token":
+        made = replace(made, weights_per="sequence")  # all tokens of a completion have the same advantages
+    return made
+
+
+def only_lengths(rule: Rule) -> bool:
+    """Whether the weights would only reflect the lengths of completions: group advantages add up to 0."""
+    return isinstance(rule, Pama) and rule.weights_per == "batch" and rule.bound == "scores" and not rule.noon
+
+
+@contextmanager
+def prefixed(prefix: str) -> Iterator[None]:
+    """Settings carry the adapter's prefix in messages: that is how the user knows them."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(re.sub(rf"(?<![\w.])({_NAMES})(?=[:=])", rf"{prefix}\1", str(error))) from None
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """A suffix for what is repeated: reward, reward_2, ..."""
+    result: list[str] = []
+    for name in names:
+        unique, number = name, 1
+        while unique in result or (number > 1 and unique in names):
+            number += 1
+            unique = f"{name}_{number}"
+        result.append(unique)
+    return result
+
+
+# --- rewards to advantages ----------------------------------------------------------------------------------
+
+
+def reward_advantages(
+    rewards: Tensor,
+    names: Sequence[str],
+    *,
+    eps: float,
+    scale: str = "group",
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
+) -> Tensor:
+    """Each objective by itself (B, N): minus the mean of its group, divided by the deviation within the
+    "group", within the "batch", or ("none") not at all."""
+    infinite = [name for name, bad in zip(names, rewards.isinf().any(0).tolist(), strict=True) if bad]
+    if infinite:
+        raise ValueError(f"rewards: expected finite numbers or None, got inf from {', '.join(infinite)}")
+    advantages = group_normalize(
+        rewards, group_size=group_size, group_ids=group_ids, scale=scale == "group", eps=eps
+    )
+    if scale == "batch":
+        squares = (rewards - rewards.nanmean(0)).square().nansum(0)
+        degrees = (~rewards.isnan()).sum(0) - 1
+        advantages = advantages / ((squares / degrees.clamp(min=1)).sqrt() + eps)
+    return advantages
+
+
+class Combination(NamedTuple):
+    """The combined advantages of a rollout, one row for each completion of all processes.
+
+    `positive` and `negative` are what a loss needs that clips each objective by its own sign, however many
+    objectives there are: sum_i c_i L(A_i) = L(positive) + L(-negative) - L(0).
+    """
+
+    advantages: Tensor  # (B,), positive - negative
+    positive: Tensor  # (B,), sum_i c_i max(A_i, 0)
+    negative: Tensor  # (B,), sum_i c_i max(-A_i, 0); 0 under Noon
+    weights: Tensor  # (N,), or (B, N) with weights per sequence
+    optimum: Tensor  # 0-d, or (B,)
+    covariance: Tensor  # (N,), of each objective's advantages with the combined ones
+    statistics: ObjectiveStatistics
+
+
+def combine(
+    advantages: Tensor,
+    present: Tensor,
+    token_weights: Tensor,
+    statistics: ObjectiveStatistics,
+    rule: Rule,
+    preference: Tensor | None,
+    *,
+    average: Callable[[ObjectiveStatistics], ObjectiveStatistics] | None = None,
+    normalize: bool = False,
+) -> Combination:
+    """
+    Args:
+        advantages, present: (B, N) float64 and bool, of all processes.
+        token_weights: (B,) float64, the token weights of each completion's valid tokens, summed.
+        statistics: of all processes, with pairs.
+        rule: from `make_rule`.
+        preference: (N,) float64 on the simplex, or None.
+        average: statistics to solve on instead: a running mean.
+        normalize: divide by the root mean square over tokens.
+    """
+    if getattr(rule, "weights_per", "batch") == "batch":
+        asked = rule if average is None else AveragedRule(rule, average)
+        weights, optimum, effective = solve_batch(statistics, asked, preference)
+        here = present.to(torch.float64)
+        shares = torch.nan_to_num(here / (here @ effective)[:, None], nan=0.0, posinf=0.0) * weights
+    else:
+        solved = combine_advantages(advantages, rule=rule, preference=preference, objective_mask=present)
+        weights, optimum, shares = solved.weights, solved.optimum, solved.weights * present
+    positive = (shares * advantages.clamp(min=0)).sum(1)
+    negative = (shares * advantages.clamp(max=0)).sum(1).neg()
+    if noon_of(rule):
+        negative = torch.zeros_like(negative)
+    if normalize:
+        square = (token_weights * (positive - negative).square()).sum() / token_weights.sum()
+        root = torch.where(square > 0, square, 1.0).sqrt()
+        positive, negative = positive / root, negative / root
+    combined = positive - negative
+    share = token_weights[:, None] * present
+    share = share / share.sum(0)  # NaN where the objective is absent
+    centred = advantages - (share * advantages).sum(0)
+    covariance = (share * centred * combined[:, None]).sum(0)
+    return Combination(combined, positive, negative, weights, optimum, covariance, statistics)
+
+
+# --- metrics ------------------------------------------------------------------------------------------------
+
+
+def rollout_metrics(combination: Combination, names: Mapping[int, str], rule: Rule) -> dict[str, float]:
+    """Numbers for a logger, of the objectives in `names`; NaN where there is nothing to say.
+
+    By objective: ``pama/weight``; ``pama/signal``, 2 where the advantages vary, 1 where the reward is
+    constant in every group, 0 where it is absent; ``pama/covariance`` with the combined advantage, below 0
+    where the step sacrifices the objective; and what the rule solves from. ``pama/conflict`` by pair.
+    """
+    statistics, weights = combination.statistics, combination.weights
+    absent = statistics.count == 0
+    mean = weights.mean(0) if weights.dim() == 2 else weights
+    columns = {"weight": mean, "covariance": combination.covariance}
+    if isinstance(rule, UPGrad):
+        columns["second_moment"] = statistics.second_moments
+    elif isinstance(rule, Pama) and rule.bound == "scores":
+        columns["score"] = statistics.scores
+    elif isinstance(rule, Pama):
+        assert statistics.cosines is not None
+        columns["cosine"] = statistics.cosines @ mean
+    metrics = {}
+    for what, values in columns.items():
+        listed = torch.where(absent, math.nan, values).tolist()
+        metrics.update({f"pama/{what}/{name}": listed[i] for i, name in names.items()})
+    signal = (1 + statistics.signal.long()).masked_fill(absent, 0).tolist()
+    metrics.update({f"pama/signal/{name}": float(signal[i]) for i, name in names.items()})
+    metrics["pama/optimum"] = combination.optimum.mean().item()
+    metrics.update(_conflicts(statistics, names))
+    return metrics
+
+
+def _conflicts(statistics: ObjectiveStatistics, names: Mapping[int, str]) -> dict[str, float]:
+    """Correlations of two objectives' advantages; NaN where one is constant or they never meet."""
+    matrix, together = statistics.conflict, statistics._pair("pair_count")
+    assert matrix is not None
+    assert together is not None
+    known = (together > 0) & statistics.signal & statistics.signal[:, None]
+    values = torch.where(known, matrix, math.nan).tolist()
+    pairs = {(i, j): values[i][j] for i in names for j in names if i < j}
+    if len(names) <= PAIRS_LOGGED_UP_TO:
+        return {f"pama/conflict/{names[i]}~{names[j]}": value for (i, j), value in pairs.items()}
+    met = [value for value in pairs.values() if not math.isnan(value)]
+    return {"pama/conflict/worst": min(met, default=math.nan)}

@@ -1,0 +1,138 @@
+"""The configuration of `PamaGRPOTrainer`, and which versions and options of TRL it works with."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from pama_kernels._validate import check_flag
+from pama_kernels.loss import PamaLoss
+
+from ._rollout import make_rule, prefixed
+
+OLDEST, NEWEST = (1, 11), (1, 16)  # releases of TRL that were tested, see docs/trl.md
+
+
+def _check_version() -> None:
+    wanted = "trl from {}.{} to {}.{}".format(*OLDEST, *NEWEST)
+    try:
+        found = version("trl")
+    except PackageNotFoundError:
+        raise ImportError(
+            f"pama_kernels.integrations.trl: expected {wanted}, found none (pip install 'pama-kernels[trl]')"
+        ) from None
+    release = tuple(int(number) for number in re.findall(r"\d+", found)[:2])
+    if not OLDEST <= release <= NEWEST:
+        raise ImportError(f"pama_kernels.integrations.trl: expected {wanted}, found {found}")
+
+
+_check_version()
+
+from trl import GRPOConfig  # noqa: E402
+from trl import GRPOTrainer as GRPOTrainer  # noqa: E402
+
+# Loss types whose loss per token is linear in the advantage on each side of 0, so that two numbers for each
+# completion are enough for any number of objectives.
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+# Of these, what averages over completions; for the others every token counts the same.
+COMPLETION_MEANS = ("grpo", "sapo")
+
+
+@dataclass
+class PamaGRPOConfig(GRPOConfig):
+    """`GRPOConfig` with the rule and its settings. A setting that is None is the rule's own default.
+
+    TRL's `reward_weights` are the preference; `pama_preference` is another name for them. A function as
+    `pama_rule` takes `ObjectiveStatistics` and returns weights (N,); it is defined at module level, because
+    checkpoints pickle the configuration.
+    """
+
+    pama_rule: str | None = field(
+        default=None,
+        metadata={
+            "help": "How weights are chosen: 'pama', 'upgrad', 'fixed', 'softmin' or 'paper' (in Python also "
+            "a rule of pama_kernels or a function of ObjectiveStatistics)."
+        },
+    )
+    pama_preference: list[float] | None = field(
+        default=None, metadata={"help": "One number for each reward; the same as reward_weights."}
+    )
+    pama_weights_per: str | None = field(
+        default=None,
+        metadata={"help": "'batch' (one set of weights per rollout) or 'sequence' (one per completion)."},
+    )
+    pama_bound: str | None = field(
+        default=None, metadata={"help": "'gram' (min-norm on cosines; 'batch' only) or 'scores' (Theorem 1)."}
+    )
+    pama_noon: bool | None = field(
+        default=None, metadata={"help": "Keep positive advantages only (Noon PPO), as the paper does."}
+    )
+    pama_regularization: float | None = field(
+        default=None, metadata={"help": "Pull of 'pama' towards the preference, at least 0."}
+    )
+    pama_temperature: float | None = field(
+        default=None, metadata={"help": "Temperature of 'softmin', in units of the advantages."}
+    )
+    pama_momentum: float = field(
+        default=0.0,
+        metadata={"help": "Solve on a running mean of all rollouts' statistics, in [0, 1) ('batch' only)."},
+    )
+    pama_normalize: bool = field(
+        default=False, metadata={"help": "Divide the combined advantages by their root mean square."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        read_settings(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A rule that is no name by what identifies it: loggers write JSON."""
+        made: dict[str, Any] = super().to_dict()
+        if not isinstance(self.pama_rule, (str, type(None))):
+            made["pama_rule"] = getattr(self.pama_rule, "__name__", repr(self.pama_rule))
+        return made
+
+
+def read_settings(args: Any) -> PamaLoss:
+    """The rule and the running mean; the loss of the module is not used. Raises where a setting is wrong."""
+    names = "weights_per", "bound", "noon", "regularization", "temperature"
+    with prefixed("pama_"):
+        check_flag("normalize", args.pama_normalize)
+        rule = make_rule(args.pama_rule, {name: getattr(args, f"pama_{name}") for name in names})
+        try:
+            pickle.dumps(rule)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ValueError(
+                "rule: expected a function at module level, since checkpoints pickle it, got "
+                f"{rule!r} ({error})"
+            ) from None
+        if not isinstance(args.pama_preference, (list, tuple, type(None))):
+            raise TypeError(f"preference: expected a list of numbers, got {args.pama_preference!r}")
+        return PamaLoss(rule=rule, preference=args.pama_preference, momentum=args.pama_momentum)
+
+
+def check_options(args: Any) -> None:
+    """Options of the trainer that would bypass the combined advantages, or be bypassed by them."""
+    if not isinstance(args, PamaGRPOConfig):
+        raise TypeError(f"args: expected a PamaGRPOConfig, got {type(args).__name__}")
+    if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
+        raise ValueError(
+            "use_liger_kernel: expected False, got True: this version of TRL replaces the loss with it"
+        )
+    if args.loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type: expected one of {', '.join(LOSS_TYPES)}, got {args.loss_type!r}")
+    if args.scale_rewards not in ("group", "batch", "none"):
+        raise ValueError(f"scale_rewards: expected 'group', 'batch' or 'none', got {args.scale_rewards!r}")
+    if args.multi_objective_aggregation != "sum_then_normalize":
+        raise ValueError(
+            "multi_objective_aggregation: expected the default 'sum_then_normalize', got "
+            f"{args.multi_objective_aggregation!r}: PAMA normalises each reward and combines them itself "
+            "(use pama_rule='fixed' with pama_normalize=True)"
+        )
+    if args.reward_weights is not None and args.pama_preference is not None:
+        raise ValueError(
+            "pama_preference: expected None with reward_weights, which are the preference, got both"
+        )

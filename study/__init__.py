@@ -1,0 +1,1 @@
+"""Does PAMA align, and whose weights should it use? `python -m study --help`."""

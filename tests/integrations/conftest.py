@@ -1,0 +1,25 @@
+"""For the adapters' tests: they train real trainers, tiny ones."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name.startswith("test_trl"):
+            # Transformers' own, while it renames an argument that TRL sets
+            item.add_marker(
+                pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"), append=False
+            )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen() -> Iterator[None]:
+    """A training ends with a garbage collection that takes longer than itself: leave out old objects."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -1,0 +1,91 @@
+"""The Python code in README.md and docs/ runs as it is printed.
+
+A block stands alone: in a fresh namespace and an empty directory. A comment on the line before it may say
+otherwise:
+
+    <!-- not run: why -->   is only compiled
+    <!-- run by: file -->   is only compiled here: it needs what that test prepares
+    <!-- needs: module -->  is skipped where the module is not installed
+    <!-- recipe: name -->   defines `name`, which tests/tools/test_recipes.py calls (it is run here as well)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+FENCE = re.compile(r"^(?:<!-- ([a-z ]+): (.+?) -->\n)?```python\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+KINDS = ("not run", "run by", "needs", "recipe")
+
+
+class Block(NamedTuple):
+    page: Path
+    line: int  # of the first statement
+    kind: str | None
+    value: str | None
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+    def compiled(self) -> object:
+        """Blank lines in front, so that a traceback shows the line of the page."""
+        return compile("\n" * (self.line - 1) + self.code, str(self.page), "exec")
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(page, text.count("\n", 0, found.start(3)) + 1, *found.groups())
+        for found in FENCE.finditer(text)
+    ]
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+
+
+def test_every_block_was_found() -> None:
+    assert any(block.page.name == "README.md" for block in BLOCKS)
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert len(blocks(page)) == len(re.findall(r"^[ \t]*```[ \t]*py", text, flags=re.MULTILINE)), page
+    assert {block.kind for block in BLOCKS} <= {None, *KINDS}
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_block(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = block.compiled()
+    if block.kind == "run by":
+        assert block.page.name in (ROOT / block.value).read_text(encoding="utf-8")
+    if block.kind in ("not run", "run by"):
+        return
+    if block.kind == "needs" and importlib.util.find_spec(block.value) is None:
+        pytest.skip(f"{block.value} is not installed")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    namespace = {"__name__": "__docs__"}
+    exec(program, namespace)
+    if block.kind == "recipe":
+        assert callable(namespace[block.value])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page: Path) -> None:
+    """Links to files of the repository lead somewhere."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    targets = re.findall(r"\]\((?!https?:)([^)#\s]+)", text)
+    # The benchmarks' pictures come with their results, which tests/tools/test_benchmarks.py asks for.
+    targets = [target for target in targets if "benchmarks/results/" not in target]
+    assert not [target for target in targets if not (page.parent / target).exists()]
