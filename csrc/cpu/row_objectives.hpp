@@ -7,33 +7,38 @@
 
 PAMA_BEGIN
 
-// block (n, n) += sum_k x_k y_k', four outer products at a time; of a symmetric sum the upper triangle alone.
+// block (n, n) += sum_k x_k y_k', four outer products at a time, where y_k may be another for negative x; of a
+// symmetric sum the upper triangle alone.
 struct OuterProducts {
     int64_t n;
     bool symmetric;
     double* block;
-    double* room;  // (8 n)
+    double* room;  // (12 n)
     int used = 0;
 
-    double* x() { return room + 2 * used * n; }
-    double* y() { return x() + n; }
+    double* x(int k) const { return room + 3 * k * n; }
+    double* x() const { return x(used); }
+    double* y() const { return x() + n; }           // where x >= 0
+    double* y_negative() const { return y() + n; }  // elsewhere
     void push() {
         if (++used == 4) flush();
     }
     void flush() {
-        for (int64_t k = 2 * used * n; k < 8 * n; ++k) room[k] = 0;
+        for (double* rest = x(used); rest < x(4); ++rest) *rest = 0;
         if (used > 0) add();
         used = 0;
     }
     void add() const {
-        const double* PAMA_RESTRICT r = room;
-        const double *PAMA_RESTRICT y0 = r + n, *PAMA_RESTRICT y1 = r + 3 * n, *PAMA_RESTRICT y2 = r + 5 * n,
-                                    *PAMA_RESTRICT y3 = r + 7 * n;
         for (int64_t i = 0; i < n; ++i) {
-            const double x0 = r[i], x1 = r[2 * n + i], x2 = r[4 * n + i], x3 = r[6 * n + i];
+            const double x0 = x(0)[i], x1 = x(1)[i], x2 = x(2)[i], x3 = x(3)[i];
+            const double *PAMA_RESTRICT y0 = x(0) + (x0 < 0 ? 2 : 1) * n,
+                                        *PAMA_RESTRICT y1 = x(1) + (x1 < 0 ? 2 : 1) * n,
+                                        *PAMA_RESTRICT y2 = x(2) + (x2 < 0 ? 2 : 1) * n,
+                                        *PAMA_RESTRICT y3 = x(3) + (x3 < 0 ? 2 : 1) * n;
             double* PAMA_RESTRICT out = block + i * n;
 #pragma omp simd
-            for (int64_t j = symmetric ? i : 0; j < n; ++j) out[j] += x0 * y0[j] + x1 * y1[j] + (x2 * y2[j] + x3 * y3[j]);
+            for (int64_t j = symmetric ? i : 0; j < n; ++j)
+                out[j] += x0 * y0[j] + x1 * y1[j] + (x2 * y2[j] + x3 * y3[j]);
         }
     }
 };
@@ -141,36 +146,40 @@ inline void add_row_fields(const RowGroup& group, double* out) {
 
 inline int64_t row_scratch_size(int n) {
     const int64_t size = n, group = kGroupRows * (2 * (size + 8) + kRowSums);
-    return 8 * (6 * size + kPairs * 8 * size + statistics_size(n, false) + group) + 64 * 16;
+    return 8 * (6 * size + kPairs * 12 * size + statistics_size(n, false) + group) + 64 * 16;
 }
 
-// sum I_i I_j of a row: up_i (G++ up_j + G+- down_j) + down_i (G+- up_j + G-- down_j).
+// sum I_i I_j of a row: A_i (G++ up_j + G+- down_j) for A_i >= 0, else A_i (G+- up_j + G-- down_j).
 inline void push_bound_products(const RowGroup& group, int64_t row, OuterProducts& products) {
+    const int64_t n = group.n;
     const double *a = group.a(row), *here = group.here(row), *r = group.r(row);
-    const bool noon = group.noon;
-    for (int side = 0; side < (noon ? 1 : 2); ++side) {
-        const double with_up = r[side == 0 ? kGradPosSquare : kGradBoth],
-                     with_down = r[side == 0 ? kGradBoth : kGradNegSquare];
-        double *PAMA_RESTRICT x = products.x(), *PAMA_RESTRICT y = products.y();
-#pragma omp simd
-        for (int64_t i = 0; i < group.n; ++i) {
-            const double up = a[i] < 0 ? 0.0 : a[i], down = noon ? 0.0 : a[i] - up;
-            x[i] = side == 0 ? up : down;
-            y[i] = here[i] != 0 ? with_up * up + with_down * down : 0.0;
-        }
-        products.push();
+    const double above = r[kGradPosSquare], both = r[kGradBoth], below = r[kGradNegSquare];
+    if (group.masked && above != above) {  // a bad token: all that are present, beside whomever
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t j = i; j < n; ++j) products.block[i * n + j] += here[i] + here[j] != 0 ? above : 0.0;
+        return;
     }
+    const bool noon = group.noon;
+    double *PAMA_RESTRICT x = products.x(), *PAMA_RESTRICT y = products.y(), *PAMA_RESTRICT z = products.y_negative();
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        const double up = a[i] < 0 ? 0.0 : a[i], down = noon ? 0.0 : a[i] - up;
+        x[i] = up + down;
+        y[i] = above * up + both * down;
+        z[i] = both * up + below * down;
+    }
+    products.push();
 }
 
 // products += valid x y', with x squared on request.
 inline void push_product(const RowGroup& group, int64_t row, const double* from, const double* to, bool squared,
                          OuterProducts& products) {
     const double valid = group.r(row)[kValid];
-    double *PAMA_RESTRICT x = products.x(), *PAMA_RESTRICT y = products.y();
+    double *PAMA_RESTRICT x = products.x(), *PAMA_RESTRICT y = products.y(), *PAMA_RESTRICT z = products.y_negative();
 #pragma omp simd
     for (int64_t i = 0; i < group.n; ++i) {
-        x[i] = valid * (squared ? from[i] * from[i] : from[i]);
-        y[i] = to[i];
+        x[i] = squared ? from[i] * from[i] : from[i];
+        y[i] = z[i] = valid * to[i];
     }
     products.push();
 }
@@ -182,7 +191,7 @@ inline void row_statistics(const Tokens& tokens, const double* omega, const doub
     RowGroup group(tokens, arena);
     OuterProducts products[kPairs];
     for (int pair = 0; pair < kPairs; ++pair)
-        products[pair] = {n, pair <= kPairCount, sums + pair_offset(n, pair), arena.take<double>(8 * n), 0};
+        products[pair] = {n, pair <= kPairCount, sums + pair_offset(n, pair), arena.take<double>(12 * n), 0};
     for (int64_t begin = first; begin < last; begin += kGroupRows) {
         group.rows = 0;
         for (int64_t row = begin; row < last && row < begin + kGroupRows; ++row)
