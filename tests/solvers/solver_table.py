@@ -118,7 +118,7 @@ class Solver(NamedTuple):
         return torch.as_tensor(np.asarray((wide(x.numpy(), c.numpy()) * c.numpy()).sum(-1), np.float64))
 
     def bound(self, n: int, dtype: torch.dtype) -> float:
-        """Of the residual: n-term sums behind lambda and the mean of scores; as specified for matrices. Float32
+        """Of the residual: n-term sums behind lambda and the mean; as specified for matrices. Float32
         weights are rounded by half an eps of themselves, which moves the gap by 2 eps at most."""
         eps = eps_of(dtype)
         return 8 * n * eps if self.axes == 1 else KKT + (2 * eps if eps == EPS32 else 0.0)
@@ -127,7 +127,7 @@ class Solver(NamedTuple):
 def check(
     solver: Solver, x: Tensor, preference: Any = None, slack: Any = 0.0, **options: Any
 ) -> pk.WeightSolution:
-    """On the simplex, certified, with the optimum of the weights. `slack`: of the certificate, in max M_ii."""
+    """On the simplex, certified, with the optimum of the weights. `slack`: of the certificate."""
     s = solver.solve(x, preference=preference, **options)
     n, eps = x.shape[-1], eps_of(x.dtype)
     batch = x.shape[: x.dim() - solver.axes]
