@@ -55,7 +55,7 @@ struct Fibre {
     ucontext_t context;
     dim3 thread, block;
     unsigned block_number;
-    unsigned long exchanges;
+    unsigned exchanges;
     bool done;
 };
 
@@ -82,7 +82,7 @@ struct Grid {
 
 inline Grid* grid = nullptr;
 inline std::mt19937 order{1};
-inline long launches = 0;
+inline int launches = 0;
 
 [[noreturn]] inline void fail(const char* what) {
     std::fprintf(stderr, "emulated kernel: %s\n", what);

@@ -1,4 +1,4 @@
-"""The native CUDA module. `Memory` gives float64 memory on the device; results are written into tensors given."""
+"""The native CUDA module. Results go into given tensors; `Memory` gives float64 memory on the device."""
 
 from collections.abc import Callable
 

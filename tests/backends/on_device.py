@@ -2,8 +2,8 @@
 
 The tests stay as they are; what only the CPU promises is marked `cpu` and left out by `-m`. Around each
 public function the tensors it is given are copied to the device with their strides, storage offsets and
-shared memory; the call runs with synchronisation made an error; results, gradients and `out=` come back to the CPU. Device
-`cpu` copies too: it proves the plugin where no GPU is.
+shared memory; the call runs with synchronisation made an error; results, gradients and `out=` come back to
+the CPU. Device `cpu` copies too: it proves the plugin where no GPU is.
 """
 
 from __future__ import annotations
