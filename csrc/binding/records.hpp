@@ -15,7 +15,7 @@ namespace binding {
 // Finds the fields of a NamedTuple by name once for its type; `Names` lists those that are read.
 template <class Names>
 class Record {
-   public:
+  public:
     explicit Record(const py::handle& record) : tuple_(record.ptr()) {
         if (!PyTuple_Check(tuple_)) throw py::type_error(std::string(Names::record) + ": expected a NamedTuple");
         if (Py_TYPE(tuple_) != type()) find(record);
@@ -24,7 +24,7 @@ class Record {
         return PyTuple_GET_ITEM(tuple_, positions()[static_cast<int>(field)]);
     }
 
-   private:
+  private:
     static PyTypeObject*& type() {
         static PyTypeObject* known = nullptr;
         return known;
@@ -66,9 +66,9 @@ struct TokenNames {
         count
     };
     static constexpr const char* names[count] = {
-        "advantages",   "mask",       "objective_mask", "logprobs",     "old_logprobs",      "ref_logprobs",
-        "importance_weights", "cu_seqlens", "rows",     "width",        "per_sequence",      "mask_per_sequence",
-        "aggregation",  "noon",       "eps_low",        "eps_high",     "dual_clip"};
+        "advantages",         "mask",       "objective_mask", "logprobs", "old_logprobs", "ref_logprobs",
+        "importance_weights", "cu_seqlens", "rows",           "width",    "per_sequence", "mask_per_sequence",
+        "aggregation",        "noon",       "eps_low",        "eps_high", "dual_clip"};
 };
 
 struct RuleNames {
@@ -133,8 +133,8 @@ inline Tokens read_tokens(const py::handle& object, Tensor& packed) {
     tokens.clip = read_clip(record);
     const auto read = [&](TokenNames::Field field, Tensor& t) {
         read_tensor(record[field], TokenNames::names[field], t);
-        tokens.wide = tokens.wide || (t && t.dtype == Dtype::f64 && field != TokenNames::mask &&
-                                      field != TokenNames::objective_mask);
+        tokens.wide = tokens.wide ||
+                      (t && t.dtype == Dtype::f64 && field != TokenNames::mask && field != TokenNames::objective_mask);
     };
     Tensor t;
     read(TokenNames::advantages, t);
@@ -143,11 +143,12 @@ inline Tokens read_tokens(const py::handle& object, Tensor& packed) {
     tokens.advantages = by_objective(t, tokens.per_sequence);
     read(TokenNames::objective_mask, t);
     tokens.objective_mask = by_objective(t, tokens.mask_per_sequence);
-    const std::pair<TokenNames::Field, Array*> fields[] = {{TokenNames::mask, &tokens.mask},
-                                                           {TokenNames::logprobs, &tokens.logprobs},
-                                                           {TokenNames::old_logprobs, &tokens.old_logprobs},
-                                                           {TokenNames::ref_logprobs, &tokens.ref_logprobs},
-                                                           {TokenNames::importance_weights, &tokens.importance_weights}};
+    const std::pair<TokenNames::Field, Array*> fields[] = {
+        {TokenNames::mask, &tokens.mask},
+        {TokenNames::logprobs, &tokens.logprobs},
+        {TokenNames::old_logprobs, &tokens.old_logprobs},
+        {TokenNames::ref_logprobs, &tokens.ref_logprobs},
+        {TokenNames::importance_weights, &tokens.importance_weights}};
     for (const auto& [field, array] : fields) {
         read(field, t);
         *array = by_token(t);

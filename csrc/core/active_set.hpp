@@ -11,8 +11,8 @@
 // 3. Where the minimiser may not be unique (a pivot vanishes, or a multiplier outside the support does and the support
 //    with it is singular): at most kProximalSteps proximal steps, which add ridge/2 |x - x_previous|^2, until the
 //    residual of the problem itself closes. The first step finds the minimiser nearest to the start up to O(ridge), the
-//    next ones remove that bias where M is positive and leave the rest alone. Where a step fails, because M is not quite
-//    semidefinite (a singular matrix rounded to float32), a larger ridge begins again.
+//    next ones remove that bias where M is positive and leave the rest alone. Where a step fails, because M is not
+//    quite semidefinite (a singular matrix rounded to float32), a larger ridge begins again.
 #pragma once
 
 #include "nnqp.hpp"

@@ -1,6 +1,6 @@
-// Whether a matrix may be a Gram matrix: symmetric to kGramTolerance of its largest diagonal entry, and positive definite
-// once gram_ridge(n) times as much is added to the diagonal, which covers the rounding of any half type. A NaN or
-// infinity passes: NaN is the result.
+// Whether a matrix may be a Gram matrix: symmetric to kGramTolerance of its largest diagonal entry, and positive
+// definite once gram_ridge(n) times as much is added to the diagonal, which covers the rounding of any half type. A NaN
+// or infinity passes: NaN is the result.
 #pragma once
 
 #include "nnqp.hpp"
@@ -8,7 +8,9 @@
 PAMA_BEGIN
 
 constexpr double kGramTolerance = 0.02;
-inline double gram_ridge(int n) { return 1.0 + 0.25 * std::sqrt(static_cast<double>(n)); }  // noise has a norm of sqrt(n)
+inline double gram_ridge(int n) {
+    return 1.0 + 0.25 * std::sqrt(static_cast<double>(n));
+}  // noise has a norm of sqrt(n)
 
 template <class T>
 inline bool is_gram(int n, const T* m, std::ptrdiff_t row, std::ptrdiff_t column, double* workspace) {

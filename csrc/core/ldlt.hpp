@@ -153,15 +153,19 @@ template <class V>
 using Mask = decltype(V{} < V{});
 
 // h ends as L D below the diagonal, y (null: none) as L^-1 y, `inverse` as 1 / D. Returns where every pivot was above
-// its floor; elsewhere the numbers mean nothing. No sum has two products, of which a compiler could fuse either: V =
-// double and a lane of a vector give the same bits.
-template <class V, int N>
+// its floor; a pivot at its floor is raised to it if Raise, else the numbers mean nothing there. No sum has two
+// products, of which a compiler could fuse either: V = double and a lane of a vector give the same bits.
+template <class V, int N, bool Raise = false>
 PAMA_HD inline Mask<V> factorise(Triangle<V, N>& h, const V* floor, V* y, V* inverse) {
     Mask<V> regular = V{} == V{};
     PAMA_UNROLL
     for (int k = 0; k < N; ++k) {
-        regular &= h(k, k) > floor[k];
-        inverse[k] = 1.0 / h(k, k);
+        const Mask<V> above = h(k, k) > floor[k];
+        regular &= above;
+        if constexpr (Raise)
+            inverse[k] = 1.0 / (above ? h(k, k) : floor[k]);
+        else
+            inverse[k] = 1.0 / h(k, k);
         PAMA_UNROLL
         for (int i = k + 1; i < N; ++i) {
             const V l = h(i, k) * inverse[k];

@@ -182,9 +182,9 @@ PAMA_HD inline std::size_t min_norm_workspace(int n) { return nnqp::workspace(n)
 
 // gram: element (i, j) at i * row_stride + j * column_stride; (M + M')/2 is solved. preference: n non-negative numbers
 // (normalised over those present; null or without mass there: uniform). present: null, or 0 for an objective that takes
-// no part: its weight is 0 and its entries are not looked at. Any other NaN or infinity makes weights and optimum NaN. A
-// matrix that is not positive semidefinite gives some point of the simplex. None present, or M = 0: c = p. The residual
-// is Wolfe's gap c'g - min_j g_j, g the gradient, over max_i M_ii (1 + regularization).
+// no part: its weight is 0 and its entries are not looked at. Any other NaN or infinity makes weights and optimum NaN.
+// A matrix that is not positive semidefinite gives some point of the simplex. None present, or M = 0: c = p. The
+// residual is Wolfe's gap c'g - min_j g_j, g the gradient, over max_i M_ii (1 + regularization).
 template <class T>
 PAMA_HD inline SolverResult min_norm_solve(int n, const T* gram, std::ptrdiff_t row_stride,
                                            std::ptrdiff_t column_stride, const double* preference,

@@ -1,5 +1,5 @@
-// Min-norm problems of few objectives in registers: the exchange with its certificate, one matrix in each SIMD lane of V
-// or one alone. What needs more than the exchange (a singular support, a tie, a number that is not finite) is left to
+// Min-norm problems of few objectives in registers: the exchange with its certificate, one matrix in each SIMD lane of
+// V or one alone. What needs more than the exchange (a singular support, a tie, a number that is not finite) is left to
 // the general solver.
 #pragma once
 

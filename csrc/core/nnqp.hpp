@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstddef>
+#include <type_traits>
 
 #include "ldlt.hpp"
 #include "solution.hpp"
@@ -15,6 +16,20 @@ PAMA_BEGIN
 namespace nnqp {
 
 constexpr int kVectorCount = 19;  // arrays of leading_dimension(n) doubles in the workspace, the integers included
+
+#if defined(__CUDACC__)
+constexpr int kLargestInRegisters = 4;  // more would double the time of the whole CUDA build
+#else
+constexpr int kLargestInRegisters = 8;
+#endif
+
+// Calls visit(integral constant N) with N = n, Smallest <= n <= Largest.
+template <int Smallest, int Largest, class Visit>
+PAMA_HD inline auto with_size(int n, Visit visit) {
+    if constexpr (Largest > Smallest)
+        if (n < Largest) return with_size<Smallest, Largest - 1>(n, visit);
+    return visit(std::integral_constant<int, Largest>{});
+}
 
 // Doubles of the workspace for n unknowns.
 PAMA_HD inline std::size_t workspace(int n) {
@@ -46,7 +61,8 @@ struct System {
     double fixed_total = 0.0, fixed_terms = 0.0;    // of what b holds, beside total and terms
     double terms = 0.0;                             // sum of H_ii |y_i|
     double metric = 1.0;                            // the largest r_i of a proximal term, of its ridge
-    bool strict = true;                             // give up on a vanishing pivot
+    bool strict = true;                             // give up on a vanishing pivot,
+    double vanishing = kSingularPivot;              // which is this of H_ii
 
     PAMA_HD void bind(int count, double* workspace) {
         n = count;
@@ -62,10 +78,24 @@ struct System {
         gram = take(static_cast<std::ptrdiff_t>(n) * stride);
         scratch.columns = take(static_cast<std::ptrdiff_t>(blocks) * ld);
         scratch.panel = take(static_cast<std::ptrdiff_t>(ldlt::kBlock) * blocks);
-        double** const vectors[kVectorCount - 1] = {
-            &preference, &centre,  &shift,       &diagonal,      &target,          &product,
-            &point,      &saved,   &kept, &answer,      &unit,          &compact,         &ones,
-            &scratch.rhs, &scratch.floor, &scratch.inverse, &scratch.forward, &scratch.solution};
+        double** const vectors[kVectorCount - 1] = {&preference,
+                                                    &centre,
+                                                    &shift,
+                                                    &diagonal,
+                                                    &target,
+                                                    &product,
+                                                    &point,
+                                                    &saved,
+                                                    &kept,
+                                                    &answer,
+                                                    &unit,
+                                                    &compact,
+                                                    &ones,
+                                                    &scratch.rhs,
+                                                    &scratch.floor,
+                                                    &scratch.inverse,
+                                                    &scratch.forward,
+                                                    &scratch.solution};
         for (double** const vector : vectors) *vector = take(ld);
         support = reinterpret_cast<int*>(take(ld));
         inside = support + ld;
@@ -92,8 +122,38 @@ struct System {
         return value >= 0.0 && terms < kLargestDouble;
     }
 
-    // The unknowns of the support, gathered.
     PAMA_HD bool factorise() {
+        if (n > kLargestInRegisters) return factorise_gathered();
+        return with_size<1, kLargestInRegisters>(n, [&](auto count) {
+            constexpr int k = decltype(count)::value;
+            return factorise_registers<k>();
+        });
+    }
+    // n unknowns, those outside the support replaced by the identity.
+    template <int N>
+    PAMA_HD bool factorise_registers() {
+        ldlt::Triangle<double, N> h;
+        double floor[N], y[N], inverse[N];
+        PAMA_UNROLL
+        for (int i = 0; i < N; ++i) {
+            PAMA_UNROLL
+            for (int j = 0; j < i; ++j) h(i, j) = inside[i] && inside[j] ? row_of(i)[j] + (shift[i] + shift[j]) : 0.0;
+            h(i, i) = inside[i] ? diagonal[i] : 1.0;
+            floor[i] = (strict ? vanishing : kSmallestPivot) * h(i, i);
+            y[i] = inside[i] ? target[i] : 0.0;
+        }
+        const bool regular = ldlt::factorise<double, N, true>(h, floor, y, inverse);
+        ldlt::substitute_back<double, N>(h, inverse, y);
+        size = 0;
+        for (int i = 0; i < N; ++i) {
+            support[size] = i;
+            scratch.solution[size] = y[i];
+            size += inside[i];
+        }
+        return regular || !strict;
+    }
+    // The unknowns of the support.
+    PAMA_HD bool factorise_gathered() {
         size = 0;
         for (int i = 0; i < n; ++i) {
             support[size] = i;
@@ -111,7 +171,7 @@ struct System {
         pad(compact, size, rows);
         pad(ones, size, rows);
         pad(scratch.rhs, size, rows);
-        const double relative_floor = strict ? kSingularPivot : kSmallestPivot;
+        const double relative_floor = strict ? vanishing : kSmallestPivot;
         for (int a = 0; a < end; ++a) {
             double* const column = scratch.columns + static_cast<std::ptrdiff_t>(a) * rows;
             const int first = a / ldlt::kBlock * ldlt::kBlock;
@@ -136,15 +196,18 @@ struct System {
         return ldlt::solve(size, rows, scratch, strict);
     }
 
-    // Whether M + kRidge is positive definite. Destroys the problem.
+    // Whether M + 2 kSmallestRidge is clearly positive definite. Destroys the problem.
     PAMA_HD bool semidefinite() {
         for (int i = 0; i < n; ++i) {
             inside[i] = 1;
             shift[i] = 0.0;
-            diagonal[i] = row_of(i)[i] + kRidge;
+            diagonal[i] = row_of(i)[i] + 2.0 * kSmallestRidge;
         }
         strict = true;
-        return factorise();
+        vanishing = kSmallestRidge / 2.0;
+        const bool definite = factorise();
+        vanishing = kSingularPivot;
+        return definite;
     }
 
     template <int Tiles>

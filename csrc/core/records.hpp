@@ -40,8 +40,8 @@ struct Tokens {
 
     int64_t tokens() const { return offsets ? width : rows * width; }
     int64_t begin(int64_t row) const { return offsets ? offsets[row] : row * width; }
-    // Of (B, N) advantages all tokens of a sequence have the same combined one, unless weights solved per token tell them
-    // apart.
+    // Of (B, N) advantages all tokens of a sequence have the same combined one, unless weights solved per token tell
+    // them apart.
     bool one_result_per_row(const Rule& rule) const {
         return per_sequence && !(rule.weights_per == WeightsPer::token && rule.kind > Kind::solved && logprobs);
     }

@@ -29,22 +29,29 @@
 #include <cmath>
 
 #include "numbers.hpp"
+#include "solution.hpp"
 
 PAMA_BEGIN
 
 // For rho = 0 and 0 outside the open interval (min a, max a) the answer is exact and no path is needed: a.c is the
 // score nearest 0, and the objectives that have it share the weight. The caller keeps these alone, with scores of 0.
 //
-// The least sum of squares that has a reciprocal: below, the distances are too small to matter.
+// The least sum of squares that has a reciprocal (below, the distances are too small to matter), and two units in the
+// last place of 1.
 template <class V>
 PAMA_HD constexpr typename LaneOf<V>::type least_spread() {
-    return sizeof(typename LaneOf<V>::type) == 4 ? static_cast<typename LaneOf<V>::type>(1e-37)
-                                                 : static_cast<typename LaneOf<V>::type>(1e-300);
+    typedef typename LaneOf<V>::type T;
+    return sizeof(T) == 4 ? static_cast<T>(1e-37) : static_cast<T>(1e-300);
+}
+template <class V>
+PAMA_HD constexpr typename LaneOf<V>::type rounding() {
+    typedef typename LaneOf<V>::type T;
+    return sizeof(T) == 4 ? static_cast<T>(0x1p-22) : static_cast<T>(0x1p-51);
 }
 
 // a: n scores of a size whose square T holds (the caller rescales), overwritten; p: preference for the objectives that
-// take part, 0 elsewhere; c: in, 1 where an objective takes part and 0 elsewhere; out, the weights. Returns a.c. Uniform: p
-// is 1 / their number and is not read. A compile-time N > 0 unrolls the loops; n is then ignored.
+// take part, 0 elsewhere; c: in, 1 where an objective takes part and 0 elsewhere; out, the weights. Returns a.c.
+// Uniform: p is 1 / their number and is not read. A compile-time N > 0 unrolls the loops; n is then ignored.
 template <class V, int N = 0, bool Uniform = false>
 PAMA_HD inline V simplex_solve(int n, V* PAMA_RESTRICT a, const V* PAMA_RESTRICT p, V rho, V* PAMA_RESTRICT c) {
     const int size = N > 0 ? N : n;
@@ -95,11 +102,14 @@ PAMA_HD inline V simplex_solve(int n, V* PAMA_RESTRICT a, const V* PAMA_RESTRICT
         const V weight = c[i] * ((Uniform ? shift : p[i] + shift) - lambda * (a[i] - mean));
         c[i] = choose(weight > zero, weight, zero);
         total += c[i];
-    }
-    const V scale = choose(lambda > zero, reciprocal(total), one);  // rounding grows with lambda times the distances
-    for (int i = 0; i < size; ++i) {
-        c[i] *= scale;
         optimum += c[i] * (a[i] + base);
+    }
+    // Rounding grows with lambda times the distances.
+    const auto apart = (max_of(total - one, one - total) > rounding<V>()) & (lambda > zero);
+    if (any(apart)) {
+        const V scale = choose(apart, one / total, one);
+        optimum *= scale;
+        for (int i = 0; i < size; ++i) c[i] *= scale;
     }
     return choose(rho == zero, zero, sign * optimum);
 }
@@ -153,14 +163,14 @@ PAMA_HD inline V simplex_sorted(const V* PAMA_RESTRICT a, V rho, V* PAMA_RESTRIC
         mean += distance * part;
         const V gap = own - mean;
         spread += distance * gap;
-        // Below 0 only by rounding, where an index with a weight near 0 was dropped.
-        const V slope = max_of(choose(spread > least_spread<V>(), (base + mean) * reciprocal(spread), zero), zero);
+        const V slope = choose(spread > least_spread<V>(), (base + mean) * reciprocal(spread), zero);
         const auto holds = slope * gap <= part;
         share = choose(holds, part, share);
         lambda = choose(holds, slope, lambda);
         centre = choose(holds, mean, centre);
         last = choose(holds, own, last);
     }
+    lambda = max_of(lambda, zero);  // below 0 only by rounding, where an index with a weight near 0 was dropped
     V optimum = base;
     for (int i = 0; i < N; ++i) {
         const V weight = share - lambda * (c[i] - centre), kept = choose(c[i] <= last, max_of(weight, zero), zero);
@@ -202,10 +212,8 @@ PAMA_HD inline double simplex_row(int given_n, double* PAMA_RESTRICT a, double* 
         if (first < 0) first = p[i];
         uniform = uniform && p[i] == first;
     }
-    int exponent = 0;
-    std::frexp(largest, &exponent);
-    const double unit = std::ldexp(largest, -exponent);
-    const double size = scale < 0 ? unit * unit : std::ldexp(scale, -2 * exponent);
+    const nnqp::Scale scaled(largest);
+    const double unit = scaled(largest), size = scale < 0 ? unit * unit : scaled(scaled(scale));
     const double rho = regularization * size > kLeastRho ? regularization * size : 0;
     const bool one_sided = rho == 0 && !(low < 0 && high > 0);
     const double nearest = low > 0 ? low : (high < 0 ? high : 0.0);
@@ -217,10 +225,10 @@ PAMA_HD inline double simplex_row(int given_n, double* PAMA_RESTRICT a, double* 
         uniform ? simplex_solve<double, N, true>(n, a, p, 0.0, c) : simplex_solve<double, N>(n, a, p, 0.0, c);
         return nearest;
     }
-    for (int i = 0; i < n; ++i) a[i] = c[i] == 0 ? 0 : std::ldexp(a[i], -exponent);
+    for (int i = 0; i < n; ++i) a[i] = c[i] == 0 ? 0 : scaled(a[i]);
     const double optimum =
         uniform ? simplex_solve<double, N, true>(n, a, p, rho, c) : simplex_solve<double, N>(n, a, p, rho, c);
-    return max_of(low, min_of(high, std::ldexp(optimum, exponent)));
+    return max_of(low, min_of(high, scaled.undo(optimum)));
 }
 
 PAMA_END

@@ -1,5 +1,6 @@
-// A non-negative quadratic problem (nnqp.hpp) of few unknowns in registers, one in each SIMD lane of V or one alone, and
-// its supports for active_set.hpp. In the same order of operations, so to the same bits, whatever is in other lanes.
+// A non-negative quadratic problem (nnqp.hpp) of few unknowns in registers, one in each SIMD lane of V or one alone,
+// and its supports for active_set.hpp. In the same order of operations, so to the same bits, whatever is in other
+// lanes.
 #pragma once
 
 #include "active_set.hpp"
@@ -67,14 +68,6 @@ struct SmallSystem {
         }
     }
 };
-
-// Calls visit(integral constant N) with N = n, Smallest <= n <= Largest.
-template <int Smallest, int Largest, class Visit>
-PAMA_HD inline auto with_size(int n, Visit visit) {
-    if constexpr (Largest > Smallest)
-        if (n < Largest) return with_size<Smallest, Largest - 1>(n, visit);
-    return visit(std::integral_constant<int, Largest>{});
-}
 
 }  // namespace nnqp
 PAMA_END

@@ -65,13 +65,14 @@ PAMA_HD inline double power_of_two_scale(double x) {
     return scale;
 }
 
-// x 2^a 2^b brings the largest diagonal entry to [1, 2) where one power of two can't: subnormal numbers are lifted first.
+// x -> s x with the power of two s that brings `largest` to [1, 2) (or near, at the ends of the range); subnormal
+// numbers are lifted first, as one factor can't.
 struct Scale {
     double lift, power;
     PAMA_HD explicit Scale(double largest)
         : lift(largest < 0x1p-900 ? 0x1p200 : 1.0), power(largest > 0.0 ? power_of_two_scale(largest * lift) : 1.0) {}
     PAMA_HD double operator()(double x) const { return x * lift * power; }
-    PAMA_HD double undo(double x) const { return x / power / lift; }
+    PAMA_HD double undo(double x) const { return lift == 1.0 ? x / power : x / power / lift; }
 };
 
 }  // namespace nnqp

@@ -4,10 +4,10 @@
 //
 //     c = sum_i c^(i) over its sum,    c^(i) = argmin c'Mc over c >= p_i e_i.
 //
-// With c^(i) = p_i (e_i + x): minimise over x >= 0: 1/2 x'Mx + (M_i.) x, a problem of nnqp.hpp with u = 0 and b = -M_i.,
-// which p_i does not appear in; active_set.hpp solves it. The objectives' scales come out first, as powers of two: with
-// S M S for M, 1 <= (S M S)_ii < 4, and S^-1 c for c nothing else changes, so that an objective is judged by the size of
-// its own gradient.
+// With c^(i) = p_i (e_i + x): minimise over x >= 0: 1/2 x'Mx + (M_i.) x, a problem of nnqp.hpp with u = 0 and b =
+// -M_i., which p_i does not appear in; active_set.hpp solves it. The objectives' scales come out first, as powers of
+// two: with S M S for M, 1 <= (S M S)_ii < 4, and S^-1 c for c nothing else changes, so that an objective is judged by
+// the size of its own gradient.
 //
 // Where a minimiser is not unique, it is the one nearest to p_i e_i (among objectives whose norms span at most
 // kLargestUnit): the proximal term is in the units of M.
@@ -194,8 +194,8 @@ PAMA_HD SolverResult solve_general(int n, const T* gram, std::ptrdiff_t row_stri
     const double share = 1.0 / mass;
     Problem s;
     SolverResult result = {nnqp::kNan, nnqp::kNan, SolveStatus::not_finite, 0};
-    const bool finite = gather(n, gram, row_stride, column_stride, preference, present, share, workspace, s) &&
-                        0.0 * mass == 0.0;
+    const bool finite =
+        gather(n, gram, row_stride, column_stride, preference, present, share, workspace, s) && 0.0 * mass == 0.0;
     if (finite) result = solve_all(s);
     if (!finite || unsolved(result)) {
         for (int i = 0; i < n; ++i) weights[i] = nnqp::kNan;
@@ -233,9 +233,9 @@ PAMA_HD SolverResult solve_general(int n, const T* gram, std::ptrdiff_t row_stri
 PAMA_HD inline std::size_t upgrad_workspace(int n) { return nnqp::workspace(n); }
 
 // Arguments as those of min_norm_solve; a preference without mass among those present is returned as it is. The optimum
-// is c'Mc of the normalised c. The residual is the largest violation of x >= 0, g = M (e_i + x) >= 0, x.g = 0 over all i,
-// where e_i + x is scaled to sum 1 and M to diagonal entries from 1 to 4: for every j, (Mc^(i))_j lies at most twice the
-// residual times sqrt(M_jj max_k M_kk) sum c^(i) below 0.
+// is c'Mc of the normalised c. The residual is the largest violation of x >= 0, g = M (e_i + x) >= 0, x.g = 0 over all
+// i, where e_i + x is scaled to sum 1 and M to diagonal entries from 1 to 4: for every j, (Mc^(i))_j lies at most twice
+// the residual times sqrt(M_jj max_k M_kk) sum c^(i) below 0.
 template <class T>
 PAMA_HD inline SolverResult upgrad_solve(int n, const T* gram, std::ptrdiff_t row_stride, std::ptrdiff_t column_stride,
                                          const double* preference, const unsigned char* present, double* weights,

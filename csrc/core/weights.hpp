@@ -12,8 +12,8 @@
 
 PAMA_BEGIN
 
-// The scalar problem on the scores of one sequence. c (n) receives the weights, a and p (n) are work space; the scale is
-// the largest mean of I^2. Objectives without a token take no part. Returns the optimum a.c. N as in simplex_solve.
+// The scalar problem on the scores of one sequence. c (n) receives the weights, a and p (n) are work space; the scale
+// is the largest mean of I^2. Objectives without a token take no part. Returns the optimum a.c. N as in simplex_solve.
 template <int N = 0>
 PAMA_HD inline double statistics_weights(const double* statistics, int given_n, const double* preference,
                                          double regularization, double* a, double* p, double* c) {

@@ -53,8 +53,8 @@ enum RowSum {
 
 // One pass over the tokens of rows: their sums, the gradient, or both.
 struct RowPass {
-    double* sums = nullptr;       // (rows, kRowSums)
-    const double* up = nullptr;   // (rows): sum_i c_i max(A_i, 0); null: no gradient
+    double* sums = nullptr;        // (rows, kRowSums)
+    const double* up = nullptr;    // (rows): sum_i c_i max(A_i, 0); null: no gradient
     const double* down = nullptr;  // (rows): sum_i c_i min(A_i, 0)
     const double* omega = nullptr;
     double scale = 0, kl_coef = 0;
@@ -97,8 +97,8 @@ struct Kernels {
     // The statistics of the rows [first, last) from their sums.
     void (*row_statistics)(const Tokens&, const double* omega, const double* row_sums, bool pairs, int64_t first,
                            int64_t last, double* sums, void* scratch);
-    // Weights of the rows [first, last) and what follows from them without a look at a token; up and down as in RowPass.
-    // Without row_sums up and down alone, for known weights.
+    // Weights of the rows [first, last) and what follows from them without a look at a token; up and down as in
+    // RowPass. Without row_sums up and down alone, for known weights.
     void (*row_apply)(const Pass&, const double* row_sums, double* up, double* down, int64_t first, int64_t last,
                       Partial&, void* scratch);
     // Rows of the scalar problem: float32 scores, at most kLaneObjectives of them.

@@ -31,13 +31,44 @@ inline void set_lane(V& v, int k, T x) {
     memcpy(reinterpret_cast<char*>(&v) + static_cast<long>(sizeof(T)) * k, &x, sizeof x);
 }
 
-// Scores a (n, stride) of `lanes` rows side by side; preference (n). c (n, stride) receives the weights. Returns the optima.
-// `present` (1 or 0, like a) may be null; `scale` (per lane) may be null, then it is max a^2.
-// `non_negative`: no score is negative and there is no regularization. work: 3 n vectors; row: 3 n doubles.
-// A compile-time N > 0 stands for n and keeps what it can in registers.
+template <class T>
+constexpr T narrow() {
+    return static_cast<T>(sizeof(T) == 4 ? 1e-3 : 1e-9);
+}
+template <class T>
+constexpr double weak_regularization() {
+    return sizeof(T) == 4 ? 1e-4 : 1e-13;
+}
+
+// Scores of very different size and hardly any regularization: the large one gets a weight near T's rounding, on which
+// the rest depends. These lanes are solved in double: the marked ones, and where `largest` is given, with a score below
+// narrow() of it. Out of line, so that it costs the others no registers. Returns the optima.
+template <class V, class T>
+__attribute__((noinline)) V solve_unsure(int n, const T* a, const T* present, long stride, int lanes,
+                                         const double* preference, double regularization, const double* scale,
+                                         const V& largest, const V& marked, V optimum, double* row, T* c) {
+    for (int k = 0; k < lanes; ++k) {
+        bool unsure = lane<T>(marked, k) != 0;
+        for (int i = 0; i < n && !unsure; ++i) {
+            const T own = a[i * stride + k];
+            const bool counts = !present || present[i * stride + k] > 0;
+            unsure = counts && (own < 0 ? -own : own) < lane<T>(largest, k) * narrow<T>();
+        }
+        if (unsure)
+            set_lane(optimum, k,
+                     solve_lane(n, a + k, present ? present + k : nullptr, stride, preference, regularization,
+                                scale ? scale[k] : -1.0, row, c + k));
+    }
+    return optimum;
+}
+
+// Scores a (n, stride) of `lanes` rows side by side; preference (n). c (n, stride) receives the weights. Returns the
+// optima. `present` (1 or 0, like a) may be null; `scale` (per lane) may be null, then it is max a^2. `non_negative`:
+// no score is negative and there is no regularization. work: 3 n vectors; row: 3 n doubles. A compile-time N > 0 stands
+// for n and keeps what it can in registers.
 template <class V, int N, class T>
-inline V solve_lanes(int given, const T* a, const T* present, long stride, int lanes, const double* preference, bool uniform,
-                     double regularization, bool non_negative, T* c, V* work, double* row,
+inline V solve_lanes(int given, const T* a, const T* present, long stride, int lanes, const double* preference,
+                     bool uniform, double regularization, bool non_negative, T* c, V* work, double* row,
                      const double* scale = nullptr) {
     const V zero = V{}, one = zero + static_cast<T>(1);
     const int n = N > 0 ? N : given;
@@ -132,31 +163,17 @@ inline V solve_lanes(int given, const T* a, const T* present, long stride, int l
     }
     optimum = choose(exact, choose(one_sided, nearest, zero), max_of(low, min_of(high, optimum * unit)));
     const auto none = present ? count == zero : count != count;
-    for (int i = 0; i < n; ++i) store(c + i * stride, choose(none, zero + static_cast<T>(preference[i]), keep[i] + poison));
+    for (int i = 0; i < n; ++i)
+        store(c + i * stride, choose(none, zero + static_cast<T>(preference[i]), keep[i] + poison));
     optimum = choose(none, zero, optimum) + poison;
-    // Scores of very different size and hardly any regularization: the large one gets a weight near T's rounding, on
-    // which the rest depends. These lanes are solved in double.
-    constexpr T narrow = static_cast<T>(sizeof(T) == 4 ? 1e-3 : 1e-9);
     const V smaller = min_of(-low, high);
-    auto unsure = exact & (low < zero) & (high > zero) & (smaller < largest * narrow);
-    const auto weak = (rho > zero) & (rho < size * static_cast<T>(sizeof(T) == 4 ? 1e-4 : 1e-13));
-    if (any(weak)) {
-        V least_size = largest;
-        for (int i = 0; i < n; ++i) {
-            const V own = load<V>(a + i * stride), magnitude = max_of(own, -own);
-            const V counted = present ? choose(load<V>(present + i * stride) > zero, magnitude, largest) : magnitude;
-            least_size = min_of(counted, least_size);
-        }
-        unsure = unsure | (weak & (least_size < largest * narrow));
-    }
-    if (any(unsure)) {
-        const V marked = choose(unsure, one, zero);
-        for (int k = 0; k < lanes; ++k)
-            if (lane<T>(marked, k) != 0)
-                set_lane(optimum, k,
-                         solve_lane(n, a + k, present ? present + k : nullptr, stride, preference, regularization,
-                                    scale ? scale[k] : -1.0, row, c + k));
-    }
+    const auto unsure = exact & (low < zero) & (high > zero) & (smaller < largest * narrow<T>());
+    const bool weak = regularization > 0 && (scale || regularization < weak_regularization<T>());
+    if (weak || any(unsure))
+        optimum =
+            solve_unsure<V>(n, a, present, stride, lanes, preference, regularization, scale,
+                            weak ? choose(rho < size * static_cast<T>(weak_regularization<T>()), largest, zero) : zero,
+                            choose(unsure, one, zero), optimum, row, c);
     return optimum;
 }
 
@@ -183,9 +200,9 @@ inline auto with_lanes_size(int n, Visit visit) {
 
 // Rows of N float32 scores, a register's lanes at a time; those that lie side by side are transposed in registers.
 template <int N>
-inline void weights_rows(long rows, const float* PAMA_RESTRICT scores, long row, long objective, const double* preference,
-                         bool uniform, double regularization, const double* scale, long scale_row,
-                         float* PAMA_RESTRICT weights, float* PAMA_RESTRICT optimum, double* buffer) {
+inline void weights_rows(long rows, const float* PAMA_RESTRICT scores, long row, long objective,
+                         const double* preference, bool uniform, double regularization, const double* scale,
+                         long scale_row, float* PAMA_RESTRICT weights, float* PAMA_RESTRICT optimum, double* buffer) {
     constexpr int width = Lanes<float>::count;
     constexpr long ahead = 1024;  // floats
     const bool contiguous = row == N && objective == 1;
@@ -212,10 +229,10 @@ inline void weights_rows(long rows, const float* PAMA_RESTRICT scores, long row,
         if (scale)
             for (int t = 0; t < width; ++t) size[t] = t < used ? scale[(at + t) * scale_row] : 1.0;
         const bool non_negative = regularization == 0 && !any(low < 0.0f);
-        const FloatV s =
-            solve_lanes<FloatV, N>(N, reinterpret_cast<const float*>(v), static_cast<const float*>(nullptr), width,
-                                   width, preference, uniform, regularization, non_negative, reinterpret_cast<float*>(c),
-                                   static_cast<FloatV*>(nullptr), buffer, scale ? size : nullptr);
+        const FloatV s = solve_lanes<FloatV, N>(N, reinterpret_cast<const float*>(v),
+                                                static_cast<const float*>(nullptr), width, width, preference, uniform,
+                                                regularization, non_negative, reinterpret_cast<float*>(c),
+                                                static_cast<FloatV*>(nullptr), buffer, scale ? size : nullptr);
         interleave<N>(c);
         if (used == width) {
             store(optimum + at, s);
@@ -263,13 +280,13 @@ inline void weights_rows(long rows, int n, const float* scores, long row, long o
                          bool uniform, double regularization, const double* scale, long scale_row, float* weights,
                          float* optimum, void* scratch) {
     if (with_constant(n, [&](auto size) {
-            weights_rows<size>(rows, scores, row, objective, preference, uniform, regularization, scale, scale_row, weights,
-                               optimum, static_cast<double*>(scratch));
+            weights_rows<size>(rows, scores, row, objective, preference, uniform, regularization, scale, scale_row,
+                               weights, optimum, static_cast<double*>(scratch));
         }))
         return;
     with_lanes_size(n, [&](auto size) {
-        weights_pieces<size>(rows, n, scores, row, objective, preference, uniform, regularization, scale, scale_row, weights,
-                             optimum, scratch);
+        weights_pieces<size>(rows, n, scores, row, objective, preference, uniform, regularization, scale, scale_row,
+                             weights, optimum, scratch);
     });
 }
 

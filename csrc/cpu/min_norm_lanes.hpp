@@ -46,7 +46,8 @@ inline unsigned min_norm_lanes(const Gram& gram, const double* preference, doubl
     for (int lane = 0; lane < lanes; ++lane) {
         const T* from = static_cast<const T*>(gram.data) + (first + (lane < used ? lane : 0)) * gram.batch;
         double diagonal = 0.0;
-        for (int i = 0; i < n; ++i) diagonal = max_of(static_cast<double>(from[i * (gram.row + gram.column)]), diagonal);
+        for (int i = 0; i < n; ++i)
+            diagonal = max_of(static_cast<double>(from[i * (gram.row + gram.column)]), diagonal);
         const nnqp::Scale scale(diagonal);  // subnormal numbers are left to the general solver
         powers[lane] = diagonal > 0.0 && diagonal <= nnqp::kLargestDouble && scale.lift == 1.0 ? scale.power : 0.0;
         largest[lane] = diagonal * powers[lane];

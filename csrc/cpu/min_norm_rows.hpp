@@ -41,11 +41,11 @@ inline Refused min_norm_rows(const Gram& gram, const double* preference, const u
         if (small && used == 1) solved = min_norm_lanes<double, T>(gram, preference, regularization, group, 1);
         const Refused refused =
             solve_matrices<T>(gram, group, group + used, solved, c, workspace, [&](const T* matrix, double* out) {
-                return gram.n == 2 && !present ? min_norm_solve(2, matrix, gram.row, gram.column, preference, present,
-                                                                regularization, out, workspace)
-                                               : min_norm::solve_general(gram.n, matrix, gram.row, gram.column,
-                                                                         preference, present, regularization, out,
-                                                                         workspace);
+                return gram.n == 2 && !present
+                           ? min_norm_solve(2, matrix, gram.row, gram.column, preference, present, regularization, out,
+                                            workspace)
+                           : min_norm::solve_general(gram.n, matrix, gram.row, gram.column, preference, present,
+                                                     regularization, out, workspace);
             });
         if (refused) return refused;
     }

@@ -1,5 +1,5 @@
-// One set of weights for the batch from its statistics. Compiled once, for every processor, without contraction: ranks on
-// different processors get the same bits from the same sums.
+// One set of weights for the batch from its statistics. Compiled once, for every processor, without contraction: ranks
+// on different processors get the same bits from the same sums.
 #define PAMA_ISA batch
 #include <cstdio>
 #include <stdexcept>

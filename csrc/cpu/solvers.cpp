@@ -8,10 +8,10 @@ namespace pama {
 namespace {
 
 template <class Solve>
-int64_t each_matrix(const Gram& gram, int threads, Solve solve) {
+int64_t each_matrix(const Gram& gram, int64_t work, int threads, Solve solve) {
     const Kernels& k = kernels();
     const int64_t bytes = k.min_norm_scratch(gram.n);
-    const Blocks blocks(gram.rows, gram.rows * gram.n * gram.n, 1);
+    const Blocks blocks(gram.rows, gram.rows * work, 1);
     std::vector<Refused> refused(static_cast<size_t>(blocks.count));
     for_each_block(blocks.count, blocks.threads(threads), [&](int64_t block) {
         refused[static_cast<size_t>(block)] = solve(k, blocks.first(block), blocks.last(block), scratch(bytes));
@@ -27,13 +27,15 @@ int64_t each_matrix(const Gram& gram, int threads, Solve solve) {
 }  // namespace
 
 int64_t min_norm(const Gram& gram, const double* preference, double regularization, int threads) {
-    return each_matrix(gram, threads, [&](const Kernels& k, int64_t first, int64_t last, void* scratch) {
+    const int64_t work = static_cast<int64_t>(gram.n) * gram.n;
+    return each_matrix(gram, work, threads, [&](const Kernels& k, int64_t first, int64_t last, void* scratch) {
         return k.min_norm(gram, preference, nullptr, regularization, first, last, scratch);
     });
 }
 
 int64_t upgrad(const Gram& gram, const double* preference, int threads) {
-    return each_matrix(gram, threads, [&](const Kernels& k, int64_t first, int64_t last, void* scratch) {
+    const int64_t work = static_cast<int64_t>(gram.n) * gram.n * gram.n;  // n problems for each matrix
+    return each_matrix(gram, work, threads, [&](const Kernels& k, int64_t first, int64_t last, void* scratch) {
         return k.upgrad(gram, preference, first, last, scratch);
     });
 }

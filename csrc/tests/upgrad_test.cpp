@@ -17,13 +17,13 @@ using Vec = std::vector<double>;
 
 int failures = 0;
 
-#define CHECK(condition, ...)                                                                 \
-    do {                                                                                      \
-        if (!(condition) && ++failures < 40) {                                                \
-            std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition);                       \
-            std::printf(__VA_ARGS__);                                                         \
-            std::printf("\n");                                                                \
-        }                                                                                     \
+#define CHECK(condition, ...)                                           \
+    do {                                                                \
+        if (!(condition) && ++failures < 40) {                          \
+            std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+            std::printf(__VA_ARGS__);                                   \
+            std::printf("\n");                                          \
+        }                                                               \
     } while (0)
 
 struct Solution {
@@ -126,8 +126,7 @@ void test_families(long long count, unsigned long long seed, int largest_n) {
     int most[families::kFamilies] = {};
     for (long long i = 0; i < count; ++i) {
         const int family = static_cast<int>(i % families::kFamilies);
-        const int n =
-            random.integer(0, 3) ? random.integer(1, std::min(largest_n, 12)) : random.integer(1, largest_n);
+        const int n = random.integer(0, 3) ? random.integer(1, std::min(largest_n, 12)) : random.integer(1, largest_n);
         const Vec gram = random.gram(family, n), p = random.prior(n, random.integer(0, 1));
         const Solution s = solve(n, gram, p);
         const double against = conflict(n, gram, s.weights);
@@ -168,14 +167,6 @@ void test_judge() {
         double distance = 0.0;
         for (int k = 0; k < n; ++k) distance = std::max(distance, std::fabs(c[k] - s.weights[k]));
         (singular ? worst_singular : worst) = std::max(singular ? worst_singular : worst, distance);
-        if (distance > 1e-6) {
-            const Vec c9 = judge(n, unit, p, 1e-9L), c7 = judge(n, unit, p, 1e-7L);
-            std::printf("judges 1e-11:"); for (double x : c) std::printf(" %.7f", x);
-            std::printf("\njudges 1e-9:"); for (double x : c9) std::printf(" %.7f", x);
-            std::printf("\njudges 1e-7:"); for (double x : c7) std::printf(" %.7f", x);
-            std::printf("\nours:"); for (double x : s.weights) std::printf(" %.7f", x);
-            std::printf(" res %g fact %d\n", s.result.residual, s.result.factorisations);
-        }
         CHECK(distance <= (singular ? 1e-6 : 1e-7), "%s n=%d (%d): %g", families::name(family), n, i, distance);
     }
     std::printf("judge: within %.1e, on singular matrices %.1e\n", worst, worst_singular);
@@ -322,7 +313,8 @@ void test_known() {
                 CHECK(std::isnan(s.weights[0]) && std::isnan(s.result.optimum), "n=%d %g", n, bad);
                 Vec p(n, 1.0 / n);
                 p[n - 1] = bad;
-                CHECK(std::isnan(solve(n, random.gram(families::kSquareWishart, n), p).weights[0]), "n=%d p %g", n, bad);
+                CHECK(std::isnan(solve(n, random.gram(families::kSquareWishart, n), p).weights[0]), "n=%d p %g", n,
+                      bad);
             }
 }
 
@@ -337,8 +329,8 @@ void test_not_semidefinite() {
         const Solution s = solve(n, gram);
         check_simplex("rounded", n, s.weights);
         worst = std::max(worst, s.result.residual);
-        CHECK(s.result.residual <= 1e-4, "%s n=%d (%d) rounded: %g status %d", families::name(family), n, i,
-              s.result.residual, static_cast<int>(s.result.status));
+        CHECK(s.result.residual <= 1e-4 && !pama::unsolved(s.result), "%s n=%d (%d) rounded: %g status %d",
+              families::name(family), n, i, s.result.residual, static_cast<int>(s.result.status));
         for (double& x : gram) x = random.normal();
         const Solution any = solve(n, gram);
         CHECK(!pama::unsolved(any.result), "random n=%d (%d): %d", n, i, static_cast<int>(any.result.status));
