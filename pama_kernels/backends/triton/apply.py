@@ -348,7 +348,7 @@ def run_tokens(p: Problem, x: Pass) -> None:
     n, present = p.constants["n"], p.arguments[4] is not None
     # Sums beside the results take registers, and so does the float64 that both signs may want.
     if x.pairs:
-        constants = p.tile(512 if present else 1024, p.constants["N"] ** 2)
+        constants = p.tile(512 if present else 1024, max(2, p.constants["N"] ** 2))
     else:
         area = 512 if x.statistics else 1024
         if x.weights in (SCORES, SOFTMIN):
