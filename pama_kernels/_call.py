@@ -140,7 +140,8 @@ def result_dtype(x: Tensor) -> torch.dtype:
 
 def one_result_per_row(tokens: Tokens, rule: Rule) -> bool:
     """Whether the combined advantages are (B,): all tokens of a sequence have the same."""
-    by_token = rule.weights_per == WeightsPer.TOKEN and tokens.logprobs is not None
+    solved_by_token = rule.weights_per == WeightsPer.TOKEN and rule.kind not in (Kind.GIVEN, Kind.SOLVED)
+    by_token = solved_by_token and tokens.logprobs is not None
     return tokens.per_sequence and not by_token
 
 

@@ -296,6 +296,7 @@ def group_normalize(
         raise ValueError("group_ids: expected None with group_size, got both")
     if group_ids is not None:
         check_tensor("group_ids", group_ids, INTEGERS, "one-dimensional integer")
+        check_memory("group_ids", group_ids)
         check_device("group_ids", group_ids, "rewards", rewards)
         check_shape("group_ids", group_ids, (rows,))
     size = rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -339,7 +340,12 @@ class PamaLoss(nn.Module):
         if preference is not None and not isinstance(preference, Tensor):
             check_preference_type(preference)
             preference_tensor(preference, len(preference), torch.device("cpu"))
-        if objectives is None and preference is not None:
+        if objectives is not None:
+            if isinstance(objectives, bool) or not isinstance(objectives, Integral):
+                raise TypeError(f"objectives: expected an integer, got {type(objectives).__name__}")
+            if objectives < 1:
+                raise ValueError(f"objectives: expected at least 1, got {objectives}")
+        elif preference is not None:
             objectives = len(preference)
         self.preference, self.clip_range, self.dual_clip = preference, clip_range, dual_clip
         self.aggregation, self.kl_coef = aggregation, check_number("kl_coef", kl_coef, 0.0)

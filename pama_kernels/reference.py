@@ -108,19 +108,23 @@ def _solve_scalar(a: Tensor, p: Tensor, rho: float) -> Solution:
     return Solution(c, a @ c if rho > 0 else a.new_zeros(()))
 
 
-def _scalar_problem(a: Tensor, p: Tensor, regularization: float, scale: Tensor, present: Tensor) -> Solution:
+def _scalar_problem(
+    a: Tensor, p: Tensor, regularization: float, scale: Tensor | None, present: Tensor
+) -> Solution:
     """One row: objectives that are absent take no part; scores of any size are first scaled to 1."""
     if not present.any():
         return Solution(p.clone(), a.new_zeros(()))
     kept, share = a[present], _normalized(p[present])
-    if not torch.isfinite(kept).all() or (regularization > 0 and not torch.isfinite(scale)):
+    if not torch.isfinite(kept).all() or (
+        regularization > 0 and scale is not None and not torch.isfinite(scale)
+    ):
         return Solution(torch.full_like(p, math.nan), a.new_tensor(math.nan))
     unit = float(kept.abs().max())
     weights = torch.zeros_like(p)
     if unit == 0:
         weights[present] = share
         return Solution(weights, a.new_zeros(()))
-    rho = regularization * float(scale) / unit / unit
+    rho = regularization if scale is None else regularization * float(scale) / unit / unit
     rho = rho if rho > 1e-280 else 0.0
     solution = (
         Solution(share, kept @ share / unit) if math.isinf(rho) else _solve_scalar(kept / unit, share, rho)
@@ -141,7 +145,7 @@ def _preference(preference: object, n: int) -> Tensor:
 
 
 def _rows(
-    solve: Callable[..., Solution], rows: Sequence[tuple[Tensor, ...]], n: int, shape: tuple[int, ...]
+    solve: Callable[..., Solution], rows: Sequence[tuple[Tensor | None, ...]], n: int, shape: tuple[int, ...]
 ) -> Solution:
     solutions = [solve(*row) for row in rows]
     weights = torch.stack([s.weights for s in solutions]) if rows else torch.zeros(0, n)
@@ -163,15 +167,11 @@ def pama_weights(
     p = _preference(preference, n)
     here = torch.ones_like(a, dtype=torch.bool) if present is None else present
     a = torch.where(here, a, 0.0)
-    r = a.square().amax(-1) if scale is None else torch.as_tensor(scale, dtype=torch.float64)
-    rows = list(
-        zip(
-            a.reshape(-1, n).unbind(),
-            r.expand(shape).reshape(-1).unbind(),
-            here.reshape(-1, n).unbind(),
-            strict=True,
-        )
-    )
+    present_rows = here.reshape(-1, n).unbind()
+    r: Sequence[Tensor | None] = [None] * len(present_rows)
+    if scale is not None:
+        r = torch.as_tensor(scale, dtype=torch.float64).expand(shape).reshape(-1).unbind()
+    rows = list(zip(a.reshape(-1, n).unbind(), r, present_rows, strict=True))
     return _rows(lambda x, size, mask: _scalar_problem(x, p, regularization, size, mask), rows, n, shape)
 
 

@@ -66,6 +66,7 @@ def pama_weights(
         if solution is not None:
             return WeightSolution(*solution)
     check_float("scores", scores)
+    check_memory("scores", scores)
     shape = scores.shape
     if not shape or shape[-1] < 1:
         raise ValueError(f"scores: expected shape (..., N) with N >= 1, got {shape_of(scores)}")
@@ -81,6 +82,7 @@ def pama_weights(
 def _scale(scale: Any, scores: Tensor) -> Tensor:
     if isinstance(scale, Tensor):
         check_float("scale", scale)
+        check_memory("scale", scale)
         check_device("scale", scale, "scores", scores)
         if scale.dim() and scale.shape != scores.shape[:-1]:
             raise ValueError(
@@ -198,6 +200,7 @@ def upgrad_weights(
 
 def _check_gram(gram: Tensor) -> int:
     check_float("gram", gram)
+    check_memory("gram", gram)
     shape = gram.shape
     if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] < 1:
         raise ValueError(f"gram: expected shape (..., N, N) with N >= 1, got {shape_of(gram)}")

@@ -4,9 +4,10 @@ Uses the Python that runs it, the packages that are there (torch, triton, pytest
 scikit-build-core, cmake, ninja; nvcc for the CUDA backend) and no network. The package is built into a folder
 of its own; the environment is not changed. `--device cpu` runs the stages without a GPU, on small problems.
 
-The whole test-suite would compile some 2800 variants of the Triton kernels, a second or two of one core each.
-So a run takes a share of the parameters of tests that have many; `--share 2/5` takes the next, and five runs
-take all.
+The tests are chosen by their markers: `gpu` needs one; all others run with their tensors on the device, but
+for `cpu` and `slow`. All of them would compile thousands of variants of the Triton kernels, a second or two
+of one core each. So a run takes a share of the parameters of tests that have many; `--share 2/5` takes the
+next, and five runs take all.
 """
 
 from __future__ import annotations
@@ -24,28 +25,11 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-SUITE = (
-    "test_statistics.py",
-    "test_combine_advantages.py",
-    "test_loss.py",
-    "test_module.py",
-    "test_advantages.py",
-    "test_weights.py",
-    "test_min_norm.py",
-)
-# Transformations of functions see through the copies to the device, which is the plugin's doing.
-LEFT_OUT = "not vmap and not func_grad and not by_func and not forward_mode"
-# Their bits and refusals are the CPU's.
-NOT_A_DEVICE = " and not threads and not instruction_set and not clearly_no_gram"
+BACKENDS = TESTS / "backends"
+SUITE = ("properties", "solvers", "operators/test_autograd.py")
 NEEDED = (
-    "torch",
-    "triton",
-    "numpy",
-    "pytest",
-    "hypothesis",
-    "pybind11",
-    "scikit_build_core",
-    "pytest_timeout",
+    *("torch", "triton", "numpy", "pytest", "hypothesis", "pytest_timeout"),
+    *("pybind11", "scikit_build_core"),
 )
 LIMIT = 460  # seconds, all together
 SHARES = 5  # no multiple of the number of choices that tests are made of, so that each share has them all
@@ -58,7 +42,7 @@ class Stages:
         self.done: list[tuple[str, str, float]] = []
 
     def run(self, name: str, command: list[str], seconds: float, **environment: str) -> bool:
-        """Runs one stage; a failure is told at the end and does not stop the next."""
+        """Runs one stage; a failure is reported at the end and does not stop the next."""
         left = LIMIT - (time.monotonic() - self.start)
         print(f"\n=== {name}", flush=True)
         begin = time.monotonic()
@@ -153,18 +137,19 @@ def main() -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no GPU; --device cpu shows that the stages run")
     cuda = arguments.device == "cuda" and tool("nvcc") is not None
+    environment = {
+        **os.environ,
+        "HYPOTHESIS_PROFILE": "quick",
+        "PAMA_TEST_DEVICE": arguments.device,
+        "PAMA_TEST_SHARE": arguments.share,
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # the properties ask for deterministic algorithms
+    }
     with tempfile.TemporaryDirectory() as folder:
-        paths = [str(TESTS)]
-        stages = Stages(
-            {
-                **os.environ,
-                "HYPOTHESIS_PROFILE": "quick",
-                "PAMA_TEST_DEVICE": arguments.device,
-                "PAMA_TEST_SHARE": arguments.share,
-            }
-        )
+        stages = Stages(environment)
+        paths = [str(BACKENDS), str(TESTS)]
         if arguments.installed:
-            cuda = arguments.device == "cuda" and importlib.util.find_spec("pama_kernels._cuda") is not None
+            found = importlib.util.find_spec("pama_kernels.backends._cuda") is not None
+            cuda = arguments.device == "cuda" and found
         else:
             cuda, outcome = build(Path(folder), cuda)
             stages.done.append(("build", outcome, time.monotonic() - stages.start))
@@ -177,39 +162,39 @@ def main() -> int:
 def run_stages(stages: Stages, device: str, cuda: bool, workers: int) -> None:
     python = [sys.executable, "-m"]
     stages.run("what is here", [*python, "pama_kernels.info"], 60)
-    pytest = [*python, "pytest", "-q", "-c", "gpu.ini", "--rootdir", ".", "-p", "no:cacheprovider"]
+    pytest = [
+        *python,
+        "pytest",
+        "-q",
+        "-c",
+        "gpu.ini",
+        "--rootdir",
+        ".",
+        "-p",
+        "no:cacheprovider",
+    ]
     if workers > 1 and importlib.util.find_spec("xdist"):
         pytest += ["-n", str(workers), "--dist", "worksteal"]
     backends = ["cuda", "triton"] if device == "cuda" else ["cpu"]
     if device == "cuda" and not cuda:
-        stages.skip("everything with the CUDA backend", "pama_kernels._cuda is not built: it needs nvcc")
+        stages.skip("everything with the CUDA backend", "the CUDA module is not built: it needs nvcc")
         backends.remove("cuda")
     for backend in backends:
-        stages.run(
-            f"graphs, streams, sizes, bits: {backend}",
-            [*pytest, "test_gpu.py", *(["-k", "bits or tokens or once"] if device == "cpu" else [])],
-            150,
-            PAMA_BACKEND=backend,
-        )
+        own = [*pytest, str(BACKENDS / "test_gpu.py")]
+        stages.run(f"graphs, streams, sizes, bits: {backend}", own, 150, PAMA_BACKEND=backend)
     for backend in backends:  # Triton answers itself for what it does with shared memory
         for checker in ("memcheck", "racecheck") if backend != "triton" else ("memcheck",):
             sanitize(stages, device, backend, checker)
+    which = "not cpu and not gpu and not slow" if device == "cuda" else "portable"
+    suite = [str(TESTS / name) for name in SUITE if (TESTS / name).exists()]
     for backend in backends:
-        which = LEFT_OUT + (NOT_A_DEVICE if device == "cuda" else "")
-        suite = SUITE if device == "cuda" else ("test_combine_advantages.py",)
-        if device == "cpu":
-            which += " and (layout or strides or out)"
-        stages.run(
-            f"test-suite on the device: {backend}",
-            [*pytest, "-p", "on_device", "-m", "not slow", "-k", which, *suite],
-            300,
-            PAMA_BACKEND=backend,
-        )
+        command = [*pytest, "-p", "on_device", "-m", which, *suite]
+        stages.run(f"test-suite on the device: {backend}", command, 300, PAMA_BACKEND=backend)
 
 
 def sanitize(stages: Stages, device: str, backend: str, checker: str) -> None:
     name = f"compute-sanitizer {checker}: {backend}"
-    command = [sys.executable, "sanitized.py"]
+    command = [sys.executable, str(BACKENDS / "sanitized.py")]
     if device == "cuda":
         sanitizer = tool("compute-sanitizer")
         if sanitizer is None:

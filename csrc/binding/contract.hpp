@@ -11,9 +11,7 @@ namespace pama {
 namespace binding {
 
 inline py::dict contract() {
-    const auto names = [](const auto& array) {
-        return std::vector<std::string>(std::begin(array), std::end(array));
-    };
+    const auto names = [](const auto& array) { return std::vector<std::string>(std::begin(array), std::end(array)); };
     py::dict result;
     result["kinds"] = names(kKindNames);
     result["weights_per"] = names(kWeightsPerNames);
@@ -31,7 +29,8 @@ inline py::dict contract() {
 
 // What every native module has.
 inline void define_shared(py::module_& m) {
-    py::register_local_exception<NoMemory>(m, "NoMemory", PyExc_ValueError);
+    const py::object base = py::module_::import("pama_kernels.backends.native").attr("NoMemory");
+    py::register_local_exception<NoMemory>(m, "NoMemory", base);
     m.def("contract", &contract);
     m.def("use_exchange", &exchange::use);
 }

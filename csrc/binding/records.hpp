@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../core/records.hpp"
+#include "../core/statistics.hpp"
 #include "tensor.hpp"
 
 namespace pama {
@@ -14,7 +15,7 @@ namespace binding {
 // Finds the fields of a NamedTuple by name once for its type; `Names` lists those that are read.
 template <class Names>
 class Record {
-   public:
+  public:
     explicit Record(const py::handle& record) : tuple_(record.ptr()) {
         if (!PyTuple_Check(tuple_)) throw py::type_error(std::string(Names::record) + ": expected a NamedTuple");
         if (Py_TYPE(tuple_) != type()) find(record);
@@ -23,7 +24,7 @@ class Record {
         return PyTuple_GET_ITEM(tuple_, positions()[static_cast<int>(field)]);
     }
 
-   private:
+  private:
     static PyTypeObject*& type() {
         static PyTypeObject* known = nullptr;
         return known;
@@ -65,9 +66,9 @@ struct TokenNames {
         count
     };
     static constexpr const char* names[count] = {
-        "advantages",   "mask",       "objective_mask", "logprobs",     "old_logprobs",      "ref_logprobs",
-        "importance_weights", "cu_seqlens", "rows",     "width",        "per_sequence",      "mask_per_sequence",
-        "aggregation",  "noon",       "eps_low",        "eps_high",     "dual_clip"};
+        "advantages",         "mask",       "objective_mask", "logprobs", "old_logprobs", "ref_logprobs",
+        "importance_weights", "cu_seqlens", "rows",           "width",    "per_sequence", "mask_per_sequence",
+        "aggregation",        "noon",       "eps_low",        "eps_high", "dual_clip"};
 };
 
 struct RuleNames {
@@ -132,8 +133,8 @@ inline Tokens read_tokens(const py::handle& object, Tensor& packed) {
     tokens.clip = read_clip(record);
     const auto read = [&](TokenNames::Field field, Tensor& t) {
         read_tensor(record[field], TokenNames::names[field], t);
-        tokens.wide = tokens.wide || (t && t.dtype == Dtype::f64 && field != TokenNames::mask &&
-                                      field != TokenNames::objective_mask);
+        tokens.wide = tokens.wide ||
+                      (t && t.dtype == Dtype::f64 && field != TokenNames::mask && field != TokenNames::objective_mask);
     };
     Tensor t;
     read(TokenNames::advantages, t);
@@ -142,11 +143,12 @@ inline Tokens read_tokens(const py::handle& object, Tensor& packed) {
     tokens.advantages = by_objective(t, tokens.per_sequence);
     read(TokenNames::objective_mask, t);
     tokens.objective_mask = by_objective(t, tokens.mask_per_sequence);
-    const std::pair<TokenNames::Field, Array*> fields[] = {{TokenNames::mask, &tokens.mask},
-                                                           {TokenNames::logprobs, &tokens.logprobs},
-                                                           {TokenNames::old_logprobs, &tokens.old_logprobs},
-                                                           {TokenNames::ref_logprobs, &tokens.ref_logprobs},
-                                                           {TokenNames::importance_weights, &tokens.importance_weights}};
+    const std::pair<TokenNames::Field, Array*> fields[] = {
+        {TokenNames::mask, &tokens.mask},
+        {TokenNames::logprobs, &tokens.logprobs},
+        {TokenNames::old_logprobs, &tokens.old_logprobs},
+        {TokenNames::ref_logprobs, &tokens.ref_logprobs},
+        {TokenNames::importance_weights, &tokens.importance_weights}};
     for (const auto& [field, array] : fields) {
         read(field, t);
         *array = by_token(t);
@@ -179,22 +181,33 @@ inline Rule read_rule(const py::handle& object) {
             static_cast<WeightsPer>(record[RuleNames::weights_per].cast<int>()), number(record[RuleNames::number])};
 }
 
-// What is asked for, and where it goes.
-inline Outputs read_outputs(const py::handle& asked, const py::handle& results) {
+inline double* float64_result(const py::handle& object, const char* name, int64_t elements) {
+    const Array result = read_result(object, name, elements);
+    if (result.dtype != Dtype::f64) throw py::value_error(std::string(name) + ": expected float64 for a result");
+    return static_cast<double*>(result.data);
+}
+
+// What is asked for, and where it goes. `by_row`: weights and optimum are per sequence.
+inline Outputs read_outputs(const py::handle& asked, const py::handle& results, const Tokens& tokens, const Rule& rule,
+                            bool by_row) {
     const Record<OutputNames> record(asked);
     const Record<ResultNames> into(results);
     Outputs outputs;
     outputs.pairs = truth(record[OutputNames::pairs]);
     outputs.normalizer = number(record[OutputNames::normalizer], kNoNormalizer);
     outputs.kl_coef = number(record[OutputNames::kl_coef]);
-    const auto result = [&](ResultNames::Field field) { return read_result(into[field], ResultNames::names[field]); };
-    if (truth(record[OutputNames::advantages])) outputs.advantages = result(ResultNames::advantages);
-    if (truth(record[OutputNames::loss])) outputs.loss = result(ResultNames::loss);
-    if (truth(record[OutputNames::gradient])) outputs.gradient = result(ResultNames::gradient);
-    outputs.weights = result(ResultNames::weights);
-    outputs.optimum = result(ResultNames::optimum);
-    outputs.sums = static_cast<double*>(result(ResultNames::sums).data);
-    outputs.square_sum = static_cast<double*>(result(ResultNames::square_sum).data);
+    const auto result = [&](ResultNames::Field field, int64_t elements) {
+        return read_result(into[field], ResultNames::names[field], elements);
+    };
+    const int64_t count = tokens.tokens(), rows = by_row ? tokens.rows : 1;
+    if (truth(record[OutputNames::advantages]))
+        outputs.advantages = result(ResultNames::advantages, tokens.one_result_per_row(rule) ? tokens.rows : count);
+    if (truth(record[OutputNames::loss])) outputs.loss = result(ResultNames::loss, 1);
+    if (truth(record[OutputNames::gradient])) outputs.gradient = result(ResultNames::gradient, count);
+    outputs.weights = result(ResultNames::weights, rows * tokens.n);
+    outputs.optimum = result(ResultNames::optimum, rows);
+    outputs.sums = float64_result(into[ResultNames::sums], "sums", statistics_size(tokens.n, outputs.pairs));
+    outputs.square_sum = float64_result(into[ResultNames::square_sum], "square_sum", 1);
     return outputs;
 }
 

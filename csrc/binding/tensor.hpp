@@ -1,4 +1,5 @@
-// A torch tensor as the kernels see it, read through DLPack's exchange table where torch has it, else by its attributes.
+// A torch tensor as the kernels see it, read through DLPack's exchange table where torch has it, else by its
+// attributes.
 #pragma once
 
 #include <string>
@@ -25,7 +26,7 @@ struct Tensor {
     int ndim = 0;
     int64_t elements = 0;
     const int64_t *shape = nullptr, *strides = nullptr;
-    exchange::Tensor lent;  // as DLPack gave it; without strides where it did not
+    exchange::Tensor lent;            // as DLPack gave it; without strides where it did not
     int64_t own[2 * kMaxDimensions];  // shape and strides, where nothing lends them
 
     Tensor() = default;
@@ -68,7 +69,8 @@ inline Dtype dtype_of(const py::handle& dtype, const char* name) {
     static PyObject* known[count] = {};
     if (!known[0]) {
         const py::module_ torch = py::module_::import("torch");
-        for (int k = count; k-- > 0;) known[k] = py::object(torch.attr(kDtypeNames[k])).release().ptr();  // kept for good
+        for (int k = count; k-- > 0;)
+            known[k] = py::object(torch.attr(kDtypeNames[k])).release().ptr();  // kept for good
     }
     for (int k = 0; k < count; ++k)
         if (dtype.ptr() == known[k]) return kDtypes[k];

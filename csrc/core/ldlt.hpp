@@ -1,7 +1,8 @@
 // H y = b for a small symmetric positive definite H by H = L D L', with no square roots.
 //
-// Blocks of four columns, left-looking: while a tile of 4 columns and 8 rows is in registers it takes
-// every update from the columns on its left, is finished, and is stored once. Columns hold L D.
+// Many unknowns, in memory: blocks of four columns, left-looking; while a tile of 4 columns and 8 rows is in registers
+// it takes every update from the columns on its left, is finished, and is stored once. Columns hold L D. Few unknowns,
+// in registers: right-looking and unrolled. Either is several times slower in the other's place.
 #pragma once
 
 #include "config.hpp"
@@ -138,33 +139,51 @@ PAMA_HD inline bool solve(int k, int ld, const Scratch& s, bool strict) {
     return true;
 }
 
-// The same for K unknowns in registers: the lower triangle of H by rows, destroyed; y holds b and then the
-// solution. Whether every pivot was above its floor.
-template <int K>
-PAMA_HD inline bool solve_registers(double (&h)[K][K], const double (&floor)[K], double (&y)[K]) {
-    bool regular = true;
-    double inverse[K];
+// The lower triangle of a symmetric N x N matrix by rows, in registers; one in each SIMD lane where V is a vector.
+template <class V, int N>
+struct Triangle {
+    V entry[N * (N + 1) / 2];
+    PAMA_HD V& operator()(int i, int j) { return entry[i * (i + 1) / 2 + j]; }
+    PAMA_HD const V& symmetric(int i, int j) const {
+        return i > j ? entry[i * (i + 1) / 2 + j] : entry[j * (j + 1) / 2 + i];
+    }
+};
+
+template <class V>
+using Mask = decltype(V{} < V{});
+
+// h ends as L D below the diagonal, y (null: none) as L^-1 y, `inverse` as 1 / D. Returns where every pivot was above
+// its floor; a pivot at its floor is raised to it if Raise, else the numbers mean nothing there. No sum has two
+// products, of which a compiler could fuse either: V = double and a lane of a vector give the same bits.
+template <class V, int N, bool Raise = false>
+PAMA_HD inline Mask<V> factorise(Triangle<V, N>& h, const V* floor, V* y, V* inverse) {
+    Mask<V> regular = V{} == V{};
     PAMA_UNROLL
-    for (int k = 0; k < K; ++k) {
-        const bool above = h[k][k] > floor[k];
-        regular = regular && above;
-        inverse[k] = 1.0 / (above ? h[k][k] : floor[k]);
+    for (int k = 0; k < N; ++k) {
+        const Mask<V> above = h(k, k) > floor[k];
+        regular &= above;
+        if constexpr (Raise)
+            inverse[k] = 1.0 / (above ? h(k, k) : floor[k]);
+        else
+            inverse[k] = 1.0 / h(k, k);
         PAMA_UNROLL
-        for (int i = k + 1; i < K; ++i) {
-            const double l = h[i][k] * inverse[k];
+        for (int i = k + 1; i < N; ++i) {
+            const V l = h(i, k) * inverse[k];
             PAMA_UNROLL
-            for (int j = k + 1; j <= i; ++j) h[i][j] -= l * h[j][k];
-            y[i] -= l * y[k];
-            // h[i][k] keeps L D
+            for (int j = k + 1; j <= i; ++j) h(i, j) -= l * h(j, k);
+            if (y) y[i] -= l * y[k];
         }
     }
+    return regular;
+}
+template <class V, int N>
+PAMA_HD inline void substitute_back(Triangle<V, N>& h, const V* inverse, V* y) {
     PAMA_UNROLL
-    for (int k = K - 1; k >= 0; --k) {
+    for (int k = N - 1; k >= 0; --k) {
         PAMA_UNROLL
-        for (int i = k + 1; i < K; ++i) y[k] -= h[i][k] * y[i];
+        for (int i = k + 1; i < N; ++i) y[k] -= h(i, k) * y[i];
         y[k] *= inverse[k];
     }
-    return regular;
 }
 
 }  // namespace ldlt

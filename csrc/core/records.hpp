@@ -19,6 +19,12 @@ constexpr const char* kKindNames[] = {"GIVEN", "SOLVED", "FIXED", "SCORES", "GRA
 constexpr const char* kWeightsPerNames[] = {"BATCH", "SEQUENCE", "TOKEN"};
 constexpr const char* kAggregationNames[] = {"TOKEN_MEAN", "SEQ_MEAN_TOKEN_SUM", "SEQ_MEAN_TOKEN_MEAN"};
 
+struct Rule {
+    Kind kind = Kind::given;
+    WeightsPer weights_per = WeightsPer::batch;
+    double number = 0;  // regularization of scores and gram, temperature of softmin
+};
+
 struct Tokens {
     int64_t rows = 0;                  // sequences
     int64_t width = 0;                 // tokens of a padded row; all tokens where packed
@@ -33,17 +39,12 @@ struct Tokens {
     Array advantages, mask, objective_mask, logprobs, old_logprobs, ref_logprobs, importance_weights;
 
     int64_t tokens() const { return offsets ? width : rows * width; }
-    // Of (B, N) advantages all tokens of a sequence have the same combined one, unless weights per token tell them apart.
-    bool one_result_per_row(WeightsPer weights_per) const {
-        return per_sequence && !(weights_per == WeightsPer::token && logprobs);
-    }
     int64_t begin(int64_t row) const { return offsets ? offsets[row] : row * width; }
-};
-
-struct Rule {
-    Kind kind = Kind::given;
-    WeightsPer weights_per = WeightsPer::batch;
-    double number = 0;  // regularization of scores and gram, temperature of softmin
+    // Of (B, N) advantages all tokens of a sequence have the same combined one, unless weights solved per token tell
+    // them apart.
+    bool one_result_per_row(const Rule& rule) const {
+        return per_sequence && !(rule.weights_per == WeightsPer::token && rule.kind > Kind::solved && logprobs);
+    }
 };
 
 constexpr double kNoNormalizer = -INFINITY;

@@ -5,21 +5,23 @@
 // rho = 0 standing for the limit rho -> 0 (of the optimal points the one nearest p).
 //
 // Stationarity makes c = [p - lambda (a - tau)]_+ with lambda = a.c / rho: the projection on the simplex of
-// a point that moves along a line. Along it the support only shrinks (who leaves has a larger a than the
-// mean of those who stay, and that mean falls), and phi(lambda) = a.c is convex and falling. Newton's
+// a point that moves along a line. Along it the support only shrinks (an index that leaves has a larger a than the
+// mean of those that stay, and that mean falls), and phi(lambda) = a.c is convex and falling. Newton's
 // method on phi(lambda) = rho lambda from lambda = 0 therefore rises monotonically to the root:
 //
 //     on the support S, m = |S|, abar = mean_S a, e = sum_S p - 1,
 //     lambda = (abar + sum_S (a - abar) p) / (rho + sum_S (a - abar)^2)
-//     c_i = p_i - e/m - lambda (a_i - abar),     and whoever is negative leaves S.
+//     c_i = p_i - e/m - lambda (a_i - abar),     and every index with a negative weight leaves S.
 //
-// Between two Newton steps lambda is held until nobody leaves (Michelot's projection), so no member of the
+// Between two Newton steps lambda is held until no index leaves (Michelot's projection), so no member of the
 // final support can be dropped: at most n departures and n Newton steps, for every finite input. For a
 // uniform p the step may be taken at once in every round: those outside S are then ordered by a, and phi on
 // any S that contains the final support stays below phi.
 //
-// Where scores span more than about 1e12 (double), the choice among optimal points is lost to rounding, the
-// optimum is not.
+// Scores are replaced by their distances from the one that never leaves. So no mean cancels, and lambda, which rounding
+// could turn back, is kept from falling: then every round leaves weights of sum 1, and c is on the simplex whatever the
+// span of the scores. Where they span more than about 1e12 (double), the choice among optimal points is lost to
+// rounding, the optimum is not.
 //
 // The template serves one problem (V = double) and one problem per SIMD lane (V = a GCC vector type).
 #pragma once
@@ -27,33 +29,46 @@
 #include <cmath>
 
 #include "numbers.hpp"
+#include "solution.hpp"
 
 PAMA_BEGIN
 
 // For rho = 0 and 0 outside the open interval (min a, max a) the answer is exact and no path is needed: a.c is the
 // score nearest 0, and the objectives that have it share the weight. The caller keeps these alone, with scores of 0.
 //
-// a: n scores of a size whose square T holds (the caller rescales), overwritten; p: prior of the objectives that take
-// part, 0 elsewhere; c: in, 1 where an objective takes part and 0 elsewhere; out, the weights. Returns a.c. Uniform: p
-// is 1 / their number and is not read. A compile-time N > 0 unrolls the loops; n is then ignored.
+// The least sum of squares that has a reciprocal (below, the distances are too small to matter), and two units in the
+// last place of 1.
+template <class V>
+PAMA_HD constexpr typename LaneOf<V>::type least_spread() {
+    typedef typename LaneOf<V>::type T;
+    return sizeof(T) == 4 ? static_cast<T>(1e-37) : static_cast<T>(1e-300);
+}
+template <class V>
+PAMA_HD constexpr typename LaneOf<V>::type rounding() {
+    typedef typename LaneOf<V>::type T;
+    return sizeof(T) == 4 ? static_cast<T>(0x1p-22) : static_cast<T>(0x1p-51);
+}
+
+// a: n scores of a size whose square T holds (the caller rescales), overwritten; p: preference for the objectives that
+// take part, 0 elsewhere; c: in, 1 where an objective takes part and 0 elsewhere; out, the weights. Returns a.c.
+// Uniform: p is 1 / their number and is not read. A compile-time N > 0 unrolls the loops; n is then ignored.
 template <class V, int N = 0, bool Uniform = false>
 PAMA_HD inline V simplex_solve(int n, V* PAMA_RESTRICT a, const V* PAMA_RESTRICT p, V rho, V* PAMA_RESTRICT c) {
     const int size = N > 0 ? N : n;
     const V zero = V{}, one = zero + 1;
     const V huge = zero + 1e30f;  // beside a
-    const auto nobody = rho != rho;
+    const auto none = rho != rho;
 
-    V low = huge, high = -huge, at_prior = zero;
+    V low = huge, high = -huge, at_preference = zero;
     for (int i = 0; i < size; ++i) {
         low = min_of(a[i] + (one - c[i]) * huge, low);
         high = max_of(a[i] - (one - c[i]) * huge, high);
-        at_prior += Uniform ? c[i] * a[i] : c[i] * a[i] * p[i];
+        at_preference += Uniform ? c[i] * a[i] : c[i] * a[i] * p[i];
     }
-    // Scores are taken relative to the one that never leaves: exact for near ties, where lambda is large.
-    const V nearby = choose(at_prior >= zero, low, high);
-    for (int i = 0; i < size; ++i) a[i] -= nearby;
+    const V sign = choose(at_preference >= zero, one, -one), base = choose(at_preference >= zero, low, -high);
+    for (int i = 0; i < size; ++i) a[i] = sign * a[i] - base;
     V lambda = zero, shift = zero, mean = zero;
-    auto holding = nobody;
+    auto holding = none;
     const int unconditional = N > 0 && N <= 4 ? N - 1 : 1;  // rounds without a branch: more than needed change nothing
     for (int round = 1; round <= 2 * size + 2; ++round) {
         V m = zero, sum_a = zero, sum_p = zero;
@@ -65,33 +80,38 @@ PAMA_HD inline V simplex_solve(int n, V* PAMA_RESTRICT a, const V* PAMA_RESTRICT
         const V share = reciprocal(m);
         mean = sum_a * share;
         shift = Uniform ? share : max_of((one - sum_p) * share, zero);  // below 0 only by rounding
-        V spread = rho, slope = nearby + mean;
+        V spread = rho, slope = base + mean;
         for (int i = 0; i < size; ++i) {
             const V centred = c[i] * (a[i] - mean);
             spread += centred * centred;
             if (!Uniform) slope += centred * p[i];
         }
-        const V step = choose(spread > zero, slope * reciprocal(spread), zero);
-        if (Uniform)
-            lambda = step;
-        else
-            lambda = choose(holding, lambda, step);
-        auto left = nobody;
+        const V step = max_of(choose(spread > least_spread<V>(), slope * reciprocal(spread), zero), lambda);
+        lambda = Uniform ? step : choose(holding, lambda, step);
+        auto left = none;
         for (int i = 0; i < size; ++i) {
             const V weight = c[i] * ((Uniform ? shift : p[i] + shift) - lambda * (a[i] - mean));
             c[i] = choose(weight < zero, zero, c[i]);
             left = left | (weight < zero);
         }
         if (round >= unconditional && !any(left | holding)) break;
-        if (!Uniform) holding = left;  // lambda rests until nobody leaves
+        if (!Uniform) holding = left;  // lambda rests until no index leaves
     }
-    V optimum = zero;
+    V total = zero, optimum = zero;
     for (int i = 0; i < size; ++i) {
         const V weight = c[i] * ((Uniform ? shift : p[i] + shift) - lambda * (a[i] - mean));
         c[i] = choose(weight > zero, weight, zero);
-        optimum += c[i] * (a[i] + nearby);
+        total += c[i];
+        optimum += c[i] * (a[i] + base);
     }
-    return choose(rho == zero, zero, optimum);
+    // Rounding grows with lambda times the distances.
+    const auto apart = (max_of(total - one, one - total) > rounding<V>()) & (lambda > zero);
+    if (any(apart)) {
+        const V scale = choose(apart, one / total, one);
+        optimum *= scale;
+        for (int i = 0; i < size; ++i) c[i] *= scale;
+    }
+    return choose(rho == zero, zero, sign * optimum);
 }
 
 // Batcher's network: N values in rising order, N a power of two, lane by lane. `merge_halves` merges the sorted halves
@@ -143,13 +163,14 @@ PAMA_HD inline V simplex_sorted(const V* PAMA_RESTRICT a, V rho, V* PAMA_RESTRIC
         mean += distance * part;
         const V gap = own - mean;
         spread += distance * gap;
-        const V slope = choose(spread > zero, (base + mean) * reciprocal(spread), zero);
+        const V slope = choose(spread > least_spread<V>(), (base + mean) * reciprocal(spread), zero);
         const auto holds = slope * gap <= part;
         share = choose(holds, part, share);
         lambda = choose(holds, slope, lambda);
         centre = choose(holds, mean, centre);
         last = choose(holds, own, last);
     }
+    lambda = max_of(lambda, zero);  // below 0 only by rounding, where an index with a weight near 0 was dropped
     V optimum = base;
     for (int i = 0; i < N; ++i) {
         const V weight = share - lambda * (c[i] - centre), kept = choose(c[i] <= last, max_of(weight, zero), zero);
@@ -161,7 +182,7 @@ PAMA_HD inline V simplex_sorted(const V* PAMA_RESTRICT a, V rho, V* PAMA_RESTRIC
 
 constexpr double kLeastRho = 1e-280;  // beside scores of 1: below it is none
 
-// One row of any scale, in double. a: scores; p: prior; c: in, 1 where the objective takes part, else 0; out,
+// One row of any scale, in double. a: scores; p: preference; c: in, 1 where the objective takes part, else 0; out,
 // the weights. a and p are overwritten. scale < 0 stands for max a^2. Returns the optimum a.c.
 // No objective takes part: c = p. A NaN or infinity among those that do: everything is NaN. N as in simplex_solve.
 template <int N = 0>
@@ -191,10 +212,8 @@ PAMA_HD inline double simplex_row(int given_n, double* PAMA_RESTRICT a, double* 
         if (first < 0) first = p[i];
         uniform = uniform && p[i] == first;
     }
-    int exponent = 0;
-    std::frexp(largest, &exponent);
-    const double unit = std::ldexp(largest, -exponent);
-    const double size = scale < 0 ? unit * unit : std::ldexp(scale, -2 * exponent);
+    const nnqp::Scale scaled(largest);
+    const double unit = scaled(largest), size = scale < 0 ? unit * unit : scaled(scaled(scale));
     const double rho = regularization * size > kLeastRho ? regularization * size : 0;
     const bool one_sided = rho == 0 && !(low < 0 && high > 0);
     const double nearest = low > 0 ? low : (high < 0 ? high : 0.0);
@@ -206,10 +225,10 @@ PAMA_HD inline double simplex_row(int given_n, double* PAMA_RESTRICT a, double* 
         uniform ? simplex_solve<double, N, true>(n, a, p, 0.0, c) : simplex_solve<double, N>(n, a, p, 0.0, c);
         return nearest;
     }
-    for (int i = 0; i < n; ++i) a[i] = c[i] == 0 ? 0 : std::ldexp(a[i], -exponent);
+    for (int i = 0; i < n; ++i) a[i] = c[i] == 0 ? 0 : scaled(a[i]);
     const double optimum =
         uniform ? simplex_solve<double, N, true>(n, a, p, rho, c) : simplex_solve<double, N>(n, a, p, rho, c);
-    return max_of(low, min_of(high, std::ldexp(optimum, exponent)));
+    return max_of(low, min_of(high, scaled.undo(optimum)));
 }
 
 PAMA_END

@@ -68,7 +68,7 @@ PAMA_HD inline T raw_advantage(T value, bool present) {
 // The surrogate g and the bound term I of one objective, from its raw advantage and the token's factors.
 template <class V>
 PAMA_HD inline void surrogate_terms(bool noon, V a, V pos, V neg, V grad_pos, V grad_neg, V& surrogate, V& bound) {
-    const V up = choose(a < V{}, V{}, a);
+    const V up = a < V{} ? V{} : a;  // not choose(): the comparison stays a mask
     surrogate = up * pos;
     bound = up * grad_pos;
     if (noon) return;

@@ -1,43 +1,255 @@
-// Temporary stand-in for the solver that is written beside this: plain Gauss-Seidel, for tests only.
+// UPGrad's weights, exactly (Quinton & Rey 2024, arXiv 2406.16232): given a symmetric positive semidefinite M, the Gram
+// matrix of the objectives' gradients, and a preference p, the mean by p of each gradient's projection on the cone of
+// directions in which no objective falls,
+//
+//     c = sum_i c^(i) over its sum,    c^(i) = argmin c'Mc over c >= p_i e_i.
+//
+// With c^(i) = p_i (e_i + x): minimise over x >= 0: 1/2 x'Mx + (M_i.) x, a problem of nnqp.hpp with u = 0 and b =
+// -M_i., which p_i does not appear in; active_set.hpp solves it. The objectives' scales come out first, as powers of
+// two: with S M S for M, 1 <= (S M S)_ii < 4, and S^-1 c for c nothing else changes, so that an objective is judged by
+// the size of its own gradient.
+//
+// Where a minimiser is not unique, it is the one nearest to p_i e_i (among objectives whose norms span at most
+// kLargestUnit): the proximal term is in the units of M.
 #pragma once
 
 #include <cstddef>
 
-#include "config.hpp"
+#include "active_set.hpp"
 
 PAMA_BEGIN
+namespace upgrad {
 
-struct UpgradResult {
-    double optimum;
+constexpr double kLargestUnit = 1024.0;
+constexpr double kCosine = 1.0 + 1e-12;
+constexpr double kLargestRatio = 0x1p1000;                      // of two objectives' norms
+constexpr double kPairSmallest = 1e-140, kPairLargest = 1e140;  // diagonal entries of two objectives
+
+// The power of two S with 1 <= S^2 m < 4.
+PAMA_HD inline double unit_of(double m) {
+    int exponent;
+    std::frexp(m, &exponent);
+    const int above = exponent - 1;  // m = f 2^above, 1 <= f < 2
+    return std::ldexp(1.0, -(above - (above & 1)) / 2);
+}
+
+// S M S of the objectives that have a gradient.
+struct Problem : nnqp::ActiveSet<Problem> {
+    static constexpr bool kBounded = false;
+    int own = 0;  // i
+
+    PAMA_HD bool convex() const { return false; }
+
+    // The proximal term in the units of M, of which the smallest counts 1: S comes in `unit`.
+    double smallest_unit = 1.0;
+    PAMA_HD double metric_of(int j) const {
+        const double relative = unit[j] / smallest_unit;
+        return relative < kLargestUnit ? relative * relative : kLargestUnit * kLargestUnit;
+    }
+
+    PAMA_HD void set(double ridge) {
+        const double* const row = row_of(own);
+        for (int j = 0; j < n; ++j) {
+            const double weight = ridge > 0.0 ? ridge * metric_of(j) : 0.0;
+            diagonal[j] = row_of(j)[j] + weight;
+            target[j] = ridge > 0.0 ? weight * point[j] - row[j] : -row[j];
+        }
+        fixed_total = 1.0;
+        fixed_terms = row[own];
+    }
+    PAMA_HD void start() {
+        const double* const row = row_of(own);
+        for (int j = 0; j < n; ++j) inside[j] = row[j] < 0.0;
+    }
+    PAMA_HD void reset() {
+        for (int j = 0; j < n; ++j) point[j] = 0.0;
+    }
+    PAMA_HD void accept() {
+        reset();
+        for (int a = 0; a < size; ++a) {
+            const double y = scratch.solution[a];
+            point[support[a]] = y > 0.0 ? y : 0.0;
+        }
+    }
+    PAMA_HD void fall_back() { reset(); }
+
+    // Of x >= 0, g = M (e_i + x) >= 0, x.g = 0, for e_i + x of sum 1.
+    PAMA_HD double residual() {
+        double sum = 1.0;
+        for (int j = 0; j < n; ++j) {
+            sum += point[j];
+            inside[j] = point[j] > 0.0;
+        }
+        point[own] += 1.0;
+        multiply(point);
+        point[own] -= 1.0;
+        double least = 0.0, slack = 0.0;
+        for (int j = 0; j < n; ++j) {
+            least = product[j] < least ? product[j] : least;
+            slack += point[j] * (product[j] < 0.0 ? -product[j] : product[j]);
+        }
+        const double violation = -least / sum, complementarity = slack / sum / sum;
+        return violation > complementarity || violation != violation ? violation : complementarity;
+    }
 };
 
-PAMA_HD inline std::size_t upgrad_workspace(int n) { return 2 * static_cast<std::size_t>(n); }
+// Two objectives, in closed form: a = M_11, b = M_12, d = M_22.
+PAMA_HD inline SolverResult solve_pair(double a, double b, double d, double p, double q, double* first,
+                                       double* second) {
+    const double bound = std::sqrt(a) * std::sqrt(d), overlap = b < -bound ? bound : b < 0.0 ? -b : 0.0;
+    const double c = p + q * (overlap / a), e = q + p * (overlap / d), share = 1.0 / (c + e);
+    *first = c * share;
+    *second = e * share;
+    const double across = b < -bound ? -bound : b;
+    const double own = *first * (*first * a + *second * across) + *second * (*first * across + *second * d);
+    const double defect = b < -bound ? -b / bound - 1.0 : 0.0;
+    return {own > 0.0 ? own : 0.0, defect, defect > kPromisedResidual ? SolveStatus::indefinite : SolveStatus::solved,
+            0};
+}
+
+// The weights of the objectives in s: p in `preference`, S in `unit`, the sums of the c^(i) to `answer`.
+PAMA_HD inline SolverResult solve_all(Problem& s) {
+    SolverResult result = {0.0, 0.0, SolveStatus::solved, 0};
+    s.smallest_unit = nnqp::kLargestDouble;
+    for (int j = 0; j < s.n; ++j) {
+        s.answer[j] = s.shift[j] = 0.0;
+        s.smallest_unit = s.unit[j] < s.smallest_unit ? s.unit[j] : s.smallest_unit;
+    }
+    s.metric = 1.0;
+    for (int j = 0; j < s.n; ++j) s.metric = s.metric_of(j) > s.metric ? s.metric_of(j) : s.metric;
+    for (int i = 0; i < s.n; ++i) {
+        if (s.preference[i] == 0.0) continue;
+        s.own = i;
+        s.factorisations = 0;
+        const double residual = s.minimise(0.0, nnqp::kCertified);
+        result.factorisations += s.factorisations;
+        s.answer[i] += s.preference[i];
+        for (int j = 0; j < s.n; ++j) {
+            if (s.point[j] == 0.0) continue;
+            const double ratio = s.unit[j] / s.unit[i];
+            s.answer[j] += s.preference[i] * (ratio < kLargestRatio ? ratio : kLargestRatio) * s.point[j];
+        }
+        if (residual <= result.residual) continue;
+        result.residual = residual;
+        result.status = s.status(residual);
+        if (unsolved(result)) break;
+        for (int j = 0; j < s.n; ++j) s.shift[j] = 0.0;
+    }
+    return result;
+}
+
+// (M + M')/2 in units of the objectives that are present and have a gradient, into s. Whether all present is finite.
+template <class T>
+PAMA_HD bool gather(int n, const T* gram, std::ptrdiff_t row_stride, std::ptrdiff_t column_stride,
+                    const double* preference, const unsigned char* present, double share, double* workspace,
+                    Problem& s) {
+    const auto entry = [&](int i, int j) { return static_cast<double>(gram[i * row_stride + j * column_stride]); };
+    const auto takes_part = [&](int i) { return (!present || present[i]) && entry(i, i) > 0.0; };
+    bool finite = true;
+    int count = 0;
+    for (int i = 0; i < n; ++i) {
+        if (present && !present[i]) continue;
+        for (int j = 0; j < n; ++j)
+            if (!present || present[j]) finite = finite && 0.0 * entry(i, j) == 0.0;
+        count += takes_part(i);
+    }
+    if (!finite) return false;
+    s.bind(count, workspace);
+    for (int i = 0, a = 0; i < n; ++i) {
+        if (!takes_part(i)) continue;
+        s.unit[a] = unit_of(entry(i, i));
+        s.diagonal[a] = std::sqrt(s.unit[a] * entry(i, i) * s.unit[a]);
+        s.preference[a++] = preference ? preference[i] * share : share;
+    }
+    for (int i = 0, a = 0; i < n; ++i) {
+        if (!takes_part(i)) continue;
+        double* const row = s.row_of(a);
+        int b = 0;
+        for (int j = 0; j < n; ++j) {
+            if (!takes_part(j)) continue;
+            const double half = 0.5 * s.unit[a], own = half * entry(i, j) * s.unit[b] + half * entry(j, i) * s.unit[b];
+            // Cauchy and Schwarz' bound may be broken by rounding to float32, or by more. Of equal rows it is exact.
+            const double bound = s.diagonal[a] * s.diagonal[b];
+            row[b++] = own > kCosine * bound ? bound : own < -kCosine * bound ? -bound : own;
+        }
+        for (; b < s.stride; ++b) row[b] = 0.0;
+        ++a;
+    }
+    return true;
+}
 
 template <class T>
-PAMA_HD inline UpgradResult upgrad_solve(int n, const T* gram, std::ptrdiff_t row, std::ptrdiff_t column,
-                                         const double* preference, const unsigned char* present, double* weights,
-                                         double* v) {
-    double total = 0, optimum = 0;
-    for (int i = 0; i < n; ++i) weights[i] = present && !present[i] ? 0 : preference[i];
-    for (int k = 0; k < n; ++k) {
-        if ((present && !present[k]) || preference[k] == 0) continue;
-        for (int i = 0; i < n; ++i) v[i] = 0;
-        for (int round = 0; round < 2000; ++round)
-            for (int i = 0; i < n; ++i) {
-                if (present && !present[i]) continue;
-                double slope = gram[i * row + k * column];
-                for (int j = 0; j < n; ++j) slope += v[j] * gram[i * row + j * column];
-                const double own = gram[i * (row + column)], next = own > 0 ? v[i] - slope / own : v[i];
-                v[i] = next > 0 ? next : 0;
-            }
-        for (int i = 0; i < n; ++i) weights[i] += preference[k] * v[i];
+PAMA_HD SolverResult solve_general(int n, const T* gram, std::ptrdiff_t row_stride, std::ptrdiff_t column_stride,
+                                   const double* preference, const unsigned char* present, double* weights,
+                                   double* workspace) {
+    int count = 0;
+    double mass = 0.0;
+    for (int i = 0; i < n; ++i) {
+        weights[i] = preference ? preference[i] : 1.0 / n;
+        if (present && !present[i]) continue;
+        ++count;
+        mass += preference ? preference[i] : 1.0;
     }
-    for (int i = 0; i < n; ++i) total += weights[i];
-    for (int i = 0; i < n; ++i) weights[i] /= total;
-    for (int i = 0; i < n; ++i)
-        for (int j = 0; j < n; ++j)
-            if (weights[i] != 0 && weights[j] != 0) optimum += weights[i] * weights[j] * gram[i * row + j * column];
-    return {optimum};
+    if (count == 0 || mass == 0.0) return {0.0, 0.0, SolveStatus::solved, 0};
+    const double share = 1.0 / mass;
+    Problem s;
+    SolverResult result = {nnqp::kNan, nnqp::kNan, SolveStatus::not_finite, 0};
+    const bool finite =
+        gather(n, gram, row_stride, column_stride, preference, present, share, workspace, s) && 0.0 * mass == 0.0;
+    if (finite) result = solve_all(s);
+    if (!finite || unsolved(result)) {
+        for (int i = 0; i < n; ++i) weights[i] = nnqp::kNan;
+        result.optimum = nnqp::kNan;
+        return result;
+    }
+    s.average_duplicates(s.answer);
+    const auto at = [&](int i) { return static_cast<double>(gram[i * (row_stride + column_stride)]); };
+    double sum = 0.0;
+    for (int i = 0, a = 0; i < n; ++i) {
+        if (present && !present[i])
+            weights[i] = 0.0;
+        else
+            weights[i] = at(i) > 0.0 ? s.answer[a++] : (preference ? preference[i] * share : share);
+        sum += weights[i];
+    }
+    const double inverse = 1.0 / sum;
+    for (int i = 0, a = 0; i < n; ++i) {
+        weights[i] *= inverse;
+        if ((!present || present[i]) && at(i) > 0.0) {
+            s.point[a] = weights[i] / s.unit[a];
+            ++a;
+        }
+    }
+    s.multiply(s.point);
+    double optimum = 0.0;
+    for (int a = 0; a < s.n; ++a) optimum += s.point[a] * s.product[a];
+    result.optimum = optimum > 0.0 ? optimum : 0.0;
+    return result;
+}
+
+}  // namespace upgrad
+
+// Doubles that upgrad_solve needs for n objectives.
+PAMA_HD inline std::size_t upgrad_workspace(int n) { return nnqp::workspace(n); }
+
+// Arguments as those of min_norm_solve; a preference without mass among those present is returned as it is. The optimum
+// is c'Mc of the normalised c. The residual is the largest violation of x >= 0, g = M (e_i + x) >= 0, x.g = 0 over all
+// i, where e_i + x is scaled to sum 1 and M to diagonal entries from 1 to 4: for every j, (Mc^(i))_j lies at most twice
+// the residual times sqrt(M_jj max_k M_kk) sum c^(i) below 0.
+template <class T>
+PAMA_HD inline SolverResult upgrad_solve(int n, const T* gram, std::ptrdiff_t row_stride, std::ptrdiff_t column_stride,
+                                         const double* preference, const unsigned char* present, double* weights,
+                                         double* workspace) {
+    if (n == 2 && !present) {
+        const double a = gram[0], d = gram[row_stride + column_stride];
+        const double b = 0.5 * gram[column_stride] + 0.5 * gram[row_stride];
+        const double mass = preference ? preference[0] + preference[1] : 1.0;
+        const double p = preference ? preference[0] / mass : 0.5, q = preference ? preference[1] / mass : 0.5;
+        if (a > upgrad::kPairSmallest && a < upgrad::kPairLargest && d > upgrad::kPairSmallest &&
+            d < upgrad::kPairLargest && std::fabs(b) < upgrad::kPairLargest && p + q > 0.0)
+            return upgrad::solve_pair(a, b, d, p, q, weights, weights + 1);
+    }
+    return upgrad::solve_general(n, gram, row_stride, column_stride, preference, present, weights, workspace);
 }
 
 PAMA_END

@@ -12,8 +12,8 @@
 
 PAMA_BEGIN
 
-// The scalar problem on the scores of one sequence. c (n) receives the weights, a and p (n) are work space; the scale is
-// the largest mean of I^2. Objectives without a token take no part. Returns the optimum a.c. N as in simplex_solve.
+// The scalar problem on the scores of one sequence. c (n) receives the weights, a and p (n) are work space; the scale
+// is the largest mean of I^2. Objectives without a token take no part. Returns the optimum a.c. N as in simplex_solve.
 template <int N = 0>
 PAMA_HD inline double statistics_weights(const double* statistics, int given_n, const double* preference,
                                          double regularization, double* a, double* p, double* c) {
@@ -49,57 +49,46 @@ PAMA_HD inline std::size_t batch_workspace(int n, Kind kind) {
     const std::size_t size = n;
     const bool matrix = kind == Kind::gram || kind == Kind::upgrad;
     const std::size_t solver = kind == Kind::gram ? min_norm_workspace(n) : upgrad_workspace(n);
-    return 4 * size + (matrix ? size * size + solver : 0);
+    return 2 * size + (matrix ? size * size + solver : 0);
 }
 
-// One set of weights for the batch: c (n), from objectives that have a signal; without any, the preference.
-// `effective` (n): the preference over those. Returns the optimum, a.c or that of the matrix problem.
-PAMA_HD inline double batch_weights(const double* statistics, int n, Kind kind, double regularization,
-                                    const double* preference, double* c, double* effective, double* work) {
+// One set of weights for the batch: c (n), from objectives that have a signal; without any, the preference. `effective`
+// (n): the preference over those. The optimum is a.c, or that of the matrix problem, whose residual comes with it.
+PAMA_HD inline SolverResult batch_weights(const double* statistics, int n, Kind kind, double regularization,
+                                          const double* preference, double* c, double* effective, double* work) {
     const bool gram = kind == Kind::gram;
     const bool some = effective_preference(statistics, n, gram, preference, c, effective);
+    SolverResult result = {0.0, 0.0, SolveStatus::solved, 0};
     if (!some || kind == Kind::fixed) {
-        double optimum = 0;
         for (int i = 0; i < n; ++i) {
             c[i] = some ? effective[i] : preference[i];
-            if (some && c[i] != 0) optimum += c[i] * score(statistics, n, i);
+            if (some && c[i] != 0) result.optimum += c[i] * score(statistics, n, i);
         }
-        return optimum;
+        return result;
     }
-    double *a = work, *p = work + n;
     if (kind == Kind::scores) {
-        double scale = 0;
+        double *a = work, *p = work + n, scale = 0;
         for (int i = 0; i < n; ++i) {
             a[i] = score(statistics, n, i);
             p[i] = preference[i];
             const double moment = c[i] != 0 ? second_moment(statistics, n, i) : 0.0;
             scale = moment > scale || moment != moment ? moment : scale;
         }
-        return simplex_row(n, a, p, regularization, scale, c);
+        result.optimum = simplex_row(n, a, p, regularization, scale, c);
+        return result;
     }
-    auto* present = reinterpret_cast<unsigned char*>(work + 2 * n);
-    double *matrix = work + 4 * n, *solver = matrix + static_cast<std::size_t>(n) * n;
-    double mass = 0;
+    const std::size_t size = n;
+    auto* present = reinterpret_cast<unsigned char*>(work);
+    double *matrix = work + 2 * size, *solver = matrix + size * size;
     for (int i = 0; i < n; ++i) {
         present[i] = c[i] != 0;
-        mass += c[i] * preference[i];
         for (int j = 0; j < n; ++j)
-            matrix[static_cast<std::size_t>(i) * n + j] =
-                gram ? cosine_entry(statistics, n, i, j) : gram_entry(statistics, n, i, j);
+            matrix[i * size + j] = gram ? cosine_entry(statistics, n, i, j) : gram_entry(statistics, n, i, j);
     }
-    double optimum;
-    if (gram) {
-        optimum = min_norm_solve(n, matrix, n, 1, preference, present, regularization, c, solver).optimum;
-    } else if (mass > 0) {
-        optimum = upgrad_solve(n, matrix, n, 1, effective, present, c, solver).optimum;
-    } else {
-        optimum = 0;
-        for (int i = 0; i < n; ++i) c[i] = preference[i];
-        for (int i = 0; i < n; ++i)
-            for (int j = 0; j < n; ++j)
-                if (present[i] && present[j]) optimum += c[i] * c[j] * matrix[static_cast<std::size_t>(i) * n + j];
-    }
-    return optimum < 0 ? 0.0 : optimum;
+    result = gram ? min_norm_solve(n, matrix, n, 1, preference, present, regularization, c, solver)
+                  : upgrad_solve(n, matrix, n, 1, preference, present, c, solver);
+    for (int i = 0; i < n; ++i) c[i] += 0 * result.optimum;  // a NaN shows in every weight
+    return result;
 }
 
 PAMA_END

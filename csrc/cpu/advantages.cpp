@@ -14,7 +14,7 @@ constexpr int64_t kParallel = 1 << 14;  // values
 
 // One objective of one group.
 class Group {
-   public:
+  public:
     explicit Group(std::vector<double> values) : values_(std::move(values)) {
         double low = INFINITY, high = -INFINITY;
         for (const double x : values_) {
@@ -27,8 +27,8 @@ class Group {
         largest_ = std::fmax(std::fabs(low), std::fabs(high));
     }
 
-    // Minus the mean, over the deviation plus eps where `scale` asks for it; 0 where a reward is missing (NaN). Exactly 0
-    // where all are equal. An infinity leaves nothing finite.
+    // Minus the mean, over the deviation plus eps where `scale` asks for it; 0 where a reward is missing (NaN). Exactly
+    // 0 where all are equal. An infinity leaves nothing finite.
     void normalize(bool scale, double eps) {
         if (constant_ || !std::isfinite(largest_)) {
             for (double& x : values_) x = std::isnan(x) ? 0.0 : (constant_ ? x - x : NAN);
@@ -51,7 +51,7 @@ class Group {
 
     double operator[](int64_t k) const { return values_[static_cast<size_t>(k)]; }
 
-   private:
+  private:
     std::vector<double> values_;
     double count_ = 0, largest_ = 0;
     bool constant_ = false;
@@ -70,7 +70,8 @@ void multi_objective_gae(const Gae& g, int threads) {
     const bool parallel = g.rows * g.width * n > kParallel;
     for_each_block(g.rows, parallel ? threads : 1, [&](int64_t b) {
         std::vector<GaeState> states(static_cast<size_t>(n));
-        for (int64_t i = 0; i < n && g.last_values; ++i) states[static_cast<size_t>(i)].value = value_of(g.last_values, b, 0, i);
+        for (int64_t i = 0; i < n && g.last_values; ++i)
+            states[static_cast<size_t>(i)].value = value_of(g.last_values, b, 0, i);
         for (int64_t t = g.width - 1; t >= 0; --t) {
             const int64_t at = (b * g.width + t) * n;
             if (g.mask && !is_set(g.mask, b, t)) {

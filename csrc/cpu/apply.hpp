@@ -31,7 +31,8 @@ inline void apply_weights(const Pass& pass, const Workspace<T>& w, int64_t first
     const char* next_gradient = outputs.gradient
                                     ? static_cast<const char*>(outputs.gradient.data) + (first + tile.count) * size
                                     : reinterpret_cast<const char*>(gradient);
-    const V zero{}, coefficient = zero + static_cast<T>(outputs.kl_coef), by = zero + static_cast<T>(pass.scale * omega);
+    const V zero{}, coefficient = zero + static_cast<T>(outputs.kl_coef),
+                    by = zero + static_cast<T>(pass.scale * omega);
     V sums[2] = {};
     for (int64_t t = 0; t < tile.padded; t += Lanes<T>::count) {
         V up = zero, down = zero;
@@ -43,8 +44,9 @@ inline void apply_weights(const Pass& pass, const Workspace<T>& w, int64_t first
             if constexpr (!Noon) down += weight * (a - positive);
         }
         if (shares) {
-            up *= load<V>(shares + t);
-            down *= load<V>(shares + t);
+            const V share = load<V>(shares + t);
+            up = share == 0 ? zero : up * share;
+            down = share == 0 ? zero : down * share;
         }
         const auto masked = load<V>(tile.valid + t) == 0;
         up = masked ? zero : up;
@@ -79,8 +81,8 @@ inline void apply_weights(const Pass& pass, const Workspace<T>& w, int64_t first
 // One tile's results. `fixed` (n) serves all its tokens, or null: w.c does. `divisor` (n): the preference that presence
 // divides by, or null.
 template <class T>
-inline void apply_tile(const Pass& pass, Workspace<T>& w, int64_t first, double omega, const T* fixed,
-                       const T* divisor, Partial& partial) {
+inline void apply_tile(const Pass& pass, Workspace<T>& w, int64_t first, double omega, const T* fixed, const T* divisor,
+                       Partial& partial) {
     const T* shares = nullptr;
     if (divisor && w.tile.present) {
         presence_shares(w.tile, pass.tokens.n, divisor, w.shares);

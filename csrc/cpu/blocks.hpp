@@ -1,5 +1,5 @@
-// Work in blocks whose number and order depend on the input alone: threads take blocks, and partial sums are added in the
-// order of the blocks. So results are bitwise equal for any number of threads.
+// Work in blocks whose number and order depend on the input alone: threads take blocks, and partial sums are added in
+// the order of the blocks. So results are bitwise equal for any number of threads.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,5 @@
 // The statistics of a batch, and everything that follows from them.
 #include "../core/statistics.hpp"
-
 #include "plan.hpp"
 #include "values.hpp"
 
@@ -95,8 +94,8 @@ struct Applied {
     }
 
     bool by_row_sums() const {
-        const bool one = pass.tokens.one_result_per_row(pass.rule.weights_per) ||
-                         ((pass.known || solved_here) && !pass.outputs.advantages);
+        const bool one =
+            pass.tokens.one_result_per_row(pass.rule) || ((pass.known || solved_here) && !pass.outputs.advantages);
         return one && pama::by_row_sums(pass.tokens);
     }
 
@@ -136,13 +135,14 @@ struct Applied {
     void run(int64_t units, int64_t tokens, int64_t multiple, Work work) {
         const int64_t own = n + 3, size = own + (pass.statistics ? statistics_size(n, pass.outputs.pairs) : 0);
         std::vector<double> merged(static_cast<size_t>(size));
-        sum_blocks(units, tokens, multiple, size, threads, merged.data(), [&](int64_t first, int64_t last, double* part) {
-            Partial partial{pass.statistics ? part + own : nullptr, part + 3, 0, 0, 0};
-            work(first, last, partial);
-            part[0] = partial.loss;
-            part[1] = partial.optimum;
-            part[2] = partial.square;
-        });
+        sum_blocks(units, tokens, multiple, size, threads, merged.data(),
+                   [&](int64_t first, int64_t last, double* part) {
+                       Partial partial{pass.statistics ? part + own : nullptr, part + 3, 0, 0, 0};
+                       work(first, last, partial);
+                       part[0] = partial.loss;
+                       part[1] = partial.optimum;
+                       part[2] = partial.square;
+                   });
         if (pass.outputs.loss) store_value(pass.outputs.loss, 0, merged[0]);
         *pass.outputs.square_sum = merged[2];
         if (pass.statistics) {
@@ -178,7 +178,9 @@ struct Applied {
         if (!pass.by_rows() && !pass.omega) pass.tokens = collapsed(pass.tokens);
         const int64_t tokens = pass.tokens.tokens(), bytes = k.scratch_size(n);
         run(pass.by_rows() ? pass.tokens.rows : tokens, tokens, pass.by_rows() ? 1 : kTileMultiple,
-            [&](int64_t first, int64_t last, Partial& partial) { k.apply(pass, first, last, partial, scratch(bytes)); });
+            [&](int64_t first, int64_t last, Partial& partial) {
+                k.apply(pass, first, last, partial, scratch(bytes));
+            });
     }
 
     // One pass over the tokens where weights are known before it, else one for the sums and one for the gradient.

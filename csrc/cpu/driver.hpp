@@ -27,8 +27,8 @@ struct Preference {
 
 void statistics(const Tokens& tokens, bool pairs, double* out, int threads);
 
-// Weights of the whole batch from its (possibly merged) statistics, and the preference over the objectives with a signal:
-// c and effective (n). Returns the optimum.
+// Weights of the whole batch from its (possibly merged) statistics, and the preference over the objectives with a
+// signal: c and effective (n). Returns the optimum; throws where there is none within the promised residual.
 double solve(const double* sums, const Rule& rule, const double* preference, int n, double* c, double* effective);
 
 // `weights`: (n) or, `per_row`, (rows, n); absent where the rule is solved here.
@@ -39,11 +39,12 @@ void apply(const Tokens& tokens, const Rule& rule, const double* preference, con
 void weights(long rows, int n, const Array& scores, const double* prior, bool uniform, double regularization,
              const Array& scale, void* weights, void* optimum, int threads);
 
-// Rows of the min-norm problem. Returns -1, or the first matrix that is clearly no Gram matrix.
-long min_norm(const Gram& gram, const double* prior, double regularization, int threads);
-
-// Rows of UPGrad's problem, likewise.
+// Rows of the min-norm problem, and of UPGrad's. They return -1, or the first matrix that is clearly no Gram matrix,
+// and throw where one has no solution within the promised residual.
+int64_t min_norm(const Gram& gram, const double* preference, double regularization, int threads);
 int64_t upgrad(const Gram& gram, const double* preference, int threads);
+// std::runtime_error: "gram: no solution with residual below ..., got ..."; row < 0: of no batch.
+[[noreturn]] void throw_unsolved(int64_t row, double residual);
 
 struct Gae {
     int64_t rows, width;

@@ -53,8 +53,8 @@ enum RowSum {
 
 // One pass over the tokens of rows: their sums, the gradient, or both.
 struct RowPass {
-    double* sums = nullptr;       // (rows, kRowSums)
-    const double* up = nullptr;   // (rows): sum_i c_i max(A_i, 0); null: no gradient
+    double* sums = nullptr;        // (rows, kRowSums)
+    const double* up = nullptr;    // (rows): sum_i c_i max(A_i, 0); null: no gradient
     const double* down = nullptr;  // (rows): sum_i c_i min(A_i, 0)
     const double* omega = nullptr;
     double scale = 0, kl_coef = 0;
@@ -70,6 +70,13 @@ struct Gram {
     int64_t batch = 0, row = 0, column = 0;  // strides
     void *weights = nullptr, *optimum = nullptr;
     bool checked = true;  // refuse what is clearly no Gram matrix
+};
+
+// The first matrix of a batch without a solution: clearly no Gram matrix (residual 0), or above the promised residual.
+struct Refused {
+    long row = -1;
+    double residual = 0;
+    explicit operator bool() const { return row >= 0; }
 };
 
 // At most so many objectives have a row per SIMD lane.
@@ -90,8 +97,8 @@ struct Kernels {
     // The statistics of the rows [first, last) from their sums.
     void (*row_statistics)(const Tokens&, const double* omega, const double* row_sums, bool pairs, int64_t first,
                            int64_t last, double* sums, void* scratch);
-    // Weights of the rows [first, last) and what follows from them without a look at a token; up and down as in RowPass.
-    // Without row_sums up and down alone, for known weights.
+    // Weights of the rows [first, last) and what follows from them without a look at a token; up and down as in
+    // RowPass. Without row_sums up and down alone, for known weights.
     void (*row_apply)(const Pass&, const double* row_sums, double* up, double* down, int64_t first, int64_t last,
                       Partial&, void* scratch);
     // Rows of the scalar problem: float32 scores, at most kLaneObjectives of them.
@@ -99,10 +106,10 @@ struct Kernels {
                     double regularization, const double* scale, long scale_row, float* weights, float* optimum,
                     void* scratch);
     long (*min_norm_scratch)(int n);  // bytes
-    // Matrices of the min-norm problem, float or double; `present` (n bytes) may be null. Returns -1, or the first that
-    // was refused.
-    long (*min_norm)(const Gram& gram, const double* prior, const unsigned char* present, double regularization,
-                     long first, long last, void* scratch);
+    // Matrices of the min-norm problem, float or double; `present` (n bytes) may be null.
+    Refused (*min_norm)(const Gram& gram, const double* preference, const unsigned char* present, double regularization,
+                        long first, long last, void* scratch);
+    Refused (*upgrad)(const Gram& gram, const double* preference, long first, long last, void* scratch);
 };
 
 extern const Kernels kernels_portable, kernels_avx2, kernels_avx512;

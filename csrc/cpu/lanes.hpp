@@ -8,14 +8,14 @@ PAMA_BEGIN
 
 // One lane in double, where T does not suffice. row: 3 n doubles.
 template <class T>
-__attribute__((noinline)) T solve_lane(int n, const T* a, const T* present, long stride, const double* prior,
-                                       double* row, T* c) {
+__attribute__((noinline)) T solve_lane(int n, const T* a, const T* present, long stride, const double* preference,
+                                       double regularization, double scale, double* row, T* c) {
     for (int i = 0; i < n; ++i) {
         row[i] = static_cast<double>(a[i * stride]);
-        row[n + i] = prior[i];
+        row[n + i] = preference[i];
         row[2 * n + i] = present ? static_cast<double>(present[i * stride]) : 1.0;
     }
-    const T optimum = static_cast<T>(simplex_row(n, row, row + n, 0.0, -1.0, row + 2 * n));
+    const T optimum = static_cast<T>(simplex_row(n, row, row + n, regularization, scale, row + 2 * n));
     for (int i = 0; i < n; ++i) c[i * stride] = static_cast<T>(row[2 * n + i]);
     return optimum;
 }
@@ -31,13 +31,44 @@ inline void set_lane(V& v, int k, T x) {
     memcpy(reinterpret_cast<char*>(&v) + static_cast<long>(sizeof(T)) * k, &x, sizeof x);
 }
 
-// Scores a (n, stride) of `lanes` rows side by side; prior (n). c (n, stride) receives the weights. Returns the optima.
-// `present` (1 or 0, like a) may be null; `scale` (per lane) may be null, then it is max a^2.
-// `non_negative`: no score is negative and there is no regularization. work: 3 n vectors; row: 3 n doubles.
-// A compile-time N > 0 stands for n and keeps what it can in registers.
+template <class T>
+constexpr T narrow() {
+    return static_cast<T>(sizeof(T) == 4 ? 1e-3 : 1e-9);
+}
+template <class T>
+constexpr double weak_regularization() {
+    return sizeof(T) == 4 ? 1e-4 : 1e-13;
+}
+
+// Scores of very different size and hardly any regularization: the large one gets a weight near T's rounding, on which
+// the rest depends. These lanes are solved in double: the marked ones, and where `largest` is given, with a score below
+// narrow() of it. Out of line, so that it costs the others no registers. Returns the optima.
+template <class V, class T>
+__attribute__((noinline)) V solve_unsure(int n, const T* a, const T* present, long stride, int lanes,
+                                         const double* preference, double regularization, const double* scale,
+                                         const V& largest, const V& marked, V optimum, double* row, T* c) {
+    for (int k = 0; k < lanes; ++k) {
+        bool unsure = lane<T>(marked, k) != 0;
+        for (int i = 0; i < n && !unsure; ++i) {
+            const T own = a[i * stride + k];
+            const bool counts = !present || present[i * stride + k] > 0;
+            unsure = counts && (own < 0 ? -own : own) < lane<T>(largest, k) * narrow<T>();
+        }
+        if (unsure)
+            set_lane(optimum, k,
+                     solve_lane(n, a + k, present ? present + k : nullptr, stride, preference, regularization,
+                                scale ? scale[k] : -1.0, row, c + k));
+    }
+    return optimum;
+}
+
+// Scores a (n, stride) of `lanes` rows side by side; preference (n). c (n, stride) receives the weights. Returns the
+// optima. `present` (1 or 0, like a) may be null; `scale` (per lane) may be null, then it is max a^2. `non_negative`:
+// no score is negative and there is no regularization. work: 3 n vectors; row: 3 n doubles. A compile-time N > 0 stands
+// for n and keeps what it can in registers.
 template <class V, int N, class T>
-inline V solve_lanes(int given, const T* a, const T* present, long stride, int lanes, const double* prior, bool uniform,
-                     double regularization, bool non_negative, T* c, V* work, double* row,
+inline V solve_lanes(int given, const T* a, const T* present, long stride, int lanes, const double* preference,
+                     bool uniform, double regularization, bool non_negative, T* c, V* work, double* row,
                      const double* scale = nullptr) {
     const V zero = V{}, one = zero + static_cast<T>(1);
     const int n = N > 0 ? N : given;
@@ -52,11 +83,11 @@ inline V solve_lanes(int given, const T* a, const T* present, long stride, int l
         for (int i = 0; i < n; ++i) {
             const auto tied = load<V>(a + i * stride) == low;
             ties += choose(tied, one, zero);
-            mass += choose(tied, zero + static_cast<T>(prior[i]), zero);
+            mass += choose(tied, zero + static_cast<T>(preference[i]), zero);
         }
         const V share = reciprocal(ties), shift = (uniform ? share : max_of((one - mass) * share, zero)) + poison;
         for (int i = 0; i < n; ++i) {  // with the bits that simplex_solve gives
-            const V kept = uniform ? shift : shift + static_cast<T>(prior[i]);
+            const V kept = uniform ? shift : shift + static_cast<T>(preference[i]);
             store(c + i * stride, choose(load<V>(a + i * stride) == low, kept, poison));
         }
         return low + poison;
@@ -70,7 +101,7 @@ inline V solve_lanes(int given, const T* a, const T* present, long stride, int l
         x[i] = load<V>(a + i * stride);
         if (present) {
             x[i] = choose(keep[i] > zero, x[i], zero);
-            mass += keep[i] * static_cast<T>(prior[i]);
+            mass += keep[i] * static_cast<T>(preference[i]);
             count += keep[i];
             low = choose(keep[i] > zero, min_of(x[i], low), low);
             high = choose(keep[i] > zero, max_of(x[i], high), high);
@@ -121,8 +152,8 @@ inline V solve_lanes(int given, const T* a, const T* present, long stride, int l
     if (N == 0 || !uniform || present) {
         for (int i = 0; i < n; ++i) {
             if (!uniform)
-                p[i] = present ? choose(mass > zero, keep[i] * static_cast<T>(prior[i]) / mass, keep[i] / count)
-                               : zero + static_cast<T>(prior[i]);
+                p[i] = present ? choose(mass > zero, keep[i] * static_cast<T>(preference[i]) / mass, keep[i] / count)
+                               : zero + static_cast<T>(preference[i]);
             keep[i] = choose(settled & (load<V>(a + i * stride) != nearest), zero, keep[i]);
             x[i] = choose(settled, zero, x[i]);
         }
@@ -132,19 +163,17 @@ inline V solve_lanes(int given, const T* a, const T* present, long stride, int l
     }
     optimum = choose(exact, choose(one_sided, nearest, zero), max_of(low, min_of(high, optimum * unit)));
     const auto none = present ? count == zero : count != count;
-    for (int i = 0; i < n; ++i) store(c + i * stride, choose(none, zero + static_cast<T>(prior[i]), keep[i] + poison));
+    for (int i = 0; i < n; ++i)
+        store(c + i * stride, choose(none, zero + static_cast<T>(preference[i]), keep[i] + poison));
     optimum = choose(none, zero, optimum) + poison;
-    // Two signs of very different size and no regularization: the large score gets a weight near T's rounding, on
-    // which the rest depends. These lanes are solved in double.
     const V smaller = min_of(-low, high);
-    const auto unsure =
-        exact & (low < zero) & (high > zero) & (smaller < largest * static_cast<T>(sizeof(T) == 4 ? 1e-3 : 1e-9));
-    if (any(unsure)) {
-        const V marked = choose(unsure, one, zero);
-        for (int k = 0; k < lanes; ++k)
-            if (lane<T>(marked, k) != 0)
-                set_lane(optimum, k, solve_lane(n, a + k, present ? present + k : nullptr, stride, prior, row, c + k));
-    }
+    const auto unsure = exact & (low < zero) & (high > zero) & (smaller < largest * narrow<T>());
+    const bool weak = regularization > 0 && (scale || regularization < weak_regularization<T>());
+    if (weak || any(unsure))
+        optimum =
+            solve_unsure<V>(n, a, present, stride, lanes, preference, regularization, scale,
+                            weak ? choose(rho < size * static_cast<T>(weak_regularization<T>()), largest, zero) : zero,
+                            choose(unsure, one, zero), optimum, row, c);
     return optimum;
 }
 
@@ -171,9 +200,9 @@ inline auto with_lanes_size(int n, Visit visit) {
 
 // Rows of N float32 scores, a register's lanes at a time; those that lie side by side are transposed in registers.
 template <int N>
-inline void weights_rows(long rows, const float* PAMA_RESTRICT scores, long row, long objective, const double* prior,
-                         bool uniform, double regularization, const double* scale, long scale_row,
-                         float* PAMA_RESTRICT weights, float* PAMA_RESTRICT optimum, double* buffer) {
+inline void weights_rows(long rows, const float* PAMA_RESTRICT scores, long row, long objective,
+                         const double* preference, bool uniform, double regularization, const double* scale,
+                         long scale_row, float* PAMA_RESTRICT weights, float* PAMA_RESTRICT optimum, double* buffer) {
     constexpr int width = Lanes<float>::count;
     constexpr long ahead = 1024;  // floats
     const bool contiguous = row == N && objective == 1;
@@ -200,10 +229,10 @@ inline void weights_rows(long rows, const float* PAMA_RESTRICT scores, long row,
         if (scale)
             for (int t = 0; t < width; ++t) size[t] = t < used ? scale[(at + t) * scale_row] : 1.0;
         const bool non_negative = regularization == 0 && !any(low < 0.0f);
-        const FloatV s =
-            solve_lanes<FloatV, N>(N, reinterpret_cast<const float*>(v), static_cast<const float*>(nullptr), width,
-                                   width, prior, uniform, regularization, non_negative, reinterpret_cast<float*>(c),
-                                   static_cast<FloatV*>(nullptr), buffer, scale ? size : nullptr);
+        const FloatV s = solve_lanes<FloatV, N>(N, reinterpret_cast<const float*>(v),
+                                                static_cast<const float*>(nullptr), width, width, preference, uniform,
+                                                regularization, non_negative, reinterpret_cast<float*>(c),
+                                                static_cast<FloatV*>(nullptr), buffer, scale ? size : nullptr);
         interleave<N>(c);
         if (used == width) {
             store(optimum + at, s);
@@ -218,7 +247,7 @@ inline void weights_rows(long rows, const float* PAMA_RESTRICT scores, long row,
 // float32 rows of any number n of objectives, transposed in pieces through memory; N as in `solve_lanes`.
 template <int N>
 __attribute__((noinline)) void weights_pieces(long rows, int n, const float* scores, long row, long objective,
-                                              const double* prior, bool uniform, double regularization,
+                                              const double* preference, bool uniform, double regularization,
                                               const double* scale, long scale_row, float* weights, float* optimum,
                                               void* scratch) {
     constexpr int width = Lanes<float>::count;
@@ -239,7 +268,7 @@ __attribute__((noinline)) void weights_pieces(long rows, int n, const float* sco
             bool non_negative = regularization == 0;
             for (int i = 0; non_negative && i < n; ++i) non_negative = !any(load<FloatV>(a + i * piece + t) < 0.0f);
             const FloatV s =
-                solve_lanes<FloatV, N>(n, a + t, static_cast<const float*>(nullptr), piece, used, prior, uniform,
+                solve_lanes<FloatV, N>(n, a + t, static_cast<const float*>(nullptr), piece, used, preference, uniform,
                                        regularization, non_negative, c + t, work, buffer, scale ? size + t : nullptr);
             memcpy(optimum + first + t, &s, sizeof(float) * static_cast<size_t>(used));
         }
@@ -247,17 +276,17 @@ __attribute__((noinline)) void weights_pieces(long rows, int n, const float* sco
     }
 }
 
-inline void weights_rows(long rows, int n, const float* scores, long row, long objective, const double* prior,
+inline void weights_rows(long rows, int n, const float* scores, long row, long objective, const double* preference,
                          bool uniform, double regularization, const double* scale, long scale_row, float* weights,
                          float* optimum, void* scratch) {
     if (with_constant(n, [&](auto size) {
-            weights_rows<size>(rows, scores, row, objective, prior, uniform, regularization, scale, scale_row, weights,
-                               optimum, static_cast<double*>(scratch));
+            weights_rows<size>(rows, scores, row, objective, preference, uniform, regularization, scale, scale_row,
+                               weights, optimum, static_cast<double*>(scratch));
         }))
         return;
     with_lanes_size(n, [&](auto size) {
-        weights_pieces<size>(rows, n, scores, row, objective, prior, uniform, regularization, scale, scale_row, weights,
-                             optimum, scratch);
+        weights_pieces<size>(rows, n, scores, row, objective, preference, uniform, regularization, scale, scale_row,
+                             weights, optimum, scratch);
     });
 }
 

@@ -43,17 +43,10 @@ struct Given {
     int64_t elements() const { return tokens.tokens() * (tokens.per_sequence ? 1 : tokens.n); }
 };
 
-double* float64_result(const py::handle& object, const char* name, int64_t elements) {
-    const Array result = read_result(object, name, elements);
-    if (result.dtype != Dtype::f64) throw py::value_error(std::string(name) + ": expected float64 for a result");
-    return static_cast<double*>(result.data);
-}
-
 void statistics_of(const py::handle& record, bool pairs, const py::handle& sums, int threads) {
     const Given given(record);
     double* const out = float64_result(sums, "sums", statistics_size(given.tokens.n, pairs));
-    run(given.elements(),
-        [&] { statistics(given.tokens, pairs, out, threads_for(given.elements(), threads)); });
+    run(given.elements(), [&] { statistics(given.tokens, pairs, out, threads_for(given.elements(), threads)); });
 }
 
 void solve_of(const py::handle& sums, const py::handle& rule, const py::handle& preference, int64_t objectives,
@@ -71,31 +64,31 @@ void solve_of(const py::handle& sums, const py::handle& rule, const py::handle& 
     *value = solve(static_cast<const double*>(t.data), asked, read_preference(preference, n), n, c, p);
 }
 
-void apply_of(const py::handle& record, const py::handle& rule, const py::handle& preference,
-              const py::handle& weights, const py::handle& asked, const py::handle& results, int threads) {
+void apply_of(const py::handle& record, const py::handle& rule, const py::handle& preference, const py::handle& weights,
+              const py::handle& asked, const py::handle& results, int threads) {
     const Given given(record);
     const Tokens& tokens = given.tokens;
     const Rule how = read_rule(rule);
-    const Outputs outputs = read_outputs(asked, results);
     const double* const p = read_preference(preference, tokens.n);
     Tensor c;
     read_tensor(weights, "weights", c);
     const bool per_row = c.ndim == 2, known = how.kind <= Kind::solved;
-    if (known != static_cast<bool>(c)) throw py::value_error("weights: expected a tensor where the rule solves nothing");
-    if (known && (!c.is_float() || c.size(-1) != tokens.n || (per_row && c.size(0) != tokens.rows)))
+    if (known != static_cast<bool>(c))
+        throw py::value_error("weights: expected a tensor where the rule solves nothing");
+    if (known && (!c.is_float() || c.ndim < 1 || c.size(-1) != tokens.n || (per_row && c.size(0) != tokens.rows)))
         throw py::value_error("weights: expected floats of shape (N,) or (B, N)");
+    const bool by_row = known ? per_row : how.weights_per == WeightsPer::sequence;
+    const Outputs outputs = read_outputs(asked, results, tokens, how, by_row);
     if (outputs.kl_coef != 0 && outputs.loss && !tokens.ref_logprobs)
         throw py::value_error("ref_logprobs: expected a tensor with kl_coef, got None");
     if ((outputs.loss || outputs.gradient) && !tokens.logprobs)
         throw py::value_error("logprobs: expected a tensor for a loss, got None");
-    if (outputs.advantages && tokens.one_result_per_row(how.weights_per) && tokens.objective_mask &&
-        !tokens.mask_per_sequence)
+    if (outputs.advantages && tokens.one_result_per_row(how) && tokens.objective_mask && !tokens.mask_per_sequence)
         throw py::value_error("objective_mask: expected shape (B, N) with advantages per sequence");
     Array fixed;
     if (c) fixed = {c.data, c.dtype, per_row ? c.stride(0) : 0, 0, c.stride(-1)};
-    run(given.elements(), [&] {
-        apply(tokens, how, p, fixed, per_row, outputs, threads_for(given.elements(), threads));
-    });
+    run(given.elements(),
+        [&] { apply(tokens, how, p, fixed, per_row, outputs, threads_for(given.elements(), threads)); });
 }
 
 // Matrices (..., N, N) in float32 or float64 with one stride through the leading dimensions; false for anything else.
@@ -243,7 +236,8 @@ void gae_of(const py::handle& rewards, const py::handle& values, const py::handl
     g.truncated = by_token(read(truncated, "truncated"));
     g.last_values = by_objective(read(last_values, "last_values"), true);
     g.final_values = by_objective(read(final_values, "final_values"), false);
-    if (g.truncated && !g.final_values) throw py::value_error("final_values: expected a tensor with truncated, got None");
+    if (g.truncated && !g.final_values)
+        throw py::value_error("final_values: expected a tensor with truncated, got None");
     const int64_t elements = g.rows * g.width * g.n;
     g.advantages = read_result(advantages, "advantages", elements);
     g.returns = read_result(returns, "returns", elements);

@@ -33,9 +33,8 @@ inline void sum_blocks(int64_t units, int64_t tokens, int64_t multiple, int64_t 
         return work(blocks.first(0), blocks.last(0), out);
     }
     std::vector<double> parts(static_cast<size_t>(size * blocks.count));
-    for_each_block(blocks.count, blocks.threads(threads), [&](int64_t block) {
-        work(blocks.first(block), blocks.last(block), parts.data() + block * size);
-    });
+    for_each_block(blocks.count, blocks.threads(threads),
+                   [&](int64_t block) { work(blocks.first(block), blocks.last(block), parts.data() + block * size); });
     add(parts, blocks.count, size, out);
 }
 

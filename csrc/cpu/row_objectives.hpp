@@ -7,33 +7,38 @@
 
 PAMA_BEGIN
 
-// block (n, n) += sum_k x_k y_k', four outer products at a time; of a symmetric sum the upper triangle alone.
+// block (n, n) += sum_k x_k y_k', four outer products at a time, where y_k may be another for negative x; of a
+// symmetric sum the upper triangle alone.
 struct OuterProducts {
     int64_t n;
     bool symmetric;
     double* block;
-    double* room;  // (8 n)
+    double* room;  // (12 n)
     int used = 0;
 
-    double* x() { return room + 2 * used * n; }
-    double* y() { return x() + n; }
+    double* x(int k) const { return room + 3 * k * n; }
+    double* x() const { return x(used); }
+    double* y() const { return x() + n; }           // where x >= 0
+    double* y_negative() const { return y() + n; }  // elsewhere
     void push() {
         if (++used == 4) flush();
     }
     void flush() {
-        for (int64_t k = 2 * used * n; k < 8 * n; ++k) room[k] = 0;
+        for (double* rest = x(used); rest < x(4); ++rest) *rest = 0;
         if (used > 0) add();
         used = 0;
     }
     void add() const {
-        const double* PAMA_RESTRICT r = room;
-        const double *PAMA_RESTRICT y0 = r + n, *PAMA_RESTRICT y1 = r + 3 * n, *PAMA_RESTRICT y2 = r + 5 * n,
-                                    *PAMA_RESTRICT y3 = r + 7 * n;
         for (int64_t i = 0; i < n; ++i) {
-            const double x0 = r[i], x1 = r[2 * n + i], x2 = r[4 * n + i], x3 = r[6 * n + i];
+            const double x0 = x(0)[i], x1 = x(1)[i], x2 = x(2)[i], x3 = x(3)[i];
+            const double *PAMA_RESTRICT y0 = x(0) + (x0 < 0 ? 2 : 1) * n,
+                                        *PAMA_RESTRICT y1 = x(1) + (x1 < 0 ? 2 : 1) * n,
+                                        *PAMA_RESTRICT y2 = x(2) + (x2 < 0 ? 2 : 1) * n,
+                                        *PAMA_RESTRICT y3 = x(3) + (x3 < 0 ? 2 : 1) * n;
             double* PAMA_RESTRICT out = block + i * n;
 #pragma omp simd
-            for (int64_t j = symmetric ? i : 0; j < n; ++j) out[j] += x0 * y0[j] + x1 * y1[j] + (x2 * y2[j] + x3 * y3[j]);
+            for (int64_t j = symmetric ? i : 0; j < n; ++j)
+                out[j] += x0 * y0[j] + x1 * y1[j] + (x2 * y2[j] + x3 * y3[j]);
         }
     }
 };
@@ -53,82 +58,154 @@ inline void row_advantages(const Tokens& tokens, int64_t row, double* a, double*
     }
 }
 
-// The fields of one row, times `omega`, into sums. r: the row's sums.
-inline void add_row_fields(int64_t n, bool noon, const double* PAMA_RESTRICT a, const double* PAMA_RESTRICT present,
-                           const double* PAMA_RESTRICT r, double omega, double* PAMA_RESTRICT sums) {
-    const double valid = omega * r[kValid];
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-        const double x = a[i], up = x < 0 ? 0.0 : x, down = noon ? 0.0 : x - up;
-        const auto here = [&](double value) { return present[i] != 0 ? omega * value : 0.0; };
-        sums[kCount * n + i] += present[i] * valid;
-        sums[kBoundSum * n + i] += here(up * r[kGradPos] + down * r[kGradNeg]);
-        sums[kBoundSquareSum * n + i] += here(up * up * r[kGradPosSquare] + down * down * r[kGradNegSquare]);
-        sums[kLogprobSum * n + i] += here(up * r[kGradPosLogp] + down * r[kGradNegLogp]);
-        sums[kSurrogateSum * n + i] += here(up * r[kPos] + down * r[kNeg]);
-        sums[kAdvantageSum * n + i] += x * valid;
-        sums[kAdvantageSquareSum * n + i] += x * x * valid;
-        sums[kPositiveCount * n + i] += x > 0 ? valid : 0.0;
-        sums[kClippedCount * n + i] +=
-            x > 0 ? omega * r[kOffPos] : (x < 0 && !noon ? omega * r[kOffNeg] : 0.0);
+constexpr int64_t kGroupRows = 32;
+
+// A group of rows: advantages and presence (rows, stride), padded to whole vectors, and their sums times token weights.
+struct RowGroup {
+    int64_t n, stride, rows = 0;
+    bool noon, masked;
+    double *advantages, *present, *sums;
+
+    RowGroup(const Tokens& tokens, Arena& arena)
+        : n(tokens.n),
+          stride((tokens.n + Lanes<double>::count - 1) / Lanes<double>::count * Lanes<double>::count),
+          noon(tokens.noon),
+          masked(static_cast<bool>(tokens.objective_mask)),
+          advantages(arena.take<double>(kGroupRows * stride)),
+          present(arena.take<double>(kGroupRows * stride)),
+          sums(arena.take<double>(kGroupRows * kRowSums)) {}
+
+    double* a(int64_t row) const { return advantages + row * stride; }
+    double* here(int64_t row) const { return present + row * stride; }
+    double* r(int64_t row) const { return sums + row * kRowSums; }
+
+    // Rows without a valid token are left out.
+    void push(const Tokens& tokens, int64_t row, double omega, const double* row_sums) {
+        if (row_sums[kValid] == 0) return;
+        row_advantages(tokens, row, a(rows), here(rows));
+        for (int64_t i = n; i < stride; ++i) a(rows)[i] = here(rows)[i] = 0;
+        for (int k = 0; k < kRowSums; ++k) r(rows)[k] = omega * row_sums[k];
+        ++rows;
     }
-    sums[total_offset(n) + kTokenCount] += valid;
-    sums[total_offset(n) + kKlSum] += omega * r[kK3];
+};
+
+// Adds the fields of the group's rows to `out`, with the sums of a vector of objectives in registers.
+template <bool Noon, bool Masked, class V = DoubleV>
+inline void add_row_fields(const RowGroup& group, double* out) {
+    constexpr int width = Lanes<double>::count;
+    const V zero{};
+    for (int64_t i = 0; i < group.n; i += width) {
+        V s[kFields] = {};
+        for (int64_t row = 0; row < group.rows; ++row) {
+            const double* r = group.r(row);
+            const V x = load<V>(group.a(row) + i), up = x < 0 ? zero : x;
+            V bound = up * r[kGradPos], square = up * up * r[kGradPosSquare], logp = up * r[kGradPosLogp],
+              surrogate = up * r[kPos], clipped = x > 0 ? zero + r[kOffPos] : zero;
+            if constexpr (!Noon) {
+                const V down = x - up;
+                bound += down * r[kGradNeg];
+                square += down * down * r[kGradNegSquare];
+                logp += down * r[kGradNegLogp];
+                surrogate += down * r[kNeg];
+                clipped = x < 0 ? zero + r[kOffNeg] : clipped;
+            }
+            if constexpr (Masked) {
+                const V here = load<V>(group.here(row) + i);
+                s[kCount] += here * r[kValid];
+                bound = here == 0 ? zero : bound;
+                square = here == 0 ? zero : square;
+                logp = here == 0 ? zero : logp;
+                surrogate = here == 0 ? zero : surrogate;
+            } else {
+                s[kCount] += r[kValid];
+            }
+            s[kBoundSum] += bound;
+            s[kBoundSquareSum] += square;
+            s[kLogprobSum] += logp;
+            s[kSurrogateSum] += surrogate;
+            s[kAdvantageSum] += x * r[kValid];
+            s[kAdvantageSquareSum] += x * x * r[kValid];
+            s[kPositiveCount] += x > 0 ? zero + r[kValid] : zero;
+            s[kClippedCount] += clipped;
+        }
+        const int64_t used = group.n - i < width ? group.n - i : width;
+        for (int f = 0; f < kFields; ++f)
+            for (int64_t k = 0; k < used; ++k) out[f * group.n + i + k] += s[f][k];
+    }
+    for (int64_t row = 0; row < group.rows; ++row) {
+        out[total_offset(group.n) + kTokenCount] += group.r(row)[kValid];
+        out[total_offset(group.n) + kKlSum] += group.r(row)[kK3];
+    }
+}
+
+inline void add_row_fields(const RowGroup& group, double* out) {
+    const auto add = group.noon ? (group.masked ? add_row_fields<true, true> : add_row_fields<true, false>)
+                                : (group.masked ? add_row_fields<false, true> : add_row_fields<false, false>);
+    add(group, out);
 }
 
 inline int64_t row_scratch_size(int n) {
-    const int64_t size = n;
-    return 8 * (4 * size + kPairs * 8 * size + statistics_size(n, false)) + 64 * 12;
+    const int64_t size = n, group = kGroupRows * (2 * (size + 8) + kRowSums);
+    return 8 * (6 * size + kPairs * 12 * size + statistics_size(n, false) + group) + 64 * 16;
 }
 
-// sum I_i I_j of a row: up_i (G++ up_j + G+- down_j) + down_i (G+- up_j + G-- down_j).
-inline void push_bound_products(int64_t n, bool noon, const double* a, const double* present, const double* r,
-                                double omega, OuterProducts& products) {
-    for (int side = 0; side < (noon ? 1 : 2); ++side) {
-        const double with_up = omega * r[side == 0 ? kGradPosSquare : kGradBoth],
-                     with_down = omega * r[side == 0 ? kGradBoth : kGradNegSquare];
-        double *PAMA_RESTRICT x = products.x(), *PAMA_RESTRICT y = products.y();
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) {
-            const double up = a[i] < 0 ? 0.0 : a[i], down = noon ? 0.0 : a[i] - up;
-            x[i] = side == 0 ? up : down;
-            y[i] = present[i] != 0 ? with_up * up + with_down * down : 0.0;
-        }
-        products.push();
+// sum I_i I_j of a row: A_i (G++ up_j + G+- down_j) for A_i >= 0, else A_i (G+- up_j + G-- down_j).
+inline void push_bound_products(const RowGroup& group, int64_t row, OuterProducts& products) {
+    const int64_t n = group.n;
+    const double *a = group.a(row), *here = group.here(row), *r = group.r(row);
+    const double above = r[kGradPosSquare], both = r[kGradBoth], below = r[kGradNegSquare];
+    if (group.masked && above != above) {  // a bad token: all that are present, beside whomever
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t j = i; j < n; ++j) products.block[i * n + j] += here[i] + here[j] != 0 ? above : 0.0;
+        return;
     }
+    const bool noon = group.noon;
+    double *PAMA_RESTRICT x = products.x(), *PAMA_RESTRICT y = products.y(), *PAMA_RESTRICT z = products.y_negative();
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        const double up = a[i] < 0 ? 0.0 : a[i], down = noon ? 0.0 : a[i] - up;
+        x[i] = up + down;
+        y[i] = above * up + both * down;
+        z[i] = both * up + below * down;
+    }
+    products.push();
+}
+
+// products += valid x y', with x squared on request.
+inline void push_product(const RowGroup& group, int64_t row, const double* from, const double* to, bool squared,
+                         OuterProducts& products) {
+    const double valid = group.r(row)[kValid];
+    double *PAMA_RESTRICT x = products.x(), *PAMA_RESTRICT y = products.y(), *PAMA_RESTRICT z = products.y_negative();
+#pragma omp simd
+    for (int64_t i = 0; i < group.n; ++i) {
+        x[i] = squared ? from[i] * from[i] : from[i];
+        y[i] = z[i] = valid * to[i];
+    }
+    products.push();
 }
 
 inline void row_statistics(const Tokens& tokens, const double* omega, const double* row_sums, bool pairs, int64_t first,
                            int64_t last, double* sums, void* scratch) {
     const int64_t n = tokens.n;
     Arena arena{static_cast<char*>(scratch)};
-    double *a = arena.take<double>(n), *present = arena.take<double>(n);
+    RowGroup group(tokens, arena);
     OuterProducts products[kPairs];
     for (int pair = 0; pair < kPairs; ++pair)
-        products[pair] = {n, pair <= kPairCount, sums + pair_offset(n, pair), arena.take<double>(8 * n), 0};
-    const bool masked = static_cast<bool>(tokens.objective_mask);
-    for (int64_t row = first; row < last; ++row) {
-        const double *r = row_sums + row * kRowSums, weight = omega ? omega[row] : 1.0, valid = weight * r[kValid];
-        if (r[kValid] == 0) continue;
-        row_advantages(tokens, row, a, present);
-        add_row_fields(n, tokens.noon, a, present, r, weight, sums);
-        if (!pairs) continue;
-        push_bound_products(n, tokens.noon, a, present, r, weight, products[kBoundProduct]);
-        const auto push = [&](int pair, const double* y, bool squared) {
-            double *PAMA_RESTRICT x = products[pair].x(), *PAMA_RESTRICT to = products[pair].y();
-            const double* from = pair == kPairCount ? present : a;
-#pragma omp simd
-            for (int64_t i = 0; i < n; ++i) {
-                x[i] = valid * (squared ? a[i] * a[i] : from[i]);
-                to[i] = y[i];
-            }
-            products[pair].push();
-        };
-        push(kAdvantageProduct, a, false);
-        if (!masked) continue;  // the driver fills the rest from the totals
-        push(kPairCount, present, false);
-        push(kPairAdvantage, present, false);
-        push(kPairAdvantageSquare, present, true);
+        products[pair] = {n, pair <= kPairCount, sums + pair_offset(n, pair), arena.take<double>(12 * n), 0};
+    for (int64_t begin = first; begin < last; begin += kGroupRows) {
+        group.rows = 0;
+        for (int64_t row = begin; row < last && row < begin + kGroupRows; ++row)
+            group.push(tokens, row, omega ? omega[row] : 1.0, row_sums + row * kRowSums);
+        add_row_fields(group, sums);
+        for (int64_t row = 0; pairs && row < group.rows; ++row) {
+            const double *a = group.a(row), *here = group.here(row);
+            push_bound_products(group, row, products[kBoundProduct]);
+            push_product(group, row, a, a, false, products[kAdvantageProduct]);
+            if (!group.masked) continue;  // the driver fills the rest from the totals
+            push_product(group, row, here, here, false, products[kPairCount]);
+            push_product(group, row, a, here, false, products[kPairAdvantage]);
+            push_product(group, row, a, here, true, products[kPairAdvantageSquare]);
+        }
     }
     if (!pairs) return;
     for (OuterProducts& p : products) {
@@ -141,13 +218,15 @@ inline void row_statistics(const Tokens& tokens, const double* omega, const doub
 
 // The weights of row `row` into c (n), for its advantages a and who is present; work: 3 n doubles, sums: the row's own.
 inline void weights_of_row(const Pass& pass, int64_t row, const double* r, const double* a, const double* present,
-                           double* c, double* work, double* sums, Partial& partial) {
+                           double* c, double* work, double* sums, RowGroup& group, Partial& partial) {
     const Tokens& tokens = pass.tokens;
     const int n = tokens.n;
     if (pass.by_rows()) {
         const int64_t size = statistics_size(n, false);
         for (int64_t k = 0; k < size; ++k) sums[k] = 0;
-        if (r[kValid] != 0) add_row_fields(n, tokens.noon, a, present, r, 1.0, sums);
+        group.rows = 0;
+        group.push(tokens, row, 1.0, r);
+        add_row_fields(group, sums);
         row_weights(pass, row, sums, c, work);
         return;
     }
@@ -172,6 +251,7 @@ inline void row_apply(const Pass& pass, const double* row_sums, double* up, doub
     const Outputs& outputs = pass.outputs;
     const int n = tokens.n;
     Arena arena{static_cast<char*>(scratch)};
+    RowGroup group(tokens, arena);
     double *a = arena.take<double>(n), *present = arena.take<double>(n), *c = arena.take<double>(n),
            *work = arena.take<double>(3 * n), *sums = arena.take<double>(statistics_size(n, false));
     if (pass.known && !pass.per_row) load_values(pass.weights, 0, pass.weights.objective, n, false, c);
@@ -179,10 +259,11 @@ inline void row_apply(const Pass& pass, const double* row_sums, double* up, doub
         const double* r = row_sums ? row_sums + row * kRowSums : nullptr;
         row_advantages(tokens, row, a, present);
         if (!pass.known || (r && pass.per_row))
-            weights_of_row(pass, row, r, a, present, c, work, sums, partial);
+            weights_of_row(pass, row, r, a, present, c, work, sums, group, partial);
         else if (pass.per_row)
             load_values(pass.weights, row * pass.weights.row, pass.weights.objective, n, false, c);
         double above = 0, below = 0, mass = 0;
+#pragma omp simd reduction(+ : above, below, mass)
         for (int i = 0; i < n; ++i) {
             const double positive = a[i] < 0 ? 0.0 : a[i];
             above += c[i] * positive;

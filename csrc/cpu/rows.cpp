@@ -54,12 +54,12 @@ void row_gradient(const Tokens& tokens, const RowPass& pass, int threads) { run(
 void row_statistics(const Tokens& tokens, const double* omega, const std::vector<double>& rows, bool pairs, double* out,
                     int threads) {
     const Kernels& k = kernels();
-    const int64_t n = tokens.n, work = tokens.rows * n * (pairs ? n : 1);
-    sum_blocks(tokens.rows, work, 1, statistics_size(n, pairs), threads, out,
-               [&](int64_t first, int64_t last, double* part) {
-                   k.row_statistics(tokens, omega, rows.data(), pairs, first, last, part,
-                                    scratch(k.scratch_size(tokens.n)));
-               });
+    // With pairs a block must have more rows than it has sums for each pair.
+    const int64_t n = tokens.n, work = tokens.rows * (pairs ? 8 : n);
+    sum_blocks(
+        tokens.rows, work, 1, statistics_size(n, pairs), threads, out, [&](int64_t first, int64_t last, double* part) {
+            k.row_statistics(tokens, omega, rows.data(), pairs, first, last, part, scratch(k.scratch_size(tokens.n)));
+        });
     if (pairs) complete_pairs(tokens, out);
 }
 

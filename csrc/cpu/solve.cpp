@@ -1,6 +1,9 @@
-// One set of weights for the batch from its statistics. Compiled once, for every processor, without contraction: ranks on
-// different processors get the same bits from the same sums.
+// One set of weights for the batch from its statistics. Compiled once, for every processor, without contraction: ranks
+// on different processors get the same bits from the same sums.
+#define PAMA_ISA batch
+#include <cstdio>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "../core/weights.hpp"
@@ -8,12 +11,21 @@
 
 namespace pama {
 
+void throw_unsolved(int64_t row, double residual) {
+    char text[160];
+    std::snprintf(text, sizeof text, "gram: no solution with residual below %.0e, got %.1e", kPromisedResidual,
+                  residual);
+    throw std::runtime_error(text + (row < 0 ? std::string() : " at batch index " + std::to_string(row)));
+}
+
 double solve(const double* sums, const Rule& rule, const double* preference, int n, double* c, double* effective) {
     if (rule.weights_per != WeightsPer::batch || rule.kind < Kind::fixed || rule.kind > Kind::upgrad)
         throw std::invalid_argument("rule: expected one that is solved for the batch");
     const Preference p(preference, n);
     std::vector<double> work(batch_workspace(n, rule.kind));
-    return batch_weights(sums, n, rule.kind, rule.number, p.data, c, effective, work.data());
+    const SolverResult result = batch_weights(sums, n, rule.kind, rule.number, p.data, c, effective, work.data());
+    if (unsolved(result)) throw_unsolved(-1, result.residual);
+    return result.optimum;
 }
 
 }  // namespace pama

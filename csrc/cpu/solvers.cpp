@@ -1,44 +1,43 @@
-// Rows of the scalar problem and of the min-norm problem.
+// Rows of the scalar problem and of the matrix problems.
 #include "../core/simplex.hpp"
-#include "../core/upgrad.hpp"
 #include "blocks.hpp"
 #include "driver.hpp"
 
 namespace pama {
 
-long min_norm(const Gram& gram, const double* prior, double regularization, int threads) {
+namespace {
+
+template <class Solve>
+int64_t each_matrix(const Gram& gram, int64_t work, int threads, Solve solve) {
     const Kernels& k = kernels();
-    const long bytes = k.min_norm_scratch(gram.n);
-    const Blocks blocks(gram.rows, gram.rows * gram.n * gram.n, 1);
-    std::vector<long> refused(static_cast<size_t>(blocks.count));
-    for_each_block(blocks.count, blocks.threads(threads), [&](long block) {
-        refused[static_cast<size_t>(block)] =
-            k.min_norm(gram, prior, nullptr, regularization, blocks.first(block), blocks.last(block), scratch(bytes));
+    const int64_t bytes = k.min_norm_scratch(gram.n);
+    const Blocks blocks(gram.rows, gram.rows * work, 1);
+    std::vector<Refused> refused(static_cast<size_t>(blocks.count));
+    for_each_block(blocks.count, blocks.threads(threads), [&](int64_t block) {
+        refused[static_cast<size_t>(block)] = solve(k, blocks.first(block), blocks.last(block), scratch(bytes));
     });
-    for (long row : refused)
-        if (row >= 0) return row;
+    for (const Refused& r : refused)
+        if (r) {
+            if (r.residual != 0) throw_unsolved(r.row, r.residual);
+            return r.row;
+        }
     return -1;
 }
 
-int64_t upgrad(const Gram& gram, const double* preference, int threads) {
-    const int n = gram.n;
-    const Blocks blocks(gram.rows, gram.rows * n * n, 1);
-    for_each_block(blocks.count, blocks.threads(threads), [&](int64_t block) {
-        std::vector<double> c(static_cast<size_t>(n)), work(upgrad_workspace(n));
-        for (int64_t row = blocks.first(block); row < blocks.last(block); ++row) {
-            const auto solve = [&](auto zero) {
-                using T = decltype(zero);
-                const T* matrix = static_cast<const T*>(gram.data) + row * gram.batch;
-                const auto solved =
-                    upgrad_solve(n, matrix, gram.row, gram.column, preference, nullptr, c.data(), work.data());
-                for (int i = 0; i < n; ++i)
-                    static_cast<T*>(gram.weights)[row * n + i] = static_cast<T>(c[static_cast<size_t>(i)]);
-                static_cast<T*>(gram.optimum)[row] = static_cast<T>(solved.optimum);
-            };
-            gram.wide ? solve(0.0) : solve(0.0f);
-        }
+}  // namespace
+
+int64_t min_norm(const Gram& gram, const double* preference, double regularization, int threads) {
+    const int64_t work = static_cast<int64_t>(gram.n) * gram.n;
+    return each_matrix(gram, work, threads, [&](const Kernels& k, int64_t first, int64_t last, void* scratch) {
+        return k.min_norm(gram, preference, nullptr, regularization, first, last, scratch);
     });
-    return -1;
+}
+
+int64_t upgrad(const Gram& gram, const double* preference, int threads) {
+    const int64_t work = static_cast<int64_t>(gram.n) * gram.n * gram.n;  // n problems for each matrix
+    return each_matrix(gram, work, threads, [&](const Kernels& k, int64_t first, int64_t last, void* scratch) {
+        return k.upgrad(gram, preference, first, last, scratch);
+    });
 }
 
 void weights(long rows, int n, const Array& scores, const double* prior, bool uniform, double regularization,

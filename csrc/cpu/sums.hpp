@@ -145,8 +145,7 @@ inline void add_pairs(const Tokens& tokens, const Tile<T>& tile, double omega, d
     add(kPairCount, tile.present, tile.present, true);
     add(kPairAdvantage, tile.advantages, tile.present, false);
     for (int64_t i = 0; i < n; ++i) {
-        T *PAMA_RESTRICT square = tile.squares + i * kTileTokens,
-                         *PAMA_RESTRICT a = tile.advantages + i * kTileTokens;
+        T *PAMA_RESTRICT square = tile.squares + i * kTileTokens, *PAMA_RESTRICT a = tile.advantages + i * kTileTokens;
         for (int64_t t = 0; t < padded; ++t) square[t] = a[t] * a[t];
     }
     add(kPairAdvantageSquare, tile.squares, tile.present, false);

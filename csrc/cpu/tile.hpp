@@ -164,8 +164,8 @@ inline void load_tile(const Tokens& tokens, int64_t first, int64_t count, bool w
         store_ref_terms(tile);
     }
 
-    load_objectives<T>(tokens, tokens.advantages, first, count, false, tile.present ? nullptr : valid,
-                       tile.advantages, tile.bound);
+    load_objectives<T>(tokens, tokens.advantages, first, count, false, tile.present ? nullptr : valid, tile.advantages,
+                       tile.bound);
     tile.ahead = in_pieces(ahead(tokens, tokens.advantages, first + count), tokens.n, count);
     for (int i = 0; i < tokens.n; ++i)
         for (int64_t t = count; t < padded; ++t) tile.advantages[i * kTileTokens + t] = 0;

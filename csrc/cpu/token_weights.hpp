@@ -15,10 +15,10 @@ inline void token_scores(const Pass& pass, Workspace<T>& w) {
     constexpr int width = sizeof(V) / sizeof(T);
     for (int64_t t = 0; t < tile.count; t += width) {
         const int used = static_cast<int>(tile.count - t < width ? tile.count - t : width);
-        const V s = solve_lanes<V, N>(pass.tokens.n, tile.bound + t, tile.present ? tile.present + t : nullptr,
-                                      kTileTokens, used, pass.preference, pass.uniform, regularization,
-                                      pass.tokens.noon && regularization == 0, w.c + t,
-                                      reinterpret_cast<V*>(w.lanes), w.row);
+        const V s =
+            solve_lanes<V, N>(pass.tokens.n, tile.bound + t, tile.present ? tile.present + t : nullptr, kTileTokens,
+                              used, pass.preference, pass.uniform, regularization,
+                              pass.tokens.noon && regularization == 0, w.c + t, reinterpret_cast<V*>(w.lanes), w.row);
         store(w.combined + t, s);
     }
 }
@@ -49,8 +49,7 @@ inline void token_weights(const Pass& pass, Workspace<T>& w, double omega, Parti
     else
         token_scores<typename Lanes<T>::V, 0>(pass, w);
     partial.optimum += omega * dot(w.combined, w.tile.valid, w.tile.padded);
-    for (int i = 0; i < n; ++i)
-        partial.weights[i] += omega * dot(w.c + i * kTileTokens, w.tile.valid, w.tile.padded);
+    for (int i = 0; i < n; ++i) partial.weights[i] += omega * dot(w.c + i * kTileTokens, w.tile.valid, w.tile.padded);
 }
 
 // The preference over the objectives that occur in a row (`counts` > 0), uniform where they have no mass.

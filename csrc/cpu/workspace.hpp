@@ -13,8 +13,8 @@ struct Workspace {
     T *c, *combined, *gradient, *shares;  // (n, kTileTokens) and (kTileTokens) each
     T *weights, *divisor;                 // (n)
     double* row;                          // (4 n)
-    double* sums;                        // (statistics_size(n, false))
-    typename Lanes<T>::V* lanes;         // (3 n)
+    double* sums;                         // (statistics_size(n, false))
+    typename Lanes<T>::V* lanes;          // (3 n)
     Arena arena;
 };
 

@@ -9,6 +9,8 @@
 #include <cuda_runtime.h>
 #define PAMA_SHARED(type, name) __shared__ type name
 #define PAMA_ROLLED _Pragma("unroll 1")
+#define PAMA_UNROLL_BY(count) PAMA_PRAGMA(unroll count)
+#define PAMA_PRAGMA(text) _Pragma(#text)
 
 namespace pama {
 template <class Kernel, class... Arguments>
@@ -19,15 +21,17 @@ inline cudaError_t launch(Kernel kernel, dim3 grid, int threads, cudaStream_t st
 }  // namespace pama
 #endif
 
-#if !defined(PAMA_CUDA_THREADS)
-#define PAMA_CUDA_THREADS 128
-#endif
-
 namespace pama {
 
 constexpr int kWarp = 32;
-constexpr int kThreads = PAMA_CUDA_THREADS;
-constexpr int kWarps = kThreads / kWarp;
+#if !defined(PAMA_CUDA_THREADS)
+#define PAMA_CUDA_THREADS 1024  // no limit; less where emulated
+#endif
+constexpr int limited(int threads) { return threads < PAMA_CUDA_THREADS ? threads : PAMA_CUDA_THREADS; }
+// Blocks that add up tokens, one to a multiprocessor: few, so that few partial sums are left to the last one. The first
+// leaves a thread 168 registers, the second 255.
+constexpr int kManyThreads = limited(384), kFewThreads = limited(256);
+constexpr int kMostWarps = kManyThreads / kWarp;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // 32 sums over a warp with 31 exchanges: lane k receives the sum of every lane's values[k]. The order is fixed.
@@ -57,8 +61,7 @@ __device__ inline bool last_block(unsigned* counter) {
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        const unsigned blocks = gridDim.x * gridDim.y;
-        last = atomicInc(counter, blocks - 1) == blocks - 1;
+        last = atomicInc(counter, gridDim.x - 1) == gridDim.x - 1;
     }
     __syncthreads();
     __threadfence();

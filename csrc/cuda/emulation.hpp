@@ -19,6 +19,7 @@
 #define __device__
 #define __launch_bounds__(...)
 #define PAMA_ROLLED
+#define PAMA_UNROLL_BY(count)
 #define PAMA_SHARED(type, name) \
     static char name##_key;     \
     type& name = *static_cast<type*>(::pama::emulation::shared(&name##_key, sizeof(type)))
@@ -36,6 +37,9 @@ struct alignas(16) float4 {
 struct alignas(8) float2 {
     float x, y;
 };
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
 using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0;
@@ -51,7 +55,7 @@ struct Fibre {
     ucontext_t context;
     dim3 thread, block;
     unsigned block_number;
-    unsigned long exchanges;
+    unsigned exchanges;
     bool done;
 };
 
@@ -78,7 +82,7 @@ struct Grid {
 
 inline Grid* grid = nullptr;
 inline std::mt19937 order{1};
-inline long launches = 0;
+inline int launches = 0;
 
 [[noreturn]] inline void fail(const char* what) {
     std::fprintf(stderr, "emulated kernel: %s\n", what);

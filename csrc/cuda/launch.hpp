@@ -11,19 +11,24 @@
 namespace pama {
 namespace cuda {
 
-// `most` blocks at a time; a number of the device, so that it is filled.
-Plan statistics_plan(const Tokens& tokens, bool pairs, int most);
-cudaError_t statistics(const Tokens& tokens, bool pairs, const Plan& plan, double* partials, unsigned* counter,
-                       double* sums, const Solve& solve, cudaStream_t stream);
+Plan statistics_plan(const DeviceTokens& tokens, bool pairs, int multiprocessors);
 
-cudaError_t batch_weights(const double* sums, int n, const Solve& solve, cudaStream_t stream);
-long solve_doubles(int n, bool gram);
+// `work`: plan.doubles() of them. With `solve`, whose rule is then FIXED or SCORES, the weights in the same launch.
+cudaError_t statistics(const DeviceTokens& tokens, bool pairs, const Plan& plan, double* work, unsigned* counter,
+                       double* sums, const Solve* solve, cudaStream_t stream);
+
+int64_t solve_doubles(Kind kind, int n);
+cudaError_t solve(const Solve& solve, cudaStream_t stream);
 
 // Doubles of `work` for one problem of a batch; 0 where none is needed.
-long weights_doubles(int n);
+int64_t weights_doubles(int n);
 cudaError_t weights(const Rows& rows, cudaStream_t stream);
-long min_norm_doubles(int n);
+int64_t min_norm_doubles(int n);
 cudaError_t min_norm(const Rows& rows, int multiprocessors, cudaStream_t stream);
+cudaError_t min_norm(const Solve& batch, cudaStream_t stream);
+int64_t upgrad_doubles(int n);
+cudaError_t upgrad(const Rows& rows, int multiprocessors, cudaStream_t stream);
+cudaError_t upgrad(const Solve& batch, cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace pama

@@ -1,15 +1,17 @@
-// The Python module `pama_kernels._cuda`: device pointers and a stream in, errors raised here. Python allocates.
+// The Python module `pama_kernels.backends._cuda`: records and device pointers in, errors raised here. Python
+// allocates: `empty(count)` gives float64 memory on the device.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
 #include <string>
-#include <vector>
 
+#include "../binding/contract.hpp"
 #include "launch.hpp"
 
 namespace py = pybind11;
 using namespace pama;
 using namespace pama::cuda;
+using binding::Tensor;
 
 namespace {
 
@@ -60,59 +62,156 @@ DeviceGuard::DeviceGuard(int device) {
 }
 #endif
 
-template <class T>
-T* pointer(const py::handle& address) {
-    return reinterpret_cast<T*>(address.cast<std::uintptr_t>());
-}
+// Where to run: the device, its number of multiprocessors, the address of the stream.
+struct Where {
+    int device, multiprocessors;
+    cudaStream_t stream;
+    explicit Where(const py::tuple& given)
+        : device(given[0].cast<int>()),
+          multiprocessors(given[1].cast<int>()),
+          stream(reinterpret_cast<cudaStream_t>(given[2].cast<std::uintptr_t>())) {}
+};
 
-// (pointer, dtype, row stride, token stride, objective stride), or None.
-Array array(const py::handle& given) {
-    if (given.is_none()) return {};
-    const auto t = py::reinterpret_borrow<py::tuple>(given);
-    return {pointer<void>(t[0]), static_cast<Dtype>(t[1].cast<int>()), t[2].cast<long>(), t[3].cast<long>(),
-            t[4].cast<long>()};
-}
-
-// The tuple that backends/_native.py builds.
-Tokens tokens(const py::tuple& t) {
-    Tokens p;
-    p.rows = t[0].cast<long>();
-    p.width = t[1].cast<long>();
-    if (!t[2].is_none()) {
-        const auto offsets = py::reinterpret_borrow<py::tuple>(t[2]);
-        p.offsets = {pointer<void>(offsets[0]), offsets[1].cast<bool>(), offsets[3].cast<long>()};
-    }
-    p.n = t[3].cast<int>();
-    p.noon = t[4].cast<bool>();
-    p.wide = t[5].cast<bool>();
-    p.clip = Clip::make(t[6].cast<double>(), t[7].cast<double>(), t[8].cast<double>());
-    p.advantages = array(t[9]);
-    p.mask = array(t[10]);
-    p.objective_mask = array(t[11]);
-    p.logprobs = array(t[12]);
-    p.old_logprobs = array(t[13]);
-    p.importance_weights = array(t[15]);
+DeviceTokens read_tokens(const py::handle& record) {
+    Tensor offsets;
+    DeviceTokens p{binding::read_tokens(record, offsets), {}};
+    if (offsets) p.starts = {offsets.data, offsets.dtype == Dtype::i64, offsets.stride(0)};
     return p;
 }
 
-// (gram, prior, regularization, wide, weights, optimum, work), or None.
-Solve solve(const py::handle& given) {
+double* read_doubles(const py::handle& result, const char* name, int64_t count) {
+    const Array array = binding::read_result(result, name, count);
+    if (array.data && array.dtype != Dtype::f64) throw py::type_error(std::string(name) + ": expected float64");
+    return static_cast<double*>(array.data);
+}
+
+// Float64 memory of the device.
+struct Memory {
+    py::object tensor;
+    double* data;
+    Memory(const py::function& empty, int64_t count)
+        : tensor(empty(count)), data(read_doubles(tensor, "memory", count)) {}
+};
+
+// Results: weights, optimum, effective preference.
+Solve read_solve(const py::handle& rule, int n, const double* sums, const py::handle& preference,
+                 const py::tuple& results) {
     Solve s;
-    if (given.is_none()) return s;
-    const auto t = py::reinterpret_borrow<py::tuple>(given);
-    s.bound = t[0].cast<bool>() ? Bound::gram : Bound::scores;
-    s.prior = pointer<double>(t[1]);
-    s.regularization = t[2].cast<double>();
-    s.wide = t[3].cast<bool>();
-    s.weights = pointer<void>(t[4]);
-    s.optimum = pointer<void>(t[5]);
-    s.work = pointer<double>(t[6]);
+    s.rule = binding::read_rule(rule);
+    s.n = n;
+    s.sums = sums;
+    s.preference = binding::read_preference(preference, n);
+    s.weights = read_doubles(results[0], "weights", n);
+    s.optimum = read_doubles(results[1], "optimum", 1);
+    s.effective = read_doubles(results[2], "preference", n);
     return s;
+}
+
+// The statistics; with a rule, of the kinds FIXED or SCORES, also the results of solving it.
+py::object statistics_of(const py::object& record, bool pairs, const py::object& rule, const py::object& preference,
+                         const py::object& results, const py::object& counter, const py::function& empty,
+                         const py::tuple& place) {
+    const DeviceTokens p = read_tokens(record);
+    const Where where(place);
+    const Plan plan = statistics_plan(p, pairs, where.multiprocessors);
+    const Memory sums(empty, statistics_size(p.n, pairs));
+    const Memory work(empty, plan.doubles() + (rule.is_none() ? 0 : solve_doubles(Kind::scores, p.n)));
+    Tensor zero;
+    binding::read_tensor(counter, "counter", zero);
+    Solve solve;
+    if (!rule.is_none()) {
+        solve = read_solve(rule, p.n, sums.data, preference, results);
+        solve.work = work.data + plan.doubles();
+    }
+    const DeviceGuard guard(where.device);
+    check(statistics(p, pairs, plan, work.data, static_cast<unsigned*>(zero.data), sums.data,
+                     rule.is_none() ? nullptr : &solve, where.stream),
+          "statistics");
+    return sums.tensor;
+}
+
+void solve_of(const py::object& sums, int n, const py::object& rule, const py::object& preference,
+              const py::tuple& results, const py::function& empty, const py::tuple& place) {
+    const Where where(place);
+    Tensor given;
+    binding::read_tensor(sums, "statistics", given);
+    Solve s = read_solve(rule, n, static_cast<const double*>(given.data), preference, results);
+    const bool pairs = s.rule.kind == Kind::gram || s.rule.kind == Kind::upgrad;
+    if (given.dtype != Dtype::f64 || given.ndim != 1 || given.size(0) < statistics_size(n, pairs))
+        throw py::value_error("statistics: expected at least " + std::to_string(statistics_size(n, pairs)) +
+                              " float64 sums");
+    const Memory work(empty, solve_doubles(s.rule.kind, n));
+    s.work = work.data;
+    const DeviceGuard guard(where.device);
+    check(solve(s, where.stream), "solve");
+}
+
+// Scores (rows, n), or matrices (rows, n, n); results contiguous, of their dtype.
+Rows read_rows(const py::object& input, int dimensions, const py::object& preference, double regularization,
+               const py::object& weights, const py::object& optimum) {
+    Tensor t;
+    binding::read_tensor(input, "input", t);
+    if (t.ndim != dimensions || (t.dtype != Dtype::f32 && t.dtype != Dtype::f64))
+        throw py::value_error("input: expected float32 or float64 of " + std::to_string(dimensions) + " dimensions");
+    Rows rows;
+    rows.rows = t.size(0);
+    rows.n = binding::objectives_of(t.size(-1), "input");
+    rows.input = binding::by_objective(t, true);
+    rows.wide = t.dtype == Dtype::f64;
+    rows.preference = binding::read_preference(preference, rows.n);
+    rows.regularization = regularization;
+    const Array to = binding::read_result(weights, "weights", rows.rows * rows.n);
+    const Array value = binding::read_result(optimum, "optimum", rows.rows);
+    if (to.dtype != t.dtype || value.dtype != t.dtype) throw py::type_error("results: expected the dtype of the input");
+    rows.weights = to.data;
+    rows.optimum = value.data;
+    return rows;
+}
+
+// Room for as many problems at a time as there are, within reason.
+py::object make_room(Rows& rows, int64_t each, const py::function& empty) {
+    constexpr int64_t kMost = 1 << 24;  // doubles, unless one problem needs more
+    rows.slots = rows.rows;
+    if (each == 0) return py::none();
+    const int64_t most = kMost / each > 1 ? kMost / each : 1;
+    rows.slots = rows.rows < most ? rows.rows : most;
+    const Memory work(empty, rows.slots * each);
+    rows.work = work.data;
+    return work.tensor;
+}
+
+void weights_of(const py::object& scores, const py::object& preference, double regularization, const py::object& scale,
+                const py::object& result, const py::object& optimum, const py::function& empty,
+                const py::tuple& place) {
+    const Where where(place);
+    Rows rows = read_rows(scores, 2, preference, regularization, result, optimum);
+    Tensor sizes;
+    binding::read_tensor(scale, "scale", sizes);
+    if (sizes) {
+        if (sizes.dtype != Dtype::f64 || sizes.ndim != 1)
+            throw py::value_error("scale: expected float64, one for each row");
+        rows.scale = static_cast<const double*>(sizes.data);
+        rows.scale_stride = sizes.stride(0);
+    }
+    const py::object room = make_room(rows, weights_doubles(rows.n), empty);
+    const DeviceGuard guard(where.device);
+    check(weights(rows, where.stream), "weights");
+}
+
+template <int64_t (*Doubles)(int), cudaError_t (*Solver)(const Rows&, int, cudaStream_t)>
+void matrices_of(const py::object& gram, const py::object& preference, double regularization, const py::object& result,
+                 const py::object& optimum, const py::function& empty, const py::tuple& place) {
+    const Where where(place);
+    Rows rows = read_rows(gram, 3, preference, regularization, result, optimum);
+    const py::object room = make_room(rows, Doubles(rows.n), empty);
+    const DeviceGuard guard(where.device);
+    check(Solver(rows, where.multiprocessors, where.stream), "the solver");
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
+    binding::define_shared(m);
     m.def("build_info", [] {
         py::dict info;
         info["cuda"] = std::to_string(kCudaVersion / 1000) + "." + std::to_string(kCudaVersion % 1000 / 10);
@@ -121,64 +220,9 @@ PYBIND11_MODULE(_cuda, m) {
         return info;
     });
     m.def("device_problem", &device_problem);
-    // Doubles of work space: for the partial sums; and for the weights from them.
-    m.def("statistics_partials",
-          [](const py::tuple& t, bool pairs, int most) { return statistics_plan(tokens(t), pairs, most).partials; });
-    m.def("solve_work", &solve_doubles);
-    m.def("weights_work", &weights_doubles);
-    m.def("min_norm_work", &min_norm_doubles);
-    m.def("statistics", [](const py::tuple& t, bool pairs, int most, const py::int_& partials, const py::int_& counter,
-                           const py::int_& sums, const py::object& how, int device, const py::int_& stream) {
-        const Tokens p = tokens(t);
-        const DeviceGuard guard(device);
-        check(
-            statistics(p, pairs, statistics_plan(p, pairs, most), pointer<double>(partials), pointer<unsigned>(counter),
-                       pointer<double>(sums), solve(how), pointer<std::remove_pointer_t<cudaStream_t>>(stream)),
-            "statistics");
-    });
-    m.def("batch_weights", [](const py::int_& sums, int n, const py::object& how, int device, const py::int_& stream) {
-        const DeviceGuard guard(device);
-        check(batch_weights(pointer<double>(sums), n, solve(how), pointer<std::remove_pointer_t<cudaStream_t>>(stream)),
-              "batch_weights");
-    });
-    m.def("weights", [](long rows, int n, const py::object& scores, const py::int_& prior, double regularization,
-                        const py::object& scale, const py::int_& out, const py::int_& optimum, const py::int_& work,
-                        long slots, int device, const py::int_& stream) {
-        Rows r;
-        r.rows = rows;
-        r.n = n;
-        r.input = array(scores);
-        r.wide = r.input.dtype == Dtype::f64;
-        r.prior = pointer<double>(prior);
-        r.regularization = regularization;
-        const Array sizes = array(scale);
-        r.scale = static_cast<const double*>(sizes.data);
-        r.scale_stride = sizes.row;
-        r.weights = pointer<void>(out);
-        r.optimum = pointer<void>(optimum);
-        r.work = pointer<double>(work);
-        r.slots = slots;
-        const DeviceGuard guard(device);
-        check(weights(r, pointer<std::remove_pointer_t<cudaStream_t>>(stream)), "weights");
-    });
-    m.def("min_norm", [](long rows, int n, bool wide, const py::int_& data, long batch, long row, long column,
-                         const py::int_& prior, double regularization, const py::int_& out, const py::int_& optimum,
-                         const py::int_& work, long slots, int multiprocessors, int device, const py::int_& stream) {
-        Rows r;
-        r.rows = rows;
-        r.n = n;
-        r.wide = wide;
-        r.input.data = pointer<void>(data);
-        r.input.row = batch;
-        r.row = row;
-        r.column = column;
-        r.prior = pointer<double>(prior);
-        r.regularization = regularization;
-        r.weights = pointer<void>(out);
-        r.optimum = pointer<void>(optimum);
-        r.work = pointer<double>(work);
-        r.slots = slots;
-        const DeviceGuard guard(device);
-        check(min_norm(r, multiprocessors, pointer<std::remove_pointer_t<cudaStream_t>>(stream)), "min_norm");
-    });
+    m.def("statistics", &statistics_of);
+    m.def("solve", &solve_of);
+    m.def("weights", &weights_of);
+    m.def("min_norm", &matrices_of<&min_norm_doubles, &min_norm>);
+    m.def("upgrad", &matrices_of<&upgrad_doubles, &upgrad>);
 }

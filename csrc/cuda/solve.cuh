@@ -1,4 +1,4 @@
-// Scores to weights, by one thread.
+// The weights of a batch from its sums, by one thread.
 #pragma once
 
 #include "../core/weights.hpp"
@@ -7,30 +7,41 @@
 namespace pama {
 namespace cuda {
 
-__device__ inline void store_number(void* to, bool wide, long at, double value) {
-    if (wide)
-        static_cast<double*>(to)[at] = value;
-    else
-        static_cast<float*>(to)[at] = static_cast<float>(value);
+// The preference over the objectives with a signal, to `effective`; 1 for each of these, else 0, to `weights`. Whether
+// there is one.
+__device__ inline bool choose_objectives(const Solve& s) {
+    for (int i = 0; i < s.n; ++i) s.effective[i] = s.preference ? s.preference[i] : 1.0 / s.n;
+    return effective_preference(s.sums, s.n, s.rule.kind == Kind::gram, s.effective, s.weights, s.effective);
 }
 
-__device__ inline void store_solution(const Solve& solve, int n, const double* c, double optimum) {
-    for (int i = 0; i < n; ++i) store_number(solve.weights, solve.wide, i, c[i]);
-    store_number(solve.optimum, solve.wide, 0, optimum);
-}
-
-// In registers where n is N; any n otherwise.
+// FIXED and SCORES. N > 0 objectives in registers.
 template <int N>
-__device__ inline void solve_scores(const double* sums, int n, const Solve& solve) {
-    if (n == N) {
-        double a[N], p[N], c[N];
-        const double optimum = statistics_weights<N>(sums, n, solve.prior, solve.regularization, a, p, c);
-        store_solution(solve, n, c, optimum);
-    } else {
-        double* const c = solve.work;
-        const double optimum = statistics_weights(sums, n, solve.prior, solve.regularization, c + n, c + 2 * n, c);
-        store_solution(solve, n, c, optimum);
+__device__ inline void solve_scores(const Solve& s) {
+    const int n = N > 0 ? N : s.n;
+    const bool some = choose_objectives(s);
+    if (!some || s.rule.kind == Kind::fixed) {
+        double optimum = 0;
+        for (int i = 0; i < n; ++i) {
+            s.weights[i] = s.effective[i];
+            optimum += some && s.effective[i] != 0 ? s.effective[i] * score(s.sums, n, i) : 0;
+        }
+        *s.optimum = optimum;
+        return;
     }
+    double in_registers[3 * (N > 0 ? N : 1)];
+    double *const a = N > 0 ? in_registers : s.work, *const p = a + n, *const c = p + n;
+    double scale = 0;
+    PAMA_UNROLL
+    for (int i = 0; i < n; ++i) {
+        a[i] = score(s.sums, n, i);
+        p[i] = s.effective[i];
+        c[i] = s.weights[i];
+        const double moment = c[i] != 0 ? second_moment(s.sums, n, i) : 0;
+        scale = moment > scale || moment != moment ? moment : scale;
+    }
+    *s.optimum = simplex_row<N>(n, a, p, s.rule.number, scale, c);
+    PAMA_UNROLL
+    for (int i = 0; i < n; ++i) s.weights[i] = c[i];
 }
 
 }  // namespace cuda

@@ -31,11 +31,11 @@ struct Solution {
     pama::MinNormResult result;
 };
 
-Solution solve(int n, const Vec& gram, const Vec& prior = {}, double regularization = 0.0,
+Solution solve(int n, const Vec& gram, const Vec& preference = {}, double regularization = 0.0,
                const unsigned char* present = nullptr) {
     Solution s{Vec(n, -1.0), {}};
     Vec workspace(pama::min_norm_workspace(n), std::nan(""));
-    s.result = pama::min_norm_solve(n, gram.data(), n, 1, prior.empty() ? nullptr : prior.data(), present,
+    s.result = pama::min_norm_solve(n, gram.data(), n, 1, preference.empty() ? nullptr : preference.data(), present,
                                     regularization, s.weights.data(), workspace.data());
     return s;
 }
@@ -128,8 +128,8 @@ double enumerate_minimum(int n, const Vec& gram, Vec* best) {
     return minimum;
 }
 
-// The minimisers are {c in D: Mc = Mc*}: the nearest of them to the prior, face by face.
-Vec enumerate_nearest(int n, const Vec& gram, const Vec& minimiser, const Vec& prior) {
+// The minimisers are {c in D: Mc = Mc*}: the nearest of them to the preference, face by face.
+Vec enumerate_nearest(int n, const Vec& gram, const Vec& minimiser, const Vec& preference) {
     Vec nearest;
     long double best = HUGE_VALL;
     for (int mask = 1; mask < 1 << n; ++mask) {
@@ -144,14 +144,14 @@ Vec enumerate_nearest(int n, const Vec& gram, const Vec& minimiser, const Vec& p
             for (std::size_t k = 0; k < s.size(); ++k) a[i][k] = gram[i * n + s[k]];
         }
         for (std::size_t k = 0; k < s.size(); ++k)
-            for (int i = 0; i <= n; ++i) b[i] -= a[i][k] * prior[s[k]];
+            for (int i = 0; i <= n; ++i) b[i] -= a[i][k] * preference[s[k]];
         if (!least_norm(a, b, 1e-9L, &x)) continue;
         long double distance = 0.0L;
         bool feasible = true;
         Vec c(n, 0.0);
-        for (int i = 0; i < n; ++i) distance += static_cast<long double>(prior[i]) * prior[i];
+        for (int i = 0; i < n; ++i) distance += static_cast<long double>(preference[i]) * preference[i];
         for (std::size_t k = 0; k < s.size(); ++k) {
-            const long double p = prior[s[k]];
+            const long double p = preference[s[k]];
             distance += x[k] * x[k] - p * p;
             c[s[k]] = static_cast<double>(p + x[k]);
             feasible = feasible && c[s[k]] >= -1e-10;
@@ -169,27 +169,27 @@ void test_enumeration() {
     double worst_value = 0.0, worst_distance = 0.0;
     for (int i = 0; i < 6000; ++i) {
         const int family = i % families::kFamilies, n = random.integer(1, 7);
-        const Vec gram = random.gram(family, n), prior = random.prior(n, random.integer(0, 1));
+        const Vec gram = random.gram(family, n), preference = random.preference(n, random.integer(0, 1));
         const double scale = largest_diagonal(n, gram);
         if (scale == 0.0) continue;
         Vec scaled = gram;
         for (double& x : scaled) x /= scale;
         Vec minimiser;
         const double minimum = enumerate_minimum(n, scaled, &minimiser);
-        const Solution s = solve(n, gram, prior);
+        const Solution s = solve(n, gram, preference);
         const double excess = std::fabs(objective(n, scaled, s.weights) - minimum);
         worst_value = std::max(worst_value, excess);
         CHECK(excess <= 1e-12, "%s n=%d: %g above the minimum %g", families::name(family), n, excess, minimum);
         CHECK(std::fabs(s.result.optimum / scale - minimum) <= 1e-12, "%s n=%d: optimum %g for %g",
               families::name(family), n, s.result.optimum / scale, minimum);
         if (!families::singular_by_construction(family)) continue;
-        const Vec nearest = enumerate_nearest(n, scaled, minimiser, prior);
+        const Vec nearest = enumerate_nearest(n, scaled, minimiser, preference);
         double distance = nearest.empty() ? HUGE_VAL : 0.0;
         for (int k = 0; k < n && !nearest.empty(); ++k)
             distance = std::max(distance, std::fabs(nearest[k] - s.weights[k]));
         worst_distance = std::max(worst_distance, distance);
-        CHECK(distance <= 1e-6, "%s n=%d (%d): %g from the minimiser nearest to the prior", families::name(family), n,
-              i, distance);
+        CHECK(distance <= 1e-6, "%s n=%d (%d): %g from the minimiser nearest to the preference", families::name(family),
+              n, i, distance);
     }
     std::printf("enumeration: objective within %.1e, nearest minimiser within %.1e\n", worst_value, worst_distance);
 }
@@ -200,30 +200,32 @@ void test_properties() {
     double worst_kkt = 0.0, worst_permuted = 0.0;
     for (int i = 0; i < 4000; ++i) {
         const int family = i % families::kFamilies, n = random.integer(1, i % 10 ? 12 : 64);
-        const Vec gram = random.gram(family, n), prior = random.prior(n, random.integer(0, 1));
+        const Vec gram = random.gram(family, n), preference = random.preference(n, random.integer(0, 1));
         const double regularization = random.integer(0, 1) ? 0.0 : std::pow(10.0, random.uniform(-6.0, 1.0));
-        const Solution s = solve(n, gram, prior, regularization);
-        const double kkt = families::kkt_residual(n, gram, prior, regularization, s.weights);
+        const Solution s = solve(n, gram, preference, regularization);
+        const double kkt = families::kkt_residual(n, gram, preference, regularization, s.weights);
         worst_kkt = std::max(worst_kkt, kkt);
         CHECK(kkt <= 1e-10, "%s n=%d regularization=%g: %g", families::name(family), n, regularization, kkt);
         CHECK(s.result.residual <= 1e-10, "%s n=%d: %g", families::name(family), n, s.result.residual);
+        CHECK(s.result.status == pama::SolveStatus::solved && s.result.optimum >= 0.0, "%s n=%d: optimum %g",
+              families::name(family), n, s.result.optimum);
 
         Vec scaled = gram;
         const int exponent = family == families::kDiagonal ? 10 : random.integer(-400, 400);
         for (double& x : scaled) x = std::ldexp(x, exponent);
-        const Solution t = solve(n, scaled, prior, regularization);
+        const Solution t = solve(n, scaled, preference, regularization);
         CHECK(t.weights == s.weights, "%s n=%d: not invariant under 2^%d", families::name(family), n, exponent);
         CHECK(t.result.optimum == std::ldexp(s.result.optimum, exponent), "%s n=%d", families::name(family), n);
 
         std::vector<int> order(n);
         std::iota(order.begin(), order.end(), 0);
         for (int k = n - 1; k > 0; --k) std::swap(order[k], order[random.integer(0, k)]);
-        Vec permuted(gram.size()), permuted_prior(n);
+        Vec permuted(gram.size()), permuted_preference(n);
         for (int a = 0; a < n; ++a) {
-            permuted_prior[a] = prior[order[a]];
+            permuted_preference[a] = preference[order[a]];
             for (int b = 0; b < n; ++b) permuted[a * n + b] = gram[order[a] * n + order[b]];
         }
-        const Solution u = solve(n, permuted, permuted_prior, regularization);
+        const Solution u = solve(n, permuted, permuted_preference, regularization);
         CHECK(std::fabs(u.result.optimum - s.result.optimum) <= 2e-12 * largest_diagonal(n, gram), "%s n=%d",
               families::name(family), n);
         // Weights follow only where the problem determines them: strictly convex, or nearest to p.
@@ -255,7 +257,7 @@ void test_presence() {
     for (int i = 0; i < 1000; ++i) {
         const int family = i % families::kFamilies, n = random.integer(1, 16);
         Vec gram = random.gram(family, n);
-        const Vec prior = random.prior(n, random.integer(0, 1));
+        const Vec preference = random.preference(n, random.integer(0, 1));
         const double regularization = random.integer(0, 1) ? 0.0 : random.uniform(0.0, 1.0);
         std::vector<unsigned char> present(n);
         std::vector<int> kept;
@@ -264,23 +266,23 @@ void test_presence() {
             present[k] = static_cast<unsigned char>(random.integer(0, 1));
             if (!present[k]) continue;
             kept.push_back(k);
-            mass += prior[k];
+            mass += preference[k];
         }
         const int m = static_cast<int>(kept.size());
-        Vec part(m * m), part_prior(m);
+        Vec part(m * m), part_preference(m);
         for (int a = 0; a < m; ++a) {
-            part_prior[a] = mass > 0.0 ? prior[kept[a]] : 1.0 / m;
+            part_preference[a] = mass > 0.0 ? preference[kept[a]] : 1.0 / m;
             for (int b = 0; b < m; ++b) part[a * m + b] = gram[kept[a] * n + kept[b]];
         }
         for (int a = 0; a < n; ++a)  // absent entries are not looked at
             for (int b = 0; b < n; ++b)
                 if (!present[a] || !present[b]) gram[a * n + b] = std::nan("");
-        const Solution s = solve(n, gram, prior, regularization, present.data());
+        const Solution s = solve(n, gram, preference, regularization, present.data());
         if (m == 0) {
-            CHECK(s.weights == prior && s.result.optimum == 0.0, "n=%d none present", n);
+            CHECK(s.weights == preference && s.result.optimum == 0.0, "n=%d none present", n);
             continue;
         }
-        const Solution t = solve(m, part, part_prior, regularization);
+        const Solution t = solve(m, part, part_preference, regularization);
         for (int k = 0, a = 0; k < n; ++k) {
             const double expected = present[k] ? t.weights[a++] : 0.0;
             CHECK(s.weights[k] == expected, "%s n=%d m=%d: %g, not %g", families::name(family), n, m, s.weights[k],
@@ -295,14 +297,14 @@ void test_regularization_path() {
     families::Generator random(19);
     for (int i = 0; i < 500; ++i) {
         const int family = i % families::kFamilies, n = random.integer(1, 12);
-        const Vec gram = random.gram(family, n), prior = random.prior(n, false);
+        const Vec gram = random.gram(family, n), preference = random.preference(n, false);
         const double scale = largest_diagonal(n, gram);
         double last_value = -HUGE_VAL, last_distance = HUGE_VAL;
         for (double regularization = 0.0; regularization < 1e4;
              regularization = regularization == 0.0 ? 1e-6 : 3.0 * regularization) {
-            const Solution s = solve(n, gram, prior, regularization);
+            const Solution s = solve(n, gram, preference, regularization);
             double distance = 0.0;
-            for (int k = 0; k < n; ++k) distance += std::pow(s.weights[k] - prior[k], 2);
+            for (int k = 0; k < n; ++k) distance += std::pow(s.weights[k] - preference[k], 2);
             CHECK(s.result.optimum >= last_value - 1e-12 * scale, "%s n=%d regularization=%g: %g < %g",
                   families::name(family), n, regularization, s.result.optimum, last_value);
             const bool exact = regularization > 0.0 || families::singular_by_construction(family);
@@ -312,7 +314,7 @@ void test_regularization_path() {
             last_value = s.result.optimum;
             if (exact) last_distance = distance;
         }
-        CHECK(last_distance <= 1e-6, "%s n=%d: %g from the prior", families::name(family), n, last_distance);
+        CHECK(last_distance <= 1e-6, "%s n=%d: %g from the preference", families::name(family), n, last_distance);
     }
 }
 
@@ -332,10 +334,10 @@ void test_not_finite() {
                     }
     for (int n = 1; n <= 9; ++n)
         for (const double value : bad) {
-            Vec prior(n, 1.0 / n);
-            prior[n - 1] = value;
-            const Solution s = solve(n, random.gram(families::kSquareWishart, n), prior);
-            CHECK(std::isnan(s.weights[0]) && std::isnan(s.result.optimum), "n=%d prior %g", n, value);
+            Vec preference(n, 1.0 / n);
+            preference[n - 1] = value;
+            const Solution s = solve(n, random.gram(families::kSquareWishart, n), preference);
+            CHECK(std::isnan(s.weights[0]) && std::isnan(s.result.optimum), "n=%d preference %g", n, value);
             const Solution t = solve(n, random.gram(families::kSquareWishart, n), {}, value);
             CHECK(std::isnan(t.weights[0]) && std::isnan(t.result.optimum), "n=%d regularization %g", n, value);
         }
@@ -353,7 +355,7 @@ void test_any_finite_matrix() {
         if (i % 4 == 2)
             for (int a = 0; a < n; ++a)
                 for (int b = 0; b < a; ++b) gram[a * n + b] = gram[b * n + a];
-        const Solution s = solve(n, gram, random.prior(n, false), i % 3 ? 0.0 : 0.1);
+        const Solution s = solve(n, gram, random.preference(n, false), i % 3 ? 0.0 : 0.1);
         most = std::max(most, s.result.factorisations);
         double sum = 0.0;
         bool inside = true;
@@ -364,6 +366,24 @@ void test_any_finite_matrix() {
         CHECK(inside && std::fabs(sum - 1.0) <= 1e-12, "n=%d (%d): sum %g", n, i, sum);
     }
     std::printf("any finite matrix: at most %d factorisations\n", most);
+}
+
+// Without a factorisation left, the status says so.
+void test_iteration_limit() {
+    families::Generator random(41);
+    const int n = 20;
+    const Vec gram = random.gram(families::kSquareWishart, n);
+    Vec workspace(pama::min_norm_workspace(n));
+    pama::min_norm::Problem s;
+    s.bind(n, workspace.data());
+    s.weight = 0.0;
+    s.most = 1;
+    for (int i = 0; i < n; ++i) {
+        s.preference[i] = 1.0 / n;
+        for (int k = 0; k < s.stride; ++k) s.row_of(i)[k] = k < n ? gram[i * n + k] / n : 0.0;
+    }
+    const double residual = s.minimise(0.0, pama::nnqp::kCertified);
+    CHECK(s.status(residual) == pama::SolveStatus::iteration_limit && s.factorisations == 1, "residual %g", residual);
 }
 
 void test_layouts() {
@@ -401,6 +421,14 @@ void test_known() {
               "regularization %g: %g, %g", huge, s.weights[0], s.weights[1]);
     }
     CHECK(wide.weights[1] == 0.5 && std::fabs(wide.weights[0] / 5e-31 - 1.0) < 1e-12, "wide diagonal");
+    for (const int n : {1, 2, 3, 4, 8, 9, 20})
+        for (const double scale : {1e-310, 1e-300, 1.0, 1e300, 1.7e308})
+            for (const double huge : {1e9, 1e100, 1e200, 1.79e308}) {
+                Vec gram(n * n, 0.0);
+                for (int i = 0; i < n; ++i) gram[i * (n + 1)] = scale;
+                for (const double w : solve(n, gram, {}, huge).weights)
+                    CHECK(std::fabs(w - 1.0 / n) < 1e-15, "n=%d %g times 1, regularization %g: %g", n, scale, huge, w);
+            }
     families::Generator random(37);
     for (const int n : {128, 300, 512}) {
         const Vec gram = random.gram(n == 300 ? families::kRankDeficient : families::kSquareWishart, n);
@@ -420,6 +448,7 @@ int main() {
     test_regularization_path();
     test_not_finite();
     test_any_finite_matrix();
+    test_iteration_limit();
     test_layouts();
     if (failures) std::printf("%d checks failed\n", failures);
     return failures != 0;

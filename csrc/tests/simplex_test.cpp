@@ -18,7 +18,7 @@ void expect(bool holds, const char* what, int n, double found) {
 }
 
 struct Row {
-    std::vector<double> scores, prior;
+    std::vector<double> scores, preference;
     double regularization = 0, scale = -1;
 };
 
@@ -28,7 +28,7 @@ struct Answer {
 };
 
 Answer solve(const Row& row) {
-    std::vector<double> a = row.scores, p = row.prior, c(a.size(), 1.0);
+    std::vector<double> a = row.scores, p = row.preference, c(a.size(), 1.0);
     const double optimum =
         pama::simplex_row(static_cast<int>(a.size()), a.data(), p.data(), row.regularization, row.scale, c.data());
     return {c, optimum};
@@ -69,7 +69,7 @@ void check(const Row& row, const Answer& answer) {
     expect(std::fabs(sum - 1) < 1e-12, "sum", n, sum);
     if (unit == 0) {
         for (int i = 0; i < n; ++i)
-            expect(std::fabs(answer.weights[i] - row.prior[i]) < 1e-15, "prior", n, answer.weights[i]);
+            expect(std::fabs(answer.weights[i] - row.preference[i]) < 1e-15, "preference", n, answer.weights[i]);
         return;
     }
     if (row.regularization == 0) {
@@ -83,22 +83,22 @@ void check(const Row& row, const Answer& answer) {
     const double rho = row.regularization * scale;
     double level = 0;
     for (int i = 0; i < n; ++i)
-        level += answer.weights[i] * (value * row.scores[i] / unit + rho * (answer.weights[i] - row.prior[i]));
+        level += answer.weights[i] * (value * row.scores[i] / unit + rho * (answer.weights[i] - row.preference[i]));
     for (int i = 0; i < n; ++i) {
-        const double gradient = value * row.scores[i] / unit + rho * (answer.weights[i] - row.prior[i]);
+        const double gradient = value * row.scores[i] / unit + rho * (answer.weights[i] - row.preference[i]);
         const double slack = tolerance * std::fmax(1.0, rho);
         expect(gradient >= level - slack, "gradient", n, gradient - level);
         if (answer.weights[i] > 1e-9) expect(gradient <= level + slack, "support", n, gradient - level);
     }
 }
 
-// The sorted form is for uniform priors, and scores that have two signs where there is no regularization.
+// The sorted form is for uniform preferences, and scores that have two signs where there is no regularization.
 void check_sorted(Row row) {
     const std::size_t n = row.scores.size();
     const double low = *std::min_element(row.scores.begin(), row.scores.end()),
                  high = *std::max_element(row.scores.begin(), row.scores.end());
     if (largest(row.scores) == 0 || (row.regularization == 0 && !(low < 0 && high > 0))) return;
-    for (double& p : row.prior) p = 1.0 / static_cast<double>(n);
+    for (double& p : row.preference) p = 1.0 / static_cast<double>(n);
     if (n == 2) check(row, solve_sorted<2>(row));
     if (n == 3) check(row, solve_sorted<3>(row));
     if (n == 4) check(row, solve_sorted<4>(row));
@@ -123,7 +123,7 @@ void check_permutation(const Row& row) {
     const std::size_t n = row.scores.size();
     for (std::size_t i = 0; i < n; ++i) {
         turned.scores[i] = row.scores[n - 1 - i];
-        turned.prior[i] = row.prior[n - 1 - i];
+        turned.preference[i] = row.preference[n - 1 - i];
     }
     const Answer answer = solve(row), other = solve(turned);
     for (std::size_t i = 0; i < n; ++i)
@@ -140,6 +140,53 @@ void check_scale(const Row& row) {
             expect(answer.weights[i] == other.weights[i], "scale", static_cast<int>(row.scores.size()), k);
         expect(answer.optimum * k == other.optimum, "scale", static_cast<int>(row.scores.size()), k);
     }
+}
+
+// On the simplex whatever the span, in double and in float, and the optimum within the hull and to rounding of the
+// largest score.
+void check_span(std::mt19937_64& random) {
+    std::uniform_real_distribution<double> uniform;
+    const int n = 1 + static_cast<int>(random() % 24);
+    Row row;
+    double mass = 0, least = INFINITY, most = -INFINITY;
+    const bool even = random() % 2;
+    for (int i = 0; i < n; ++i) {
+        row.scores.push_back(std::pow(10.0, 600 * uniform(random) - 300) * (random() % 2 ? 1 : -1));
+        row.preference.push_back(even ? 1 : std::exp(8 * uniform(random)) * static_cast<double>(random() % 2));
+        mass += row.preference.back();
+        least = std::fmin(least, row.scores.back());
+        most = std::fmax(most, row.scores.back());
+    }
+    if (mass == 0) row.preference[0] = mass = 1;
+    for (double& p : row.preference) p /= mass;
+    row.regularization = random() % 2 ? std::pow(10.0, 40 * uniform(random) - 35) : 0.0;
+    if (random() % 3 == 0) row.scale = std::pow(10.0, 600 * uniform(random) - 300);
+    const Answer answer = solve(row);
+    const double unit = largest(row.scores);
+    double sum = 0, value = 0;
+    for (int i = 0; i < n; ++i) {
+        expect(answer.weights[i] >= 0, "span: non-negative", n, answer.weights[i]);
+        sum += answer.weights[i];
+        value += answer.weights[i] * (row.scores[i] / unit);
+    }
+    expect(std::fabs(sum - 1) <= 2e-15 * n, "span: sum", n, sum - 1);
+    expect(answer.optimum >= least && answer.optimum <= most, "span: hull", n, answer.optimum);
+    expect(std::fabs(value - answer.optimum / unit) <= 1e-14 * n, "span: value", n, value);
+    std::vector<float> a(row.scores.begin(), row.scores.end()), p(row.preference.begin(), row.preference.end()),
+        c(n, 1);
+    for (int i = 0; i < n; ++i) a[i] = static_cast<float>(std::copysign(std::pow(10.0, -30 * uniform(random)), a[i]));
+    const float rho = random() % 2 ? std::pow(10.0f, -30 * static_cast<float>(uniform(random))) : 0.0f;
+    std::vector<float> scores = a, chosen(n, 1);
+    if (n == 8) {
+        pama::simplex_sorted<float, 8>(a.data(), rho, c.data());
+        float total = 0;
+        for (const float w : c) total += w, expect(w >= 0, "span: float", n, w);
+        expect(std::fabs(total - 1) <= 2e-6f, "span: float sum", n, total - 1);
+    }
+    pama::simplex_solve<float>(n, scores.data(), p.data(), rho, chosen.data());
+    float total = 0;
+    for (const float w : chosen) total += w, expect(w >= 0, "span: float", n, w);
+    expect(std::fabs(total - 1) <= 1e-6f * static_cast<float>(n), "span: float sum", n, total - 1);
 }
 
 void check_absent() {
@@ -163,7 +210,7 @@ int main(int argc, char** argv) {
     for (int k = 0; k < cases; ++k) {
         const int n = k % 500 == 0 ? 1000 : 1 + static_cast<int>(random() % (k % 10 == 0 ? 64 : 9));
         Row row;
-        const int kind = static_cast<int>(random() % 6), prior = static_cast<int>(random() % 3);
+        const int kind = static_cast<int>(random() % 6), preference = static_cast<int>(random() % 3);
         double mass = 0;
         for (int i = 0; i < n; ++i) {
             double x = normal(random);
@@ -173,13 +220,14 @@ int main(int argc, char** argv) {
             if (kind == 4) x = 1 + 1e-9 * x;
             if (kind == 5) x = std::exp(3 * x) * (random() % 2 ? 1 : -1);
             row.scores.push_back(x);
-            const double p =
-                prior == 0 ? 1 : (prior == 1 ? uniform(random) : (random() % 2 ? std::exp(4 * normal(random)) : 0));
-            row.prior.push_back(p);
+            const double p = preference == 0 ? 1
+                                             : (preference == 1 ? uniform(random)
+                                                                : (random() % 2 ? std::exp(4 * normal(random)) : 0));
+            row.preference.push_back(p);
             mass += p;
         }
-        if (mass == 0) row.prior[0] = mass = 1;
-        for (double& p : row.prior) p /= mass;
+        if (mass == 0) row.preference[0] = mass = 1;
+        for (double& p : row.preference) p /= mass;
         row.regularization = regularizations[random() % 6];
         if (row.regularization > 0 && random() % 3 == 0) row.scale = std::exp(3 * normal(random));
         check(row, solve(row));
@@ -188,6 +236,7 @@ int main(int argc, char** argv) {
         check_permutation(row);
         if (k % 10 == 0 && row.scale < 0 && kind < 5) check_scale(row);
     }
+    for (int k = 0; k < 10 * cases; ++k) check_span(random);
     check_absent();
     std::printf("simplex: %d rows, %d failures\n", cases, failures);
     return failures != 0;

@@ -1,56 +1,64 @@
-"""The native CUDA module. Tensors are device pointers, or (pointer, dtype, row, token, objective stride)."""
+"""The native CUDA module. Results go into given tensors; `Memory` gives float64 memory on the device."""
 
-Array = tuple[int, int, int, int, int]
-Problem = tuple[object, ...]
-Solve = tuple[object, ...]  # gram, prior, regularization, wide, weights, optimum, work
+from collections.abc import Callable
 
+from torch import Tensor
+
+from pama_kernels._call import Rule, Tokens
+
+Memory = Callable[[int], Tensor]
+Where = tuple[int, int, int]  # device, its multiprocessors, address of the stream
+
+class NoMemory(ValueError): ...
+
+def use_exchange(table: object) -> bool: ...
+def contract() -> dict[str, list[str]]: ...
 def build_info() -> dict[str, object]: ...
 def device_problem() -> str: ...
-def statistics_partials(problem: Problem, pairs: bool, most: int) -> int: ...
-def solve_work(objectives: int, gram: bool) -> int: ...
-def weights_work(objectives: int) -> int: ...
-def min_norm_work(objectives: int) -> int: ...
 def statistics(
-    problem: Problem,
+    tokens: Tokens,
     pairs: bool,
-    most: int,
-    partials: int,
-    counter: int,
-    sums: int,
-    solve: Solve | None,
-    device: int,
-    stream: int,
-) -> None: ...
-def batch_weights(sums: int, objectives: int, solve: Solve, device: int, stream: int) -> None: ...
-def weights(
-    rows: int,
+    rule: Rule | None,  # FIXED or SCORES: its weights in the same launch
+    preference: Tensor | None,
+    results: tuple[Tensor, Tensor, Tensor] | None,
+    counter: Tensor,
+    empty: Memory,
+    where: Where,
+) -> Tensor: ...
+def solve(
+    sums: Tensor,
     objectives: int,
-    scores: Array,
-    prior: int,
+    rule: Rule,
+    preference: Tensor | None,
+    results: tuple[Tensor, Tensor, Tensor],
+    empty: Memory,
+    where: Where,
+) -> None: ...
+def weights(
+    scores: Tensor,  # (rows, n)
+    preference: Tensor | None,
     regularization: float,
-    scale: Array | None,
-    weights: int,
-    optimum: int,
-    work: int,
-    slots: int,
-    device: int,
-    stream: int,
+    scale: Tensor | None,  # (rows,) float64
+    result: Tensor,
+    optimum: Tensor,
+    empty: Memory,
+    where: Where,
 ) -> None: ...
 def min_norm(
-    rows: int,
-    objectives: int,
-    wide: bool,
-    gram: int,
-    batch_stride: int,
-    row_stride: int,
-    column_stride: int,
-    prior: int,
+    gram: Tensor,  # (rows, n, n)
+    preference: Tensor | None,
     regularization: float,
-    weights: int,
-    optimum: int,
-    work: int,
-    slots: int,
-    multiprocessors: int,
-    device: int,
-    stream: int,
+    result: Tensor,
+    optimum: Tensor,
+    empty: Memory,
+    where: Where,
+) -> None: ...
+def upgrad(
+    gram: Tensor,
+    preference: Tensor | None,
+    regularization: float,
+    result: Tensor,
+    optimum: Tensor,
+    empty: Memory,
+    where: Where,
 ) -> None: ...

@@ -93,9 +93,7 @@ def upgrad(gram: Tensor, preference: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def upgrad_out(gram: Tensor, preference: Tensor | None, result: Tensor, optimum: Tensor) -> None:
-    _check_gram(
-        gram, _cpu.upgrad(_matrices(gram), preference, result, optimum, torch.get_num_threads())
-    )
+    _check_gram(gram, _cpu.upgrad(_matrices(gram), preference, result, optimum, torch.get_num_threads()))
 
 
 def _empty_solution(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from pama_kernels._call import (
     statistics_size,
     weights_by_row,
 )
-from pama_kernels._validate import check_memory, traced
+from pama_kernels._validate import traced
 
 from .native import NoMemory
 from .registry import Functions, Solution, find
@@ -101,7 +101,7 @@ class Apply(NamedTuple):
 
 # The declared types of each record's fields.
 _KINDS: dict[Any, tuple[str, ...]] = {
-    record: tuple(getattr(kind, "__forward_arg__", kind) for kind in record.__annotations__.values())
+    record: tuple(str(getattr(kind, "__forward_arg__", kind)) for kind in record.__annotations__.values())
     for record in (
         Tokens,
         Rule,
@@ -294,14 +294,7 @@ class _Operator(Generic[_P, _R]):
             return self._through_operator(records)
 
     def _through_operator(self, records: Sequence[Any]) -> _R:
-        try:
-            result = self.operator(*flat(*records))
-        except NoMemory:  # torch took nothing apart
-            for record in records:
-                for name, x in zip(record._fields, record, strict=True):
-                    if isinstance(x, Tensor):
-                        check_memory(name, x)
-            raise
+        result = self.operator(*flat(*records))
         wrapped: _R = result if self.wrap is None else self.wrap(*result)
         return wrapped
 
@@ -400,7 +393,10 @@ def _quick(name: str) -> Callable[[Tensor, float], Solution | None]:
             return None
         if on_cpu is None:
             on_cpu = getattr(find("cpu", name.removeprefix("quick_")), name, lambda *_: None)
-        solution: Solution | None = on_cpu(x, regularization, torch.get_num_threads())
+        try:
+            solution: Solution | None = on_cpu(x, regularization, torch.get_num_threads())
+        except Exception:
+            return None  # the way with checks says what is wrong with which argument
         return solution
 
     return call

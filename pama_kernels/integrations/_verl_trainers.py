@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pama_kernels.rules import noon_of
 
+from ._rollout import only_lengths
 from ._verl_algorithms import NAME, Rollout, current_rollout, read_settings
 
 MODES = ("sync", "colocate_async", "separate_async")
@@ -40,6 +41,11 @@ def check_config(config: Any, carries_components: bool) -> None:
         raise ValueError(
             "actor_rollout_ref.rollout.n: expected 2 or more with pama, whose baseline is the mean of the "
             f"group, got {responses}"
+        )
+    if only_lengths(settings.made()):
+        _log.warning(
+            "algorithm.pama.bound: 'scores' without noon: the advantages of a group add up to 0, so that the "
+            "scores of a batch only reflect the lengths of responses; use gram"
         )
     if noon_of(settings.made()):
         return

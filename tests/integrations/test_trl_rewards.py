@@ -204,6 +204,13 @@ def test_preference(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(made.combination.weights, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("rule", [*BATCH_RULES.values(), {"pama_weights_per": "sequence"}], ids=str)
+def test_a_reward_of_weight_0_is_as_if_it_were_not_there(rule: dict[str, Any], tmp_path: Path) -> None:
+    _, expected = run(PamaGRPOTrainer, [REWARDS[0], REWARDS[2]], tmp_path, reward_weights=[1, 3], **rule)
+    _, gradients = run(PamaGRPOTrainer, REWARDS, tmp_path, reward_weights=[1, 0, 3], **rule)
+    close(gradients, expected)
+
+
 def test_wrong_reward_weights_during_training(tmp_path: Path) -> None:
     schedule = Schedule([1.0, -1.0, 0.0])
     schedule.made = trainer(PamaGRPOTrainer, REWARDS, tmp_path, callbacks=[schedule])

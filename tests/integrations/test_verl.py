@@ -271,6 +271,37 @@ def test_wrong_components() -> None:
     raises(ValueError, "index: expected the group", non_tensor_batch=batch.components(), index=None)
 
 
+class Section(dict[str, Any]):
+    """Stands for a section of verl's configuration."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = self[name]
+        return Section(value) if isinstance(value, dict) else value
+
+
+def configuration(loss_mode: str = "pama", use_v1: bool = True, **pama: Any) -> Section:
+    actor = {"policy_loss": {"loss_mode": loss_mode}}
+    return Section(
+        algorithm=section(**pama),
+        actor_rollout_ref={"actor": actor, "rollout": {"n": 4}},
+        trainer={"use_v1": use_v1, "v1": {"trainer_mode": "pama_sync"}},
+    )
+
+
+def test_which_loss_a_rule_needs(caplog: pytest.LogCaptureFixture) -> None:
+    """Without Noon V1 needs the loss `pama`; the older trainer says what its own does."""
+    trainers.check_config(configuration(), carries_components=True)
+    trainers.check_config(configuration("vanilla", noon=True), carries_components=True)
+    assert not caplog.records
+    for rule in ("pama", "upgrad", "fixed", "softmin"):
+        with pytest.raises(ValueError, match=r"policy_loss\.loss_mode: expected 'pama'.* got 'vanilla'"):
+            trainers.check_config(configuration("vanilla", rule=rule), carries_components=True)
+    trainers.check_config(configuration("vanilla", use_v1=False), carries_components=True)
+    assert "clips each combined advantage by its own sign" in caplog.text
+    trainers.check_config(configuration(bound="scores"), carries_components=True)
+    assert "only reflect the lengths of responses; use gram" in caplog.text
+
+
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],

@@ -102,6 +102,7 @@ KINDS: dict[str, tuple[Maker, Callable[[str, Tensor], bool], tuple[str, ...]]] =
         EITHER,
     ),
     "freed storage": (_freed, lambda n, x: True, REFUSED),
+    "freed storage, half": (lambda x: _freed(x.bfloat16()), lambda n, x: _float(x), REFUSED),
     "sparse": (lambda x: x.to_sparse(), lambda n, x: x.dim() > 0, REFUSED),
     "CSR": (lambda x: x.to_sparse_csr(), lambda n, x: x.dim() == 2, REFUSED),
     "nested": (lambda x: _nested(x, torch.strided), lambda n, x: x.dim() > 1, REFUSED),

@@ -6,12 +6,13 @@ rest of the call is compared under these weights, so that no tolerance depends o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from problems import EPS32, EPS64, LAYOUTS, SUM_ERROR, Problem, loss_scale, reference_gradient, solution_error
 from torch import Tensor
@@ -27,6 +28,15 @@ RIDGE = 3.2e-7  # root of the reference's ridge of 1e-13, by which its projectio
 
 # Layout, sequences, tokens of a row; rows of one token are the sequence-level ratio of GSPO.
 WHERE = (*((layout, 4, 5) for layout in LAYOUTS), ("padded", 6, 1), ("per-sequence", 6, 1))
+
+
+def diagonal(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
+    """Parameters of a test: all pairs, of which each of `first` with one of `second` is portable."""
+    return [
+        pytest.param(x, y, marks=pytest.mark.portable if i % len(second) == j else ())
+        for i, x in enumerate(first)
+        for j, y in enumerate(second)
+    ]
 
 
 def tilted(statistics: Any) -> Tensor:
@@ -283,7 +293,9 @@ def assert_combined(
     clip_range = options.get("clip_range") or (1.0, float("inf"))
     noon = noon_of(resolve_rule(options.get("rule")))
     aggregation = options.get("aggregation", "token-mean")
-    assert_statistics(got.statistics, problem, grid, clip_range=clip_range, noon=noon, aggregation=aggregation)
+    assert_statistics(
+        got.statistics, problem, grid, clip_range=clip_range, noon=noon, aggregation=aggregation
+    )
     return got
 
 

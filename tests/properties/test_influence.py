@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from _tables import ROUNDED, RULES, fits, loss_of, sums, weighting
+from _tables import ROUNDED, RULES, diagonal, fits, loss_of, sums, weighting
 from problems import EPS64, LAYOUTS, SUM_ERROR, Problem, copied, make, poisoned, reference_gradient
 from torch import Tensor
 
@@ -31,12 +31,15 @@ def everything(problem: Problem, **options: Any) -> dict[str, Tensor]:
     return {**found, "gradient": gradient, "statistics": s.buffer, "of the loss": output.statistics.buffer}
 
 
-@pytest.mark.portable
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", SAMPLE)
 def test_masked_and_absent_values_have_no_influence(layout: str, name: str) -> None:
     """Bit for bit, whatever they hold; in float64 and in half types too."""
-    for dtype, bads in ((torch.float32, (NAN, INF, -INF, 1e38)), (torch.float64, (NAN,)), (torch.bfloat16, (INF,))):
+    for dtype, bads in (
+        (torch.float32, (NAN, INF, -INF, 1e38)),
+        (torch.float64, (NAN,)),
+        (torch.bfloat16, (INF,)),
+    ):
         optional = {"objective_mask": torch.bool, "importance_weights": True, "ref_logprobs": True}
         problem = make(layout, rows=4, width=9, dtype=dtype, **optional)
         if not fits(name, problem):
@@ -53,10 +56,14 @@ def test_masked_and_absent_values_have_no_influence(layout: str, name: str) -> N
 UNSPECIFIED = {"positive_count", "clipped_count"}
 
 
-@pytest.mark.portable
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-@pytest.mark.parametrize("name", ["advantages", "logprobs", "old_logprobs", "importance_weights"])
-@pytest.mark.parametrize("layout", ["padded", "per-sequence", "packed-per-sequence"])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    diagonal(
+        ["advantages", "logprobs", "old_logprobs", "importance_weights"],
+        ["per-sequence", "padded", "packed-per-sequence"],
+    ),
+)
 def test_sums_that_a_nan_or_infinity_reaches(layout: str, name: str, bad: float) -> None:
     """Those of the reference; the others keep their values, and no other objective's sum changes."""
     for noon in (False, True):
@@ -87,12 +94,11 @@ def test_sums_that_a_nan_or_infinity_reaches(layout: str, name: str, bad: float)
             assert torch.allclose(getattr(after, figure)[kept], getattr(before, figure)[kept], rtol=1e-14)
 
 
-@pytest.mark.portable
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize(
-    "name", ["advantages", "logprobs", "old_logprobs", "importance_weights", "ref_logprobs"]
+    ("rule", "name"),
+    diagonal(SAMPLE, ["advantages", "logprobs", "old_logprobs", "importance_weights", "ref_logprobs"]),
 )
-@pytest.mark.parametrize("rule", SAMPLE)
 def test_results_that_a_nan_or_infinity_reaches(name: str, bad: float, rule: str) -> None:
     """Loss and gradient are NaN where weights or terms depend on the value; all else keeps its bits."""
     problem = make(rows=4, width=6, importance_weights=True, ref_logprobs=True, seed=1)
@@ -119,9 +125,10 @@ def test_results_that_a_nan_or_infinity_reaches(name: str, bad: float, rule: str
     assert torch.equal(gradient[~scope], before[~scope])
 
 
-@pytest.mark.portable
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-@pytest.mark.parametrize("rule", ["default", "scores", "paper batch", "upgrad", "sequence", "token", "paper token"])
+@pytest.mark.parametrize(
+    "rule", ["default", "scores", "paper batch", "upgrad", "sequence", "token", "paper token"]
+)
 def test_advantages_that_a_nan_or_infinity_reaches(rule: str, bad: float) -> None:
     problem = make(rows=4, width=6, seed=1, mask=None)
     changed = problem.advantages.clone()

@@ -52,7 +52,6 @@ def same_state(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         assert torch.equal(value, other[name]), name
 
 
-@pytest.mark.portable
 @pytest.mark.parametrize(
     "settings",
     [
@@ -132,7 +131,8 @@ def test_weights_follow_the_bias_corrected_running_mean(momentum: float, rule: A
         torch.testing.assert_close(result.weights.double(), wanted, rtol=0, atol=1e-6)
         assert torch.equal(result.statistics.buffer, s.buffer), "the statistics are those of the batch"
         given = x["logprobs"].clone().requires_grad_()
-        fixed = lambda _, c=result.weights.double(): c  # noqa: E731
+        c = result.weights.double()
+        fixed = lambda _, c=c: c  # noqa: E731
         fixed.noon, fixed.pairs = noon, False  # type: ignore[attr-defined]
         alone = pk.pama_loss(**{**x, "logprobs": given}, rule=fixed)
         alone.loss.backward()
@@ -176,7 +176,9 @@ def test_a_saturated_objective_of_one_batch_keeps_its_memory() -> None:
 def test_updated_in_training_mode_only() -> None:
     module = pk.PamaLoss(momentum=0.5).eval()
     alone = module(**batch(1))
-    torch.testing.assert_close(alone.weights, pk.pama_loss(**batch(1)).weights, rtol=0, atol=1e-6)  # no mean yet
+    torch.testing.assert_close(
+        alone.weights, pk.pama_loss(**batch(1)).weights, rtol=0, atol=1e-6
+    )  # no mean yet
     trained = module.train()(**batch(2))
     before = state_of(module)
     frozen = module.eval()(**batch(3))

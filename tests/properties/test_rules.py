@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from _tables import BATCH, RULES, loss_of
+from _tables import BATCH, RULES, diagonal, loss_of
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import EPS32, EPS64, FLOATS, loss_scale, make
@@ -33,9 +33,7 @@ def whitened(*shape: int, seed: int = 0) -> Tensor:
 # --- who takes part --------------------------------------------------------------------------------------
 
 
-@pytest.mark.portable
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("name", SOLVING)
+@pytest.mark.parametrize(("name", "dtype"), diagonal(SOLVING, FLOATS))
 def test_a_saturated_objective_takes_no_part(name: str, dtype: torch.dtype) -> None:
     """A constant reward: the others are solved as if it were absent, and keep their whole advantage."""
     saturated = randn(16, 3, dtype=dtype)
@@ -66,7 +64,6 @@ def test_four_saturated_objectives_do_not_stop_the_fifth(name: str) -> None:
     assert torch.equal(got.advantages, wanted)
 
 
-@pytest.mark.portable
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_tiny_advantages_are_a_signal(dtype: torch.dtype) -> None:
     """1e-30 of either sign, whose squares float32 does not hold; zero sums too; also when merged."""
@@ -80,7 +77,10 @@ def test_tiny_advantages_are_a_signal(dtype: torch.dtype) -> None:
         for noon in (True, False):
             s = pk.objective_statistics(None, None, x, noon=noon, pairs=True)
             assert s.signal.tolist() == [True] * 4
-            parts = [pk.objective_statistics(None, None, x[r], noon=noon, pairs=True) for r in (slice(6), slice(6, 12))]
+            parts = [
+                pk.objective_statistics(None, None, x[r], noon=noon, pairs=True)
+                for r in (slice(6), slice(6, 12))
+            ]
             assert parts[0].signal.tolist() == [True, True, False, True]
             assert parts[1].signal.tolist() == [True, False, True, True]
             assert sum(parts).signal.all()
@@ -91,7 +91,6 @@ def test_tiny_advantages_are_a_signal(dtype: torch.dtype) -> None:
             assert (found > 0).any()
 
 
-@pytest.mark.portable
 @pytest.mark.parametrize("name", SOLVING)
 def test_where_nobody_has_a_signal_the_preference_decides(name: str) -> None:
     wanted = torch.tensor([0.125, 0.25, 0.625])
@@ -126,7 +125,6 @@ def test_objectives_without_a_bound_term_take_no_part_in_cosines(layout: str) ->
     assert torch.equal(output.weights, torch.tensor([0.125, 0.25, 0.625]))
 
 
-@pytest.mark.portable
 @pytest.mark.parametrize("name", [name for name in RULES if name != "callable"])
 def test_an_absent_objective_takes_no_part(name: str) -> None:
     """The others are solved as if it were not there; its values have no influence."""
@@ -136,7 +134,9 @@ def test_an_absent_objective_takes_no_part(name: str) -> None:
     advantages = problem.advantages.clone()
     advantages[..., 2] = NAN
     for p in ([1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 3.0, 4.0]):
-        s = pk.combine_advantages(advantages, problem.mask, objective_mask=here, rule=RULES[name], preference=p)
+        s = pk.combine_advantages(
+            advantages, problem.mask, objective_mask=here, rule=RULES[name], preference=p
+        )
         kept = [0, 1, 3]
         t = pk.combine_advantages(
             advantages[..., kept], problem.mask, rule=RULES[name], preference=[p[i] for i in kept]
@@ -150,9 +150,9 @@ def test_an_absent_objective_takes_no_part(name: str) -> None:
         assert torch.allclose(s.advantages, t.advantages, rtol=0, atol=16 * error)
 
 
-@pytest.mark.portable
-@pytest.mark.parametrize("name", ["default", "upgrad", "fixed", "scores"])
-@pytest.mark.parametrize("layout", ["per-sequence", "padded"])
+@pytest.mark.parametrize(
+    ("name", "layout"), diagonal(["default", "upgrad", "fixed", "scores"], ["per-sequence", "padded"])
+)
 def test_tasks_that_do_not_meet_keep_their_whole_advantages(name: str, layout: str) -> None:
     """Each completion has one reward: with equal weights its combined advantage is that reward's."""
     here = torch.eye(3).repeat(4, 1)
@@ -241,7 +241,6 @@ def test_two_whitened_objectives_weigh_the_same() -> None:
             assert torch.allclose(got.weights, torch.tensor([0.5, 0.5]).double(), rtol=0, atol=tolerance)
 
 
-@pytest.mark.portable
 @pytest.mark.parametrize("k", [1e-6, 1.0, 1e6])
 def test_neither_scale_nor_sparsity_decides_under_cosines(k: float) -> None:
     x = randn(200, 3)
@@ -256,7 +255,6 @@ def test_neither_scale_nor_sparsity_decides_under_cosines(k: float) -> None:
 # --- the paper's rules and the trainer's own loss --------------------------------------------------------
 
 
-@pytest.mark.portable
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_the_paper_per_token_is_the_least_positive_advantage(dtype: torch.dtype) -> None:
     """max(min_i A_i, 0), Theorem 1 at each token."""
@@ -271,16 +269,22 @@ def test_the_paper_per_token_is_the_least_positive_advantage(dtype: torch.dtype)
         assert (got.advantages >= 0).all()
 
 
-def clipped_loss(logp: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float) -> Tensor:
+def clipped_loss(
+    logp: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float
+) -> Tensor:
     """The clipped surrogate of PPO, token mean, as a trainer has it."""
     ratio = torch.exp(logp - old)
     terms = torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
     return -(terms * mask).sum() / mask.sum()
 
 
-@pytest.mark.portable
-@pytest.mark.parametrize("layout", ["padded", "per-sequence", "packed", "packed-per-sequence"])
-@pytest.mark.parametrize("name", ["gram noon", "scores noon", "paper batch", "paper sequence", "paper token"])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    diagonal(
+        ["gram noon", "scores noon", "paper batch", "paper sequence", "paper token"],
+        ["padded", "per-sequence", "packed", "packed-per-sequence"],
+    ),
+)
 def test_with_noon_the_loss_is_the_trainers_own_on_the_combination(name: str, layout: str) -> None:
     for seed in range(2):
         problem = make(layout, rows=5, width=8, seed=seed, objective_mask=torch.bool if seed else None)
@@ -388,8 +392,12 @@ def test_the_limits_of_the_soft_minimum(weights_per: str) -> None:
     means = x.mean(1) if weights_per == "sequence" else x
     hot = pk.combine_advantages(x, rule=SoftMin(1e6, weights_per), preference=[1.0, 2.0, 5.0])
     cold = pk.combine_advantages(x, rule=SoftMin(1e-6, weights_per), preference=[1.0, 2.0, 5.0])
-    least = x.gather(-1, means.argmin(-1, keepdim=True) if weights_per == "token" else
-                     means.argmin(-1, keepdim=True)[:, None].expand(5, 7, 1)).squeeze(-1)
+    least = x.gather(
+        -1,
+        means.argmin(-1, keepdim=True)
+        if weights_per == "token"
+        else means.argmin(-1, keepdim=True)[:, None].expand(5, 7, 1),
+    ).squeeze(-1)
     # exponents of up to 8e-6; at 1e-6 the second least is beyond e^-1000
     assert torch.allclose(hot.advantages, x @ p, rtol=0, atol=1e-4)
     assert torch.allclose(cold.advantages, least, rtol=0, atol=16 * EPS32)
@@ -419,7 +427,9 @@ def test_a_callable_sees_the_statistics_of_the_batch() -> None:
         assert torch.equal(seen[-1].buffer, noon.buffer)
         assert torch.equal(output.statistics.buffer, noon.buffer)
         assert output.weights.tolist() == [0.5, -1.0, 2.5]
-        assert float(output.optimum) == pytest.approx(float(noon.scores @ output.weights.double()), rel=4 * EPS32)
+        assert float(output.optimum) == pytest.approx(
+            float(noon.scores @ output.weights.double()), rel=4 * EPS32
+        )
     seen.clear()
     combined = pk.combine_advantages(**problem.combine_arguments(False), rule=rule)
     assert len(seen) == 1

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from _tables import BATCH, RULES, fits, loss_of, sizes, sums, weighting
+from _tables import BATCH, RULES, diagonal, fits, loss_of, sizes, sums, weighting
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import AGGREGATIONS, EPS32, EPS64, FLOATS, SUM_ERROR, Problem, make, solution_error
@@ -21,7 +21,9 @@ from pama_kernels._call import FIELDS
 UNIQUE = ("default", "gram noon", "scores", "paper batch", "fixed", "sequence", "token", "softmin")
 
 
-def rough(layout: str = "padded", rows: int = 6, width: int = 40, n: int = 4, seed: int = 0, **optional: Any) -> Problem:
+def rough(
+    layout: str = "padded", rows: int = 6, width: int = 40, n: int = 4, seed: int = 0, **optional: Any
+) -> Problem:
     """Normally distributed float32 inputs, off the grid."""
     g = torch.Generator().manual_seed(seed)
     problem = make(layout, rows=rows, width=width, objectives=n, seed=seed, **optional)
@@ -60,7 +62,6 @@ def test_sums_off_the_grid(layout: str, aggregation: str, noon: bool) -> None:
         close(found[name], value, SUM_ERROR * EPS32 * size[name])
 
 
-@pytest.mark.portable
 @pytest.mark.parametrize("k", [1e-38, 1e-30, 1e-22, 1e-10, 1e10, 1e22, 1e30, 1e37])
 @pytest.mark.parametrize("layout", ["padded", "per-sequence"])
 def test_sums_of_any_magnitude(layout: str, k: float) -> None:
@@ -79,7 +80,9 @@ def test_sums_of_any_magnitude(layout: str, k: float) -> None:
                 tolerance = SUM_ERROR * EPS32 * size[name] + subnormal * (not squared)
                 close(sums(got)[name], value, tolerance)
             root = wanted.second_moments.sqrt()
-            close(got.gram, wanted.gram, SUM_ERROR * EPS32 * torch.maximum(pair_size, torch.outer(root, root)))
+            close(
+                got.gram, wanted.gram, SUM_ERROR * EPS32 * torch.maximum(pair_size, torch.outer(root, root))
+            )
             assert torch.equal(got.signal, wanted.signal)
 
 
@@ -130,7 +133,6 @@ def test_log_ratios_are_clamped_without_a_gradient(dtype: torch.dtype) -> None:
 # --- orders and scales -----------------------------------------------------------------------------------
 
 
-@pytest.mark.portable
 @pytest.mark.parametrize("name", UNIQUE)
 def test_permuting_objectives(name: str) -> None:
     order = [2, 0, 3, 1]
@@ -151,9 +153,13 @@ def test_permuting_objectives(name: str) -> None:
         close(gradient, same, 8 * error)  # ratios up to e, |A| below 8, over at least 10 tokens
 
 
-@pytest.mark.portable
-@pytest.mark.parametrize("k", [2.0**-100, 2.0**-60, 2.0**60, 2.0**90])
-@pytest.mark.parametrize("name", [*BATCH, "sequence", "paper sequence", "token", "paper token"])
+@pytest.mark.parametrize(
+    ("name", "k"),
+    diagonal(
+        [*BATCH, "sequence", "paper sequence", "token", "paper token"],
+        [2.0**-100, 2.0**-60, 2.0**60, 2.0**90],
+    ),
+)
 def test_scaling_by_a_power_of_two_scales_the_result(name: str, k: float) -> None:
     """And changes no weight."""
     if name in ("upgrad", "callable"):
@@ -205,7 +211,6 @@ def results(arguments: dict[str, Any], **options: Any) -> list[Tensor]:
     return [*flat, gradient.flatten(), combined.advantages.flatten()]
 
 
-@pytest.mark.portable
 @pytest.mark.parametrize("name", ["default", "upgrad", "scores", "token"])
 def test_views_and_layouts_of_the_same_tokens_give_the_same_bits(name: str) -> None:
     problem = rough(rows=5, width=60, importance_weights=True, ref_logprobs=True)
@@ -421,7 +426,9 @@ def test_conflict_covariance_and_cosines_are_what_numpy_says() -> None:
         assert torch.linalg.eigvalsh(s.gram).min() >= -1e-12
     plain = pk.objective_statistics(None, None, advantages, mask)
     assert plain.gram is plain.conflict is plain.cosines is plain.covariance is plain.advantage_gram is None
-    assert torch.equal(plain.buffer, pk.objective_statistics(None, None, advantages, mask, pairs=True).buffer[:38])
+    assert torch.equal(
+        plain.buffer, pk.objective_statistics(None, None, advantages, mask, pairs=True).buffer[:38]
+    )
     # over the tokens where both are present
     present = torch.rand(7, 30, 4, generator=g) < 0.6
     flat = {"mask": mask.flatten(), "objective_mask": present.flatten(0, 1)}
@@ -432,7 +439,6 @@ def test_conflict_covariance_and_cosines_are_what_numpy_says() -> None:
     np.testing.assert_allclose(s.conflict[0, 1], np.corrcoef(pair.T)[0, 1], **close_to)
 
 
-@pytest.mark.portable
 @pytest.mark.parametrize("name", [name for name in RULES if fits(name, make())])
 def test_the_same_call_gives_the_same_bits(name: str) -> None:
     problem = rough(rows=7, width=90, importance_weights=True, ref_logprobs=True)

@@ -15,6 +15,7 @@ from problems import FLOATS, Problem, make
 from torch import Tensor
 
 import pama_kernels as pk
+from pama_kernels.rules import resolve_rule
 
 pytestmark = pytest.mark.cpu
 N = 4
@@ -36,7 +37,16 @@ def everything(x: Problem) -> list[Tensor]:
     """Every public computation once, with advantages per token and per sequence."""
     results: list[Tensor] = []
     row = Problem(x.logprobs, x.old_logprobs, x.advantages[:, 0], x.mask, ref_logprobs=x.ref_logprobs)
-    for name in ("default", "upgrad", "paper batch", "sequence", "token", "softmin", "softmin token", "given"):
+    for name in (
+        "default",
+        "upgrad",
+        "paper batch",
+        "sequence",
+        "token",
+        "softmin",
+        "softmin token",
+        "given",
+    ):
         for problem in (x, row):
             options = weighting(name, problem)
             output, gradient = loss_of(problem, **options, kl_coef=0.1, aggregation="seq-mean-token-mean")
@@ -46,7 +56,8 @@ def everything(x: Problem) -> list[Tensor]:
     for problem in (x, row):
         results.append(pk.objective_statistics(**problem.statistics_arguments(), pairs=True).buffer)
     flat = x.advantages.flatten(0, 1)
-    gram = x.advantages[:, :8].mT @ x.advantages[:, :8]
+    some = x.advantages[:999, :8].double()
+    gram = some.mT @ some
     results += [*pk.pama_weights(flat), *pk.pama_weights(flat, regularization=0.1)]
     results += [*pk.min_norm_weights(gram), *pk.upgrad_weights(gram)]
     results += pk.multi_objective_gae(x.advantages, x.advantages.roll(1, 0), x.mask)
@@ -97,7 +108,8 @@ def test_weights_of_given_statistics_are_the_same_on_every_instruction_set() -> 
 
     sizes = (1, 2, 3, 5, 8, 12, 16, 17, 33, 64)
     statistics = [pk.objective_statistics(None, None, torch.randn(200, n), pairs=True) for n in sizes]
-    rules = [RULES[name] or pk.Pama() for name in ("default", "gram", "scores", "paper batch", "upgrad", "fixed")]
+    names = ("default", "gram", "scores", "paper batch", "upgrad", "fixed")
+    rules = [resolve_rule(RULES[name]) for name in names]
     found: dict[str, list[Tensor]] = {}
     for isa in ("portable", "avx2", "avx512"):
         used = _cpu.use_isa(isa)

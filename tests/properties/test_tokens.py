@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from _tables import BATCH, GIVEN, RULES, WHERE, assert_agrees, assert_combined, assert_loss, fits, weighting
+from _tables import (
+    BATCH,
+    GIVEN,
+    RULES,
+    WHERE,
+    assert_agrees,
+    assert_combined,
+    assert_loss,
+    diagonal,
+    fits,
+    weighting,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import (
@@ -32,8 +43,7 @@ INF = math.inf
 ALL = (*RULES, *GIVEN)
 
 
-@pytest.mark.parametrize("where", WHERE, ids=lambda where: "-".join(map(str, where)))
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("name", "where"), diagonal(ALL, WHERE), ids=str)
 def test_every_rule_and_layout(name: str, where: tuple[str, int, int]) -> None:
     """With everything that is optional, and with nothing."""
     layout, rows, width = where
@@ -124,7 +134,11 @@ def test_many_tokens_by_row_and_token(name: str) -> None:
         rows, width = (12, 300) if "token" not in name else (5, 60)
         problem = make(layout, rows=rows, width=width, objectives=3, ref_logprobs=True, seed=1)
         assert_agrees(
-            problem, **weighting(name, problem), kl_coef=0.1, aggregation="seq-mean-token-mean", clip_range=0.5
+            problem,
+            **weighting(name, problem),
+            kl_coef=0.1,
+            aggregation="seq-mean-token-mean",
+            clip_range=0.5,
         )
 
 
@@ -171,7 +185,6 @@ def test_what_counts_as_masked(dtype: torch.dtype) -> None:
 # --- forms without log-probabilities -------------------------------------------------------------------
 
 
-@pytest.mark.portable
 @pytest.mark.parametrize("name", ["default", "upgrad", "paper batch", "sequence", "token", "softmin"])
 @pytest.mark.parametrize("form", ["(B, N)", "(B, N) with mask", "(B, T, N)", "packed", "one row"])
 def test_without_logprobs(name: str, form: str) -> None:
@@ -187,6 +200,7 @@ def test_without_logprobs(name: str, form: str) -> None:
         arguments["cu_seqlens"] = torch.tensor([0, 3, 3, 4, 9])
     elif form == "one row":
         arguments["advantages"] = advantages[:1]
+        name = "fixed" if name == "upgrad" else name  # of rank 1: its weights are not unique
     for aggregation in AGGREGATIONS[::2]:
         got = pk.combine_advantages(**arguments, rule=RULES[name], aggregation=aggregation)
         wanted = reference.combine_advantages(**arguments, rule=RULES[name], aggregation=aggregation)
@@ -259,7 +273,6 @@ def test_packed_without_tokens(name: str, aggregation: str) -> None:
             assert (got.advantages == 0).all()
 
 
-@pytest.mark.portable
 @pytest.mark.parametrize("name", [*BATCH, "sequence", "token", "softmin", "softmin token"])
 def test_nothing_valid(name: str) -> None:
     preference = [1.0, 2.0, 5.0]
@@ -318,4 +331,5 @@ def test_sizes_that_coincide_mean_nothing(rows: int) -> None:
     # one token in each of three packed sequences: per token and per sequence are the same
     cu = torch.tensor([0, 1, 2, 3])
     s = pk.objective_statistics(None, None, advantages, torch.ones(3), cu_seqlens=cu, pairs=True)
-    assert torch.equal(s.buffer, pk.objective_statistics(None, None, advantages, pairs=True).buffer)
+    alone = pk.objective_statistics(None, None, advantages, pairs=True)
+    assert torch.allclose(s.buffer, alone.buffer, rtol=8 * EPS32, atol=8 * EPS32)

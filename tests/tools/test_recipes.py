@@ -85,9 +85,12 @@ def test_accumulate() -> None:
 
 
 @pytest.mark.parametrize("regularization", [0.0, 0.1])
-def test_weights_of_parts(regularization: float) -> None:
+@pytest.mark.parametrize("saturated", [False, True])
+def test_weights_of_parts(saturated: bool, regularization: float) -> None:
     problem = Problem()
     _, advantages, mask = problem.rollout()
+    if saturated:
+        advantages[..., 1] = 0.0
     parts = zip(advantages.split(2), mask.split(2), strict=True)
     found = recipe("weights_of_parts")(parts, regularization)
     rule = pk.Pama(regularization=regularization)

@@ -1,0 +1,280 @@
+// Non-negative quadratic problems: minimise over y >= 0
+//
+//     1/2 y'Hy - b'y,    H_ij = M_ij + u_i + u_j + r_i [i = j],
+//
+// here the problem in the caller's workspace, and the linear algebra on one support of it: the optimum there is
+// H_SS y_S = b_S, one factorisation. min_norm.hpp and upgrad.hpp say what M, u, r and b are.
+#pragma once
+
+#include <cstddef>
+#include <type_traits>
+
+#include "ldlt.hpp"
+#include "solution.hpp"
+
+PAMA_BEGIN
+namespace nnqp {
+
+constexpr int kVectorCount = 19;  // arrays of leading_dimension(n) doubles in the workspace, the integers included
+
+#if defined(__CUDACC__)
+constexpr int kLargestInRegisters = 4;  // more would double the time of the whole CUDA build
+#else
+constexpr int kLargestInRegisters = 8;
+#endif
+
+// Calls visit(integral constant N) with N = n, Smallest <= n <= Largest.
+template <int Smallest, int Largest, class Visit>
+PAMA_HD inline auto with_size(int n, Visit visit) {
+    if constexpr (Largest > Smallest)
+        if (n < Largest) return with_size<Smallest, Largest - 1>(n, visit);
+    return visit(std::integral_constant<int, Largest>{});
+}
+
+// Doubles of the workspace for n unknowns.
+PAMA_HD inline std::size_t workspace(int n) {
+    const std::size_t ld = ldlt::leading_dimension(n), blocks = ldlt::round_up_to_block(n);
+    return (n + blocks + kVectorCount) * ld + ldlt::kBlock * blocks;
+}
+
+struct System {
+    int n, ld, stride;   // unknowns; of the vectors; of the rows of gram
+    double* gram;        // M: n rows of `stride`, symmetric, scaled, zero-padded
+    double* preference;  // p
+    double* centre;      // of the proximal term
+    double* shift;       // u
+    double* diagonal;    // H_ii
+    double* target;      // b
+    double* product;     // M y
+    double* point;       // the answer; in descend a feasible y
+    double* saved;       // descend's best y
+    double* kept;        // the best `point` of the proximal steps
+    double* answer;      // what several problems add up to
+    double* unit;        // of each unknown
+    double* compact;     // u on the support
+    double* ones;        // e on the support, zero-padded
+    ldlt::Scratch scratch;
+    int* support;  // sorted
+    int* inside;   // 1 in the support
+    int size = 0, factorisations = 0, most = 0;
+    double value = 0.0, total = 0.0, linear = 0.0;  // b'y, e'y, u'y
+    double fixed_total = 0.0, fixed_terms = 0.0;    // of what b holds, beside total and terms
+    double terms = 0.0;                             // sum of H_ii |y_i|
+    double metric = 1.0;                            // the largest r_i of a proximal term, of its ridge
+    bool strict = true;                             // give up on a vanishing pivot,
+    double vanishing = kSingularPivot;              // which is this of H_ii
+
+    PAMA_HD void bind(int count, double* workspace) {
+        n = count;
+        ld = ldlt::leading_dimension(n);
+        stride = ld - ldlt::kTileRows;
+        most = most_factorisations(n);
+        const auto take = [&](std::ptrdiff_t doubles) {
+            double* const start = workspace;
+            workspace += doubles;
+            return start;
+        };
+        const int blocks = ldlt::round_up_to_block(n);
+        gram = take(static_cast<std::ptrdiff_t>(n) * stride);
+        scratch.columns = take(static_cast<std::ptrdiff_t>(blocks) * ld);
+        scratch.panel = take(static_cast<std::ptrdiff_t>(ldlt::kBlock) * blocks);
+        double** const vectors[kVectorCount - 1] = {&preference,
+                                                    &centre,
+                                                    &shift,
+                                                    &diagonal,
+                                                    &target,
+                                                    &product,
+                                                    &point,
+                                                    &saved,
+                                                    &kept,
+                                                    &answer,
+                                                    &unit,
+                                                    &compact,
+                                                    &ones,
+                                                    &scratch.rhs,
+                                                    &scratch.floor,
+                                                    &scratch.inverse,
+                                                    &scratch.forward,
+                                                    &scratch.solution};
+        for (double** const vector : vectors) *vector = take(ld);
+        support = reinterpret_cast<int*>(take(ld));
+        inside = support + ld;
+        for (int i = 0; i < n; ++i) unit[i] = 1.0;
+    }
+
+    PAMA_HD double* row_of(int i) const { return gram + static_cast<std::ptrdiff_t>(i) * stride; }
+
+    // y on the current support. False: strict, and the matrix is singular there; no meaningful numbers came out (only
+    // for a matrix that is not positive semidefinite); or no factorisation is left.
+    PAMA_HD bool solve() {
+        if (factorisations >= most) return false;
+        ++factorisations;
+        if (!factorise()) return false;
+        value = total = linear = terms = 0.0;
+        for (int a = 0; a < size; ++a) {
+            const int i = support[a];
+            const double y = scratch.solution[a];
+            value += target[i] * y;
+            total += y;
+            linear += shift[i] * y;
+            terms += diagonal[i] * (y < 0.0 ? -y : y);
+        }
+        return value >= 0.0 && terms < kLargestDouble;
+    }
+
+    PAMA_HD bool factorise() {
+        if (n > kLargestInRegisters) return factorise_gathered();
+        return with_size<1, kLargestInRegisters>(n, [&](auto count) {
+            constexpr int k = decltype(count)::value;
+            return factorise_registers<k>();
+        });
+    }
+    // n unknowns, those outside the support replaced by the identity.
+    template <int N>
+    PAMA_HD bool factorise_registers() {
+        ldlt::Triangle<double, N> h;
+        double floor[N], y[N], inverse[N];
+        PAMA_UNROLL
+        for (int i = 0; i < N; ++i) {
+            PAMA_UNROLL
+            for (int j = 0; j < i; ++j) h(i, j) = inside[i] && inside[j] ? row_of(i)[j] + (shift[i] + shift[j]) : 0.0;
+            h(i, i) = inside[i] ? diagonal[i] : 1.0;
+            floor[i] = (strict ? vanishing : kSmallestPivot) * h(i, i);
+            y[i] = inside[i] ? target[i] : 0.0;
+        }
+        const bool regular = ldlt::factorise<double, N, true>(h, floor, y, inverse);
+        ldlt::substitute_back<double, N>(h, inverse, y);
+        size = 0;
+        for (int i = 0; i < N; ++i) {
+            support[size] = i;
+            scratch.solution[size] = y[i];
+            size += inside[i];
+        }
+        return regular || !strict;
+    }
+    // The unknowns of the support.
+    PAMA_HD bool factorise_gathered() {
+        size = 0;
+        for (int i = 0; i < n; ++i) {
+            support[size] = i;
+            size += inside[i];
+        }
+        const int end = ldlt::round_up_to_block(size), rows = ldlt::leading_dimension(size);
+        const auto pad = [](double* array, int from, int to) {
+            for (int b = from; b < to; ++b) array[b] = 0.0;
+        };
+        for (int a = 0; a < size; ++a) {
+            compact[a] = shift[support[a]];
+            scratch.rhs[a] = target[support[a]];
+            ones[a] = 1.0;
+        }
+        pad(compact, size, rows);
+        pad(ones, size, rows);
+        pad(scratch.rhs, size, rows);
+        const double relative_floor = strict ? vanishing : kSmallestPivot;
+        for (int a = 0; a < end; ++a) {
+            double* const column = scratch.columns + static_cast<std::ptrdiff_t>(a) * rows;
+            const int first = a / ldlt::kBlock * ldlt::kBlock;
+            if (a >= size) {
+                pad(column, first, rows);
+                column[a] = 1.0;
+                scratch.floor[a] = 0.0;
+                continue;
+            }
+            const double* const row = row_of(support[a]);
+            const double u = compact[a];
+            if (size == n) {
+                for (int b = first; b < stride; ++b) column[b] = row[b] + (u * ones[b] + compact[b]);
+                pad(column, stride, rows);
+            } else {
+                for (int b = first; b < size; ++b) column[b] = row[support[b]] + (u + compact[b]);
+                pad(column, size, rows);
+            }
+            column[a] = diagonal[support[a]];
+            scratch.floor[a] = relative_floor * column[a];
+        }
+        return ldlt::solve(size, rows, scratch, strict);
+    }
+
+    // Whether M + 2 kSmallestRidge is clearly positive definite. Destroys the problem.
+    PAMA_HD bool semidefinite() {
+        for (int i = 0; i < n; ++i) {
+            inside[i] = 1;
+            shift[i] = 0.0;
+            diagonal[i] = row_of(i)[i] + 2.0 * kSmallestRidge;
+        }
+        strict = true;
+        vanishing = kSmallestRidge / 2.0;
+        const bool definite = factorise();
+        vanishing = kSingularPivot;
+        return definite;
+    }
+
+    template <int Tiles>
+    PAMA_HD void multiply_columns(int first) {
+        constexpr int kCount = Tiles * ldlt::kVectors;
+        ldlt::Vector sum[kCount] = {};
+        for (int a = 0; a < size; ++a) {
+            const double* row = row_of(support[a]) + first;
+            for (int v = 0; v < kCount; ++v) sum[v] += scratch.solution[a] * ldlt::vector_at(row + v * ldlt::kLanes);
+        }
+        for (int v = 0; v < kCount; ++v) ldlt::vector_at(product + first + v * ldlt::kLanes) = sum[v];
+    }
+    PAMA_HD void multiply() {
+        int first = 0;
+        for (; first + 4 * ldlt::kTileRows <= stride; first += 4 * ldlt::kTileRows) multiply_columns<4>(first);
+        for (; first < stride; first += ldlt::kTileRows) multiply_columns<1>(first);
+    }
+    // M x of a vector in full.
+    PAMA_HD void multiply(const double* x) {
+        size = 0;
+        for (int j = 0; j < n; ++j) {
+            if (x[j] == 0.0) continue;
+            scratch.solution[size] = x[j];
+            support[size++] = j;
+        }
+        multiply();
+    }
+
+    // (Hy - b)_j outside the support, and the size of the terms that cancel in it.
+    PAMA_HD double multiplier(int j) const { return product[j] + linear + shift[j] * total - target[j]; }
+    PAMA_HD bool below(int j, double tolerance) const {
+        return multiplier(j) < tolerance * (diagonal[j] * (total + fixed_total) + (terms + fixed_terms));
+    }
+
+    PAMA_HD bool identical(int i, int k) const {
+        const double* const first = row_of(i);
+        const double* const second = row_of(k);
+        if (first[i] != second[k] || preference[i] != preference[k] || unit[i] != unit[k]) return false;
+        for (int j = 0; j < n; ++j)
+            if (first[j] != second[j]) return false;
+        return true;
+    }
+    // Identical objectives with equal preference share equally in x.
+    PAMA_HD void average_duplicates(double* x) {
+        for (int i = 0; i < n; ++i) inside[i] = 1;
+        for (int i = 0; i < n; ++i) {
+            if (!inside[i]) continue;
+            double sum = x[i];
+            int count = 1;
+            for (int k = i + 1; k < n; ++k)
+                if (inside[k] && identical(i, k)) sum += x[k], ++count, inside[k] = 0;
+            if (count == 1) continue;
+            for (int k = i + 1; k < n; ++k)
+                if (!inside[k] && identical(i, k)) x[k] = sum / count;
+            x[i] = sum / count;
+        }
+    }
+
+    PAMA_HD bool finite() const {
+        ldlt::Vector sum[ldlt::kVectors] = {};  // of 0 M_ij: 0, or NaN
+        for (int i = 0; i < n * stride; i += ldlt::kTileRows)
+            for (int v = 0; v < ldlt::kVectors; ++v) sum[v] += 0.0 * ldlt::vector_at(gram + i + v * ldlt::kLanes);
+        double total_sum = 0.0;
+        for (int v = 0; v < ldlt::kVectors; ++v) total_sum += ldlt::sum_lanes(sum[v]);
+        return total_sum == 0.0;
+    }
+};
+
+}  // namespace nnqp
+PAMA_END

@@ -1,0 +1,73 @@
+// A non-negative quadratic problem (nnqp.hpp) of few unknowns in registers, one in each SIMD lane of V or one alone,
+// and its supports for active_set.hpp. In the same order of operations, so to the same bits, whatever is in other
+// lanes.
+#pragma once
+
+#include "active_set.hpp"
+
+PAMA_BEGIN
+namespace nnqp {
+
+template <class V, int N>
+struct SmallSystem {
+    using Mask = ldlt::Mask<V>;
+    ldlt::Triangle<V, N> m;
+    V shift[N], diagonal[N], target[N];
+    V fixed_total = V{}, fixed_terms = V{};
+    V inside[N], y[N], product[N];
+    V value, total = V{} + 1.0, linear, terms;
+    Mask enters[N], tied = V{} != V{};  // an index outside that could enter at no cost
+
+    PAMA_HD Mask solve() {
+        const V zero = V{}, one = zero + 1.0;
+        ldlt::Triangle<V, N> h;
+        V floor[N], inverse[N];
+        for (int i = 0; i < N; ++i) {
+            for (int j = 0; j < i; ++j) {
+                const V both = m(i, j) + (shift[i] + shift[j]);
+                h(i, j) = choose((inside[i] > zero) & (inside[j] > zero), both, zero);
+            }
+            h(i, i) = choose(inside[i] > zero, diagonal[i], one);
+            floor[i] = kSingularPivot * h(i, i);
+            y[i] = choose(inside[i] > zero, target[i], zero);
+        }
+        const Mask regular = ldlt::factorise<V, N>(h, floor, y, inverse);
+        ldlt::substitute_back<V, N>(h, inverse, y);
+        value = total = linear = terms = zero;
+        for (int i = 0; i < N; ++i) {
+            value += target[i] * y[i];
+            total += y[i];
+            linear += shift[i] * y[i];
+            terms += diagonal[i] * choose(y[i] < zero, -y[i], y[i]);
+        }
+        return regular & (value >= zero) & (terms < kLargestDouble);
+    }
+
+    PAMA_HD V mark() {
+        const V zero = V{}, one = zero + 1.0;
+        V wrong = zero;
+        tied = zero != zero;
+        for (int i = 0; i < N; ++i) wrong += choose(y[i] < zero, one, zero);
+        for (int j = 0; j < N; ++j) {
+            product[j] = zero;
+            for (int i = 0; i < N; ++i) product[j] += m.symmetric(j, i) * y[i];
+            const V multiplier = product[j] + linear + shift[j] * total - target[j];
+            const V size = diagonal[j] * (total + fixed_total) + (terms + fixed_terms);
+            enters[j] = (inside[j] == zero) & (multiplier < -kViolation * size);
+            tied |= (inside[j] == zero) & (multiplier < kTie * size);
+            wrong += choose(enters[j], one, zero);
+        }
+        return wrong;
+    }
+
+    PAMA_HD void flip(Mask active) {
+        const V zero = V{}, one = zero + 1.0;
+        for (int j = 0; j < N; ++j) {
+            const V next = choose(enters[j], one, choose(y[j] < zero, zero, inside[j]));
+            inside[j] = choose(active, next, inside[j]);
+        }
+    }
+};
+
+}  // namespace nnqp
+PAMA_END

@@ -1,0 +1,100 @@
+// Many min-norm or UPGrad problems, one matrix to a thread; and that of a batch, from its sums.
+#pragma once
+
+#include "entries.cuh"
+#include "solve.cuh"
+
+namespace pama {
+namespace cuda {
+
+// Doubles of one problem: the matrix, the weights, the preference, and the solver's own.
+template <class Problem>
+PAMA_HD inline int64_t matrix_room(int n) {
+    return static_cast<int64_t>(n) * (n + 2) + static_cast<int64_t>(Problem::workspace(n));
+}
+
+__device__ inline int load_matrix(const Rows& rows, int64_t row, double* matrix, double* preference) {
+    const int64_t n = rows.n, base = row * rows.input.row;
+    for (int64_t i = 0; i < n; ++i) {
+        preference[i] = rows.preference ? rows.preference[i] : 1.0 / static_cast<double>(n);
+        for (int64_t j = 0; j < n; ++j)
+            matrix[i * n + j] = load_score(rows, base + i * rows.input.token + j * rows.input.objective);
+    }
+    return rows.n;
+}
+
+// Of the objectives with a signal; 0 where none has, or where the problem has no mass to share out.
+template <class Problem>
+__device__ inline int batch_matrix(const Solve& s, double* matrix, double* preference) {
+    if (!choose_objectives(s)) return 0;
+    int count = 0;
+    double mass = 0;
+    for (int i = 0; i < s.n; ++i) {
+        if (s.weights[i] == 0) continue;
+        mass += s.effective[i];
+        preference[count++] = s.effective[i];
+    }
+    if (Problem::kNeedsMass && !(mass > 0)) return 0;
+    for (int i = 0; i < s.n; ++i) {
+        if (s.weights[i] == 0) continue;
+        for (int j = 0; j < s.n; ++j)
+            if (s.weights[j] != 0) *matrix++ = Problem::entry(s.sums, s.n, i, j);
+    }
+    return count;
+}
+
+// `active` threads of each warp have a matrix, so that few are spread over many warps. With `of_batch` the one matrix
+// is that of `batch`. The only kernel with the solver, which takes the compiler long.
+template <class Problem>
+__global__ void matrices_kernel(const Rows rows, const int active, const bool of_batch, const Solve batch) {
+    const int64_t slot = static_cast<int64_t>(blockIdx.x) * active + threadIdx.x;
+    if (static_cast<int>(threadIdx.x) >= active || slot >= rows.slots) return;
+    const int n = rows.n;
+    if (n == 2 && !of_batch) {  // without work space, in registers
+        double entries[4], c[2], preference[2];
+        load_matrix(rows, slot, entries, preference);
+        const double optimum = Problem::solve(2, entries, preference, rows.regularization, c, nullptr);
+        for (int i = 0; i < 2; ++i) store_number(rows.weights, rows.wide, slot * 2 + i, c[i]);
+        store_number(rows.optimum, rows.wide, slot, optimum);
+        return;
+    }
+    double* const matrix = rows.work + slot * matrix_room<Problem>(n);
+    double *const c = matrix + static_cast<int64_t>(n) * n, *const preference = c + n;
+    for (int64_t row = slot; row < rows.rows; row += rows.slots) {
+        const int size =
+            of_batch ? batch_matrix<Problem>(batch, matrix, preference) : load_matrix(rows, row, matrix, preference);
+        double optimum = 0;
+        if (size > 0) optimum = Problem::solve(size, matrix, preference, rows.regularization, c, preference + n);
+        if (!of_batch) {
+            for (int i = 0; i < n; ++i) store_number(rows.weights, rows.wide, row * n + i, c[i]);
+            store_number(rows.optimum, rows.wide, row, optimum);
+            continue;
+        }
+        for (int i = 0, k = 0; i < n; ++i)
+            batch.weights[i] = size == 0 ? batch.effective[i] : batch.weights[i] != 0 ? c[k++] : 0.0;
+        *batch.optimum = optimum;
+    }
+}
+
+template <class Problem>
+inline cudaError_t solve_matrices(const Rows& rows, int multiprocessors, cudaStream_t stream) {
+    constexpr int64_t kWarpsPerProcessor = 16;  // that a batch of matrices is spread over
+    if (rows.rows == 0) return cudaSuccess;
+    int64_t active = rows.slots / (multiprocessors * kWarpsPerProcessor);
+    active = active < 1 ? 1 : active > kWarp ? kWarp : active;
+    const dim3 grid(static_cast<unsigned>((rows.slots + active - 1) / active));
+    return launch(&matrices_kernel<Problem>, grid, kWarp, stream, rows, static_cast<int>(active), false, Solve{});
+}
+
+template <class Problem>
+inline cudaError_t solve_batch(const Solve& batch, cudaStream_t stream) {
+    Rows rows;
+    rows.rows = rows.slots = 1;
+    rows.n = batch.n;
+    rows.regularization = batch.rule.number;
+    rows.work = batch.work;
+    return launch(&matrices_kernel<Problem>, dim3(1), kWarp, stream, rows, 1, true, batch);
+}
+
+}  // namespace cuda
+}  // namespace pama

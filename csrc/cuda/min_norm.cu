@@ -1,0 +1,32 @@
+#include "../core/min_norm.hpp"
+#include "launch.hpp"
+#include "matrices.cuh"
+
+namespace pama {
+namespace cuda {
+namespace {
+
+struct MinNorm {
+    static constexpr bool kNeedsMass = false;  // without one it is uniform
+    PAMA_HD static std::size_t workspace(int n) { return min_norm_workspace(n); }
+    __device__ static double entry(const double* sums, int64_t n, int64_t i, int64_t j) {
+        return cosine_entry(sums, n, i, j);
+    }
+    __device__ static double solve(int n, const double* matrix, const double* preference, double regularization,
+                                   double* c, double* work) {
+        return min_norm_solve(n, matrix, preference, regularization, c, work).optimum;
+    }
+};
+
+}  // namespace
+
+int64_t min_norm_doubles(int n) { return n == 2 ? 0 : matrix_room<MinNorm>(n); }
+
+cudaError_t min_norm(const Rows& rows, int multiprocessors, cudaStream_t stream) {
+    return solve_matrices<MinNorm>(rows, multiprocessors, stream);
+}
+
+cudaError_t min_norm(const Solve& batch, cudaStream_t stream) { return solve_batch<MinNorm>(batch, stream); }
+
+}  // namespace cuda
+}  // namespace pama

@@ -1,0 +1,176 @@
+// Sums over the tokens of each sequence in which no objective appears. With advantages per sequence every statistic is
+// a sum over sequences of one of these times A_i, A_i^2 or A_i A_j, so a token costs the same for any number of them.
+#pragma once
+
+#include "../core/token.hpp"
+#include "load.cuh"
+#include "problem.hpp"
+
+namespace pama {
+namespace cuda {
+
+// pos, neg: factors of the surrogate for advantages of either sign; grad: those of the bound terms.
+enum RowSum {
+    kRowPos,
+    kRowNeg,
+    kRowGradPos,
+    kRowGradNeg,
+    kRowGradPosSquare,
+    kRowGradNegSquare,
+    kRowGradProduct,
+    kRowGradPosLogp,
+    kRowGradNegLogp,
+    kRowKl,
+    kRowSummed,
+    kRowTokens = kRowSummed,
+    kRowOffPos,  // tokens without a gradient
+    kRowOffNeg,
+    kRowSums
+};
+
+struct RowSumsTask {
+    DeviceTokens p;
+    int64_t segments;
+    double* sums;  // [field][segment][row]
+};
+
+// F32: floating-point tensors are float32, the mask one of bytes.
+template <class T, bool F32>
+__device__ inline T row_number(const Array& array, int64_t at) {
+    return F32 ? static_cast<T>(static_cast<const float*>(array.data)[at]) : load_number<T>(array, at);
+}
+
+template <class T, bool F32>
+__device__ inline bool add_segment(const DeviceTokens& p, int64_t row, int64_t first, int64_t last,
+                                   double (&all)[kWarp]) {
+    constexpr bool kChunks = sizeof(T) < sizeof(double);
+    constexpr int kTogether = kChunks ? 4 : 1, kChunk = 32;
+    const ClipIn<T> clip(p.clip);
+    const int64_t base = p.starts ? p.starts[row] : 0;
+    const auto at = [&](const Array& array, int64_t token) { return row * array.row + (base + token) * array.token; };
+    unsigned tokens = 0, off_pos = 0, off_neg = 0;
+    bool held = true;
+    int64_t token = first + threadIdx.x % kWarp;
+    do {
+        T sums[kRowSummed] = {};
+        PAMA_ROLLED
+        for (int j = 0; (!kChunks || j < kChunk) && token < last; j += kTogether) {
+            T logp[kTogether], old[kTogether], w[kTogether];
+            bool valid[kTogether];
+            PAMA_UNROLL
+            for (int u = 0; u < kTogether; ++u) {
+                valid[u] = token < last;
+                const int64_t k = valid[u] ? token : last - 1;
+                logp[u] = p.logprobs ? row_number<T, F32>(p.logprobs, at(p.logprobs, k)) : T(0);
+                old[u] = p.old_logprobs ? row_number<T, F32>(p.old_logprobs, at(p.old_logprobs, k)) : logp[u];
+                w[u] =
+                    p.importance_weights ? row_number<T, F32>(p.importance_weights, at(p.importance_weights, k)) : T(1);
+                if (p.mask) {
+                    const int64_t m = at(p.mask, k);
+                    valid[u] = valid[u] &&
+                               (F32 ? static_cast<const unsigned char*>(p.mask.data)[m] != 0 : load_truth(p.mask, m));
+                }
+                token += kWarp;
+            }
+            PAMA_UNROLL
+            for (int u = 0; u < kTogether; ++u) {
+                const TokenFactors<T> f = token_factors(clip, valid[u], logp[u], old[u], w[u]);
+                sums[kRowPos] += f.pos;
+                sums[kRowNeg] += f.neg;
+                sums[kRowGradPos] += f.grad_pos;
+                sums[kRowGradNeg] += f.grad_neg;
+                sums[kRowGradPosSquare] += f.grad_pos * f.grad_pos;
+                sums[kRowGradNegSquare] += f.grad_neg * f.grad_neg;
+                sums[kRowGradProduct] += f.grad_pos * f.grad_neg;
+                sums[kRowGradPosLogp] += f.grad_pos * f.logp;
+                sums[kRowGradNegLogp] += f.grad_neg * f.logp;
+                sums[kRowKl] += f.kl;
+                tokens += valid[u] ? 1u : 0u;
+                off_pos += f.off_pos ? 1u : 0u;
+                off_neg += f.off_neg ? 1u : 0u;
+            }
+        }
+        if (kChunks) {
+            const T tiny = static_cast<T>(0x1p-80);
+            T poison = T(0);
+            PAMA_UNROLL
+            for (int k = 0; k < kRowSummed; ++k) poison += T(0) * sums[k];
+            held = held && poison == T(0) && (sums[kRowGradPosSquare] >= tiny || sums[kRowGradPos] == T(0)) &&
+                   (sums[kRowGradNegSquare] >= tiny || sums[kRowGradNeg] == T(0));
+        }
+        PAMA_UNROLL
+        for (int k = 0; k < kRowSummed; ++k) all[k] += static_cast<double>(sums[k]);
+    } while (kChunks && token < last);
+    all[kRowTokens] = tokens;
+    all[kRowOffPos] = off_pos;
+    all[kRowOffNeg] = off_neg;
+    return held;
+}
+
+// A warp for each segment of each sequence.
+template <class T, bool F32>
+__global__ void __launch_bounds__(kFewThreads) row_sums_kernel(const RowSumsTask task) {
+    const int lane = threadIdx.x % kWarp;
+    const int64_t warp = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
+    const int64_t warps = static_cast<int64_t>(gridDim.x) * blockDim.x / kWarp;
+    for (int64_t item = warp; item < task.p.rows * task.segments; item += warps) {
+        const int64_t row = item / task.segments, segment = item % task.segments, length = task.p.length(row);
+        const int64_t each = (length + task.segments - 1) / task.segments, first = segment * each;
+        const int64_t last = first + each < length ? first + each : length;
+        double all[kWarp] = {};
+        if (!add_segment<T, F32>(task.p, row, first, last, all)) {
+            PAMA_UNROLL
+            for (int k = 0; k < kWarp; ++k) all[k] = 0;
+            add_segment<double, F32>(task.p, row, first, last, all);
+        }
+        const double sum = transposed_sums(all, lane);
+        if (lane < kRowSums) task.sums[(lane * task.segments + segment) * task.p.rows + row] = sum;
+    }
+}
+
+// Bytes that are not 0.
+__device__ inline unsigned truths(unsigned word) {
+    word |= word >> 4;
+    word |= word >> 2;
+    word |= word >> 1;
+    return ((word & 0x01010101u) * 0x01010101u) >> 24;
+}
+
+// The number of valid tokens of each sequence, a block for each.
+__global__ void __launch_bounds__(kFewThreads) row_counts_kernel(const DeviceTokens p, double* const counts) {
+    using Table = double[kFewThreads / kWarp];
+    PAMA_SHARED(Table, table);
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+    for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+        const int64_t length = p.length(row), base = p.starts ? p.starts[row] : 0;
+        const int64_t from = row * p.mask.row + base * p.mask.token;
+        unsigned count = 0;
+        int64_t token = threadIdx.x;
+        if (size_of(p.mask.dtype) == 1 && p.mask.token == 1) {
+            const unsigned char* const bytes = static_cast<const unsigned char*>(p.mask.data) + from;
+            const int64_t lead = static_cast<int64_t>((16 - reinterpret_cast<std::uintptr_t>(bytes) % 16) % 16);
+            const int64_t before = lead < length ? lead : length, vectors = (length - before) / 16;
+            for (int64_t k = threadIdx.x; k < before; k += blockDim.x) count += bytes[k] != 0 ? 1u : 0u;
+            const uint4* const words = reinterpret_cast<const uint4*>(bytes + before);
+            PAMA_UNROLL_BY(4)
+            for (int64_t k = threadIdx.x; k < vectors; k += blockDim.x) {
+                const uint4 v = words[k];
+                count += truths(v.x) + truths(v.y) + truths(v.z) + truths(v.w);
+            }
+            token += before + vectors * 16;
+        }
+        for (; token < length; token += blockDim.x) count += load_truth(p.mask, from + token * p.mask.token) ? 1u : 0u;
+        const unsigned sum = __reduce_add_sync(kAllLanes, count);
+        if (lane == 0) table[warp] = sum;
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            double total = 0;
+            for (int w = 0; w < warps; ++w) total += table[w];
+            counts[row] = total;
+        }
+        __syncthreads();
+    }
+}
+
+}  // namespace cuda
+}  // namespace pama

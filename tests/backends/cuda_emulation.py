@@ -1,0 +1,72 @@
+"""pytest plugin (`-p cuda_emulation`): the CUDA backend serves CPU tensors; its kernels run on the host.
+
+`PAMA_CUDA_EMULATED` names the module that `build` made: csrc/cuda compiled as plain C++ against
+csrc/cuda/emulation.hpp. Only what asks PyTorch about the device is replaced; the backend's Python is its own.
+`python cuda_emulation.py FOLDER` builds it there and prints its path.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ("module.cpp", "statistics.cu", "weights.cu", "min_norm.cu", "upgrad.cu")
+
+
+def build(folder: Path) -> Path:
+    """Compiles the emulated module (half a minute)."""
+    import pybind11
+
+    target = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    command = ["c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    command += ["-DPAMA_CUDA_EMULATION=1", "-DPAMA_CUDA_THREADS=32", f"-I{ROOT / 'csrc'}"]
+    command += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    command += ["-x", "c++", *(str(ROOT / "csrc" / "cuda" / name) for name in SOURCES), "-o", str(target)]
+    subprocess.run(command, check=True)
+    return target
+
+
+def serve() -> None:
+    import torch
+
+    name = "pama_kernels.backends._cuda"
+    spec = importlib.util.spec_from_file_location(name, os.environ["PAMA_CUDA_EMULATED"])
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.build_info()["emulated"]
+    sys.modules[name] = module
+
+    setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)  # noqa: B010
+    properties = SimpleNamespace(multi_processor_count=3)
+    setattr(torch.cuda, "get_device_properties", lambda device: properties)  # noqa: B010
+
+    from pama_kernels import backends
+    from pama_kernels.backends import registry
+
+    setattr(backends, "_cuda", module)  # noqa: B010
+    from pama_kernels.backends import cuda
+
+    cpu, native, *others = registry.BACKENDS
+    assert native.name == "cuda"
+    emulated = replace(native, devices=("cpu", "cuda"), probe=lambda module, device: "emulated")
+    setattr(registry, "BACKENDS", (emulated, cpu, *others))  # noqa: B010
+    registry.load.cache_clear()
+    registry.find.cache_clear()
+    found: object = registry.find("cpu", "statistics")
+    assert found is cuda
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
+    print(build(Path(sys.argv[1]).absolute()))
+elif "PAMA_CUDA_EMULATED" in os.environ:
+    serve()

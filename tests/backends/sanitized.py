@@ -1,0 +1,50 @@
+"""A short run of every kernel, for compute-sanitizer: odd sizes, masks, layouts and dtypes.
+
+`PYTORCH_NO_CUDA_MEMORY_CACHING=1` gives each tensor memory of its own, so that a step beyond it is seen.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+import pama_kernels as pk
+from pama_kernels import Fixed, Pama, SoftMin, UPGrad
+
+device = os.environ.get("PAMA_TEST_DEVICE", "cuda")
+RULES = (
+    *(Fixed(), Pama(), Pama(bound="scores"), UPGrad(), Pama("sequence"), SoftMin()),
+    *(Pama("token"), SoftMin(1.0, "token"), Pama.paper("token")),
+)
+g = torch.Generator(device=device).manual_seed(0)
+
+for n, rows, width, dtype in (
+    (1, 3, 37, torch.float32),
+    (4, 5, 201, torch.float32),
+    (5, 2, 33, torch.bfloat16),
+):
+    logprobs = -torch.rand(rows, width, generator=g, device=device)
+    old = logprobs + 0.1 * torch.randn(rows, width, generator=g, device=device)
+    advantages = torch.randn(rows, width, n, generator=g, device=device).to(dtype)
+    mask = torch.rand(rows, width, generator=g, device=device) < 0.7
+    present = torch.rand(rows, n, generator=g, device=device) < 0.8
+    pk.objective_statistics(logprobs, old, advantages, mask, objective_mask=present, pairs=True)
+    pk.objective_statistics(logprobs, old, advantages)
+    for rule in RULES:
+        for given in (advantages, advantages[:, 0]):
+            leaf = logprobs.clone().requires_grad_()
+            pk.pama_loss(leaf, old, given, mask, rule=rule, objective_mask=present).loss.backward()
+            assert leaf.grad is not None
+            assert torch.isfinite(leaf.grad).all()
+            pk.combine_advantages(given, mask, rule=rule, aggregation="seq-mean-token-mean", normalize=True)
+    pk.pama_weights(advantages)
+    vectors = torch.randn(7, n, n + 2, generator=g, device=device)
+    pk.min_norm_weights(vectors @ vectors.mT, regularization=0.1)
+    pk.upgrad_weights(vectors @ vectors.mT)
+    over, final = mask.logical_not(), advantages.roll(1, 1)
+    pk.multi_objective_gae(advantages, advantages.abs(), mask, truncated=over, final_values=final)
+    pk.group_normalize(torch.randn(6, n, generator=g, device=device), group_size=3)
+if device == "cuda":
+    torch.cuda.synchronize()
+print("every kernel ran")

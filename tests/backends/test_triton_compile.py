@@ -1,0 +1,76 @@
+"""The Triton kernels build for absent GPUs, the hot ones spill no register, and calls come to launch them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: no kernels to compile")
+HERE = Path(__file__).parent
+# Of a batch or a matrix, not of tokens: a solver of many objectives may spill.
+SOLVERS = {"solve_kernel", "gram_kernel", "weights_kernel"}
+
+
+def lines(config: pytest.Config, *arguments: str) -> list[dict[str, Any]]:
+    command = [sys.executable, str(HERE / "triton_variants.py"), *arguments]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(config.cache.mkdir("triton"))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(found: list[dict[str, Any]]) -> None:
+    for line in found:
+        print(line)
+        assert line["registers"] > 0
+        if line["target"].startswith("sm_"):  # a processor holds 2^16, handed out by 8 to a thread
+            assert 32 * line["warps"] * 8 * -(-line["registers"] // 8) <= 2**16
+            assert line["shared"] <= 163 * 1024  # what a program may take on sm_80
+    assert not [x for x in found if x["hot"] and x["spills"] and x["kernel"] not in SOLVERS]
+
+
+@pytest.mark.timeout(900)
+def test_sample(pytestconfig: pytest.Config) -> None:
+    found = lines(pytestconfig, "compile", "sm_90")
+    names = {line["kernel"] for line in found}
+    assert {"tokens_kernel", "rows_kernel", "row_sums_kernel", "solve_kernel"} <= names
+    check(found)
+
+
+@pytest.mark.timeout(900)
+def test_calls_reach_the_driver(pytestconfig: pytest.Config, tmp_path: Path) -> None:
+    """Through Triton's own launcher, down to a CUDA driver that does nothing."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler, which Triton needs to launch anything")
+    options = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
+    library = ["-o", str(tmp_path / "libcuda.so.1"), str(HERE / "no_driver.c")]
+    subprocess.run([compiler, *options, *library], check=True)
+    found = lines(pytestconfig, "launch", str(tmp_path))
+    launched = {
+        line["call"].split(",")[0]: line["kernels"] for line in found if "per-seq" not in line["call"]
+    }
+    assert launched["loss gram"] == ["tokens_kernel", "solve_kernel", "tokens_kernel"]
+    assert launched["loss fixed"] == ["tokens_kernel", "tokens_kernel"]
+    rows = {line["call"].split(",")[0]: line["kernels"] for line in found if "per-seq" in line["call"]}
+    assert rows["combine fixed"] == ["row_sums_kernel", "rows_kernel", "rows_kernel"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_kind(pytestconfig: pytest.Config, target: str) -> None:
+    found = lines(pytestconfig, "compile", "--all", target)
+    wanted = "tokens rows row_sums row_pairs row_weights first_token add_pairs solve gram weights gae"
+    wanted += " group_normalize"
+    missing = {f"{name}_kernel" for name in wanted.split()} - {line["kernel"] for line in found}
+    assert not missing, missing
+    check(found)
