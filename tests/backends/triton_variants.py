@@ -4,7 +4,8 @@
 each kernel and variant: registers, spills, shared memory, and whether it is hot; ``--all`` takes every kind
 of variant, else a sample. ``python triton_variants.py launch FOLDER``, where FOLDER holds `no_driver.c` as
 libcuda.so.1, launches the sample through Triton's own launcher, down to a driver that does nothing, and
-prints the kernels of each call. A process of its own: kernels made for the interpreter can't be compiled.
+prints the kernels of each call; ``lengths FOLDER`` the variants before and after calls of other lengths. A
+process of its own: kernels made for the interpreter can't be compiled.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ import pama_kernels as pk
 from pama_kernels import Fixed, Pama, SoftMin, UPGrad
 from pama_kernels.backends import triton as backend
 from pama_kernels.backends.triton import launch
+from pama_kernels.backends.triton.apply import tokens_kernel
+from pama_kernels.backends.triton.rows import row_sums_kernel, rows_kernel
+from pama_kernels.backends.triton.rules import solve_kernel
+from pama_kernels.backends.triton.statistics import count_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -126,10 +131,10 @@ def every_kind() -> Calls:
     for dtype in problems.FLOATS:
         yield from token_calls("padded", 3, dtype, {"gram": Pama(), **PAPER}, True)
         yield from token_calls("packed-per-sequence", 2, dtype, {**BATCH, **BY_ROW}, True)
-    for n in (1, 8, 16, 32, 128):
+    for n in (1, 8, 16, 32, 64):
         yield from token_calls("padded", n, torch.float32, {"gram": Pama(), **BY_ROW, **PAPER, **BY_TOKEN})
         yield from token_calls("per-sequence", n, torch.float32, BATCH)
-    for n in (1, 2, 3, 8, 16, 32, 64, 128, 512):
+    for n in (1, 2, 3, 8, 16, 32, 64):
         yield from batch_calls(n, torch.float32)
     for dtype in problems.FLOATS:
         yield from batch_calls(4, dtype)
@@ -214,6 +219,25 @@ def install(folder: str) -> Any:
     return library
 
 
+def variants(layout: str, rule: Any, widths: Iterable[int]) -> dict[str, int]:
+    """How many of each kernel are compiled by now, after calls with sequences of these lengths."""
+    for width in widths:
+        p = problems.make(layout, rows=8, width=width, objectives=4)
+        pk.pama_loss(**p.loss_arguments(), rule=rule)
+        pk.combine_advantages(**p.combine_arguments(False), rule=rule)
+    kernels = (tokens_kernel, count_kernel, row_sums_kernel, rows_kernel, solve_kernel)
+    return {kernel.fn.__name__: len(kernel.device_caches[0][0]) for kernel in kernels}
+
+
+def lengths() -> Iterator[dict[str, Any]]:
+    """The variants after a first call, and after calls of other lengths."""
+    for layout in ("padded", "per-sequence"):
+        for rule in (pk.Pama(), pk.Pama.paper("token")):
+            first = variants(layout, rule, (100,))
+            later = variants(layout, rule, (*range(101, 113), 127, 128, 129, 255, 256, 257, 384, 399))
+            yield {"call": f"{layout} {rule}", "first": first, "later": later}
+
+
 def main() -> None:
     backend.unusable = lambda device_type: None
     what, *names = sys.argv[1:]
@@ -223,7 +247,12 @@ def main() -> None:
             call()
             print(json.dumps({"call": name, "kernels": library.taken().decode().split()}), flush=True)
         return
-    assert what == "compile", f"expected compile or launch, got {what!r}"
+    if what == "lengths":
+        install(names[0])
+        for line in lengths():
+            print(json.dumps(line), flush=True)
+        return
+    assert what == "compile", f"expected compile, launch or lengths, got {what!r}"
     every = "--all" in names
     for target in [name for name in names if name != "--all"] or TARGETS:
         for line in compiled(target, every_kind() if every else sample()):

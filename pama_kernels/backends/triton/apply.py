@@ -347,12 +347,13 @@ class Pass(NamedTuple):
 def run_tokens(p: Problem, x: Pass) -> None:
     n, present = p.constants["n"], p.arguments[4] is not None
     # Sums beside the results take registers, and so does the float64 that both signs may want.
+    by_token = x.weights in (SCORES, SOFTMIN)
+    signed = x.weights == SCORES and not p.constants["NOON"]
     if x.pairs:
-        constants = p.tile(512 if present else 1024, max(2, p.constants["N"] ** 2))
+        area = (512 if present else 1024) // (2 if by_token else 1)
+        constants = p.tile(area, max(2, p.constants["N"] ** 2))
     else:
-        area = 512 if x.statistics else 1024
-        if x.weights in (SCORES, SOFTMIN):
-            area = 256 if p.flat or p.constants["NOON"] else 128
+        area = 128 if signed else 256 if by_token else 512 if x.statistics else 1024
         constants = p.tile(area)
     stride = slot_size(n, x.statistics, x.pairs, present)
     tiles = -(-p.total // constants["TOKENS"])
