@@ -1,5 +1,5 @@
-"""The native CPU module. It reads records by field and tensors as they lie; results are contiguous tensors that the
-caller has allocated."""
+"""The native CPU module. It reads records by field and tensors as they lie; results are contiguous tensors
+that the caller has allocated."""
 
 from torch import Tensor
 
