@@ -9,8 +9,8 @@ CXX_BUILD := $(VENV)/build-tests
 CXX_FILES := $(shell find csrc -name '*.[ch]pp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(CXX_FILES)
 
-.PHONY: help demo demo-quick mo-gym mo-gym-quick test test-full lint test-cpp test-python test-integrations bench
-.PHONY: study dist format clean
+.PHONY: help demo demo-quick mo-gym mo-gym-quick test test-full lint test-cpp test-python test-triton test-cuda
+.PHONY: test-integrations test-gpu bench bench-gpu study dist format clean
 
 help:
 	@echo 'make demo       align a small language model with three conflicting rewards (4 to 6 minutes)'
@@ -34,14 +34,14 @@ $(VENV)/tools.stamp: constraints.txt
 	@touch $@
 
 # The package with one extra (test, examples, gym, bench), editable: Python changes need no new installation.
-# Warnings are errors in tests only: a newer compiler may know new ones. Where nvcc is found, the CUDA module is built for
-# one architecture here, for all of them by `pip install .` and `make dist`.
-CUDA_ARCHITECTURES ?= 90
+# Warnings are errors in tests only: a newer compiler may know new ones. The CUDA module is built where a GPU is
+# visible; elsewhere by CUDA_ARCHITECTURES=90 or so.
+CUDA_ARCHITECTURES ?=
 $(VENV)/%.stamp: $(VENV)/tools.stamp $(BUILD_FILES)
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
 		--config-settings=build-dir=$(abspath $(VENV))/build-$(if $(filter test,$*),strict,module) \
 		--config-settings=cmake.define.PAMA_WERROR=$(if $(filter test,$*),ON,OFF) \
-		--config-settings='cmake.define.CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)' \
+		$(if $(CUDA_ARCHITECTURES),--config-settings='cmake.define.CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)') \
 		--editable '.[$*]'
 	@touch $@
 
@@ -81,12 +81,12 @@ test-gpu:
 bench-gpu:
 	$(PYTHON) benchmarks/run_gpu.py $(GPU_ARGS)
 
-test: lint test-cpp test-python
+test: lint test-cpp test-python test-triton test-cuda
 
 test-full: FUZZ_CASES = 1000000
 test-full: export HYPOTHESIS_PROFILE = full
 test-full: PYTEST_ARGS =
-test-full: lint test-cpp test-python dist demo-quick mo-gym-quick
+test-full: lint test-cpp test-python test-triton test-cuda dist demo-quick mo-gym-quick
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
@@ -113,6 +113,17 @@ test-cpp: $(VENV)/tools.stamp
 
 test-python: $(VENV)/test.stamp
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The same properties on the other backends: Triton's kernels in its interpreter, CUDA's on the host.
+PORTABLE = HYPOTHESIS_PROFILE=interpreter $(BIN)/python -m pytest -m 'portable and not slow and not cpu'
+
+test-triton: $(VENV)/test.stamp
+	TRITON_INTERPRET=1 PAMA_BACKEND=triton $(PORTABLE) tests/properties
+
+test-cuda: $(VENV)/test.stamp
+	mkdir -p $(VENV)/emulated
+	PAMA_CUDA_EMULATED=$$($(BIN)/python tests/backends/cuda_emulation.py $(VENV)/emulated) \
+		PYTHONPATH=tests/backends $(PORTABLE) -p cuda_emulation tests/properties tests/backends/test_cuda_emulated.py
 
 test-integrations: $(VENV)-verl/stamp
 	$(VENV)-verl/bin/python -m pytest tests/integrations/test_verl.py tests/integrations/test_verl_trainer.py

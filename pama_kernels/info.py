@@ -45,17 +45,19 @@ def backends() -> list[BackendStatus]:
 def _status(backend: registry.Backend) -> BackendStatus:
     if not registry.built(backend):
         return BackendStatus(backend.name, False, False, "not built")
-    reasons = []
-    for device_type in backend.devices:
-        try:
-            module = importlib.import_module(f"pama_kernels.backends.{backend.name}")
-            return BackendStatus(backend.name, True, True, backend.probe(module, device_type))
-        except Exception as error:  # it is the answer
-            message = str(error)
-            reasons.append(
-                message if isinstance(error, RuntimeError) else f"{type(error).__name__}: {message}"
-            )
-    return BackendStatus(backend.name, True, False, reasons[0])
+    states = [_probe(backend, device_type) for device_type in backend.devices]
+    usable, detail = next((state for state in states if state[0]), states[0])
+    return BackendStatus(backend.name, True, usable, detail)
+
+
+def _probe(backend: registry.Backend, device_type: str) -> tuple[bool, str]:
+    try:
+        module = importlib.import_module(f"pama_kernels.backends.{backend.name}")
+        return True, backend.probe(module, device_type)
+    except RuntimeError as error:
+        return False, str(error)
+    except Exception as error:  # it is the answer
+        return False, f"{type(error).__name__}: {error}"
 
 
 def _version(distribution: str) -> str | None:

@@ -4,10 +4,10 @@ Uses the Python that runs it, the packages that are there (torch, triton, pytest
 scikit-build-core, cmake, ninja; nvcc for the CUDA backend) and no network. The package is built into a folder
 of its own; the environment is not changed. `--device cpu` runs the stages without a GPU, on small problems.
 
-The tests are chosen by their markers: `gpu` needs one; all others run with their tensors on the device, but for
-`cpu` and `slow`. All of them would compile thousands of variants of the Triton kernels, a second or two of one
-core each. So a run takes a share of the parameters of tests that have many; `--share 2/5` takes the next, and
-five runs take all.
+The tests are chosen by their markers: `gpu` needs one; all others run with their tensors on the device, but
+for `cpu` and `slow`. All of them would compile thousands of variants of the Triton kernels, a second or two
+of one core each. So a run takes a share of the parameters of tests that have many; `--share 2/5` takes the
+next, and five runs take all.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 BACKENDS = TESTS / "backends"
-SUITE = ("properties", "solvers", "test_autograd.py")  # those that are there
+SUITE = ("properties", "solvers", "operators/test_autograd.py")
 NEEDED = (
     *("torch", "triton", "numpy", "pytest", "hypothesis", "pytest_timeout"),
     *("pybind11", "scikit_build_core"),
@@ -167,7 +167,7 @@ def run_stages(stages: Stages, device: str, cuda: bool, workers: int) -> None:
         "pytest",
         "-q",
         "-c",
-        str(BACKENDS / "gpu.ini"),
+        "gpu.ini",
         "--rootdir",
         ".",
         "-p",

@@ -1,4 +1,4 @@
-"""The reference itself: against the formulas written as loops over plain numbers, and against cvxpy."""
+"""The reference's passes over tokens against the formulas, written as loops over plain numbers."""
 
 from __future__ import annotations
 
@@ -9,88 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import LAYOUTS, WEIGHTS_PER, Problem, make
+from problems import AGGREGATIONS, INF, LAYOUTS, RULES, Problem, make
 
-from pama_kernels import reference
+from pama_kernels import Fixed, Pama, SoftMin, UPGrad, reference
 
-INF = math.inf
-
-
-# --- the scalar problem ----------------------------------------------------------------------------------
-
-
-@given(st.lists(st.integers(-8, 8), min_size=1, max_size=7))
-def test_projection_on_the_simplex(values: list[int]) -> None:
-    """The nearest point: v - c is largest, and equal, on the support (the optimality condition)."""
-    v = torch.tensor(values).double() / 4
-    c = reference.project_on_simplex(v)
-    assert float(c.sum()) == pytest.approx(1, abs=1e-14)
-    assert (c >= 0).all()
-    slack = v - c
-    assert (slack <= slack[c > 0].min() + 1e-14).all()
-
-
-@given(
-    values=st.lists(st.integers(-8, 8), min_size=1, max_size=6),
-    regularization=st.sampled_from([0.05, 1.0]),
-    shift=st.integers(0, 5),
-)
-def test_regularized_weights_satisfy_the_closed_form(
-    values: list[int], regularization: float, shift: int
-) -> None:
-    """The formulas of the design on the support that was found, with multipliers of the right sign."""
-    a = torch.tensor(values).double() / 4
-    p = torch.tensor([1.0 + (i + shift) % 3 for i in range(len(values))]).double()
-    p = p / p.sum()
-    c, optimum = reference.pama_weights(a, prior=p.tolist(), regularization=regularization)
-    rho = regularization * float(a.square().max())
-    if rho == 0:
-        assert torch.allclose(c, p, rtol=0, atol=1e-15)
-        return
-    on = c > 1e-12
-    m, e, mean = int(on.sum()), p[on].sum() - 1, a[on].mean()
-    s = (a[on] @ p[on] - mean * e) / (1 + (a[on].square().sum() - m * mean**2) / rho)
-    tau = (rho * e - s * a[on].sum()) / m
-    # rho >= 0.05 max a^2, six float64 terms; the bisection stops at 1e-15
-    assert torch.allclose(c[on], p[on] - (s * a[on] + tau) / rho, rtol=0, atol=1e-12)
-    assert float(optimum) == pytest.approx(float(s), abs=1e-12)
-    assert (s * a + rho * (c - p) + tau >= -1e-12).all()
-
-
-@pytest.mark.parametrize("bound", ["scores", "gram"])
-@pytest.mark.parametrize("regularization", [0.1, 1.0])
-def test_cvxpy_agrees(bound: str, regularization: float) -> None:
-    cvxpy = pytest.importorskip("cvxpy")
-    g = torch.Generator().manual_seed(3)
-    for n in (2, 4):
-        p = torch.arange(1, n + 1).double()
-        p = p / p.sum()
-        x = cvxpy.Variable(n, nonneg=True)
-        factor = torch.randint(-4, 5, (1 if bound == "scores" else n, n), generator=g).double() / 2
-        matrix = factor.T @ factor
-        if bound == "scores":
-            c = reference.pama_weights(factor[0], prior=p, regularization=regularization).weights
-        else:
-            c = reference.min_norm_weights(matrix, prior=p, regularization=regularization).weights
-        rho = regularization * float(matrix.diagonal().max())
-        objective = cvxpy.sum_squares(factor.numpy() @ x) / 2 + rho / 2 * cvxpy.sum_squares(x - p.numpy())
-        options = {"tol_gap_abs": 1e-12, "tol_gap_rel": 1e-12, "tol_feas": 1e-12}
-        cvxpy.Problem(cvxpy.Minimize(objective), [cvxpy.sum(x) == 1]).solve(solver="CLARABEL", **options)
-        # a gap of 1e-12 moves x by at most sqrt(2 gap / rho)
-        assert abs(c.numpy() - x.value).max() < 1e-5
-
-
-def test_the_limit_of_no_regularization() -> None:
-    for values in ([1.0, -2.0, 3.0], [1.0, 1.0, 2.0], [-1.0, -1.0, -3.0], [0.0, 0.0, 1.0], [0.0, -2.0, 1.0]):
-        a = torch.tensor(values).double()
-        for prior in (None, [1.0, 2.0, 0.0]):
-            exact = reference.pama_weights(a, prior=prior).weights
-            near = reference.pama_weights(a, prior=prior, regularization=1e-9).weights
-            # the path is Lipschitz in rho, with a constant of some units here
-            assert torch.allclose(exact, near, rtol=0, atol=1e-7)
-
-
-# --- statistics and loss, as loops -------------------------------------------------------------------------
+# --- statistics and loss -------------------------------------------------------------------------
 
 
 class Token:
@@ -147,7 +70,7 @@ def terms(
     dual_clip=st.sampled_from([None, 3.0]),
     noon=st.booleans(),
     absent=st.booleans(),
-    aggregation=st.sampled_from(["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]),
+    aggregation=st.sampled_from(AGGREGATIONS),
     kl_coef=st.sampled_from([0.0, 0.5]),
     seed=st.integers(0, 1000),
 )
@@ -163,79 +86,73 @@ def test_statistics_and_loss_are_the_formulas(
 ) -> None:
     if math.isinf(clip[1]):
         dual_clip = None
-    problem = make(
-        layout,
-        rows=3,
-        width=4,
-        seed=seed,
-        objective_mask=torch.bool if absent else None,
-        importance_weights=True,
-        ref_logprobs=True,
-        overflow=True,
-    )
+    if layout == "flat":
+        aggregation = "token-mean"
+    here = torch.bool if absent else None
+    extra = {"importance_weights": True, "ref_logprobs": True, "overflow": True}
+    problem = make(layout, rows=3, width=4, seed=seed, objective_mask=here, **extra)
     tokens, lengths = tokens_of(problem)
-    options: dict[str, Any] = {"clip_range": clip, "dual_clip": dual_clip, "noon": noon}
+    options: dict[str, Any] = {"clip_range": clip, "dual_clip": dual_clip, "aggregation": aggregation}
     dual = INF if dual_clip is None else dual_clip
-    s = reference.objective_statistics(**problem.statistics_arguments(), **options)
+
+    def omega(t: Token) -> float:
+        return 1 / lengths[t.row] if aggregation == "seq-mean-token-mean" else 1.0
+
+    s = reference.objective_statistics(**problem.statistics_arguments(), **options, noon=noon)
     for i in range(3):
-        mine = [t for t in tokens if t.here[i]]
-        found = [terms(t, i, *clip, dual, noon) for t in mine]
+        found = [(omega(t), t, *terms(t, i, *clip, dual, noon)) for t in tokens if t.here[i]]
+        count = sum(o for o, *_ in found)
         wanted = {
-            "present_count": len(mine),
-            "bound_sum": sum(x[1] for x in found),
-            "bound_square_sum": sum(x[1] ** 2 for x in found),
-            "bound_logprob_sum": sum(x[1] * t.logp for x, t in zip(found, mine, strict=True)),
-            "surrogate_sum": sum(x[0] for x in found),
-            "advantage_sum": sum(t.raw[i] for t in mine),
-            "advantage_square_sum": sum(t.raw[i] ** 2 for t in mine),
-            "positive_count": sum(t.raw[i] > 0 for t in mine),
-            "clipped_count": sum(x[2] for x in found),
-            "scores": sum(x[1] for x in found) / max(len(mine), 1),
-            "second_moments": sum(x[1] ** 2 for x in found) / max(len(mine), 1),
+            "count": count,
+            "bound_sum": sum(o * bound for o, _, _, bound, _ in found),
+            "bound_square_sum": sum(o * bound**2 for o, _, _, bound, _ in found),
+            "logprob_sum": sum(o * bound * t.logp for o, t, _, bound, _ in found),
+            "surrogate_sum": sum(o * g for o, _, g, _, _ in found),
+            "advantage_sum": sum(o * t.raw[i] for o, t, *_ in found),
+            "advantage_square_sum": sum(o * t.raw[i] ** 2 for o, t, *_ in found),
+            "positive_count": sum(o * (t.raw[i] > 0) for o, t, *_ in found),
+            "clipped_count": sum(o * stopped for o, *_, stopped in found),
+            "scores": sum(o * bound for o, _, _, bound, _ in found) / (count or 1),
+            "second_moments": sum(o * bound**2 for o, _, _, bound, _ in found) / (count or 1),
         }
         for name, value in wanted.items():
             assert float(getattr(s, name)[i]) == pytest.approx(value, rel=1e-12, abs=1e-9), name
+        assert bool(s.signal[i]) == any(t.raw[i] for _, t, *_ in found)
         for j in range(3):
             both = [t for t in tokens if t.here[i] and t.here[j]]
-            product = sum(terms(t, i, *clip, dual, noon)[1] * terms(t, j, *clip, dual, noon)[1] for t in both)
-            counts = wanted["present_count"] * sum(t.here[j] for t in tokens)
-            assert float(s.gram[i, j]) == pytest.approx(product / math.sqrt(max(counts, 1)), abs=1e-9)
+            bounds = [[terms(t, k, *clip, dual, noon)[1] for t in both] for k in (i, j)]
+            product = sum(omega(t) * x * y for t, x, y in zip(both, *bounds, strict=True))
+            counts = count * sum(omega(t) for t in tokens if t.here[j])
+            assert float(s.gram[i, j]) == pytest.approx(product / math.sqrt(counts or 1), abs=1e-9)
             assert float(s.conflict[i, j]) == pytest.approx(
-                correlation([t.raw[i] for t in both], [t.raw[j] for t in both]), abs=1e-9
+                correlation(*([t.raw[k] for t in both] for k in (i, j)), [omega(t) for t in both]), abs=1e-9
             )
-    assert float(s.token_count) == len(tokens)
+    assert float(s.token_count) == pytest.approx(sum(map(omega, tokens)), abs=1e-12)
+    kl = sum(omega(t) * (math.exp(d) - 1 - d) for t in tokens for d in [min(max(t.d, -20), 20)])
+    assert float(s.kl_sum) == pytest.approx(kl, rel=1e-12, abs=1e-9)
 
-    if layout == "flat":
-        aggregation = "token-mean"
     c = torch.tensor([0.5, 0.25, 0.75])
-    output = reference.pama_loss(
-        **problem.loss_arguments(),
-        weights_per="batch",
-        weights=c,
-        aggregation=aggregation,
-        kl_coef=kl_coef,
-        **options,
-    )
+    rule = Pama(bound="scores", noon=noon)
+    output = reference.pama_loss(**problem.loss_arguments(), rule=rule, weights=c, kl_coef=kl_coef, **options)
     total = 0.0
     for t in tokens:
         value = -sum(float(c[i]) * terms(t, i, *clip, dual, noon)[0] for i in range(3) if t.here[i])
         assert t.ref is not None
-        r = t.ref - t.logp
-        value += kl_coef * (math.exp(r) - r - 1)
-        share = 1 / lengths[t.row] if aggregation == "seq-mean-token-mean" else 1.0
-        total += value * share
+        r = min(max(t.ref - t.logp, -20.0), 20.0)
+        total += omega(t) * (value + kl_coef * (math.exp(r) - r - 1))
     denominator = len(tokens) if aggregation == "token-mean" else len(lengths)
     assert float(output.loss) == pytest.approx(total / max(denominator, 1), rel=1e-12, abs=1e-9)
 
 
-def correlation(x: list[float], y: list[float]) -> float:
-    """Pearson's, 0 where one of them does not vary."""
-    n = len(x)
-    if n == 0 or len(set(x)) == 1 or len(set(y)) == 1:
+def correlation(x: list[float], y: list[float], omega: list[float]) -> float:
+    """Pearson's under token weights, 0 where one of them does not vary."""
+    if len(set(x)) <= 1 or len(set(y)) <= 1:
         return 0.0
-    mx, my = sum(x) / n, sum(y) / n
-    covariance = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
-    return covariance / math.sqrt(sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y))
+    n = sum(omega)
+    mx, my = (sum(o * a for o, a in zip(omega, v, strict=True)) / n for v in (x, y))
+    triples = list(zip(omega, x, y, strict=True))
+    variances = sum(o * (a - mx) ** 2 for o, a, _ in triples) * sum(o * (b - my) ** 2 for o, _, b in triples)
+    return sum(o * (a - mx) * (b - my) for o, a, b in triples) / math.sqrt(variances)
 
 
 @pytest.mark.parametrize("noon", [True, False])
@@ -243,11 +160,9 @@ def test_the_bound_term_is_the_gradient_of_the_surrogate(noon: bool) -> None:
     """I = (dg / dlogp) / u: what autograd finds is where the indicator says."""
     problem = make(rows=6, width=9, objectives=1, importance_weights=True, overflow=True, mask=None)
     leaf = problem.logprobs.double().requires_grad_()
-    arguments = {**problem.loss_arguments(), "logprobs": leaf}
-    loss = reference.pama_loss(
-        **arguments, weights_per="batch", weights=torch.ones(1), noon=noon, dual_clip=2.5, normalizer=1.0
-    ).loss
-    loss.backward()
+    arguments = {**problem.loss_arguments(), "logprobs": leaf, "dual_clip": 2.5, "normalizer": 1.0}
+    rule = Pama(bound="scores", noon=noon)
+    reference.pama_loss(**arguments, rule=rule, weights=torch.ones(1)).loss.backward()
     assert leaf.grad is not None
     assert problem.old_logprobs is not None
     d = problem.logprobs.double() - problem.old_logprobs.double()
@@ -257,87 +172,98 @@ def test_the_bound_term_is_the_gradient_of_the_surrogate(noon: bool) -> None:
     assert float(bound.square().sum()) == pytest.approx(float(s.bound_square_sum[0]), abs=1e-10)
 
 
-@pytest.mark.parametrize("weights_per", WEIGHTS_PER)
-@pytest.mark.parametrize("regularization", [0.0, 0.2])
-def test_whose_weights(weights_per: str, regularization: float) -> None:
-    """Scores and scales of each reading, from loops over the valid tokens."""
-    problem = make(rows=3, width=4, objective_mask=torch.bool, importance_weights=True, seed=8)
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != Pama(regularization=0.0)], ids=repr)
+def test_every_rule(rule: Any) -> None:
+    """Weights of each reading, their division by presence, and the loss, from loops over the valid tokens."""
+    problem = make(rows=3, width=4, objective_mask=torch.bool, importance_weights=True, seed=5)
     tokens, lengths = tokens_of(problem)
-    options: dict[str, Any] = {"weights_per": weights_per, "regularization": regularization}
-    output = reference.pama_loss(**problem.loss_arguments(), **options)
-    if weights_per == "batch":
+    noon, per = getattr(rule, "noon", False), getattr(rule, "weights_per", "batch")
+    p = torch.tensor([1.0, 2.0, 3.0]).double() / 6
+    output = reference.pama_loss(**problem.loss_arguments(), rule=rule, preference=[1, 2, 3])
+    if per == "batch":
         groups = [tokens]
-    elif weights_per == "sequence":
+    elif per == "sequence":
         groups = [[t for t in tokens if t.row == b] for b in range(len(lengths))]
     else:
         groups = [[t] for t in tokens]
     solutions, total = [], 0.0
     for group in groups:
-        present = torch.tensor([any(t.here[i] for t in group) for i in range(3)])
-        means, squares = torch.zeros(3).double(), torch.zeros(3).double()
-        for i in range(3):
-            bounds = [terms(t, i, 0.2, 0.2, INF, True)[1] for t in group if t.here[i]]
-            if bounds:
-                means[i] = sum(bounds) / len(bounds)
-                squares[i] = sum(b**2 for b in bounds) / len(bounds)
-        solution = reference.pama_weights(
-            means, regularization=regularization, scale=squares.max(), present=present
-        )
+        bounds = torch.tensor(
+            [[terms(t, i, 0.2, 0.2, INF, noon)[1] for i in range(3)] for t in group]
+        ).double()
+        raw = torch.tensor([t.raw for t in group]).double().reshape(-1, 3)
+        here = torch.tensor([t.here for t in group]).double().reshape(-1, 3)
+        count, bounds = here.sum(0), bounds.reshape(-1, 3) * here
+        present = count > 0
+        means, gram = bounds.sum(0) / count.clamp(min=1), bounds.T @ bounds
+        norm = torch.outer(gram.diagonal(), gram.diagonal()).sqrt()
+        if isinstance(rule, Fixed):
+            solution = reference.Solution(p, means @ p)
+        elif isinstance(rule, UPGrad):
+            solution = reference.upgrad_weights(gram / torch.outer(count, count).sqrt(), preference=p)
+        elif isinstance(rule, SoftMin):
+            a = (raw * here).sum(0) / count.clamp(min=1)
+            options = {"temperature": rule.temperature, "present": present}
+            solution = reference.softmin_weights(a, preference=p, **options)
+        elif rule.bound == "gram":
+            solution = reference.min_norm_weights(gram / norm, preference=p, regularization=0.1)
+        else:
+            scale = (gram.diagonal() / count.clamp(min=1)).max()
+            options = {"regularization": rule.regularization, "scale": scale, "present": present}
+            solution = reference.pama_weights(means, preference=p, **options)
         solutions.append(solution)
+        inside = torch.where(present, p, 0.0)
+        inside = inside / inside.sum() if present.any() else p
         for t in group:
-            total -= sum(
-                float(solution.weights[i]) * terms(t, i, 0.2, 0.2, INF, True)[0]
-                for i in range(3)
-                if t.here[i]
-            )
-    weights = torch.stack([s.weights for s in solutions])
-    optimum = torch.stack([s.optimum for s in solutions])
-    if weights_per != "sequence":
+            g = [terms(t, i, 0.2, 0.2, INF, noon)[0] * t.here[i] for i in range(3)]
+            share = sum(float(inside[i]) for i in range(3) if t.here[i]) if per != "token" else 1.0
+            total -= sum(float(solution.weights[i]) * g[i] for i in range(3)) / (share or 1.0)
+    weights, optimum = (torch.stack(parts) for parts in zip(*solutions, strict=True))
+    if per != "sequence":
         weights, optimum = weights.mean(0), optimum.mean()
     assert torch.allclose(output.weights, weights, rtol=0, atol=1e-10)
     assert torch.allclose(output.optimum, optimum, rtol=0, atol=1e-10)
     assert float(output.loss) == pytest.approx(total / len(tokens), abs=1e-10)
 
 
-def test_every_layout_of_the_same_tokens() -> None:
-    """Padded, packed, flat and per sequence: the same loss and statistics."""
+def test_an_objective_without_a_signal_takes_no_part() -> None:
     g = torch.Generator().manual_seed(0)
-    lengths = torch.tensor([3, 0, 5, 1])
-    inside = torch.arange(5) < lengths[:, None]
+    advantages = torch.randn(4, 5, 3, generator=g)
+    advantages[..., 1] = 0
+    for rule in ("pama", "upgrad", "fixed", Pama(bound="scores")):
+        whole = reference.combine_advantages(advantages, rule=rule, preference=[1, 2, 3])
+        part = reference.combine_advantages(advantages[..., [0, 2]], rule=rule, preference=[1, 3])
+        assert torch.allclose(whole.weights[[0, 2]], part.weights, rtol=0, atol=1e-15)
+        assert whole.weights[1] == 0
+        nothing = reference.combine_advantages(0 * advantages, rule=rule, preference=[1, 2, 3])
+        assert torch.allclose(nothing.weights, torch.tensor([1.0, 2, 3]).double() / 6)
+
+
+def test_every_layout_of_the_same_tokens() -> None:
+    """Padded, packed, per sequence and not: the same loss and statistics."""
+    g = torch.Generator().manual_seed(0)
+    inside = torch.arange(5) < torch.tensor([3, 0, 5, 1])[:, None]
     logp = -torch.rand(4, 5, generator=g)
     old = logp - 0.3 * torch.randn(4, 5, generator=g)
     adv = torch.randn(4, 2, generator=g)
-    wide = adv[:, None].expand(4, 5, 2)
-    cu = torch.tensor([0, 3, 3, 8, 9])
-    for weights_per in WEIGHTS_PER:
-        losses = [
-            reference.pama_loss(
-                logp, old, a, inside, weights_per=weights_per, aggregation="seq-mean-token-mean"
-            )
-            for a in (adv, wide)
-        ]
-        losses += [
-            reference.pama_loss(
-                logp[inside],
-                old[inside],
-                a,
-                weights_per=weights_per,
-                aggregation="seq-mean-token-mean",
-                cu_seqlens=cu,
-            )
+    wide, cu = adv[:, None].expand(4, 5, 2), torch.tensor([0, 3, 3, 8, 9])
+    for rule in RULES:
+        options: dict[str, Any] = {"rule": rule, "aggregation": "seq-mean-token-mean"}
+        padded = [reference.pama_loss(logp, old, a, inside, **options) for a in (adv, wide)]
+        packed = [
+            reference.pama_loss(logp[inside], old[inside], a, cu_seqlens=cu, **options)
             for a in (adv, wide[inside])
         ]
-        for other in losses[1:]:
-            assert float(other.loss) == pytest.approx(float(losses[0].loss), abs=1e-15)
-            assert torch.allclose(other.weights, losses[0].weights, rtol=0, atol=1e-15)
-            assert torch.allclose(other.statistics.scores, losses[0].statistics.scores, rtol=0, atol=1e-15)
+        for other in (*padded[1:], *packed):
+            assert float(other.loss) == pytest.approx(float(padded[0].loss), abs=1e-14)
+            assert torch.allclose(other.weights, padded[0].weights, rtol=0, atol=1e-13)
+            assert torch.allclose(other.statistics.scores, padded[0].statistics.scores, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (4, 0, 3), (0, 3)])
 def test_empty_results_have_the_shape_of_the_input(shape: tuple[int, ...]) -> None:
-    for weights_per in WEIGHTS_PER:
-        result = reference.combine_advantages(torch.zeros(shape), weights_per=weights_per)
-        assert result.advantages.shape == shape[:-1]
+    for rule in RULES:
+        assert reference.combine_advantages(torch.zeros(shape), rule=rule).advantages.shape == shape[:-1]
 
 
 # --- advantages --------------------------------------------------------------------------------------
@@ -378,17 +304,29 @@ def test_masked_steps_are_skipped_over() -> None:
     assert (advantages[:, ~kept] == 0).all()
 
 
+def test_a_truncated_episode_counts_the_value_that_was_reached() -> None:
+    g = torch.Generator().manual_seed(2)
+    rewards, values, reached = torch.randn(3, 1, 6, 2, generator=g).double()
+    truncated = torch.tensor([[0, 0, 1, 0, 0, 0]])
+    whole, _ = reference.multi_objective_gae(
+        rewards, values, gamma=0.9, lam=0.7, truncated=truncated, final_values=reached
+    )
+    first, _ = reference.multi_objective_gae(
+        rewards[:, :3], values[:, :3], gamma=0.9, lam=0.7, last_values=reached[:, 2]
+    )
+    rest, _ = reference.multi_objective_gae(rewards[:, 3:], values[:, 3:], gamma=0.9, lam=0.7)
+    assert torch.equal(whole, torch.cat([first, rest], 1))
+
+
 def test_group_normalization() -> None:
-    nan = math.nan
+    nan, root = math.nan, math.sqrt(2.0)
     rewards = torch.tensor([[1.0, 5.0], [3.0, nan], [2.0, 7.0], [4.0, 1.0], [4.0, nan], [4.0, nan]]).double()
     got = reference.group_normalize(rewards, group_size=3, eps=0.0)
-    root = math.sqrt(2.0)
     assert torch.allclose(got[:3, 0], torch.tensor([-1.0, 1.0, 0.0]).double())
     assert torch.allclose(got[:3, 1], torch.tensor([-1 / root, 0.0, 1 / root]).double())
-    assert got[3, 1] == got[4, 1] == got[5, 1] == 0
-    ids = torch.tensor([7, 9, 7, 7, 9, 9])
-    by_id = reference.group_normalize(rewards, group_ids=ids, scale=False)
+    assert not got[3:].any()
+    by_id = reference.group_normalize(rewards, group_ids=torch.tensor([7, 9, 7, 7, 9, 9]), scale=False)
     assert torch.allclose(by_id[[0, 2, 3], 0], torch.tensor([1.0, 2.0, 4.0]).double() - 7 / 3)
     assert torch.allclose(by_id[[1, 4, 5], 0], torch.tensor([3.0, 4.0, 4.0]).double() - 11 / 3)
-    constant = reference.group_normalize(torch.full((4, 1), 0.3).double())
-    assert (constant.abs() < 1e-11).all()
+    for eps in (0.0, 1e-4):  # exactly, whatever the mean rounds to
+        assert not reference.group_normalize(torch.full((7, 1), 0.3).double(), eps=eps).any()

@@ -63,9 +63,9 @@ class Generator {
     int integer(int low, int high) { return std::uniform_int_distribution<int>(low, high)(engine_); }
 
     // Uniform, or random with some zeros.
-    std::vector<double> prior(int n, bool uniform_prior) {
+    std::vector<double> preference(int n, bool even) {
         std::vector<double> p(n, 1.0 / n);
-        if (uniform_prior) return p;
+        if (even) return p;
         double sum = 0.0;
         for (double& x : p) sum += x = integer(0, 4) ? uniform(0.0, 1.0) : 0.0;
         if (sum == 0.0) return std::vector<double>(n, 1.0 / n);
@@ -183,8 +183,9 @@ class Generator {
 
 // Wolfe's certificate in long double: how far a gradient component lies below their mean over c, relative
 // to max M_ii; infinity when c is not in the simplex. Objectives that are not present must have no weight.
-inline double kkt_residual(int n, const std::vector<double>& m, const std::vector<double>& prior, double regularization,
-                           const std::vector<double>& c, const unsigned char* present = nullptr) {
+inline double kkt_residual(int n, const std::vector<double>& m, const std::vector<double>& preference,
+                           double regularization, const std::vector<double>& c,
+                           const unsigned char* present = nullptr) {
     long double largest = 0.0L, sum = 0.0L, mass = 0.0L, mean = 0.0L, smallest = HUGE_VALL;
     int count = 0;
     for (int i = 0; i < n; ++i) {
@@ -195,14 +196,14 @@ inline double kkt_residual(int n, const std::vector<double>& m, const std::vecto
             continue;
         }
         ++count;
-        mass += prior[i];
+        mass += preference[i];
         largest = std::fmax(largest, static_cast<long double>(m[static_cast<std::size_t>(i) * n + i]));
     }
     if (std::fabs(static_cast<double>(sum - 1.0L)) > 1e-13) return HUGE_VAL;
     if (largest == 0.0L) largest = 1.0L;
     for (int i = 0; i < n; ++i) {
         if (present && !present[i]) continue;
-        const long double p = mass > 0.0L ? prior[i] / mass : 1.0L / count;
+        const long double p = mass > 0.0L ? preference[i] / mass : 1.0L / count;
         long double gradient = regularization * largest * (c[i] - p);
         for (int k = 0; k < n; ++k)
             if (c[k] != 0.0) gradient += static_cast<long double>(m[static_cast<std::size_t>(i) * n + k]) * c[k];

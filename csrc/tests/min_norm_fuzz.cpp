@@ -35,7 +35,7 @@ int main(int argc, char** argv) {
         const int n =
             random.integer(0, 3) ? random.integer(1, largest_n < 16 ? largest_n : 16) : random.integer(1, largest_n);
         const std::vector<double> gram = random.gram(family, n);
-        const std::vector<double> prior = random.prior(n, random.integer(0, 1));
+        const std::vector<double> preference = random.preference(n, random.integer(0, 1));
         const double regularization = random.integer(0, 3) ? 0.0 : std::pow(10.0, random.uniform(-14.0, 1.0));
         const bool masked = random.integer(0, 7) == 0;
         present.assign(n, 1);
@@ -43,9 +43,9 @@ int main(int argc, char** argv) {
             for (int k = 1; k < n; ++k) present[k] = static_cast<unsigned char>(random.integer(0, 1));
         weights.assign(n, -1.0);
         const pama::MinNormResult result =
-            pama::min_norm_solve(n, gram.data(), n, 1, prior.data(), masked ? present.data() : nullptr, regularization,
-                                 weights.data(), workspace.data());
-        const double kkt = families::kkt_residual(n, gram, prior, regularization, weights, present.data());
+            pama::min_norm_solve(n, gram.data(), n, 1, preference.data(), masked ? present.data() : nullptr,
+                                 regularization, weights.data(), workspace.data());
+        const double kkt = families::kkt_residual(n, gram, preference, regularization, weights, present.data());
         for (Worst* w : {&all, &worst[family]}) {
             w->factorisations = std::max(w->factorisations, result.factorisations);
             w->kkt = std::max(w->kkt, kkt);

@@ -169,7 +169,7 @@ void test_enumeration() {
     double worst_value = 0.0, worst_distance = 0.0;
     for (int i = 0; i < 6000; ++i) {
         const int family = i % families::kFamilies, n = random.integer(1, 7);
-        const Vec gram = random.gram(family, n), preference = random.prior(n, random.integer(0, 1));
+        const Vec gram = random.gram(family, n), preference = random.preference(n, random.integer(0, 1));
         const double scale = largest_diagonal(n, gram);
         if (scale == 0.0) continue;
         Vec scaled = gram;
@@ -200,7 +200,7 @@ void test_properties() {
     double worst_kkt = 0.0, worst_permuted = 0.0;
     for (int i = 0; i < 4000; ++i) {
         const int family = i % families::kFamilies, n = random.integer(1, i % 10 ? 12 : 64);
-        const Vec gram = random.gram(family, n), preference = random.prior(n, random.integer(0, 1));
+        const Vec gram = random.gram(family, n), preference = random.preference(n, random.integer(0, 1));
         const double regularization = random.integer(0, 1) ? 0.0 : std::pow(10.0, random.uniform(-6.0, 1.0));
         const Solution s = solve(n, gram, preference, regularization);
         const double kkt = families::kkt_residual(n, gram, preference, regularization, s.weights);
@@ -257,7 +257,7 @@ void test_presence() {
     for (int i = 0; i < 1000; ++i) {
         const int family = i % families::kFamilies, n = random.integer(1, 16);
         Vec gram = random.gram(family, n);
-        const Vec preference = random.prior(n, random.integer(0, 1));
+        const Vec preference = random.preference(n, random.integer(0, 1));
         const double regularization = random.integer(0, 1) ? 0.0 : random.uniform(0.0, 1.0);
         std::vector<unsigned char> present(n);
         std::vector<int> kept;
@@ -297,7 +297,7 @@ void test_regularization_path() {
     families::Generator random(19);
     for (int i = 0; i < 500; ++i) {
         const int family = i % families::kFamilies, n = random.integer(1, 12);
-        const Vec gram = random.gram(family, n), preference = random.prior(n, false);
+        const Vec gram = random.gram(family, n), preference = random.preference(n, false);
         const double scale = largest_diagonal(n, gram);
         double last_value = -HUGE_VAL, last_distance = HUGE_VAL;
         for (double regularization = 0.0; regularization < 1e4;
@@ -355,7 +355,7 @@ void test_any_finite_matrix() {
         if (i % 4 == 2)
             for (int a = 0; a < n; ++a)
                 for (int b = 0; b < a; ++b) gram[a * n + b] = gram[b * n + a];
-        const Solution s = solve(n, gram, random.prior(n, false), i % 3 ? 0.0 : 0.1);
+        const Solution s = solve(n, gram, random.preference(n, false), i % 3 ? 0.0 : 0.1);
         most = std::max(most, s.result.factorisations);
         double sum = 0.0;
         bool inside = true;

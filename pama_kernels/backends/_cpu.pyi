@@ -1,5 +1,7 @@
-"""The native CPU module. It reads records by field and tensors as they lie; results are contiguous tensors
-that the caller has allocated."""
+"""The native CPU module.
+
+It reads records by field and tensors with their strides; the caller allocates contiguous results.
+"""
 
 from torch import Tensor
 

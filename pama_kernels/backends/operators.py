@@ -101,7 +101,7 @@ class Apply(NamedTuple):
 
 # The declared types of each record's fields.
 _KINDS: dict[Any, tuple[str, ...]] = {
-    record: tuple(getattr(kind, "__forward_arg__", kind) for kind in record.__annotations__.values())
+    record: tuple(str(getattr(kind, "__forward_arg__", kind)) for kind in record.__annotations__.values())
     for record in (
         Tokens,
         Rule,

@@ -1,9 +1,9 @@
 """pytest plugin (`-p on_device`): every public call of the test-suite runs on the device `PAMA_TEST_DEVICE`.
 
-The tests stay as they are; what only the CPU promises is marked `cpu` and left out by `-m`. Around each public
-function the tensors it is given are copied to the device with their strides, storage offsets and shared memory;
-the call runs with synchronisation made an error; results, gradients and `out=` come back to the CPU. Device
-`cpu` copies too: it proves the plugin where no GPU is.
+The tests stay as they are; what only the CPU promises is marked `cpu` and left out by `-m`. Around each
+public function the tensors it is given are copied to the device with their strides, storage offsets and
+shared memory; the call runs with synchronisation made an error; results, gradients and `out=` come back to
+the CPU. Device `cpu` copies too: it proves the plugin where no GPU is.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The CUDA backend as far as a machine without a GPU can prove it.
 
-The module that nvcc built loads without a device, says what is missing, and holds machine code without spills.
+The module that nvcc built loads without a device, says what is missing, and holds machine code that
+does not spill.
 """
 
 from __future__ import annotations

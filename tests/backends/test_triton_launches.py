@@ -42,8 +42,7 @@ def test_these_kernels_are_what_the_public_functions_run() -> None:
         assert find("cpu", name).__name__ == "pama_kernels.backends.triton"
 
 
-# Rule, then the launches of a loss and of a combination per token, and per sequence. FIXED and SCORES are solved
-# by the last program of the statistics; the matrices take a launch of their own.
+# FIXED and SCORES are solved by the last program of the statistics, the matrices in a launch of their own.
 BATCH_WEIGHTS = [
     (Fixed(), []),
     (Pama(bound="scores"), []),

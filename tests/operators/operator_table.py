@@ -91,7 +91,9 @@ def _gae(rows: int, width: int) -> Tensors:
 
 
 def _loss(**x: Any) -> Any:
-    result = pk.pama_loss(**{"dual_clip": 3.0, "kl_coef": torch.tensor(0.1), "rule": "upgrad", **x})
+    result = pk.pama_loss(
+        **{"dual_clip": 3.0, "kl_coef": torch.tensor(0.1, device="cpu"), "rule": "upgrad", **x}
+    )
     return *result[:3], result.statistics, result.metrics()
 
 

@@ -131,7 +131,8 @@ def test_weights_follow_the_bias_corrected_running_mean(momentum: float, rule: A
         torch.testing.assert_close(result.weights.double(), wanted, rtol=0, atol=1e-6)
         assert torch.equal(result.statistics.buffer, s.buffer), "the statistics are those of the batch"
         given = x["logprobs"].clone().requires_grad_()
-        fixed = lambda _, c=result.weights.double(): c  # noqa: E731
+        c = result.weights.double()
+        fixed = lambda _, c=c: c  # noqa: E731
         fixed.noon, fixed.pairs = noon, False  # type: ignore[attr-defined]
         alone = pk.pama_loss(**{**x, "logprobs": given}, rule=fixed)
         alone.loss.backward()

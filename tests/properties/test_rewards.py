@@ -268,7 +268,8 @@ def test_normalize_is_the_textbook() -> None:
         torch.testing.assert_close(found, wanted.view(12, 3), rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize(("scale", "dtype"), diagonal([True, False], FLOATS))
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("eps", [0.0, 1e-4, 1.0])
 def test_normalize_is_the_reference(eps: float, scale: bool, dtype: torch.dtype) -> None:
     for shape in ((12, 3), (96, 1), (6, 40)):

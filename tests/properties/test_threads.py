@@ -56,7 +56,8 @@ def everything(x: Problem) -> list[Tensor]:
     for problem in (x, row):
         results.append(pk.objective_statistics(**problem.statistics_arguments(), pairs=True).buffer)
     flat = x.advantages.flatten(0, 1)
-    gram = x.advantages[:999, :8].mT @ x.advantages[:999, :8]
+    some = x.advantages[:999, :8].double()
+    gram = some.mT @ some
     results += [*pk.pama_weights(flat), *pk.pama_weights(flat, regularization=0.1)]
     results += [*pk.min_norm_weights(gram), *pk.upgrad_weights(gram)]
     results += pk.multi_objective_gae(x.advantages, x.advantages.roll(1, 0), x.mask)

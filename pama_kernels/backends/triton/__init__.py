@@ -1,8 +1,10 @@
 """The Triton backend: portable GPU kernels (NVIDIA and AMD); on the CPU they run in Triton's interpreter.
 
-`passes.py` has statistics and apply, `rules.py` solve, `simplex.py` weights, `min_norm.py` min_norm and upgrad,
-`advantages.py` gae and group_normalize. Underneath, `tokens.py` reads, `statistics.py` and `reduce.py` add up,
-`apply.py` is the pass over tokens and `rows.py` the one over sequences; `active_set.py` solves quadratic problems.
+`passes.py` has statistics and apply, `rules.py` solve, `simplex.py` weights, `min_norm.py` min_norm and
+upgrad, `advantages.py` gae and group_normalize. Underneath, `tokens.py` reads,
+`statistics.py` and `reduce.py` add up,
+`apply.py` is the pass over tokens and `rows.py` the one over sequences; `active_set.py` solves quadratic
+problems.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""Quadratic problems over the simplex and over the positive cone, for P of them at once, by exchange of the active set.
+"""Quadratic problems over the simplex and over the positive cone, for P of them at once, by exchange of the
+active set.
 
 SIMPLEX:  minimise over c in the simplex  1/2 c'Mc + weight/2 ||c - p||^2
 else:     minimise over v >= 0            1/2 v'Mv - q'v
 
-Both come down to y >= 0 minimising 1/2 y'Hy - r'y with H = M + ue' + eu' + rho I, one factorisation of H on a support
-for each round (csrc/core/min_norm.hpp has the reasons): exchange of all wrong indices, then Lawson and Hanson's descent.
-On the simplex u homogenises (c = y / e'y, r = e); else u = 0. Where the minimiser may not be unique, proximal steps with
-ridge/2 ||c - c_previous||^2 follow, from c_0 = p or v_0 = 0. Rounds and steps are limited; whoever has no certificate
-then, or only one beyond what its ridge allows, has failed.
+Both come down to y >= 0 minimising 1/2 y'Hy - r'y with H = M + ue' + eu' + rho I, one factorisation of H on
+a support for each round (csrc/core/min_norm.hpp has the reasons): exchange of all wrong indices, then Lawson
+and Hanson's descent. On the simplex u homogenises (c = y / e'y, r = e); else u = 0. Where the minimiser may
+not be unique, proximal steps with ridge/2 ||c - c_previous||^2 follow, from c_0 = p or v_0 = 0. Rounds and
+steps are limited; whoever has no certificate then, or only one beyond what its ridge allows, has failed.
 
 Vectors are (P, BLOCK); M is (P, BLOCK, BLOCK) or, the same for all, (1, BLOCK, BLOCK).
 """
@@ -52,8 +53,8 @@ def multiply(m, x):
 
 @triton.jit
 def _factor_and_solve(m, inside, shift, rho, r, floor, N, BLOCK: tl.constexpr):
-    """y with H_SS y_S = r_S by LDL', unknowns outside S replaced by those of the identity; 0 outside S. And whether no
-    pivot fell below `floor` of its H_ii; one that does is raised to it."""
+    """y with H_SS y_S = r_S by LDL', unknowns outside S replaced by those of the identity; 0 outside S. And
+    whether no pivot fell below `floor` of its H_ii; one that does is raised to it."""
     index = tl.arange(0, BLOCK)[None, :]
     row = tl.arange(0, BLOCK)[None, :, None]
     column = tl.arange(0, BLOCK)[None, None, :]
@@ -97,8 +98,8 @@ def _cancelling(diagonal, y, r):
 def _nonnegative(
     m, diagonal, shift, rho, r, present, inside, strict, active, N, BLOCK: tl.constexpr, SIMPLEX: tl.constexpr
 ):
-    """y, whether it is optimal, and whether a multiplier outside its support may be 0. A strict problem is given up
-    where exchange alone does not solve it. Starts from the support `inside`."""
+    """y, whether it is optimal, and whether a multiplier outside its support may be 0. A strict problem is
+    given up where exchange alone does not solve it. Starts from the support `inside`."""
     index = tl.arange(0, BLOCK)[None, :]
     count = tl.sum(present.to(tl.int32), 1)
     floor = tl.where(strict, SINGULAR_PIVOT, SMALLEST_PIVOT).to(tl.float64)
@@ -227,8 +228,8 @@ def _shared(point, leader):
 def minimise(m, diagonal, present, p, q, weight, N, BLOCK: tl.constexpr, SIMPLEX: tl.constexpr):
     """(c or v, failed) of problems that are finite and scaled to 1 <= max_i M_ii < 2; nobody present: p or 0.
 
-    present (P, BLOCK): the objectives that take part; M is 0 in rows and columns of others. diagonal: M_ii, p: on the
-    simplex of those present (else 0), weight (P,), q: only of problems over the cone.
+    present (P, BLOCK): the objectives that take part; M is 0 in rows and columns of others. diagonal: M_ii,
+    p: on the simplex of those present (else 0), weight (P,), q: only of problems over the cone.
     """
     index = tl.arange(0, BLOCK)[None, :]
     smallest = tl.min(tl.where(present, diagonal, LARGEST), 1)

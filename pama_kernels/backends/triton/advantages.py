@@ -35,10 +35,21 @@ def _chain(cut, factor, term, next_cut, next_factor, next_term):
     return cut | next_cut, factor * next_factor, total
 
 
-_STRIDES = (
-    "r_row r_step r_objective v_row v_step v_objective m_row m_step d_row d_step t_row t_step l_row l_objective "
-    "f_row f_step f_objective width"
-).split()
+_STRIDES = [
+    *(
+        "r_row",
+        "r_step",
+        "r_objective",
+        "v_row",
+        "v_step",
+        "v_objective",
+        "m_row",
+        "m_step",
+        "d_row",
+        "d_step",
+    ),
+    *("t_row", "t_step", "l_row", "l_objective", "f_row", "f_step", "f_objective", "width"),
+]
 
 
 @triton.jit(do_not_specialize=_STRIDES)
@@ -54,8 +65,8 @@ def gae_kernel(
     """One sequence, backwards in chunks of STEPS; place 0 of a chunk is its last step.
 
     A valid step is V -> its value and A -> reward + gamma V - value + gamma lam A, where V and A are those of
-    the valid step that follows; A is 0 where the episode ends, V too, or where truncated the step's final value. A
-    masked step changes neither.
+    the valid step that follows; A is 0 where the episode ends, V too, or where truncated the step's final
+    value. A masked step changes neither.
     """
     tiles = tl.cdiv(n, BLOCK)
     sequence = (tl.program_id(0) // tiles).to(tl.int64)
@@ -145,7 +156,8 @@ def gae(
     ):  # fmt: skip
         arrays += [x, *((0,) * dimensions if x is None else x.stride())]
     launch(
-        gae_kernel, rewards.device, rows * triton.cdiv(n, block), *arrays, advantages, returns, *number(gamma),
+        gae_kernel, rewards.device, rows * triton.cdiv(n, block), *arrays, advantages, returns,
+        *number(gamma),
         *number(lam), width, n=n, STEPS=min(_STEPS // block, max(64, power_of_two(width))), BLOCK=block,
     )  # fmt: skip
     return advantages, returns
@@ -170,7 +182,8 @@ def _members(rewards, row, column, order, ids, own, first, last, objective, n, M
 
 @triton.jit(do_not_specialize=["row", "column", "rows", "size"])
 def group_normalize_kernel(
-    rewards, row: tl.int64, column: tl.int64, order, ids, result, eps: tl.float64, rows: tl.int64, size: tl.int64,
+    rewards, row: tl.int64, column: tl.int64, order, ids, result, eps: tl.float64, rows: tl.int64,
+    size: tl.int64,
     n: tl.constexpr, SCALE: tl.constexpr, MEMBERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One group: `size` rows that stand together; or with ids (sorted, by `order`) those with the id of place
@@ -256,6 +269,7 @@ def group_normalize(
     members = min(_MEMBERS // block, power_of_two(largest))
     launch(
         group_normalize_kernel, rewards.device, groups * triton.cdiv(n, block), rewards, *rewards.stride(),
-        order, ids, result, eps, rows, group_size, n=n, SCALE=scale, MEMBERS=members, BLOCK=block, num_warps=2,
+        order, ids, result, eps, rows, group_size, n=n, SCALE=scale, MEMBERS=members, BLOCK=block,
+        num_warps=2,
     )  # fmt: skip
     return result

@@ -1,4 +1,5 @@
-"""The pass over tokens: statistics, combined advantages, the loss with its gradient, whatever a call asks for.
+"""The pass over tokens: statistics, combined advantages, the loss with its gradient, whatever a call asks
+for.
 
 Abar_t = sum_i c_i(t) A_{i,t} = up_t + down_t;  loss_t = -up_t pos_t - down_t neg_t + kl_coef (e^r - r - 1)
 """
@@ -52,7 +53,8 @@ from .tokens import (
     tokens_in_all,
 )
 
-# WEIGHTS: none (statistics alone); one set; one for each row; solved per token; already in up and down of each row
+# WEIGHTS: none (statistics alone); one set; one for each row; solved per token; already in up and down of
+# each row
 NONE, BATCH, ROW, SCORES, SOFTMIN, FACTORS = range(6)
 _NONE, _BATCH, _ROW, _SCORES, _SOFTMIN, _FACTORS = map(tl.constexpr, range(6))
 _HEAD = tl.constexpr(HEAD)
@@ -86,8 +88,19 @@ def combine(c, a, NOON: tl.constexpr):
 
 
 @triton.jit
-def loss_and_slope(factors, up, down, ref, kl_coef, row, token, inside, UNIT: tl.constexpr, NOON: tl.constexpr,
-                   D: tl.constexpr):  # fmt: skip
+def loss_and_slope(
+    factors,
+    up,
+    down,
+    ref,
+    kl_coef,
+    row,
+    token,
+    inside,
+    UNIT: tl.constexpr,
+    NOON: tl.constexpr,
+    D: tl.constexpr,
+):
     """Each token's loss and its derivative in logp, (TOKENS,)."""
     valid, logp, ratio, pos, neg, grad_pos, grad_neg, _, _, _ = factors
     value = -up * pos
@@ -110,10 +123,21 @@ def loss_and_slope(factors, up, down, ref, kl_coef, row, token, inside, UNIT: tl
 
 
 @triton.jit
-def report(partial, slots, STRIDE: tl.constexpr, sums, weights, preference, reported, optimum, n: tl.constexpr,
-           N: tl.constexpr, BY_TOKEN: tl.constexpr):  # fmt: skip
-    """What is reported of weights that the statistics of the same launch belong to: one set, with a.c; or the means of
-    those of the tokens (preference where there is none)."""
+def report(
+    partial,
+    slots,
+    STRIDE: tl.constexpr,
+    sums,
+    weights,
+    preference,
+    reported,
+    optimum,
+    n: tl.constexpr,
+    N: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+):
+    """What is reported of weights that the statistics of the same launch belong to: one set, with a.c; or
+    the means of those of the tokens (preference where there is none)."""
     i = tl.arange(0, N)
     if BY_TOKEN:
         tokens = tl.load(sums + 9 * n)
@@ -139,15 +163,16 @@ def tokens_kernel(
     preference, value: tl.float64, value_at,
     c, c_row: tl.int64, c_step: tl.int64, effective, e_row: tl.int64, row_counts, row_factors,
     denominator: tl.float64, denominator_at, kl: tl.float64, kl_at,
-    combined, gradient, loss, square_sum, weights, optimum, sums, row_fields, parts: tl.int64, partial, counter,
+    combined, gradient, loss, square_sum, weights, optimum, sums, row_fields, parts: tl.int64, partial,
+    counter,
     n: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr, LAYOUT: tl.constexpr, NARROW: tl.constexpr,
     UNIT: tl.constexpr, DENSE: tl.constexpr, NOON: tl.constexpr, WIDE: tl.constexpr,
     WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr, PAIRS: tl.constexpr, SHARE: tl.constexpr,
     SOLVE: tl.constexpr, COUNT: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Programs take tiles of all tokens in turn; with `row_fields`, which receives (rows * parts, 4, n) sums, they take
-    whole parts of rows. SOLVE: the kind of weights that the last program solves from the statistics, or -1.
-    COUNT: a denominator below 1 counts as 1."""
+    """Programs take tiles of all tokens in turn; with `row_fields`, which receives (rows * parts, 4, n)
+    sums, they take whole parts of rows. SOLVE: the kind of weights that the last program solves from the
+    statistics, or -1. COUNT: a denominator below 1 counts as 1."""
     D: tl.constexpr = tl.float64 if WIDE else tl.float32
     PRESENT: tl.constexpr = presence is not None
     clip = clip_of(low, low_at, high, high_at, dual, dual_at)
@@ -173,7 +198,7 @@ def tokens_kernel(
         if COUNT:
             divisor = tl.maximum(divisor, 1.0)
         coefficient = number_of(kl, kl_at)
-    if WEIGHTS == _SCORES or WEIGHTS == _SOFTMIN:
+    if (WEIGHTS == _SCORES) | (WEIGHTS == _SOFTMIN):
         p = preference_of(preference, n, N)[None, :]
         c_sum = tl.zeros([TOKENS, N], tl.float64)
     zero = tl.zeros([TOKENS], tl.float64)
@@ -272,7 +297,7 @@ def tokens_kernel(
         tl.store(slot, tl.sum(loss_sum, axis=0))
         tl.store(slot + 1, tl.sum(best_sum, axis=0))
         tl.store(slot + 2, tl.sum(squares, axis=0))
-        if WEIGHTS == _SCORES or WEIGHTS == _SOFTMIN:
+        if (WEIGHTS == _SCORES) | (WEIGHTS == _SOFTMIN):
             tl.store(slot + _HEAD + i, tl.sum(c_sum, axis=0), mask=i < n)
         if is_last(counter, slots):
             if loss is not None:
@@ -323,10 +348,12 @@ def run_tokens(p: Problem, x: Pass) -> None:
     n, present = p.constants["n"], p.arguments[4] is not None
     # Sums beside the results take registers, and so does the float64 that both signs may want.
     if x.pairs:
-        constants = p.tile(512 if present else 1024, p.constants["N"] ** 2)
+        constants = p.tile(512 if present else 1024, max(2, p.constants["N"] ** 2))
     else:
-        by_token = x.weights in (SCORES, SOFTMIN)
-        constants = p.tile(256 if by_token and x.statistics else 512 if x.statistics else 1024)
+        area = 512 if x.statistics else 1024
+        if x.weights in (SCORES, SOFTMIN):
+            area = 256 if p.flat or p.constants["NOON"] else 128
+        constants = p.tile(area)
     stride = slot_size(n, x.statistics, x.pairs, present)
     tiles = -(-p.total // constants["TOKENS"])
     units = tiles if x.row_fields is None else p.rows * x.parts
@@ -339,8 +366,10 @@ def run_tokens(p: Problem, x: Pass) -> None:
     strides: tuple[Any, ...] = (0, 0) if x.c is None else (x.c.stride(0) if by_row else 0, x.c.stride(-1))
     launch(
         tokens_kernel, p.device, slots, *p.arguments, x.preference, *number(x.setting), x.c, *strides,
-        x.effective, n if by_row else 0, x.row_counts, x.row_factors, *number(x.denominator), *number(x.kl_coef),
-        x.combined, x.gradient, x.loss, x.square_sum, x.reported, x.optimum, x.sums, x.row_fields, x.parts, partial,
+        x.effective, n if by_row else 0, x.row_counts, x.row_factors, *number(x.denominator),
+        *number(x.kl_coef),
+        x.combined, x.gradient, x.loss, x.square_sum, x.reported, x.optimum, x.sums, x.row_fields, x.parts,
+        partial,
         count, **constants, WEIGHTS=x.weights, STATISTICS=x.statistics, PAIRS=x.pairs, SHARE=x.share,
         SOLVE=x.solve, COUNT=x.count, STRIDE=stride,
     )  # fmt: skip

@@ -41,13 +41,13 @@ def check_memory(**tensors: Tensor | None) -> None:
         except RuntimeError:  # a functorch wrapper
             address = 0
         if address == 0:
-            raise NoMemory(
-                f"{name}: expected a tensor with memory of its own, got one without (freed storage or a wrapper)"
-            )
+            what = "a tensor with memory of its own, got one without (freed storage or a wrapper)"
+            raise NoMemory(f"{name}: expected {what}")
 
 
 def number(x: Number | None, without: float = 0.0) -> tuple[float, Tensor | None]:
-    """A setting as two arguments of a kernel, which `number_of` joins: a value, and the tensor that replaces it."""
+    """A setting as two arguments of a kernel, which `number_of` joins: a value, and the tensor that replaces
+    it."""
     if isinstance(x, Tensor):
         check_memory(setting=x)
         return 0.0, x.detach()
@@ -67,7 +67,8 @@ def number_of(value, at):
 
 
 def launch(kernel: Any, device: torch.device, programs: int, *arguments: Any, **options: Any) -> None:
-    """Runs so many programs of a kernel on the device and its current stream. All launches go through here."""
+    """Runs so many programs of a kernel on the device and its current stream. All launches go through
+    here."""
     if NVIDIA:
         # All a thread can have: left to itself, ptxas spills to make room for more programs than there are.
         threads = 32 * options.get("num_warps", 4)

@@ -17,7 +17,6 @@ from pama_kernels._call import Number, result_dtype
 
 from .active_set import any_of, minimise, multiply
 from .launch import check_memory, launch, number, number_of, power_of_two
-
 from .simplex import normalised, power_of_two_of, preference_of
 from .tokens import read
 
@@ -25,8 +24,8 @@ MOST = 64  # objectives: a tile of more would spill
 LARGEST_REGULARIZATION = tl.constexpr(1e100)  # beyond it c = p in double, and before it overflows
 
 # by objectives (padded): problems to a program, and warps
-_MIN_NORM = {1: (32, 1), 2: (8, 1), 4: (8, 2), 8: (2, 1), 16: (1, 1), 32: (1, 4), 64: (1, 8)}
-UPGRAD = {1: (1, 1), 2: (2, 1), 4: (4, 1), 8: (8, 2), 16: (8, 4), 32: (4, 4), 64: (1, 8)}
+_MIN_NORM = {1: (32, 1), 2: (8, 1), 4: (8, 2), 8: (2, 2), 16: (1, 2), 32: (1, 8), 64: (1, 8)}
+UPGRAD = {1: (1, 1), 2: (2, 1), 4: (4, 1), 8: (8, 4), 16: (4, 4), 32: (2, 8), 64: (1, 8)}
 
 
 def check_objectives(n: int) -> None:
@@ -38,8 +37,8 @@ def check_objectives(n: int) -> None:
 
 @triton.jit
 def _prepared(m, present, p, BLOCK: tl.constexpr):
-    """M symmetric and scaled to 1 <= max_i M_ii < 2, the scale, the preference over those present, M_ii; whether all is
-    finite. M is 0 where that is not so, or no M_ii is positive."""
+    """M symmetric and scaled to 1 <= max_i M_ii < 2, the scale, the preference over those present, M_ii;
+    whether all is finite. M is 0 where that is not so, or no M_ii is positive."""
     row = tl.arange(0, BLOCK)[None, :, None]
     column = tl.arange(0, BLOCK)[None, None, :]
     both = present[:, :, None] & present[:, None, :]
@@ -64,8 +63,8 @@ def _optimum(m, c, scale):
 
 @triton.jit
 def min_norm_of(m, present, p, regularization, N, BLOCK: tl.constexpr):
-    """c (P, BLOCK) and c'Mc (P,) of M (P, BLOCK, BLOCK); NaN where an entry is not finite, or no solution is certified.
-    Nobody present: p. regularization: a float64 value."""
+    """c (P, BLOCK) and c'Mc (P,) of M (P, BLOCK, BLOCK); NaN where an entry is not finite, or no solution is
+    certified. Nobody present: p. regularization: a float64 value."""
     m, scale, own, diagonal, finite, usable = _prepared(m, present, p, BLOCK)
     finite = finite & (0.0 * tl.sum(own, 1) + 0.0 * regularization == 0.0)
     part = present & (usable & finite)[:, None]
@@ -108,7 +107,8 @@ def upgrad_of(m, present, p, N, BLOCK: tl.constexpr, PROBLEMS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["stride", "row", "column", "rows"])
 def gram_kernel(
-    gram, stride: tl.int64, row: tl.int64, column: tl.int64, preference, value: tl.float64, at, weights, optimum,
+    gram, stride: tl.int64, row: tl.int64, column: tl.int64, preference, value: tl.float64, at, weights,
+    optimum,
     rows: tl.int64, n: tl.constexpr, PROBLEMS: tl.constexpr, N: tl.constexpr, PROJECTIONS: tl.constexpr,
 ):  # fmt: skip
     """PROJECTIONS > 0: UPGrad, with so many at a time and one matrix to a program."""
@@ -116,10 +116,13 @@ def gram_kernel(
     problem = tl.program_id(0).to(tl.int64) * PROBLEMS + tl.arange(0, PROBLEMS)
     here = problem < rows
     inside = here[:, None] & (index < n)[None, :]
-    at_entry = (
-        (gram + problem * stride)[:, None, None] + index[None, :, None] * row + index[None, None, :] * column
-    )
-    m = read(at_entry, inside[:, :, None] & inside[:, None, :], tl.float64)
+    entry = index[:, None] * row + index[None, :] * column
+    both = (index < n)[:, None] & (index < n)[None, :]
+    if PROBLEMS == 1:  # in two dimensions: so it gets a layout that spills less
+        m = read(gram + tl.program_id(0).to(tl.int64) * stride + entry, both, tl.float64)[None, :, :]
+    else:
+        at_entry = (gram + problem * stride)[:, None, None] + entry[None, :, :]
+        m = read(at_entry, here[:, None, None] & both[None, :, :], tl.float64)
     p = preference_of(preference, n, N)[None, :] + tl.zeros([PROBLEMS, N], tl.float64)
     if PROJECTIONS > 0:
         c, best = upgrad_of(m, inside, p, n, N, PROJECTIONS)
@@ -147,7 +150,8 @@ def _solve(
     block = power_of_two(n)
     problems, warps = (1, UPGRAD[block][1]) if upgrad else _MIN_NORM[block]
     launch(
-        gram_kernel, gram.device, triton.cdiv(source.shape[0], problems), source, *source.stride(), preference,
+        gram_kernel, gram.device, triton.cdiv(source.shape[0], problems), source, *source.stride(),
+        preference,
         *number(regularization), result, optimum, source.shape[0], n=n, PROBLEMS=problems, N=block,
         PROJECTIONS=UPGRAD[block][0] if upgrad else 0, num_warps=warps,
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """`statistics` and `apply`: which kernels a call takes, and what they write into.
 
-Weights of the batch: a pass for the statistics, in which the last program solves FIXED and SCORES (GRAM and UPGRAD take
-a launch of their own), then a pass over the tokens. Weights per row: the same, with sums of each row. Others: one pass,
-before which the valid tokens are counted where the loss or the token weights need them. Advantages per sequence take
-`rows.py`, and a pass over the tokens for the loss alone.
+Weights of the batch: a pass for the statistics, in which the last program solves FIXED and SCORES (GRAM and
+UPGRAD take a launch of their own), then a pass over the tokens. Weights per row: the same, with sums of each
+row. Others: one pass, before which the valid tokens are counted where the loss or the token weights need
+them. Advantages per sequence take `rows.py`, and a pass over the tokens for the loss alone.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .simplex import preference_of, softmin, solve
 from .statistics import PAIRS_IN_REGISTERS, store_pairs_of, valid_count
 from .tokens import Problem, check_tokens_memory, problem, row_range, valid_tokens
 
-_BATCH_KINDS = (Kind.FIXED, Kind.SCORES, Kind.GRAM, Kind.UPGRAD)
+_SOLVED_INLINE = 16  # objectives whose weights the last program of the statistics finds without spilling
 
 
 def _factorised(given: Tokens) -> bool:
@@ -93,8 +93,8 @@ def row_weights_kernel(
     weights, optimum, effective, rows: tl.int64,
     n: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, WEIGHTS: tl.constexpr, NOON: tl.constexpr,
 ):  # fmt: skip
-    """Weights of rows from their sums (rows * parts, 4, n): count, I, I^2, A'; and the preference in each row. Given
-    weights (ROW) have only their optimum a.c computed."""
+    """Weights of rows from their sums (rows * parts, 4, n): count, I, I^2, A'; and the preference in each
+    row. Given weights (ROW) have only their optimum a.c computed."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     i = tl.arange(0, N)
     inside = (row < rows)[:, None] & (i < n)[None, :]
@@ -139,7 +139,8 @@ def _row_weights(call: _Call, x: Pass, fields: Tensor, parts: int, effective: Te
     each = max(1, 256 // block)
     strides = (0, 0) if x.c is None else x.c.stride()
     launch(
-        row_weights_kernel, call.device, max(1, -(-rows // each)), fields, parts, x.preference, *number(x.setting),
+        row_weights_kernel, call.device, max(1, -(-rows // each)), fields, parts, x.preference,
+        *number(x.setting),
         x.c, *strides, x.reported, x.optimum, effective, rows, n=n, N=block, ROWS=each, WEIGHTS=x.weights,
         NOON=call.given.noon,
     )  # fmt: skip
@@ -191,17 +192,11 @@ def apply(
     combined = results.advantages if outputs.advantages else None
     picked = combined
     if combined is not None and call.rows is None and one_result_per_row(tokens, rule):
-        width = tokens.width if tokens.width >= 0 else 0
         combined = combined.new_empty(
-            width
-        )  # presence may differ within a row: its first valid token decides
+            tokens.width
+        )  # presence differs in a row: its first valid token decides
     loss = results.loss if outputs.loss else None
-    asked = {
-        "combined": combined,
-        "loss": loss,
-        "gradient": results.gradient if outputs.gradient else None,
-        "kl_coef": outputs.kl_coef,
-    }
+    gradient = results.gradient if outputs.gradient else None
     # whose weights
     if weights is not None:
         kind = ROW if by_row else BATCH
@@ -210,13 +205,14 @@ def apply(
     x = Pass(
         weights=kind, statistics=True, pairs=outputs.pairs, preference=preference, setting=rule.number,
         c=None if weights is None else weights.detach(), effective=preference,
-        share=tokens.objective_mask is not None and kind != SCORES and kind != SOFTMIN and rule.kind != Kind.GIVEN,
-        reported=results.weights, optimum=results.optimum, sums=results.sums, square_sum=results.square_sum,
+        share=tokens.objective_mask is not None and kind in (BATCH, ROW) and rule.kind != Kind.GIVEN,
+        reported=results.weights, optimum=results.optimum, sums=results.sums,
+        square_sum=results.square_sum,
     )  # fmt: skip
     solved = False  # the statistics are there, and weights in x.c
     if batch:
         effective = call.new(n)
-        inline = rule.kind in (Kind.FIXED, Kind.SCORES)
+        inline = rule.kind in (Kind.FIXED, Kind.SCORES) and n <= _SOLVED_INLINE
         call.run(x._replace(weights=NONE, solve=int(rule.kind) if inline else -1, effective=effective))
         if not inline:
             solve_into(results.sums, rule, preference, n, results.weights, results.optimum, effective)
@@ -242,18 +238,21 @@ def apply(
             final = Pass(weights=FACTORS, row_factors=factors, denominator=denominator, count=count)
             run_tokens(
                 problem(tokens, True, without_objectives=True),
-                final._replace(loss=loss, gradient=asked["gradient"], kl_coef=outputs.kl_coef),
+                final._replace(loss=loss, gradient=gradient, kl_coef=outputs.kl_coef),
             )
     else:
-        denominator, count = 1.0, False
+        x = x._replace(combined=combined)
         if loss is not None:
             denominator, count = _denominator(tokens, outputs, results.sums if solved else None)
-        call.run(x._replace(**asked, denominator=denominator, count=count))
+            x = x._replace(loss=loss, gradient=gradient, kl_coef=outputs.kl_coef)
+            x = x._replace(denominator=denominator, count=count)
+        call.run(x)
         if combined is not picked:
-            assert picked is not None and tokens.cu_seqlens is not None
+            assert picked is not None
+            assert tokens.cu_seqlens is not None
             mask = tokens.mask
             launch(
-                first_token_kernel, call.device, rows, mask, 0 if mask is None else mask.stride(0), tokens.cu_seqlens,
-                tokens.cu_seqlens.stride(0), tokens.width, combined, picked, TOKENS=128,
+                first_token_kernel, call.device, rows, mask, 0 if mask is None else mask.stride(0),
+                tokens.cu_seqlens, tokens.cu_seqlens.stride(0), tokens.width, combined, picked, TOKENS=128,
             )  # fmt: skip
     return results

@@ -1,7 +1,8 @@
-"""Sums over all programs of a launch: each stores a slot of its own, the last to finish adds them in fixed order.
+"""Sums over all programs of a launch: each stores a slot of its own, the last to finish adds them in fixed
+order.
 
-A slot holds HEAD numbers [loss, optimum, sum of squares, sum of c (n)], then the statistics as the buffer has them,
-but for the pair blocks that follow from the fields.
+A slot holds HEAD numbers [loss, optimum, sum of squares, sum of c (n)], then the statistics as the buffer
+has them, but for the pair blocks that follow from the fields.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def added_number(partial, slots, stride, place):
 
 @triton.jit
 def _pair_source(k, n: tl.constexpr, first: tl.constexpr):
-    """Where the number at place k of the pairs stands if everyone is present: among the blocks from `first` on, or,
-    for the last three blocks, in the fields (from 0 on)."""
+    """Where the number at place k of the pairs stands if everyone is present: among the blocks from `first`
+    on, or, for the last three blocks, in the fields (from 0 on)."""
     block = k // (n * n)
     i = k % (n * n) // n
     follows = tl.where(block == 2, i, i + ADVANTAGE_SUM * n)

@@ -2,7 +2,8 @@
 
 With U = max(A, 0), V = min(A, 0) of the row (0 under Noon), and over its valid tokens the sums of the factors
 
-    sum I = U gp + V gn    sum I^2 = U^2 gp^2 + V^2 gn^2    sum I_i I_j = U_i (gp^2 U_j + gp gn V_j) + V_i (gn^2 V_j + gp gn U_j)
+    sum I = U gp + V gn    sum I^2 = U^2 gp^2 + V^2 gn^2    sum I_i I_j = U_i (gp^2 U_j + gp gn V_j) + V_i
+    (gn^2 V_j + gp gn U_j)
 
 and so on. The loss needs up = sum c_i U_i and down = sum c_i V_i of each row. All in float64.
 """
@@ -25,11 +26,14 @@ from .simplex import preference_of, softmin, solve
 from .statistics import finish_pairs, no_pairs, no_sums, pair_slots, store_pairs, store_sums
 from .tokens import (
     ANY_SIZE,
-    _objective_strides,
+    BEFORE_REF,
+    FROM_OFFSETS,
+    OFFSETS,
     by_sign,
     clip_of,
     load_advantages,
     load_factors,
+    objective_strides,
     part_range,
     problem,
     rounded,
@@ -41,7 +45,7 @@ _BLOCK = 8  # objectives of a block of pairs
 _SUMS = 13
 _NONE, _BATCH, _ROW, _SCORES, _SOFTMIN = map(tl.constexpr, range(5))  # as in apply.py
 _HEAD = tl.constexpr(HEAD)
-_ROW_SIZES = "a_row a_objective o_row o_objective m_row m_token cu_step rows width parts".split()
+_ROW_SIZES = ["a_row", "a_objective", "o_row", "o_objective", "cu_step", "rows", "width", "parts"]
 
 
 @triton.jit(do_not_specialize=[*ANY_SIZE, "parts"])
@@ -52,8 +56,8 @@ def row_sums_kernel(
     low: tl.float64, low_at, high: tl.float64, high_at, dual: tl.float64, dual_at, row_sums, parts: tl.int64,
     TOKENS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """(rows * parts, 13): tokens, gp, gn, gp^2, gn^2, gp gn, pos, neg, gp logp, gn logp, clipped of either sign, k3;
-    or, PLAIN, (rows * parts, 1): where all factors are 1 the tokens tell all."""
+    """(rows * parts, 13): tokens, gp, gn, gp^2, gn^2, gp gn, pos, neg, gp logp, gn logp, clipped of either
+    sign, k3; or, PLAIN, (rows * parts, 1): where all factors are 1 the tokens tell all."""
     D: tl.constexpr = tl.float64 if WIDE else tl.float32
     mask = (mask, m_row, m_token)
     cu = (cu, cu_step)
@@ -73,7 +77,8 @@ def row_sums_kernel(
                 count += valid_tokens(mask, row, at, at < end, UNIT).to(tl.int32)
             else:
                 valid, logp, _, pos, neg, gp, gn, stops_pos, stops_neg, kl = load_factors(
-                    mask, (logprobs, l_row, l_token), (old, b_row, b_token), (importance, w_row, w_token), clip,
+                    mask, (logprobs, l_row, l_token), (old, b_row, b_token), (importance, w_row, w_token),
+                    clip,
                     row, at, at < end, UNIT, D,
                 )  # fmt: skip
                 count += valid.to(tl.int32)
@@ -115,7 +120,8 @@ def _sum_of(row_sums, row, inside, parts, k: tl.constexpr, size: tl.constexpr):
 
 @triton.jit
 def load_rows(row_sums, cu, row, inside, width, parts, PLAIN: tl.constexpr, OMEGA: tl.constexpr):
-    """The valid tokens, omega, and the sums times omega of rows, (ROWS, 1) each. OMEGA: it is 1 / tokens, else 1."""
+    """The valid tokens, omega, and the sums times omega of rows, (ROWS, 1) each. OMEGA: it is 1 / tokens,
+    else 1."""
     if row_sums is None:
         if cu[0] is not None:
             begin = tl.load(cu[0] + row * cu[1], mask=inside, other=0).to(tl.int64)
@@ -192,8 +198,8 @@ def row_terms(a, here, s, NOON: tl.constexpr):
 @triton.jit
 def added(x, y):
     return (
-        x[0] + y[0], x[1] + y[1], x[2] + y[2], x[3] + y[3], x[4] + y[4], x[5] + y[5], x[6] + y[6], x[7] + y[7],
-        x[8] + y[8], x[9] + y[9], x[10] + y[10],
+        x[0] + y[0], x[1] + y[1], x[2] + y[2], x[3] + y[3], x[4] + y[4], x[5] + y[5], x[6] + y[6], x[7] +
+        y[7], x[8] + y[8], x[9] + y[9], x[10] + y[10],
     )  # fmt: skip
 
 
@@ -223,7 +229,7 @@ def add_row_pairs(sums, a, here, b, there, s, NOON: tl.constexpr, PRESENT: tl.co
             sums[3] + wa[:, :, None] * o,
             sums[4] + (wa * a)[:, :, None] * o,
         )
-    else:
+    else:  # noqa: RET505, Triton compiles what follows a return
         return sums[0] + bound, sums[1] + product
 
 
@@ -234,11 +240,12 @@ def rows_kernel(
     preference, value: tl.float64, value_at, c, c_row: tl.int64, c_step: tl.int64, effective,
     combined, row_factors, square_sum, weights, optimum, sums, partial, counter,
     n: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, NOON: tl.constexpr, PLAIN: tl.constexpr,
-    OMEGA: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr, PAIRS: tl.constexpr, SHARE: tl.constexpr,
+    OMEGA: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr, PAIRS: tl.constexpr,
+    SHARE: tl.constexpr,
     SOLVE: tl.constexpr, BY_ROW: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Statistics, weights and combined advantages of rows; `row_factors` receives (rows, 3) up, down and omega. BY_ROW:
-    weights and optimum are stored for each row."""
+    """Statistics, weights and combined advantages of rows; `row_factors` receives (rows, 3) up, down and
+    omega. BY_ROW: weights and optimum are stored for each row."""
     PRESENT: tl.constexpr = presence is not None
     own = (advantages, a_row, 0, a_objective)
     present = (presence, o_row, 0, o_objective)
@@ -251,7 +258,7 @@ def rows_kernel(
     if partial is not None:
         slot = partial + tl.program_id(0).to(tl.int64) * STRIDE
         clear(slot, STRIDE)
-    if WEIGHTS == _SCORES or WEIGHTS == _SOFTMIN:
+    if (WEIGHTS == _SCORES) | (WEIGHTS == _SOFTMIN):
         p = preference_of(preference, n, N)[None, :]
     acc = no_sums(ROWS, N)
     if PAIRS:
@@ -338,7 +345,8 @@ def rows_kernel(
 @triton.jit(do_not_specialize=[*_ROW_SIZES, "slots"])
 def row_pairs_kernel(
     advantages, a_row: tl.int64, a_objective: tl.int64, presence, o_row: tl.int64, o_objective: tl.int64,
-    cu, cu_step: tl.int64, rows: tl.int64, width: tl.int64, row_sums, parts: tl.int64, partial, slots: tl.int64,
+    cu, cu_step: tl.int64, rows: tl.int64, width: tl.int64, row_sums, parts: tl.int64, partial,
+    slots: tl.int64,
     n: tl.constexpr, ROWS: tl.constexpr, NOON: tl.constexpr, PLAIN: tl.constexpr, OMEGA: tl.constexpr,
     BLOCK: tl.constexpr, PRESENT: tl.constexpr,
 ):  # fmt: skip
@@ -383,14 +391,15 @@ class Rows:
             size = units * (1 if self.plain else _SUMS)
             self.sums = torch.empty(size, device=self.device, dtype=torch.float64)
             launch(
-                row_sums_kernel, self.device, programs(self.device, units, 8), *p.arguments[8:20],
-                *p.arguments[23:], self.sums, self.parts, TOKENS=_TOKENS, UNIT=p.constants["UNIT"],
+                row_sums_kernel, self.device, programs(self.device, units, 8), *p.arguments[BEFORE_REF],
+                *p.arguments[FROM_OFFSETS], self.sums, self.parts, TOKENS=_TOKENS, UNIT=p.constants["UNIT"],
                 WIDE=given.wide, PLAIN=self.plain,
             )  # fmt: skip
-        a = _objective_strides(given.advantages, True)
-        o = _objective_strides(given.objective_mask, True)
+        a = objective_strides(given.advantages, True)
+        o = objective_strides(given.objective_mask, True)
         self.arguments = (
-            given.advantages, a[0], a[2], given.objective_mask, o[0], o[2], *p.arguments[23:27], self.sums, self.parts,
+            given.advantages, a[0], a[2], given.objective_mask, o[0], o[2], *p.arguments[OFFSETS], self.sums,
+            self.parts,
         )  # fmt: skip
         self.constants = {
             "n": self.n,
@@ -412,14 +421,15 @@ class Rows:
         launch(
             rows_kernel, self.device, slots, *self.arguments, x.preference, *number(x.setting), x.c, *strides,
             x.effective, x.combined, x.row_factors, x.square_sum, x.reported, x.optimum, x.sums, partial,
-            counter(self.device), **self.constants, N=block, ROWS=count, WEIGHTS=x.weights, STATISTICS=x.statistics,
-            PAIRS=x.pairs, SHARE=x.share, SOLVE=x.solve, BY_ROW=by_row and x.weights != NONE, STRIDE=stride,
+            counter(self.device), **self.constants, N=block, ROWS=count, WEIGHTS=x.weights,
+            STATISTICS=x.statistics, PAIRS=x.pairs, SHARE=x.share, SOLVE=x.solve,
+            BY_ROW=by_row and x.weights != NONE, STRIDE=stride,
         )  # fmt: skip
 
     def store_pairs(self, sums: Tensor) -> None:
         """Writes the N x N blocks of a buffer whose fields are there."""
         n, present = self.n, self.given.objective_mask is not None
-        count = 16
+        count = 8 if present else 16
         slots = pair_slots(self.device, n, -(-self.given.rows // count))
         partial = torch.empty(slots * pair_blocks(present) * n * n, device=self.device, dtype=torch.float64)
         launch(

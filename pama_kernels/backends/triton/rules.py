@@ -1,7 +1,8 @@
-"""The weights of a batch from its statistics: signal, effective preference, then the rule (DESIGN, section 2).
+"""The weights of a batch from its statistics: signal, effective preference, then the rule (DESIGN, section
+2).
 
-    FIXED c = p;  SCORES the scalar problem on a_i = mean I_i;  GRAM min-norm on the cosines of I;  UPGRAD on its Gram
-    matrix M_ij = sum I_i I_j / sqrt(count_i count_j)
+    FIXED c = p;  SCORES the scalar problem on a_i = mean I_i;  GRAM min-norm on the cosines of I;  UPGRAD on
+    its Gram matrix M_ij = sum I_i I_j / sqrt(count_i count_j)
 
 p is the preference over the objectives with a signal; others get no weight.
 """
@@ -54,8 +55,15 @@ def _root(x):
 
 
 @triton.jit
-def batch_weights(sums, preference, regularization, n: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr,
-                  PROBLEMS: tl.constexpr):  # fmt: skip
+def batch_weights(
+    sums,
+    preference,
+    regularization,
+    n: tl.constexpr,
+    N: tl.constexpr,
+    KIND: tl.constexpr,
+    PROBLEMS: tl.constexpr,
+):
     """Weights (N,), optimum (1,) and effective preference (N,) of a buffer."""
     i = tl.arange(0, N)
     here = i < n
@@ -103,8 +111,18 @@ def batch_weights(sums, preference, regularization, n: tl.constexpr, N: tl.const
 
 
 @triton.jit
-def store_batch_weights(sums, preference, regularization, weights, optimum, effective, n: tl.constexpr,
-                        N: tl.constexpr, KIND: tl.constexpr, PROBLEMS: tl.constexpr):  # fmt: skip
+def store_batch_weights(
+    sums,
+    preference,
+    regularization,
+    weights,
+    optimum,
+    effective,
+    n: tl.constexpr,
+    N: tl.constexpr,
+    KIND: tl.constexpr,
+    PROBLEMS: tl.constexpr,
+):
     c, best, p = batch_weights(sums, preference, regularization, n, N, KIND, PROBLEMS)
     i = tl.arange(0, N)
     tl.store(weights + i, c, mask=i < n)

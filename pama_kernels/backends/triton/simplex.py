@@ -38,7 +38,8 @@ def power_of_two_of(x):
 
 @triton.jit
 def normalised(p, keep):
-    """The preference over those that take part (keep 1, else 0); uniform where it gives none of them any mass."""
+    """The preference over those that take part (keep 1, else 0); uniform where it gives none of them any
+    mass."""
     p = keep * p
     mass = tl.sum(p, axis=1, keep_dims=True)
     count = tl.maximum(tl.sum(keep, axis=1, keep_dims=True), 1.0)
@@ -51,8 +52,7 @@ def preference_of(preference, n: tl.constexpr, N: tl.constexpr):
     i = tl.arange(0, N)
     if preference is not None:
         return tl.load(preference + i, mask=i < n, other=0.0)
-    else:
-        return tl.where(i < n, tl.full([N], 1.0, tl.float64) / n, 0.0)
+    return tl.where(i < n, tl.full([N], 1.0, tl.float64) / n, 0.0)
 
 
 @triton.jit
@@ -178,7 +178,8 @@ def solve(a, p, here, regularization, scale, N: tl.constexpr, ONE_SIGN: tl.const
 
 @triton.jit
 def softmin(a, p, here, temperature):
-    """c_i proportional to p_i exp(-a_i / temperature) over those that are here, and c.a; arguments as for `solve`."""
+    """c_i proportional to p_i exp(-a_i / temperature) over those that are here, and c.a; arguments as for
+    `solve`."""
     infinity: tl.constexpr = float("inf")
     keep = tl.where(here, tl.full([1, 1], 1.0, a.dtype), 0.0)
     p = tl.cast(p, a.dtype)

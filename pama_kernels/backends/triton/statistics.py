@@ -1,6 +1,8 @@
-"""Sums over tokens: the terms of a tile, kept element by element in float64 and added over tokens once at the end.
+"""Sums over tokens: the terms of a tile, kept element by element in float64 and added over tokens once at
+the end.
 
-Every term is weighted by the token weights of the aggregation: `share` (TOKENS,) float64, or 1 where it is None.
+Every term is weighted by the token weights of the aggregation: `share` (TOKENS,) float64, or 1 where it is
+None.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from .reduce import (
 )
 from .tokens import (
     ANY_SIZE,
+    MASK,
+    OFFSETS,
     Problem,
     clip_of,
     load_factors,
@@ -85,7 +89,7 @@ def no_pairs(TOKENS: tl.constexpr, N: tl.constexpr, PRESENT: tl.constexpr):
     z = tl.zeros([TOKENS, N, N], tl.float64)
     if PRESENT:
         return z, z, z, z, z
-    else:
+    else:  # noqa: RET505, Triton compiles what follows a return
         return z, z
 
 
@@ -110,7 +114,7 @@ def add_pairs(sums, x, y, share, PRESENT: tl.constexpr):
             sums[3] + wa[:, :, None] * there,
             sums[4] + (wa * a)[:, :, None] * there,
         )
-    else:
+    else:  # noqa: RET505
         return sums[0] + bound, sums[1] + product
 
 
@@ -139,7 +143,8 @@ def store_pairs(slot, sums, i, j, n: tl.constexpr, PRESENT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["m_row", "m_token", "cu_step", "rows", "width"])
 def count_kernel(
-    mask, m_row: tl.int64, m_token: tl.int64, cu, cu_step: tl.int64, rows: tl.int64, width: tl.int64, counts, total,
+    mask, m_row: tl.int64, m_token: tl.int64, cu, cu_step: tl.int64, rows: tl.int64, width: tl.int64,
+    counts, total,
     counter, TOKENS: tl.constexpr, LAYOUT: tl.constexpr, NARROW: tl.constexpr, UNIT: tl.constexpr,
     BY_ROW: tl.constexpr,
 ):  # fmt: skip
@@ -179,7 +184,7 @@ def valid_count(given: Tokens, by_row: bool) -> Tensor:
     counts = torch.empty(given.rows if by_row else slots, device=p.device, dtype=torch.float64)
     total = None if by_row else torch.empty((), device=p.device, dtype=torch.float64)
     launch(
-        count_kernel, p.device, slots, *p.arguments[8:11], *p.arguments[23:27], counts, total,
+        count_kernel, p.device, slots, *p.arguments[MASK], *p.arguments[OFFSETS], counts, total,
         None if by_row else counter(p.device), TOKENS=_COUNTED, LAYOUT=p.constants["LAYOUT"],
         NARROW=p.constants["NARROW"], UNIT=p.constants["UNIT"], BY_ROW=by_row,
     )  # fmt: skip
@@ -252,7 +257,7 @@ def finish_pairs(partial: Tensor, slots: int, sums: Tensor, n: int, present: boo
 def store_pairs_of(p: Problem, present: bool, row_counts: Tensor | None, sums: Tensor) -> None:
     """Writes the N x N blocks of a buffer whose fields are there."""
     n = p.constants["n"]
-    constants = p.tile(256, _BLOCK)
+    constants = p.tile(128 if present else 256, _BLOCK)
     slots = pair_slots(p.device, n, -(-p.total // constants["TOKENS"]))
     partial = torch.empty(slots * pair_blocks(present) * n * n, device=p.device, dtype=torch.float64)
     launch(

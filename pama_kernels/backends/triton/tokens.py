@@ -4,9 +4,10 @@
     g = w min(min(u, dual) A, clip(u, 1 - eps_low, 1 + eps_high) A) = max(A, 0) pos + min(A, 0) neg
     I = w A where g has a gradient in logp                          = max(A, 0) grad_pos + min(A, 0) grad_neg
 
-An array is the tuple (pointer or None, row stride, token stride[, objective stride]). Tokens are told by row and
-position, tiles of TOKENS x N objectives by `inside`, `objective` and their number n <= N. D is the type of the
-computation. Masked places hold 0; a NaN or infinity makes its own advantage, or the factors of its token, NaN.
+An array is the tuple (pointer or None, row stride, token stride[, objective stride]). Tokens are told by row
+and position, tiles of TOKENS x N objectives by `inside`, `objective` and their number n <= N. D is the type
+of the computation. Masked places hold 0; a NaN or infinity makes its own advantage, or the factors of its
+token, NaN.
 """
 
 from __future__ import annotations
@@ -24,11 +25,27 @@ from .launch import INTERPRETED, check_memory, number, number_of, power_of_two
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
-# Sizes and strides change from step to step: a kernel that takes the arguments of `Problem` has none compiled in.
-ANY_SIZE = (
-    "a_row a_token a_objective o_row o_token o_objective m_row m_token l_row l_token b_row b_token w_row w_token "
-    "r_row r_token cu_step rows width"
-).split()
+# Sizes and strides change from step to step: a kernel that takes the arguments of `Problem` has none
+# compiled in.
+ANY_SIZE = [
+    *(
+        "a_row",
+        "a_token",
+        "a_objective",
+        "o_row",
+        "o_token",
+        "o_objective",
+        "m_row",
+        "m_token",
+        "l_row",
+        "l_token",
+    ),
+    *("b_row", "b_token", "w_row", "w_token", "r_row", "r_token", "cu_step", "rows", "width"),
+]
+
+
+# Parts of `Problem.arguments`.
+MASK, BEFORE_REF, OFFSETS, FROM_OFFSETS = slice(8, 11), slice(8, 20), slice(23, 27), slice(23, None)
 
 
 class Problem(NamedTuple):
@@ -57,7 +74,7 @@ def _strides(x: Tensor | None) -> tuple[int, int]:
     return (0, x.stride(0)) if x.dim() == 1 else (x.stride(0), x.stride(1))
 
 
-def _objective_strides(x: Tensor | None, per_sequence: bool) -> tuple[int, int, int]:
+def objective_strides(x: Tensor | None, per_sequence: bool) -> tuple[int, int, int]:
     """(B, T, N), (B, N) or (M, N)."""
     if x is None:
         return 0, 0, 0
@@ -71,14 +88,15 @@ def check_tokens_memory(given: Tokens) -> None:
 
 
 def problem(given: Tokens, by_row: bool, without_objectives: bool = False) -> Problem:
-    """by_row: what the kernel does depends on the row of a token. Else sequences without a gap are taken as one."""
+    """by_row: what the kernel does depends on the row of a token. Else sequences without a gap are taken as
+    one."""
     advantages = None if without_objectives else given.advantages
     presence = None if without_objectives else given.objective_mask
     per_token = (
         given.mask, given.logprobs, given.old_logprobs, given.importance_weights, given.ref_logprobs,
     )  # fmt: skip
-    a = _objective_strides(advantages, given.per_sequence)
-    o = _objective_strides(presence, given.mask_per_sequence)
+    a = objective_strides(advantages, given.per_sequence)
+    o = objective_strides(presence, given.mask_per_sequence)
     strides = [_strides(x) for x in per_token]
     rows, width, cu, n = given.rows, given.width, given.cu_seqlens, given.objectives
     by_row = by_row or (advantages is not None and given.per_sequence)
@@ -297,7 +315,8 @@ def load_factors(
 def load_advantages(
     advantages, presence, row, token, objective, valid, n: tl.constexpr, DENSE: tl.constexpr, D: tl.constexpr
 ):
-    """A' (NaN where it is not finite), and where it is present. objective: (1, N) int64, others (TOKENS, 1)."""
+    """A' (NaN where it is not finite), and where it is present. objective: (1, N) int64, others (TOKENS,
+    1)."""
     infinity: tl.constexpr = float("inf")
     here = valid & (objective < n)
     if presence[0] is not None:
@@ -322,7 +341,8 @@ def load_terms(
     advantages, presence, factors, row, token, lead,
     n: tl.constexpr, N: tl.constexpr, NOON: tl.constexpr, DENSE: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """A', presence, I and g (TOKENS, N) of the objectives from `lead` on; I and g are 0 where it is absent."""
+    """A', presence, I and g (TOKENS, N) of the objectives from `lead` on; I and g are 0 where it is
+    absent."""
     objective = (tl.cast(lead, tl.int64) + tl.arange(0, N))[None, :]
     valid, _, _, pos, neg, grad_pos, grad_neg, _, _, _ = factors
     a, here = load_advantages(
