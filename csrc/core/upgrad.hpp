@@ -256,9 +256,14 @@ PAMA_HD inline SolverResult upgrad_solve(int n, const T* gram, std::ptrdiff_t ro
         const double b = 0.5 * gram[column_stride] + 0.5 * gram[row_stride];
         const double mass = preference ? preference[0] + preference[1] : 1.0;
         const double p = preference ? preference[0] / mass : 0.5, q = preference ? preference[1] / mass : 0.5;
-        if (a > upgrad::kPairSmallest && a < upgrad::kPairLargest && d > upgrad::kPairSmallest &&
-            d < upgrad::kPairLargest && std::fabs(b) < upgrad::kPairLargest && p + q > 0.0)
-            return upgrad::solve_pair(a, b, d, p, q, weights, weights + 1);
+        const nnqp::Scale scale(a > d ? a : d);  // so that any power of two times M takes the same path
+        const double first = scale(a), across = scale(b), second = scale(d);
+        if (first > upgrad::kPairSmallest && first < upgrad::kPairLargest && second > upgrad::kPairSmallest &&
+            second < upgrad::kPairLargest && std::fabs(across) < upgrad::kPairLargest && p + q > 0.0) {
+            SolverResult result = upgrad::solve_pair(first, across, second, p, q, weights, weights + 1);
+            result.optimum = scale.undo(result.optimum);
+            return result;
+        }
     }
     return upgrad::solve_general(n, gram, row_stride, column_stride, preference, present, weights, workspace);
 }
