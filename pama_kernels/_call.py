@@ -126,7 +126,7 @@ class Results(NamedTuple):
 
     advantages: Tensor
     loss: Tensor  # 0-d
-    gradient: Tensor  # in the shape and dtype of logprobs
+    gradient: Tensor  # in the shape of logprobs and `gradient_dtype`
     weights: Tensor  # (N,), or (B, N) with weights per sequence or given per sequence
     optimum: Tensor  # 0-d, or (B,)
     sums: Tensor  # the statistics
@@ -136,6 +136,12 @@ class Results(NamedTuple):
 def result_dtype(x: Tensor) -> torch.dtype:
     """Weights, optimum and loss: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def gradient_dtype(logprobs: Tensor) -> torch.dtype:
+    """That of logprobs, but for float16: there the backward pass scales before it converts, since gradients
+    below 6e-8 would be 0 before a GradScaler's factor arrives."""
+    return torch.float32 if logprobs.dtype == torch.float16 else logprobs.dtype
 
 
 def one_result_per_row(tokens: Tokens, rule: Rule) -> bool:

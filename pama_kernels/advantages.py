@@ -178,7 +178,7 @@ def combine_advantages(
                 statistics, solved, tokens.noon or objective_mask is not None, square, process_group
             )
         root = (square / statistics.token_count).sqrt()
-        combined = combined / torch.where(root > 0, root, 1.0).to(result_dtype(combined))
+        combined = combined / torch.where(root == 0, 1.0, root).to(result_dtype(combined))
         combined = combined.to(advantages.dtype)
     optimum = result.optimum
     if merged is not None and result.weights.dim() == 1:

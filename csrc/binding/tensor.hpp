@@ -116,10 +116,10 @@ inline void read_tensor(const py::handle& object, const char* name, Tensor& out)
 }
 
 // Objectives are counted by an int.
-inline int objectives_of(int64_t n, const char* name) {
-    if (n < 1 || n > (1 << 30) - 1)
-        throw py::value_error(std::string(name) + ": expected 1 to " + std::to_string((1 << 30) - 1) +
-                              " objectives, got " + std::to_string(n));
+inline int objectives_of(int64_t n, const char* name, int64_t least = 1) {
+    if (n < least || n > (1 << 30) - 1)
+        throw py::value_error(std::string(name) + ": expected " + std::to_string(least) + " to " +
+                              std::to_string((1 << 30) - 1) + " objectives, got " + std::to_string(n));
     return static_cast<int>(n);
 }
 

@@ -25,11 +25,17 @@ constexpr double kCosine = 1.0 + 1e-12;
 constexpr double kLargestRatio = 0x1p1000;                      // of two objectives' norms
 constexpr double kPairSmallest = 1e-140, kPairLargest = 1e140;  // diagonal entries of two objectives
 
-// The power of two S with 1 <= S^2 m < 4.
-PAMA_HD inline double unit_of(double m) {
+// m = f 2^e, 1 <= f < 2.
+PAMA_HD inline int exponent_of(double m) {
     int exponent;
     std::frexp(m, &exponent);
-    const int above = exponent - 1;  // m = f 2^above, 1 <= f < 2
+    return exponent - 1;
+}
+
+// The power of two S with 1 <= S^2 m / 2^odd < 4. `odd`: the last bit of the largest diagonal entry's exponent, so that
+// M times any power of two is the same problem.
+PAMA_HD inline double unit_of(double m, int odd) {
+    const int above = exponent_of(m) - odd;
     return std::ldexp(1.0, -(above - (above & 1)) / 2);
 }
 
@@ -41,7 +47,7 @@ struct Problem : nnqp::ActiveSet<Problem> {
     PAMA_HD bool convex() const { return false; }
 
     // The proximal term in the units of M, of which the smallest counts 1: S comes in `unit`.
-    double smallest_unit = 1.0;
+    double smallest_unit = 1.0, halved = 1.0;  // M comes times `halved`
     PAMA_HD double metric_of(int j) const {
         const double relative = unit[j] / smallest_unit;
         return relative < kLargestUnit ? relative * relative : kLargestUnit * kLargestUnit;
@@ -147,18 +153,22 @@ PAMA_HD bool gather(int n, const T* gram, std::ptrdiff_t row_stride, std::ptrdif
     const auto takes_part = [&](int i) { return (!present || present[i]) && entry(i, i) > 0.0; };
     bool finite = true;
     int count = 0;
+    double largest = 0.0;
     for (int i = 0; i < n; ++i) {
         if (present && !present[i]) continue;
+        largest = entry(i, i) > largest ? entry(i, i) : largest;
         for (int j = 0; j < n; ++j)
             if (!present || present[j]) finite = finite && 0.0 * entry(i, j) == 0.0;
         count += takes_part(i);
     }
     if (!finite) return false;
     s.bind(count, workspace);
+    const int odd = exponent_of(largest) & 1;
+    s.halved = odd ? 0.5 : 1.0;
     for (int i = 0, a = 0; i < n; ++i) {
         if (!takes_part(i)) continue;
-        s.unit[a] = unit_of(entry(i, i));
-        s.diagonal[a] = std::sqrt(s.unit[a] * entry(i, i) * s.unit[a]);
+        s.unit[a] = unit_of(entry(i, i), odd);
+        s.diagonal[a] = std::sqrt(s.unit[a] * entry(i, i) * s.unit[a] * s.halved);
         s.preference[a++] = preference ? preference[i] * share : share;
     }
     for (int i = 0, a = 0; i < n; ++i) {
@@ -167,7 +177,8 @@ PAMA_HD bool gather(int n, const T* gram, std::ptrdiff_t row_stride, std::ptrdif
         int b = 0;
         for (int j = 0; j < n; ++j) {
             if (!takes_part(j)) continue;
-            const double half = 0.5 * s.unit[a], own = half * entry(i, j) * s.unit[b] + half * entry(j, i) * s.unit[b];
+            const double half = 0.5 * s.halved * s.unit[a],
+                         own = half * entry(i, j) * s.unit[b] + half * entry(j, i) * s.unit[b];
             // Cauchy and Schwarz' bound may be broken by rounding to float32, or by more. Of equal rows it is exact.
             const double bound = s.diagonal[a] * s.diagonal[b];
             row[b++] = own > kCosine * bound ? bound : own < -kCosine * bound ? -bound : own;
@@ -223,7 +234,7 @@ PAMA_HD SolverResult solve_general(int n, const T* gram, std::ptrdiff_t row_stri
     s.multiply(s.point);
     double optimum = 0.0;
     for (int a = 0; a < s.n; ++a) optimum += s.point[a] * s.product[a];
-    result.optimum = optimum > 0.0 ? optimum : 0.0;
+    result.optimum = optimum > 0.0 ? optimum / s.halved : 0.0;
     return result;
 }
 
@@ -245,9 +256,14 @@ PAMA_HD inline SolverResult upgrad_solve(int n, const T* gram, std::ptrdiff_t ro
         const double b = 0.5 * gram[column_stride] + 0.5 * gram[row_stride];
         const double mass = preference ? preference[0] + preference[1] : 1.0;
         const double p = preference ? preference[0] / mass : 0.5, q = preference ? preference[1] / mass : 0.5;
-        if (a > upgrad::kPairSmallest && a < upgrad::kPairLargest && d > upgrad::kPairSmallest &&
-            d < upgrad::kPairLargest && std::fabs(b) < upgrad::kPairLargest && p + q > 0.0)
-            return upgrad::solve_pair(a, b, d, p, q, weights, weights + 1);
+        const nnqp::Scale scale(a > d ? a : d);  // so that any power of two times M takes the same path
+        const double first = scale(a), across = scale(b), second = scale(d);
+        if (first > upgrad::kPairSmallest && first < upgrad::kPairLargest && second > upgrad::kPairSmallest &&
+            second < upgrad::kPairLargest && std::fabs(across) < upgrad::kPairLargest && p + q > 0.0) {
+            SolverResult result = upgrad::solve_pair(first, across, second, p, q, weights, weights + 1);
+            result.optimum = scale.undo(result.optimum);
+            return result;
+        }
     }
     return upgrad::solve_general(n, gram, row_stride, column_stride, preference, present, weights, workspace);
 }

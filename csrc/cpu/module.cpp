@@ -227,7 +227,7 @@ void gae_of(const py::handle& rewards, const py::handle& values, const py::handl
     g.rewards = by_objective(read(rewards, "rewards"), false);
     g.rows = t.size(0);
     g.width = t.size(1);
-    g.n = objectives_of(t.size(2), "rewards");
+    g.n = objectives_of(t.size(2), "rewards", 0);
     g.gamma = gamma;
     g.lam = lam;
     g.values = by_objective(read(values, "values"), false);
@@ -255,8 +255,8 @@ void group_normalize_of(const py::handle& rewards, const py::handle& begin, cons
     const Array r = by_objective(t, true), out = read_result(result, "result", t.elements);
     run(t.elements, [&] {
         group_normalize(first.elements - 1, static_cast<const int64_t*>(first.data),
-                        static_cast<const int64_t*>(rows.data), objectives_of(t.size(1), "rewards"), r, scale, eps, out,
-                        threads);
+                        static_cast<const int64_t*>(rows.data), objectives_of(t.size(1), "rewards", 0), r, scale, eps,
+                        out, threads);
     });
 }
 

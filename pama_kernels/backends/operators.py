@@ -20,6 +20,7 @@ from pama_kernels._call import (
     Results,
     Rule,
     Tokens,
+    gradient_dtype,
     one_result_per_row,
     result_dtype,
     statistics_size,
@@ -228,7 +229,7 @@ def empty_results(tokens: Tokens, rule: Rule, weights: Tensor | None, outputs: O
     return Results(
         advantages=advantages.new_empty(combined),
         loss=like.new_empty(() if outputs.loss else nothing, dtype=dtype),
-        gradient=like.new_empty(like.shape if outputs.gradient else nothing),
+        gradient=like.new_empty(like.shape if outputs.gradient else nothing, dtype=gradient_dtype(like)),
         weights=like.new_empty((tokens.rows, n) if by_row else (n,), dtype=dtype),
         optimum=like.new_empty((tokens.rows,) if by_row else (), dtype=dtype),
         sums=like.new_empty(statistics_size(n, outputs.pairs), dtype=torch.float64),

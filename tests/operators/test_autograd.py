@@ -152,10 +152,11 @@ def test_accumulation_with_frozen_weights_is_one_batch() -> None:
 
 
 def test_small_gradients_of_half_precision() -> None:
-    """The gradient is written in the dtype of logprobs, where 1e-8 is 0: a scaled normalizer comes before."""
+    """Float16 has no 1e-8, so the factor of a GradScaler is applied before the conversion."""
     x = _batch(torch.float16)
     wanted = _reference_gradient(x, normalizer=1e7 / 65536)
-    found = _gradient(x, normalizer=1e7 / 65536)
+    loss, leaf = _loss(x, normalizer=1e7)
+    (found,) = torch.autograd.grad(loss * 65536, leaf)
     # below 6.1e-5 float16 has fixed steps of 6e-8
     half_ulp = torch.finfo(torch.float16).eps / 2
     torch.testing.assert_close(found.double(), wanted, rtol=half_ulp + 4e-6, atol=3.1e-8)
