@@ -16,6 +16,8 @@ from torch import Tensor
 
 import pama_kernels as pk
 from pama_kernels import Fixed, Pama, SoftMin, UPGrad, reference
+from pama_kernels._solve import solve_batch
+from pama_kernels.rules import resolve_rule
 
 NAN = math.nan
 SOLVING = tuple(name for name in BATCH if name != "callable")  # rules per batch that leave objectives out
@@ -53,6 +55,26 @@ def test_a_saturated_objective_takes_no_part(name: str, dtype: torch.dtype) -> N
     got = pk.combine_advantages(saturated, rule=RULES[name], preference=preference)
     wanted = reference.combine_advantages(saturated, rule=RULES[name], preference=preference)
     assert torch.allclose(got.weights.double(), wanted.weights, rtol=0, atol=16 * EPS32)
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("name", SOLVING)
+def test_weights_solved_from_statistics_are_those_of_the_call(name: str) -> None:
+    """As many ranks and the running mean solve them: by the same objectives and preference."""
+    problem = make(rows=5, width=6, objectives=4, objective_mask=torch.bool, seed=3)
+    problem.advantages[..., 2] = 0
+    for p in (None, [1.0, 2.0, 3.0, 4.0]):
+        for x in (problem, replace(problem, advantages=torch.zeros_like(problem.advantages))):
+            got = pk.combine_advantages(**x.combine_arguments(False), rule=RULES[name], preference=p)
+            share = None if p is None else torch.tensor(p).double() / 10
+            solved = solve_batch(got.statistics, resolve_rule(RULES[name]), share)
+            assert torch.allclose(solved.weights, got.weights.double(), rtol=0, atol=2 * EPS32)
+            assert float(solved.optimum) == pytest.approx(float(got.optimum), abs=16 * EPS32)
+            wanted = reference.combine_advantages(
+                **x.combine_arguments(False), rule=RULES[name], preference=p
+            ).statistics
+            _, _, effective = reference.batch_weights(wanted, RULES[name], p, 4)
+            assert torch.allclose(solved.preference, effective, rtol=0, atol=4 * EPS64)
 
 
 @pytest.mark.parametrize("name", SOLVING)

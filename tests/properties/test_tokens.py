@@ -45,28 +45,36 @@ ALL = (*RULES, *GIVEN)
 
 @pytest.mark.parametrize(("name", "where"), diagonal(ALL, WHERE), ids=str)
 def test_every_rule_and_layout(name: str, where: tuple[str, int, int]) -> None:
-    """With everything that is optional, and with nothing."""
+    """With everything that is optional."""
     layout, rows, width = where
-    common: dict[str, Any] = {"rows": rows, "width": width, "seed": len(name)}
-    full = make(
+    problem = make(
         layout,
-        **common,
+        rows=rows,
+        width=width,
+        seed=len(name),
         objective_mask=torch.bool,
         importance_weights=True,
         ref_logprobs=True,
         overflow=True,
     )
-    plain = make(layout, **common, mask=None, ratio=False)
-    if not fits(name, full):
+    if not fits(name, problem):
         with pytest.raises(ValueError, match=r"^rule: .*cu_seqlens"):
-            pk.combine_advantages(**full.combine_arguments(False), rule=RULES[name])
+            pk.combine_advantages(**problem.combine_arguments(False), rule=RULES[name])
         with pytest.raises(ValueError, match=r"^rule: .*cu_seqlens"):
-            pk.pama_loss(**full.loss_arguments(), rule=RULES[name])
+            pk.pama_loss(**problem.loss_arguments(), rule=RULES[name])
         return
-    aggregation = "token-mean" if full.flat else AGGREGATIONS[len(name) % 3]
+    aggregation = "token-mean" if problem.flat else AGGREGATIONS[len(name) % 3]
     options = {"clip_range": (0.2, 0.28), "dual_clip": 3.0, "kl_coef": 0.05, "aggregation": aggregation}
-    assert_agrees(full, **weighting(name, full), **options, preference=[1.0, 2.0, 1.0])
-    assert_agrees(plain, **weighting(name, plain))
+    assert_agrees(problem, **weighting(name, problem), **options, preference=[1.0, 2.0, 1.0])
+
+
+@pytest.mark.parametrize("where", WHERE, ids=str)
+@pytest.mark.parametrize("name", ALL)
+def test_every_rule_and_layout_without_options(name: str, where: tuple[str, int, int]) -> None:
+    layout, rows, width = where
+    problem = make(layout, rows=rows, width=width, seed=len(name), mask=None, ratio=False)
+    if fits(name, problem):
+        assert_agrees(problem, **weighting(name, problem))
 
 
 @pytest.mark.portable
