@@ -15,7 +15,7 @@ BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(CXX_FILES)
 help:
 	@echo 'make demo       align a small language model with three conflicting rewards (4 to 6 minutes)'
 	@echo 'make mo-gym     two control tasks with vector rewards against their known fronts (minutes); mo-gym-quick'
-	@echo 'make test       lint, types, C++ tests under sanitizers, Python tests'
+	@echo 'make test       lint, types, C++ tests under sanitizers, Python tests; the kernels of all backends'
 	@echo 'make test-full  the same with long fuzzing, slow tests, and the sdist'
 	@echo 'make test-integrations  the tests that need verl, in an environment of its own'
 	@echo 'make test-gpu   what needs a GPU; make bench-gpu times it: docs/gpu.md'
@@ -118,7 +118,7 @@ test-python: $(VENV)/test.stamp
 PORTABLE = HYPOTHESIS_PROFILE=interpreter $(BIN)/python -m pytest -m 'portable and not slow and not cpu'
 
 test-triton: $(VENV)/test.stamp
-	TRITON_INTERPRET=1 PAMA_BACKEND=triton $(PORTABLE) tests/properties
+	TRITON_INTERPRET=1 PAMA_BACKEND=triton $(PORTABLE) --timeout 900 tests/properties tests/backends
 
 test-cuda: $(VENV)/test.stamp
 	mkdir -p $(VENV)/emulated

@@ -360,3 +360,16 @@ def test_the_reference_is_certified(family: str) -> None:
             a = SOLVERS["scores"].inputs(name, 2, n)
             c = reference.pama_weights(a, regularization=0.1).weights
             assert (scores_residual(a, c, None, 0.1) <= 64 * n * EPS64).all()
+
+
+def test_a_float32_gram_matrix_that_rounding_made_indefinite_is_solved() -> None:
+    """Of rank 1 before it was rounded, with an eigenvalue of -2e-10: within what float32 can say."""
+    row = torch.tensor(
+        [[-0.08879882097244263, 0.35261523723602295, -0.5406988859176636, -0.8866809606552124]]
+    )
+    gram = row.mT @ row
+    for solve in (pk.upgrad_weights, pk.min_norm_weights):
+        weights, optimum = solve(gram)
+        assert weights.min() >= 0
+        assert abs(float(weights.sum()) - 1) < 1e-6  # four roundings of float32
+        assert 0 <= optimum < 1e-6 * gram.amax()  # opposite gradients: some combination is 0
