@@ -11,9 +11,9 @@ from torch import Tensor
 
 from . import _call
 from ._call import Kind, WeightsPer
-from ._validate import check_float, check_shape
+from ._validate import check_float, check_memory, check_shape
 from .backends import operators
-from .rules import Fixed, Pama, Rule, SoftMin, UPGrad, needs_pairs, noon_of, record
+from .rules import Fixed, Rule, needs_pairs, noon_of, record
 from .statistics import ObjectiveStatistics
 
 
@@ -51,13 +51,17 @@ def solve_batch(statistics: ObjectiveStatistics, rule: Rule, preference: Tensor 
     """The rule's weights; a callable's are taken as they come."""
     if isinstance(rule, AveragedRule):
         return solve_batch(rule.average(statistics), rule.rule, preference)
-    asked = record(rule if isinstance(rule, (Pama, UPGrad, Fixed, SoftMin)) else Fixed())
+    asked = record(rule)
+    function = rule if asked.kind == Kind.SOLVED and callable(rule) else None
+    if function is not None:
+        asked = record(Fixed())  # for the preference over the objectives with a signal
     problem = operators.Solve(statistics.buffer, preference, statistics.objectives)
     solved = Solved(*operators.solve(problem, asked))
-    if isinstance(rule, (Pama, UPGrad, Fixed, SoftMin)):
+    if function is None:
         return solved
-    weights = rule(statistics)
+    weights = function(statistics)
     check_float("weights of the rule", weights)
+    check_memory("weights of the rule", weights)
     check_shape("weights of the rule", weights, (statistics.objectives,))
     weights = weights.detach().to(torch.float64)
     if weights.device != statistics.buffer.device:

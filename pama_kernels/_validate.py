@@ -173,7 +173,9 @@ def clip_bounds(clip_range: object, dual_clip: object = None) -> tuple[Number, N
         eps_high = None
     if dual_clip is None:
         return eps_low, eps_high, None
-    least = 1.0 if isinstance(eps_high, Tensor) else math.inf if eps_high is None else 1.0 + eps_high
+    if eps_high is None:
+        raise ValueError(f"dual_clip: expected None where clip_range has no upper end, got {dual_clip!r}")
+    least = 1.0 if isinstance(eps_high, Tensor) else 1.0 + eps_high
     return eps_low, eps_high, check_number("dual_clip", dual_clip, least, exclusive=True)
 
 
@@ -410,11 +412,10 @@ def resolve_layout(
 def _mask_per_sequence(objective_mask: Tensor, layout: Layout) -> bool:
     """Whether the objective mask is (B, N); else it is (M, N)."""
     n = layout.objectives
-    per_token = objective_mask.shape == (layout.width, n) and (layout.packed or not layout.sequences)
-    if per_token:
-        return False
     if layout.sequences and objective_mask.shape == (layout.rows, n):
         return True
+    if (layout.packed or not layout.sequences) and objective_mask.shape == (layout.width, n):
+        return False
     expected = f"({layout.rows}, {n})" if layout.sequences else f"({layout.width}, {n})"
     if layout.packed and layout.width >= 0:
         expected += f" or ({layout.width}, {n})"
@@ -468,4 +469,4 @@ def _packed_layout(advantages: Tensor, tokens_name: str, tokens: Tensor | None, 
             f"advantages: expected shape ({width}, N) or ({rows}, N) with cu_seqlens, "
             f"got {shape_of(advantages)}"
         )
-    return Layout(rows, width, n, True, True, first != width, False)
+    return Layout(rows, width, n, True, True, first == rows, False)

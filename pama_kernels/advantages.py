@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ._call import Kind, Number, Outputs, WeightsPer, result_dtype
+from ._call import Kind, Number, Outputs, WeightsPer
 from ._solve import SOLVED, Solved, solve_batch
 from ._validate import (
     INTEGERS,
@@ -160,6 +160,8 @@ def combine_advantages(
         if weights is None:
             solved = solve_batch(merged, rule, p)
             asked, given, p = SOLVED, solved.weights, solved.preference
+    if normalize and advantages.dtype in (torch.float16, torch.bfloat16):
+        tokens = tokens._replace(advantages=advantages.float())  # rounded once, after the division
     outputs = Outputs(
         advantages=True,
         loss=False,
@@ -177,9 +179,8 @@ def combine_advantages(
             square = _merged_square(
                 statistics, solved, tokens.noon or objective_mask is not None, square, process_group
             )
-        root = (square / statistics.token_count).sqrt()
-        combined = combined / torch.where(root == 0, 1.0, root).to(result_dtype(combined))
-        combined = combined.to(advantages.dtype)
+        root = _root(square, statistics, result.weights)
+        combined = (combined / root.to(combined.dtype)).to(advantages.dtype)
     optimum = result.optimum
     if merged is not None and result.weights.dim() == 1:
         optimum = merged_optimum(merged, solved, result.weights)
@@ -190,6 +191,16 @@ def merged_optimum(merged: ObjectiveStatistics, solved: Solved | None, weights: 
     """The solver's optimum, or a.c of given weights on the merged scores."""
     value = (merged.scores * weights).sum() if solved is None else solved.optimum
     return value.to(weights.dtype)
+
+
+def _root(square: Tensor, statistics: ObjectiveStatistics, weights: Tensor) -> Tensor:
+    """The root mean square that `normalize` divides by; 1 where the combination is 0 up to rounding, since
+    what is left there is noise."""
+    root = (square / statistics.token_count.clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
+    size = (statistics.advantage_std.square() + statistics.advantage_mean.square()).sqrt()
+    share = weights.detach().abs().to(torch.float64)
+    terms = ((share.mean(0) if share.dim() == 2 else share) * size).sum()
+    return torch.where(root <= 32 * torch.finfo(weights.dtype).eps * terms, 1.0, root)
 
 
 def _merged_square(
@@ -306,7 +317,7 @@ def group_normalize(
         if group_size < 1 or rows % group_size:
             raise ValueError(f"group_size: expected a positive divisor of the {rows} rows, got {group_size}")
         size = int(group_size)
-    number = check_number("eps", eps, 0.0)
+    number = check_number("eps", eps, 0.0)  # a tensor would have to be read
     if isinstance(number, Tensor):
         raise TypeError("eps: expected a number, got Tensor")
     scale = check_flag("scale", scale)
@@ -352,17 +363,20 @@ def masked_whiten(
     flat = torch.where(present, x, 0.0).reshape(-1, layout.objectives)
     weight = counts.reshape(flat.shape)
     local = _moments(flat, weight)
-    low, high, count, mean, square = local if process_group is None else _merged(local, process_group)
+    moments = local if process_group is None else _merged(local, process_group)
+    unit, low, high, count, mean, square = moments
     constant = low >= high
     deviation = (square / count.clamp(min=1)).sqrt()
-    whitened = (flat - mean) / torch.where(constant, 1.0, deviation)
+    whitened = (flat / unit - mean) / torch.where(constant, 1.0, deviation)
     whitened = torch.where(constant & (mean - mean == 0), 0.0, whitened).reshape(x.shape)
     return torch.where(present, whitened, 0.0).to(advantages.dtype)
 
 
 class _Moments(NamedTuple):
-    """(N,) each: the least and the largest value, the tokens, their mean, and the sum of squares about it."""
+    """(N,) each: a unit of the size of the values, the least and the largest value, the tokens, their mean,
+    and the sum of squares about it, both in the unit, so that no square leaves the range."""
 
+    unit: Tensor
     low: Tensor
     high: Tensor
     tokens: Tensor
@@ -376,8 +390,11 @@ def _moments(x: Tensor, weight: Tensor) -> _Moments:
     low = torch.cat([torch.where(absent, infinity, x), infinity]).amin(0)
     high = torch.cat([torch.where(absent, -infinity, x), -infinity]).amax(0)
     count = weight.sum(0)
-    mean = (x * weight).sum(0) / count.clamp(min=1)
-    return _Moments(low, high, count, mean, ((x - mean).square() * weight).sum(0))
+    largest = torch.cat([x.abs(), x.new_zeros((1, x.shape[1]))]).amax(0)
+    unit = torch.where(largest == 0, 1.0, largest)
+    scaled = x / unit
+    mean = (scaled * weight).sum(0) / count.clamp(min=1)
+    return _Moments(unit, low, high, count, mean, ((scaled - mean).square() * weight).sum(0))
 
 
 def _merged(local: _Moments, group: ProcessGroup) -> _Moments:
@@ -385,8 +402,11 @@ def _merged(local: _Moments, group: ProcessGroup) -> _Moments:
     mine = torch.stack(local)
     parts = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(parts, mine, group=group)
-    low, high, count, mean, square = torch.stack(parts, 1).unbind(0)
+    units, low, high, count, mean, square = torch.stack(parts, 1).unbind(0)
+    unit = torch.where(count > 0, units, 0.0).amax(0)
+    unit = torch.where(unit == 0, 1.0, unit)
+    mean, square = mean * (units / unit), square * (units / unit).square()
     total = count.sum(0)
     merged = (mean * count).sum(0) / total.clamp(min=1)
     square = (square + count * (mean - merged).square()).sum(0)
-    return _Moments(low.amin(0), high.amax(0), total, merged, square)
+    return _Moments(unit, low.amin(0), high.amax(0), total, merged, square)

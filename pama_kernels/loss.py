@@ -337,16 +337,19 @@ class PamaLoss(nn.Module):
             raise ValueError(f"momentum: needs a rule with one set of weights for the batch, got {self.rule}")
         clip_bounds(clip_range, dual_clip)
         check_process_group(process_group, batch=batch)
-        if preference is not None and not isinstance(preference, Tensor):
-            check_preference_type(preference)
-            preference_tensor(preference, len(preference), torch.device("cpu"))
         if objectives is not None:
             if isinstance(objectives, bool) or not isinstance(objectives, Integral):
                 raise TypeError(f"objectives: expected an integer, got {type(objectives).__name__}")
             if objectives < 1:
                 raise ValueError(f"objectives: expected at least 1, got {objectives}")
-        elif preference is not None:
-            objectives = len(preference)
+        if preference is not None:
+            device = preference.device if isinstance(preference, Tensor) else torch.device("cpu")
+            if not isinstance(preference, Tensor):
+                check_preference_type(preference)
+            scalar = isinstance(preference, Tensor) and preference.dim() == 0
+            objectives = int(objectives or (1 if scalar else len(preference)))
+            preference_tensor(preference, objectives, device)
+        self.objectives = objectives
         self.preference, self.clip_range, self.dual_clip = preference, clip_range, dual_clip
         self.aggregation, self.kl_coef = aggregation, check_number("kl_coef", kl_coef, 0.0)
         self.process_group = process_group
@@ -439,9 +442,15 @@ class PamaLoss(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """The buffers exist from the first batch on; a checkpoint brings them along."""
-        for name in ("running_statistics", "batches"):
-            saved = state_dict.get(prefix + name)
-            setattr(self, name, None if saved is None else saved.detach().clone())
+        names = ("running_statistics", "batches") if self.momentum else ()
+        for name in names:
+            saved, kept = state_dict.get(prefix + name), getattr(self, name)
+            if saved is not None and (kept is None or kept.shape == saved.shape or self.objectives is None):
+                setattr(self, name, saved.detach().clone())
+            elif saved is None and self.objectives is None:
+                setattr(self, name, None)
+            elif saved is None:  # saved before its first batch
+                state_dict[prefix + name] = torch.zeros_like(kept)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 

@@ -286,8 +286,11 @@ def _non_negative_least_squares(h: Tensor, q: Tensor) -> Tensor:
 
 
 def _upgrad_problem(m: Tensor, p: Tensor, present: Tensor) -> Solution:
-    """c = sum_i c^(i), c^(i) = argmin c'Mc over c >= p_i e_i, over its sum. A ridge of 1e-13 chooses among
-    the minimisers of a singular problem."""
+    """c = sum_i c^(i), c^(i) = argmin c'Mc over c >= p_i e_i, over its sum.
+
+    With D = diag(sqrt(M_ii)) and C the cosines, c^(i) = p_i (e_i + d_i D^-1 z), z = argmin 1/2 z'Cz + C_i.z
+    over z >= 0, whatever the scales. A ridge of 1e-12 chooses among the minimisers of a singular problem.
+    """
     weights = p.clone()
     if not present.any():
         return Solution(weights, m.new_zeros(()))
@@ -297,13 +300,15 @@ def _upgrad_problem(m: Tensor, p: Tensor, present: Tensor) -> Solution:
     if float(share.sum()) > 0:
         share = share / share.sum()
         weights = torch.zeros_like(p)
-        unit = float(kept.diagonal().max())
-        h = (kept + kept.T) / (2 * unit) if unit > 0 else torch.zeros_like(kept)
+        d = kept.diagonal().clamp(min=0).sqrt()
+        inverse = torch.where(d > 0, 1 / d, 0.0)
+        h = (kept / 2 + kept.T / 2) * inverse[:, None] * inverse
         total = share.clone()
-        regular = h + 1e-13 * torch.eye(len(h), dtype=h.dtype)
+        regular = h + 1e-12 * torch.eye(len(h), dtype=h.dtype)
         for i in range(len(share)):
-            if share[i] > 0 and unit > 0:
-                total = total + share[i] * _non_negative_least_squares(regular, -h[i])
+            if share[i] > 0 and d[i] > 0:
+                z = torch.where(d > 0, _non_negative_least_squares(regular, -h[i]), 0.0)
+                total = total + share[i] * d[i] * inverse * z
         weights[present] = total / total.sum()
     c = weights[present]
     return Solution(weights, (c @ kept @ c).clamp(min=0))
@@ -528,7 +533,9 @@ def _statistics(x: _Dense, t: _Terms, aggregation: str) -> Statistics:
     count, bound_sum, bound_square_sum = total(here), total(bound), total(bound.square())
     bound_product, advantage_product, pairs = products(bound, bound), products(raw, raw), products(here, here)
     mean = _ratio(products(raw, here), pairs)
-    variance = (_ratio(products(raw.square(), here), pairs) - mean.square()).clamp(min=0)
+    second = _ratio(products(raw.square(), here), pairs)
+    variance = second - mean.square()
+    variance = torch.where(variance <= 4e-7 * second, 0.0, variance)  # what float32 leaves of a constant
     covariance = _ratio(advantage_product, pairs) - mean * mean.T
     norms = bound_product.diagonal().sqrt()
     cosines = _ratio(bound_product, torch.outer(norms, norms))
@@ -706,7 +713,11 @@ def combine_advantages(
     combined = torch.where(x.valid, combined, 0.0)
     if normalize:
         root = ((omega * combined.square()).sum() / omega.sum().clamp(min=1e-300)).sqrt()
-        combined = combined / root if root != 0 else combined
+        size = _ratio(statistics.advantage_square_sum, statistics.count).sqrt()
+        share = reported.abs().mean(0) if reported.dim() == 2 else reported.abs()
+        dtype = torch.float64 if advantages.dtype == torch.float64 else torch.float32
+        noise = 32 * torch.finfo(dtype).eps * (share * size).sum()  # of the arithmetic that this specifies
+        combined = combined if root <= noise else combined / root
     by_token = getattr(rule, "weights_per", "batch") == "token" and weights is None and logprobs is not None
     if not x.layout.per_sequence or by_token:
         return Combined(x.pack(combined), reported, optimum, statistics)

@@ -203,7 +203,9 @@ class ObjectiveStatistics:
         if product is None or counts is None or sums is None or squares is None:
             return None
         mean = _ratio(sums, counts)
-        variance = (_ratio(squares, counts) - mean.square()).clamp(min=0)
+        second = _ratio(squares, counts)
+        variance = second - mean.square()
+        variance = torch.where(variance <= 4e-7 * second, 0.0, variance)  # what float32 leaves of a constant
         return _ratio(product, counts) - mean * mean.T, variance
 
     # --- logging -------------------------------------------------------------------------------------

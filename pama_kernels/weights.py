@@ -239,5 +239,5 @@ def pareto_gap(gram: Tensor, weights: Tensor) -> Tensor:
     check_memory("weights", weights)
     dtype = torch.promote_types(gram.dtype, weights.dtype)
     m, c = gram.detach().to(dtype), weights.detach().to(dtype)
-    product = torch.matmul(m, c.unsqueeze(-1)).squeeze(-1)
+    product = (m * c.unsqueeze(-2)).sum(-1)  # autocast would take a matmul to bfloat16
     return (product * c).sum(-1) - product.amin(-1)

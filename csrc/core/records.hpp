@@ -11,6 +11,9 @@
 namespace pama {
 
 enum class Kind { given, solved, fixed, scores, gram, upgrad, softmin };
+// Whether `weights` are an argument, and not found by the call itself.
+PAMA_HD constexpr bool weights_known(Kind kind) { return kind == Kind::given || kind == Kind::solved; }
+
 enum class WeightsPer { batch, sequence, token };
 enum class Aggregation { token_mean, seq_mean_token_sum, seq_mean_token_mean };
 
@@ -43,7 +46,7 @@ struct Tokens {
     // Of (B, N) advantages all tokens of a sequence have the same combined one, unless weights solved per token tell
     // them apart.
     bool one_result_per_row(const Rule& rule) const {
-        return per_sequence && !(rule.weights_per == WeightsPer::token && rule.kind > Kind::solved && logprobs);
+        return per_sequence && !(rule.weights_per == WeightsPer::token && !weights_known(rule.kind) && logprobs);
     }
 };
 

@@ -77,7 +77,7 @@ struct Applied {
         : preference(p, tokens.n),
           threads(threads),
           n(tokens.n),
-          solved_here(rule.kind > Kind::solved && rule.weights_per == WeightsPer::batch),
+          solved_here(!weights_known(rule.kind) && rule.weights_per == WeightsPer::batch),
           sums(outputs.sums) {
         pass.tokens = tokens;
         pass.rule = rule;
@@ -85,7 +85,7 @@ struct Applied {
         pass.preference = preference.data;
         pass.uniform = preference.uniform;
         pass.weights = weights;
-        pass.known = rule.kind <= Kind::solved;
+        pass.known = weights_known(rule.kind);
         pass.per_row = pass.known && per_row;
         pass.divided = rule.kind == Kind::solved;
         if (tokens.aggregation == Aggregation::seq_mean_token_mean) counts = count_rows(tokens, threads);

@@ -72,7 +72,7 @@ void apply_of(const py::handle& record, const py::handle& rule, const py::handle
     const double* const p = read_preference(preference, tokens.n);
     Tensor c;
     read_tensor(weights, "weights", c);
-    const bool per_row = c.ndim == 2, known = how.kind <= Kind::solved;
+    const bool per_row = c.ndim == 2, known = weights_known(how.kind);
     if (known != static_cast<bool>(c))
         throw py::value_error("weights: expected a tensor where the rule solves nothing");
     if (known && (!c.is_float() || c.ndim < 1 || c.size(-1) != tokens.n || (per_row && c.size(0) != tokens.rows)))

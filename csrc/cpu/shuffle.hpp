@@ -68,6 +68,7 @@ PAMA_INLINE void interleave(FloatV* v) {
 // The sums over the lanes of N vectors at once, N a power of two: of pairs of neighbours, of pairs of those, and so on.
 template <int N, class V, class T>
 PAMA_INLINE void totals(V (&v)[N], T* sums) {
+    static_assert((N & (N - 1)) == 0, "pairs of neighbours: pad with zeros to a power of two");
     constexpr int width = sizeof(V) / sizeof(T);
     const std::make_integer_sequence<int, width> lanes{};
     int count = N;

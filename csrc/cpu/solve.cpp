@@ -19,7 +19,7 @@ void throw_unsolved(int64_t row, double residual) {
 }
 
 double solve(const double* sums, const Rule& rule, const double* preference, int n, double* c, double* effective) {
-    if (rule.weights_per != WeightsPer::batch || rule.kind < Kind::fixed || rule.kind > Kind::upgrad)
+    if (rule.weights_per != WeightsPer::batch || weights_known(rule.kind) || rule.kind == Kind::softmin)
         throw std::invalid_argument("rule: expected one that is solved for the batch");
     const Preference p(preference, n);
     std::vector<double> work(batch_workspace(n, rule.kind));

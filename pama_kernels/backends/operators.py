@@ -79,7 +79,7 @@ class GroupNormalize(NamedTuple):
     group_size: int
     group_ids: Tensor | None
     scale: bool
-    eps: float
+    eps: Number
 
 
 class Statistics(NamedTuple):
@@ -358,7 +358,7 @@ def _gae(backend: Functions, p: Gae) -> tuple[Tensor, Tensor]:
 
 
 def _group_normalize(backend: Functions, p: GroupNormalize) -> Tensor:
-    return backend.group_normalize(p.rewards, p.group_size, p.group_ids, p.scale, p.eps)
+    return backend.group_normalize(p.rewards, p.group_size, p.group_ids, p.scale, float(p.eps))
 
 
 _PAIR = "(Tensor, Tensor)"

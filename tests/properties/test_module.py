@@ -355,3 +355,27 @@ def test_statistics_pickle_and_merge() -> None:
     assert torch.equal(sum([one, two]).buffer, (one + two).buffer)
     with pytest.raises(ValueError, match="both sides"):
         one + pk.objective_statistics(**batch(1))
+
+
+def test_a_state_from_before_the_first_batch() -> None:
+    """It resets a running mean whose size is known, and does not take it away."""
+    module = pk.PamaLoss(momentum=0.9, objectives=3)
+    module(torch.randn(2, 4), None, torch.randn(2, 4, 3))
+    module.load_state_dict(pk.PamaLoss(momentum=0.9).state_dict())
+    assert module.running_statistics is not None
+    assert not module.running_statistics.any()
+    assert module.batches == 0
+
+
+def test_a_state_of_other_objectives_is_refused() -> None:
+    other = pk.PamaLoss(momentum=0.9, objectives=3).state_dict()
+    with pytest.raises(RuntimeError, match="size mismatch for running_statistics"):
+        pk.PamaLoss(momentum=0.9, objectives=2).load_state_dict(other)
+    with pytest.raises(RuntimeError, match="running_statistics"):
+        pk.PamaLoss().load_state_dict(other)
+
+
+@pytest.mark.parametrize("preference", [[1.0, 2.0], torch.tensor([-1.0, 2.0, 3.0]), torch.tensor(1.0)])
+def test_a_bad_preference_is_named_when_the_module_is_made(preference: object) -> None:
+    with pytest.raises(ValueError, match=r"^preference: expected"):
+        pk.PamaLoss(preference=preference, objectives=3)  # type: ignore[arg-type]

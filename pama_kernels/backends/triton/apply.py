@@ -18,7 +18,9 @@ from pama_kernels.backends._counter import counter
 
 from .launch import launch, number, number_of, programs
 from .reduce import (
+    FIELD_COUNT,
     HEAD,
+    TOTAL_COUNT,
     added_number,
     added_slots,
     clear,
@@ -140,7 +142,7 @@ def report(
     the means of those of the tokens (preference where there is none)."""
     i = tl.arange(0, N)
     if BY_TOKEN:
-        tokens = tl.load(sums + 9 * n)
+        tokens = tl.load(sums + FIELD_COUNT * n)
         c = ratio(added_slots(partial + _HEAD, slots, STRIDE, i, i < n, 32), tokens)
         c = tl.where(tokens != 0, c, preference_of(preference, n, N))
         best = ratio(added_number(partial, slots, STRIDE, 1), tokens)
@@ -284,7 +286,14 @@ def tokens_kernel(
             store_sums(slot + _HEAD + n, acc, n, N)
             if PAIRS:
                 i = tl.arange(0, N)
-                store_pairs(slot + _HEAD + 10 * n + 2, pair_acc, i[:, None], i[None, :], n, PRESENT)
+                store_pairs(
+                    slot + _HEAD + (FIELD_COUNT + 1) * n + TOTAL_COUNT,
+                    pair_acc,
+                    i[:, None],
+                    i[None, :],
+                    n,
+                    PRESENT,
+                )
             if row_fields is not None:
                 i = tl.arange(0, N)
                 to = row_fields + tl.cast(unit, tl.int64) * 4 * n + i

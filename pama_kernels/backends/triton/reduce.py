@@ -12,6 +12,9 @@ import triton.language as tl
 
 from pama_kernels._call import FIELDS, PAIRS, TOTALS
 
+FIELD_COUNT = tl.constexpr(len(FIELDS))
+TOTAL_COUNT = tl.constexpr(len(TOTALS))
+
 HEAD = 3  # and n
 FIELD_COUNT, TOTAL_COUNT = tl.constexpr(len(FIELDS)), tl.constexpr(len(TOTALS))
 COUNT = tl.constexpr(FIELDS.index("count"))

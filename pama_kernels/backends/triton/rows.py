@@ -20,7 +20,17 @@ from pama_kernels.backends._counter import counter
 
 from .apply import NONE, Pass, coefficients, report
 from .launch import INTERPRETED, launch, number, number_of, power_of_two, programs
-from .reduce import HEAD, added_number, clear, is_last, pair_blocks, slot_size, store_statistics
+from .reduce import (
+    FIELD_COUNT,
+    HEAD,
+    TOTAL_COUNT,
+    added_number,
+    clear,
+    is_last,
+    pair_blocks,
+    slot_size,
+    store_statistics,
+)
 from .rules import store_batch_weights
 from .simplex import preference_of, softmin, solve
 from .statistics import finish_pairs, no_pairs, no_sums, pair_slots, store_pairs, store_sums
@@ -326,7 +336,14 @@ def rows_kernel(
         if STATISTICS:
             store_sums(slot + _HEAD + n, acc, n, N)
             if PAIRS:
-                store_pairs(slot + _HEAD + 10 * n + 2, pair_acc, i[:, None], i[None, :], n, PRESENT)
+                store_pairs(
+                    slot + _HEAD + (FIELD_COUNT + 1) * n + TOTAL_COUNT,
+                    pair_acc,
+                    i[:, None],
+                    i[None, :],
+                    n,
+                    PRESENT,
+                )
         if is_last(counter, slots):
             if square_sum is not None:
                 tl.store(square_sum, added_number(partial, slots, STRIDE, 2))
