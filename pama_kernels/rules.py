@@ -42,8 +42,8 @@ class Pama:
         regularization: pull towards the preference, rho = regularization * r, with r = 1 for cosines and
             max_i mean(I_i^2) for scores; at least 0. A 0-d tensor where it changes from step to step.
 
-    Signed, on whitened advantages and per batch, no objective falls to first order. With two whitened
-    objectives the weights are (1/2, 1/2).
+    Per batch, signed, on whitened advantages and with regularization 0 no objective falls to first order.
+    With two whitened objectives the weights are (1/2, 1/2).
 
     Source: He & Maghsudi 2025 (arXiv 2508.07768): the bound in vector form ("gram"), Theorem 1 ("scores").
     """

@@ -1,5 +1,4 @@
-"""The weights of a batch from its statistics: signal, effective preference, then the rule (DESIGN, section
-2).
+"""The weights of a batch from its statistics: signal, effective preference, then the rule.
 
     FIXED c = p;  SCORES the scalar problem on a_i = mean I_i;  GRAM min-norm on the cosines of I;  UPGRAD on
     its Gram matrix M_ij = sum I_i I_j / sqrt(count_i count_j)
