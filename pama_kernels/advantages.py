@@ -161,6 +161,7 @@ def combine_advantages(
             solved = solve_batch(merged, rule, p)
             asked, given, p = SOLVED, solved.weights, solved.preference
     if normalize and advantages.dtype in (torch.float16, torch.bfloat16):
+        check_memory("advantages", advantages)
         tokens = tokens._replace(advantages=advantages.float())  # rounded once, after the division
     outputs = Outputs(
         advantages=True,
