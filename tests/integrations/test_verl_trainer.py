@@ -235,10 +235,15 @@ def test_each_objective_is_clipped_by_its_own_sign(queue: Any, weights_per: str)
     assert torch.equal(after, before)
 
     raw, present, combined = rollout.expected(pk.Pama(weights_per))
+    # Solved where the rollout is scored, so with the ratio 1; then divided by presence (equal preferences).
+    weights = combined.weights
+    if weights_per == "batch":
+        here = (present != 0).double()
+        weights = weights * here / here.mean(-1, keepdim=True)
     logprobs = rollout.logprobs.double().requires_grad_()
     # No padding in the specification's denominator; verl's token-mean counts valid tokens, too.
     wanted = pk.reference.pama_loss(
-        logprobs, rollout.old, raw, rollout.mask, objective_mask=present, rule=pk.Pama(weights_per),
+        logprobs, rollout.old, raw, rollout.mask, objective_mask=present, weights=weights,
         clip_range=0.2, dual_clip=3.0,
     )  # fmt: skip
     wanted.loss.backward()
