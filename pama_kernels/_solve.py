@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from ._validate import check_float, check_memory, check_shape
 from .backends import operators
 from .rules import Fixed, Rule, needs_pairs, noon_of, record
 from .statistics import ObjectiveStatistics
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Solved(NamedTuple):
@@ -69,3 +72,37 @@ def solve_batch(statistics: ObjectiveStatistics, rule: Rule, preference: Tensor 
             f"weights of the rule: expected device {statistics.buffer.device}, got {weights.device}"
         )
     return Solved(weights, (statistics.scores * weights).sum(), solved.preference)
+
+
+class BeforeThePass(NamedTuple):
+    """What `apply` is called with, and the statistics and solution where they had to come first."""
+
+    rule: _call.Rule
+    weights: Tensor | None
+    preference: Tensor | None
+    merged: ObjectiveStatistics | None
+    solved: Solved | None
+
+
+def before_the_pass(
+    tokens: _call.Tokens,
+    rule: Rule,
+    preference: Tensor | None,
+    weights: Tensor | None,
+    process_group: ProcessGroup | None,
+    pairs: bool,
+) -> BeforeThePass:
+    """Solves what one pass cannot: weights of all ranks of a group, and a callable's."""
+    asked = record(rule)
+    if weights is not None:
+        asked = asked._replace(kind=Kind.GIVEN.value)
+    if process_group is None and asked.kind != Kind.SOLVED:
+        return BeforeThePass(asked, weights, preference, None, None)
+    sums = operators.statistics(tokens, operators.Statistics(pairs))
+    merged = ObjectiveStatistics(sums, tokens.objectives, pairs)
+    if process_group is not None:
+        merged = merged.all_reduce(process_group)
+    if weights is not None:
+        return BeforeThePass(asked, weights, preference, merged, None)
+    solved = solve_batch(merged, rule, preference)
+    return BeforeThePass(SOLVED, solved.weights, solved.preference, merged, solved)

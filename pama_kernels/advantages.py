@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ._call import Kind, Number, Outputs, WeightsPer
-from ._solve import SOLVED, Solved, solve_batch
+from ._call import Number, Outputs, WeightsPer
+from ._solve import Solved, before_the_pass
 from ._validate import (
     INTEGERS,
     ClipRange,
@@ -147,19 +147,9 @@ def combine_advantages(
         )
     p = preference_tensor(preference, layout.objectives, advantages.device)
     pairs = needs_pairs(rule) or layout.objectives <= PAIRS_UP_TO
-    asked, merged, solved = record(rule), None, None
-    given = weights
     if weights is not None:
         check_weights(weights, layout, advantages.device)
-        asked = asked._replace(kind=Kind.GIVEN.value)
-    if process_group is not None or (weights is None and asked.kind == Kind.SOLVED):
-        sums = operators.statistics(tokens, operators.Statistics(pairs))
-        merged = ObjectiveStatistics(sums, layout.objectives, pairs)
-        if process_group is not None:
-            merged = merged.all_reduce(process_group)
-        if weights is None:
-            solved = solve_batch(merged, rule, p)
-            asked, given, p = SOLVED, solved.weights, solved.preference
+    asked, given, p, merged, solved = before_the_pass(tokens, rule, p, weights, process_group, pairs)
     if normalize and advantages.dtype in (torch.float16, torch.bfloat16):
         check_memory("advantages", advantages)
         tokens = tokens._replace(advantages=advantages.float())  # rounded once, after the division

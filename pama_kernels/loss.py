@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._call import Kind, Number, Outputs, Results, Rule, Tokens, WeightsPer, statistics_size
-from ._solve import SOLVED, AveragedRule, solve_batch
+from ._call import Number, Outputs, Results, Rule, Tokens, WeightsPer, statistics_size
+from ._solve import AveragedRule, before_the_pass
 from ._validate import (
     AGGREGATIONS,
     ClipRange,
@@ -245,20 +245,10 @@ def pama_loss(
         tokens = tokens._replace(ref_logprobs=None)
     check_rule_fits(rule, layout, process_group, weights)
     p = preference_tensor(preference, layout.objectives, logprobs.device)
-    asked, given = record(rule), weights
     if weights is not None:
         check_weights(weights, layout, logprobs.device)
-        asked = asked._replace(kind=Kind.GIVEN.value)
     pairs = weights is None and needs_pairs(rule)
-    merged, solved = None, None
-    if process_group is not None or (weights is None and asked.kind == Kind.SOLVED):
-        sums = operators.statistics(tokens, operators.Statistics(pairs))
-        merged = ObjectiveStatistics(sums, layout.objectives, pairs)
-        if process_group is not None:
-            merged = merged.all_reduce(process_group)
-        if weights is None:
-            solved = solve_batch(merged, rule, p)
-            asked, given, p = SOLVED, solved.weights, solved.preference
+    asked, given, p, merged, solved = before_the_pass(tokens, rule, p, weights, process_group, pairs)
     differentiated = logprobs.requires_grad and torch.is_grad_enabled()
     outputs = Outputs(
         advantages=False,

@@ -13,14 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pama_kernels._call import Number
-
-try:
-    from pama_kernels.backends.native import NoMemory
-except ImportError:
-
-    class NoMemory(ValueError):  # type: ignore[no-redef]
-        """A tensor has elements and no memory of its own: a wrapper, freed storage, or a tensor of zeros."""
-
+from pama_kernels.backends.native import NoMemory
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 NVIDIA = torch.version.hip is None and not INTERPRETED
