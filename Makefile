@@ -79,7 +79,7 @@ test-gpu:
 	$(PYTHON) tests/run_gpu.py $(GPU_ARGS)
 
 bench-gpu:
-	$(PYTHON) benchmarks/run_gpu.py $(GPU_ARGS)
+	$(PYTHON) tests/run_gpu.py --stages build,benchmark $(GPU_ARGS)
 
 test: lint test-cpp test-python test-triton test-cuda
 

@@ -1,30 +1,28 @@
 """What PAMA costs on a GPU: `python -m benchmarks.gpu`, or `make bench-gpu`. Less than eight minutes.
 
-Three times for each piece of work, as medians over rounds in which the contestants take turns:
-
-- device: one call captured in a CUDA graph, for each set of inputs of a pool that the cache cannot hold; the
-  replays in turn, between two events. What the GPU does, without Python.
-- eager: calls one after the other as a program makes them, until the device has finished.
-- step: within a policy step of a GPT-2 124M with random weights.
-
-GB/s are the bytes that a call has to read and write, counted from the shapes, over the device time. Beside
-them, in the same run: a copy of device memory, and an empty kernel. Results are compared before any timing.
+`gpu_timing` times a call on the device (a replayed CUDA graph) and as a program makes it (eager); the
+last parts are a policy step of a GPT-2 124M with random weights, and what a user waits for while kernels
+compile in a run of changing lengths. GB/s are the bytes that a call has to read and write, counted from the
+shapes, over the device time. Beside them, in the same run: a copy of device memory, and an empty kernel.
+Results are compared before any timing.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import torch
@@ -32,185 +30,10 @@ from torch import Tensor
 
 import pama_kernels as pk
 from pama_kernels._solve import solve_batch
-from pama_kernels.backends import registry
 
 from . import models, peers
+from .gpu_timing import CACHE_BYTES, Bench, Inputs, Work, agree, available, chosen, inputs, pool_of, summary
 from .harness import Row, Session
-
-CACHE_BYTES = 200e6  # more than the second-level cache of any GPU here
-ROUNDS = 9
-BACKENDS = ("cuda", "triton")
-
-Inputs = dict[str, Tensor]
-
-
-@dataclass
-class Work:
-    """One way to compute something from a set of inputs."""
-
-    name: str
-    call: Callable[[Inputs], Any]
-    moved: float | None = None  # bytes
-    backend: str | None = None
-    waits: bool = False  # for the device, so that no graph can hold it
-
-
-class Bench:
-    """The session, the device, and how long things may take."""
-
-    def __init__(self, session: Session, device: torch.device) -> None:
-        self.session, self.device = session, device
-        self.on_gpu = device.type == "cuda"
-        self.quick = session.quick
-
-    def settle(self) -> None:
-        if self.on_gpu:
-            torch.cuda.synchronize()
-
-    def seconds(self, start: Any, stop: Any) -> float:
-        return float(start.elapsed_time(stop)) * 1e-3 if self.on_gpu else float(stop - start)
-
-    def now(self) -> Any:
-        if not self.on_gpu:
-            return perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def captured(self, work: Work, x: Inputs) -> Callable[[], Any]:
-        """The call on these inputs as a graph; on a CPU the call itself."""
-        with chosen(work.backend):
-            for _ in range(3):
-                work.call(x)
-            if not self.on_gpu:
-                return lambda: work.call(x)
-            self.settle()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                work.call(x)
-        return graph.replay
-
-    def device_times(self, works: Sequence[Work], pool: Sequence[Inputs]) -> list[list[float]]:
-        """Microseconds of one call by each, one figure for each round."""
-        replays = [[self.captured(work, x) for x in pool] for work in works]
-        repeats = []
-        for each in replays:  # so that one turn lasts about 20 ms
-            begin = self.now()
-            for replay in each:
-                replay()
-            end = self.now()
-            self.settle()
-            once = self.seconds(begin, end) / len(each)
-            repeats.append(max(1, min(2000, int((0.002 if self.quick else 0.02) / max(once, 1e-6)))))
-        times: list[list[float]] = [[] for _ in works]
-        for _ in range(3 if self.quick else ROUNDS):
-            for k, each in enumerate(replays):
-                begin = self.now()
-                for i in range(repeats[k]):
-                    each[i % len(each)]()
-                end = self.now()
-                self.settle()
-                times[k].append(self.seconds(begin, end) / repeats[k] * 1e6)
-        return times
-
-    def eager_times(self, works: Sequence[Work], pool: Sequence[Inputs]) -> list[list[float]]:
-        times: list[list[float]] = [[] for _ in works]
-        for _ in range(3 if self.quick else ROUNDS):
-            for k, work in enumerate(works):
-                with chosen(work.backend):
-                    if not times[k]:
-                        work.call(pool[0])  # compiles
-                    self.settle()
-                    begin = perf_counter()
-                    work.call(pool[0])
-                    self.settle()
-                    once = perf_counter() - begin
-                    calls = 5 if self.quick else max(3, min(100, int(0.1 / once)))
-                    begin = perf_counter()
-                    for i in range(calls):
-                        work.call(pool[i % len(pool)])
-                    self.settle()
-                    times[k].append((perf_counter() - begin) / calls * 1e6)
-        return times
-
-    def measure(
-        self, what: str, case: str, n: int, tokens: int, works: Sequence[Work], pool: Sequence[Inputs]
-    ) -> None:
-        """Rows of device and of eager time; the first of `works` is ours, and what ratios are to."""
-        graphed = [work for work in works if not work.waits]
-        for kind, measured, times in (
-            ("device", graphed, self.device_times(graphed, pool)),
-            ("eager", works, self.eager_times(works, pool)),
-        ):
-            rows = []
-            for work, own in zip(measured, times, strict=True):
-                middle, spread = summary(own)
-                ratio = statistics.median(t / o for t, o in zip(own, times[0], strict=True))
-                speed = None
-                if kind == "device" and work.moved is not None:
-                    speed = work.moved / middle * 1e-3
-                name = f"{work.name}, {kind} time"
-                rows.append(Row(what, case, n, name, 1, middle, spread, ratio, None, "", tokens, speed))
-            self.session.add(rows)
-
-
-@contextmanager
-def chosen(backend: str | None) -> Any:
-    """Calls are served by this backend."""
-    if backend is None:
-        yield
-        return
-    before = os.environ.get("PAMA_BACKEND")
-    os.environ["PAMA_BACKEND"] = backend
-    registry.find.cache_clear()
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["PAMA_BACKEND"]
-        else:
-            os.environ["PAMA_BACKEND"] = before
-        registry.find.cache_clear()
-
-
-def summary(times: Sequence[float]) -> tuple[float, float]:
-    """Median and relative interquartile range."""
-    low, middle, high = statistics.quantiles(times, n=4)
-    return middle, (high - low) / middle
-
-
-def available(device: torch.device) -> list[str]:
-    """The backends that serve the device, by what they say themselves."""
-    if device.type != "cuda":
-        return ["cpu"]
-    return [name for name in BACKENDS if not isinstance(registry.load(name, "cuda"), str)]
-
-
-def inputs(tokens: int, n: int, device: torch.device, seed: int) -> Inputs:
-    g = torch.Generator(device=device).manual_seed(seed)
-    width = min(1024, tokens)
-    shape = (tokens // width, width)
-    logprobs = -torch.rand(shape, generator=g, device=device)
-    return {
-        "logprobs": logprobs,
-        "old_logprobs": logprobs + 0.2 * torch.randn(shape, generator=g, device=device),
-        "advantages": torch.randn(*shape, n, generator=g, device=device),
-        "mask": torch.rand(shape, generator=g, device=device) < 0.9,
-    }
-
-
-def pool_of(make: Callable[[int], Inputs], quick: bool) -> list[Inputs]:
-    """So many different inputs that they do not fit the cache."""
-    first = make(0)
-    size = sum(x.numel() * x.element_size() for x in first.values())
-    count = 2 if quick else max(2, min(64, int(CACHE_BYTES / size) + 1))
-    return [first, *(make(seed) for seed in range(1, count))]
-
-
-def agree(found: Tensor, wanted: Tensor, tolerance: float, what: str) -> None:
-    difference = float((found.double() - wanted.double()).abs().max())
-    if not difference <= tolerance:
-        raise RuntimeError(f"{what}: results differ by {difference:.2e}, more than {tolerance:g}")
 
 
 def ceilings(bench: Bench) -> None:
@@ -231,7 +54,7 @@ def empty_kernel(bench: Bench) -> Callable[[Inputs], Any]:
     import triton
 
     @triton.jit
-    def nothing(x: Any) -> None:
+    def nothing(x):  # type: ignore[no-untyped-def]
         pass
 
     return lambda x: nothing[(1,)](x["x"])
@@ -301,6 +124,51 @@ def combine(bench: Bench, rows: int, width: int, n: int) -> None:
     bench.measure("combine_advantages per sequence", f"mask {rows} x {width}", n, rows * width, works, pool)
 
 
+def with_gradient(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Forward and backward, down to the gradient of the log-probabilities."""
+
+    def call(logprobs: Tensor) -> Tensor:
+        leaf = logprobs.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(leaf), leaf)
+        return gradient
+
+    return call
+
+
+def per_sequence_loss(bench: Bench, rows: int, width: int, n: int) -> None:
+    """The default rule with one advantage per sequence and objective, beside eager PPO with one objective."""
+
+    def made(seed: int) -> Inputs:
+        x = inputs(rows * width, 1, bench.device, seed)
+        return {
+            **{name: x[name].reshape(rows, width) for name in ("logprobs", "old_logprobs", "mask")},
+            "advantages": torch.randn(rows, n, device=bench.device),
+        }
+
+    pool = pool_of(made, bench.quick)
+    moved = 2.0 * 9 * rows * width + 4.0 * rows * width  # two passes over log-probs and mask, the gradient
+
+    def ours(x: Inputs) -> Tensor:
+        given = {name: x[name] for name in ("old_logprobs", "advantages", "mask")}
+        return with_gradient(lambda leaf: pk.pama_loss(leaf, **given).loss)(x["logprobs"])
+
+    def theirs(x: Inputs) -> Tensor:
+        one = x["advantages"][:, :1].expand(rows, width)
+        return with_gradient(lambda leaf: peers.ppo_loss(leaf, x["old_logprobs"], one, x["mask"]))(
+            x["logprobs"]
+        )
+
+    works = [Work(f"pama_loss: {b}", ours, moved, b) for b in available(bench.device)]
+    bench.measure(
+        "pama_loss, advantages per sequence",
+        f"{rows} x {width}",
+        n,
+        rows * width,
+        [*works, Work("eager PyTorch, one objective", theirs)],
+        pool,
+    )
+
+
 def whole_loss(bench: Bench, tokens: int, n: int, weights_per: str) -> None:
     """pama_loss, forward and backward, against the same rule in PyTorch and against one objective."""
     pool = pool_of(lambda seed: inputs(tokens, n, bench.device, seed), bench.quick)
@@ -308,20 +176,19 @@ def whole_loss(bench: Bench, tokens: int, n: int, weights_per: str) -> None:
     passes = 2 if weights_per == "batch" else 1
     moved = passes * one + 4.0 * tokens  # the gradient
 
+    rule = pk.Pama.paper(weights_per)  # the eager one
+
     def ours(x: Inputs) -> Tensor:
-        leaf = x["logprobs"].detach().requires_grad_()
-        rule = pk.Pama.paper(weights_per)  # the eager one
-        loss = pk.pama_loss(**{**x, "logprobs": leaf}, rule=rule, clip_range=peers.CLIP).loss
-        (gradient,) = torch.autograd.grad(loss, leaf)
-        return gradient
+        given = {name: x[name] for name in ("old_logprobs", "advantages", "mask")}
+        options = {"rule": rule, "clip_range": peers.CLIP}
+        return with_gradient(lambda leaf: pk.pama_loss(leaf, **given, **options).loss)(x["logprobs"])
 
     def theirs(loss: peers.Loss, n: int | None) -> Callable[[Inputs], Tensor]:
         def call(x: Inputs) -> Tensor:
-            leaf = x["logprobs"].detach().requires_grad_()
             advantages = x["advantages"] if n is None else x["advantages"][..., 0]
-            value = loss(leaf, x["old_logprobs"], advantages, x["mask"])
-            (gradient,) = torch.autograd.grad(value, leaf)
-            return gradient
+            return with_gradient(lambda leaf: loss(leaf, x["old_logprobs"], advantages, x["mask"]))(
+                x["logprobs"]
+            )
 
         return call
 
@@ -410,6 +277,11 @@ def policy_step(bench: Bench) -> None:
 
     works = [Work(f"step with pama_loss: {b}", step(pama), None, b) for b in available(bench.device)]
     works.append(Work("step with the mean of the log-probabilities", step(lambda logprobs: logprobs.mean())))
+    if not bench.timed:
+        shares = [Work(b, loss_alone, None, b) for b in available(bench.device)]
+        bench.call_once(works, {})
+        bench.call_once(shares, alone)
+        return
     times = bench.eager_times(works, [{}])
     rows_out = []
     for work, own in zip(works, times, strict=True):
@@ -440,6 +312,56 @@ def policy_step(bench: Bench) -> None:
                 policy.size,
             )
         )
+    bench.session.add(rows_out)
+
+
+LENGTHS = """
+import json, sys, time, torch
+import pama_kernels as pk
+device, steps, rows, longest = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+g = torch.Generator().manual_seed(0)
+settle = torch.cuda.synchronize if device == "cuda" else lambda: None
+times = []
+for step in range(steps):
+    width = int(torch.randint(longest // 4, longest, (), generator=g))
+    logprobs = -torch.rand(rows, width, device=device)
+    advantages = torch.randn(rows, 4, device=device)
+    mask = torch.rand(rows, width, device=device) < 0.9
+    settle()
+    start = time.perf_counter()
+    combined = pk.combine_advantages(advantages, mask)
+    leaf = logprobs.clone().requires_grad_()
+    pk.pama_loss(leaf, logprobs, advantages, mask).loss.backward()
+    settle()
+    times.append(time.perf_counter() - start)
+print(json.dumps(times))
+"""
+
+
+def changing_lengths(bench: Bench) -> None:
+    """What a user waits for in a run of changing lengths, with an empty cache of compiled kernels."""
+    if not bench.timed:
+        return
+    rows_out = []
+    for backend in available(bench.device):
+        with tempfile.TemporaryDirectory() as cache:
+            environment = {**os.environ, "PAMA_BACKEND": backend, "TRITON_CACHE_DIR": cache}
+            steps, rows, longest = (6, 2, 40) if bench.quick else (40, 32, 2048)
+            command = [sys.executable, "-c", LENGTHS, bench.device.type, str(steps), str(rows), str(longest)]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-2000:])
+        times = json.loads(done.stdout.splitlines()[-1])
+        usual = statistics.median(times[3:])
+        for name, part in (("first 3 steps", times[:3]), ("steps after them", times[3:])):
+            waited = sum(max(t - usual, 0.0) for t in part) * 1e6
+            worst = max(part) * 1e3
+            rows_out.append(
+                Row(
+                    *("compilation waited for", f"{steps} steps of {rows} rows, lengths up to {longest}", 4),
+                    *(f"{name}: {backend}", 1, waited, None, None, None, f"longest step {worst:.1f} ms"),
+                )
+            )
     bench.session.add(rows_out)
 
 
@@ -478,6 +400,70 @@ def machine(device: torch.device) -> list[str]:
     return [f"{name}, {memory}, {versions}"]
 
 
+def goals(bench: Bench) -> list[functools.partial[None]]:
+    """The figures that have a goal: `docs/gpu.md`."""
+    part, quick = functools.partial, bench.quick
+    rows, width = (16, 32) if quick else (512, 4096)
+    return [
+        part(ceilings, bench),
+        part(first_pass, bench, 1024 if quick else 1 << 20, 4),
+        part(first_pass, bench, 2048 if quick else 1 << 26, 4),
+        part(combine, bench, rows, width, 8),
+        part(per_sequence_loss, bench, rows, width, 8),
+        part(whole_loss, bench, 512 if quick else 1 << 20, 4, "batch"),
+        part(policy_step, bench),
+        part(changing_lengths, bench),
+    ]
+
+
+def others(bench: Bench) -> list[functools.partial[None]]:
+    """What matters most first."""
+    part, quick = functools.partial, bench.quick
+    found = [part(first_pass, bench, tokens, 4) for tokens in ((256,) if quick else (1 << 14, 1 << 23))]
+    found += [part(whole_loss, bench, 512 if quick else 1 << 20, 4, per) for per in ("sequence", "token")]
+    problems = ((1, 4), (8, 3)) if quick else ((1, 2), (1, 4), (1, 8), (10_000, 8), (1_000_000, 4))
+    found += [part(solvers, bench, rows, n) for rows, n in problems]
+    found.append(part(whole_loss, bench, 256 if quick else 1 << 18, 8, "batch"))
+    return found + [part(first_pass, bench, 1 << 20, n) for n in (() if quick else (1, 2, 8))]
+
+
+def name_of(part: functools.partial[None]) -> str:
+    return " ".join(str(x) for x in (part.func.__name__, *part.args[1:]))
+
+
+def run(bench: Bench, parts: Sequence[functools.partial[None]], seconds: float) -> int:
+    """Each part; what fails or finds no time left is named, and the others run."""
+    start, failed = perf_counter(), []
+    for part in parts:
+        if perf_counter() - start > seconds:
+            failed.append(f"{name_of(part)}: not run, out of time")
+            continue
+        try:
+            part()
+        except Exception:
+            traceback.print_exc()
+            failed.append(f"{name_of(part)}: failed")
+        if bench.timed:
+            bench.session.write()  # what there is, should the rest fail
+    for line in failed:
+        print(line)
+    return int(bool(failed))
+
+
+def compile_parts(count: int, arguments: Sequence[str], workers: int) -> None:
+    """Every call of the parts once, in processes side by side: the kernels are then in Triton's cache."""
+    left = list(range(count))
+    running: list[subprocess.Popen[bytes]] = []
+    start = perf_counter()
+    while left or running:
+        running = [process for process in running if process.poll() is None]
+        while left and len(running) < workers:
+            command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--only", str(left.pop(0))]
+            running.append(subprocess.Popen(command))
+        sleep(0.05)
+    print(f"kernels compiled in {perf_counter() - start:.1f} s, {workers} processes")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -489,59 +475,39 @@ def main() -> int:
         "--out", type=Path, metavar="DIR", help="default: benchmarks/results, of a dry run benchmarks/local"
     )
     parser.add_argument("--seconds", type=float, default=380, help="after them no part is begun")
+    parser.add_argument("--goals", action="store_true", help="only the figures that have a goal")
+    parser.add_argument(
+        "--workers", type=int, default=min(12, os.cpu_count() or 1), help="processes that compile; 0: none"
+    )
+    parser.add_argument("--only", type=int, metavar="PART", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cuda":
         if not torch.cuda.is_available():
             parser.error("torch finds no GPU; --device cpu shows that the benchmark runs")
         device = torch.device("cuda", torch.cuda.current_device())
+    if not available(device):
+        parser.error("no backend serves this GPU: see python -m pama_kernels.info")
     quick = device.type == "cpu"
     out = arguments.out or Path(__file__).parent / ("local" if quick else "results")
     out.mkdir(parents=True, exist_ok=True)
-    part = "gpu-dry-run" if quick else "gpu"
-    command = "python -m benchmarks.gpu" + " --device cpu" * quick
-    session = Session(part, out, quick, command, 0.0)
+    command = "python -m benchmarks.gpu" + " --goals" * arguments.goals + " --device cpu" * quick
+    session = Session("gpu-dry-run" if quick else "gpu", out, quick, command, 0.0)
     session.notes += machine(device)
     session.notes.append(
         f"backends: {', '.join(available(device))}; input pools of {CACHE_BYTES / 1e6:.0f} MB"
     )
-    bench = Bench(session, device)
-    if not available(device):
-        parser.error("no backend serves this GPU: see python -m pama_kernels.info")
-    start, failed = perf_counter(), []
+    bench = Bench(session, device, timed=arguments.only is None)
+    parts = goals(bench) + ([] if arguments.goals else others(bench))
+    if arguments.only is not None:
+        return run(bench, parts[arguments.only : arguments.only + 1], arguments.seconds)
+    if arguments.workers:
+        own = ["--device", arguments.device, *(["--goals"] if arguments.goals else [])]
+        compile_parts(len(parts), own, arguments.workers)
     with torch.cuda.device(device) if bench.on_gpu else nullcontext():
-        ceilings(bench)
-        for part in parts(bench):
-            what = " ".join(str(x) for x in (part.func.__name__, *part.args[1:]))
-            if perf_counter() - start > arguments.seconds:
-                failed.append(f"{what}: not run, out of time")
-                continue
-            try:
-                part()
-            except Exception:
-                traceback.print_exc()
-                failed.append(f"{what}: failed")
-            session.write()  # what there is, should the rest fail
+        failed = run(bench, parts, arguments.seconds)
     plot(session)
-    for line in failed:
-        print(line)
-    return int(bool(failed))
-
-
-def parts(bench: Bench) -> list[functools.partial[None]]:
-    """What matters most first."""
-    part, quick = functools.partial, bench.quick
-    sizes = (1024, 256) if quick else (1 << 20, 1 << 26, 1 << 14, 1 << 23)
-    found = [part(first_pass, bench, tokens, 4) for tokens in sizes]
-    found.append(part(policy_step, bench))
-    found.append(part(combine, bench, *((16, 32) if quick else (512, 4096)), 8))
-    found += [
-        part(whole_loss, bench, 512 if quick else 1 << 20, 4, p) for p in ("batch", "sequence", "token")
-    ]
-    found.append(part(whole_loss, bench, 256 if quick else 1 << 18, 8, "batch"))
-    problems = ((1, 4), (8, 3)) if quick else ((1, 2), (1, 4), (1, 8), (10_000, 8), (1_000_000, 4))
-    found += [part(solvers, bench, rows, n) for rows, n in problems]
-    return found + [part(first_pass, bench, 1 << 20, n) for n in (() if quick else (1, 2, 8))]
+    return failed
 
 
 if __name__ == "__main__":

@@ -150,8 +150,9 @@ class Session:
                 lines.append(f"  {'':>9}  {'':>14}  {'':>11}  {r.contestant}  {r.note}")
                 continue
             off = "" if r.difference is None else f"  off by {r.difference:.0e}"
+            ratio = f"{'':>9}" if r.ratio is None else f"{r.ratio:>8.2f}x"
             lines.append(
-                f"  {r.ratio:>8.2f}x  {r.microseconds:>11.3f} us  spread {100 * (r.spread or 0):>3.0f}%  "
+                f"  {ratio}  {r.microseconds:>11.3f} us  spread {100 * (r.spread or 0):>3.0f}%  "
                 f"{r.contestant}{off}{_extra(r)}  {r.note}".rstrip()
             )
         tqdm.write("\n".join(lines))

@@ -131,11 +131,12 @@ def test_a_new_preference_does_not_wait_for_the_device() -> None:
     assert torch.equal(found.weights, wanted.weights)
 
 
-def test_every_kernel_runs_once() -> None:
+@pytest.mark.parametrize("case", ["0", "1", "2"])
+def test_every_kernel_runs_once(case: str) -> None:
     """What compute-sanitizer watches, which then finds the kernels compiled."""
     script = Path(__file__).with_name("sanitized.py")
     environment = {**os.environ, "PAMA_TEST_DEVICE": DEVICE.type}
-    command = [sys.executable, str(script)]
+    command = [sys.executable, str(script), case]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -241,7 +241,7 @@ def test_figures_in_the_documents_are_those_of_the_csvs(name: str) -> None:
 
 def test_a_wrong_option_of_the_gpu_benchmark_costs_no_build() -> None:
     """The package is built before the benchmark runs, for minutes where there is nvcc."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "run_gpu.py"), "--device", "tpu"]
+    command = [sys.executable, str(ROOT / "tests" / "run_gpu.py"), "--device", "tpu"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 2
     assert "'tpu'" in ended.stderr
