@@ -97,16 +97,17 @@ def store_statistics(
     partial, slots, stride, sums, n: tl.constexpr, PAIRS: tl.constexpr, PRESENT: tl.constexpr
 ):
     """The slots' statistics, added, into the buffer. `partial` points behind the head."""
-    K: tl.constexpr = 64
     pairs: tl.constexpr = FIELD_COUNT * n + TOTAL_COUNT
     size: tl.constexpr = pairs + 5 * n * n if PAIRS else pairs
+    K: tl.constexpr = 64 if size <= 64 else 128
+    CHUNK: tl.constexpr = 4096 // K  # slots at a time: as many loads as a thread has registers for
     for first in range(0, size, K):
         k = first + tl.arange(0, K)
         source = k
         if PAIRS:
             if not PRESENT:
                 source = tl.where(k < pairs, k, _pair_source(tl.maximum(k - pairs, 0), n, pairs))
-        tl.store(sums + k, added_slots(partial, slots, stride, source, k < size, 32), mask=k < size)
+        tl.store(sums + k, added_slots(partial, slots, stride, source, k < size, CHUNK), mask=k < size)
     tl.debug_barrier()  # what is stored here is read again by other threads
 
 

@@ -21,9 +21,7 @@ from pama_kernels.backends._counter import counter
 from .apply import NONE, Pass, coefficients, report
 from .launch import INTERPRETED, launch, number, number_of, power_of_two, programs
 from .reduce import (
-    FIELD_COUNT,
     HEAD,
-    TOTAL_COUNT,
     added_number,
     clear,
     is_last,
@@ -50,7 +48,7 @@ from .tokens import (
     valid_tokens,
 )
 
-_TOKENS = 128 if INTERPRETED else 512
+_TOKENS = 128 if INTERPRETED else 256
 _BLOCK = 8  # objectives of a block of pairs
 _SUMS = 13
 _NONE, _BATCH, _ROW, _SCORES, _SOFTMIN = map(tl.constexpr, range(5))  # as in apply.py
@@ -270,7 +268,7 @@ def rows_kernel(
         clear(slot, STRIDE)
     if (WEIGHTS == _SCORES) | (WEIGHTS == _SOFTMIN):
         p = preference_of(preference, n, N)[None, :]
-    acc = no_sums(ROWS, N)
+    acc = no_sums(ROWS, N, False)
     if PAIRS:
         pair_acc = no_pairs(ROWS, N, PRESENT)
     squares = tl.zeros([ROWS], tl.float64)
@@ -336,14 +334,7 @@ def rows_kernel(
         if STATISTICS:
             store_sums(slot + _HEAD + n, acc, n, N)
             if PAIRS:
-                store_pairs(
-                    slot + _HEAD + (FIELD_COUNT + 1) * n + TOTAL_COUNT,
-                    pair_acc,
-                    i[:, None],
-                    i[None, :],
-                    n,
-                    PRESENT,
-                )
+                store_pairs(slot + _HEAD + n, pair_acc, n, N, PRESENT, False)
         if is_last(counter, slots):
             if square_sum is not None:
                 tl.store(square_sum, added_number(partial, slots, STRIDE, 2))
@@ -410,7 +401,7 @@ class Rows:
             launch(
                 row_sums_kernel, self.device, programs(self.device, units, 8), *p.arguments[BEFORE_REF],
                 *p.arguments[FROM_OFFSETS], self.sums, self.parts, TOKENS=_TOKENS, UNIT=p.constants["UNIT"],
-                WIDE=given.wide, PLAIN=self.plain,
+                WIDE=given.wide, PLAIN=self.plain, each=4,
             )  # fmt: skip
         a = objective_strides(given.advantages, True)
         o = objective_strides(given.objective_mask, True)
@@ -431,7 +422,9 @@ class Rows:
         present = self.given.objective_mask is not None
         area = (256 if present else 512) // block**2 if x.pairs else 256 // block
         count = max(1, min(area, 64 if INTERPRETED else 128))
+        # The last program adds all slots: few of them, unless there are many rows.
         slots = programs(self.device, -(-self.given.rows // count), 2)
+        slots = min(slots, max(64, self.given.rows // 256))
         stride = slot_size(n, x.statistics, x.pairs, present)
         partial = torch.empty(slots * stride, device=self.device, dtype=torch.float64)
         strides = (0, 0) if x.c is None else (x.c.stride(0) if x.c.dim() == 2 else 0, x.c.stride(-1))

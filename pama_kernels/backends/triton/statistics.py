@@ -17,6 +17,8 @@ from pama_kernels.backends._counter import counter
 
 from .launch import INTERPRETED, launch, programs
 from .reduce import (
+    ADVANTAGE_SQUARE_SUM,
+    BOUND_SQUARE_SUM,
     FIELD_COUNT,
     TOTAL_COUNT,
     add_pairs_kernel,
@@ -43,44 +45,59 @@ from .tokens import (
 PAIRS_IN_REGISTERS = 8  # objectives whose N x N sums ride along with the others
 _COUNTED = 128 if INTERPRETED else 1024  # tokens at a time, where nothing but the mask is read
 _BLOCK = 8  # objectives of a block of pairs
+CHUNK = tl.constexpr(32)  # terms that are added in float32
 
 
 @triton.jit
-def no_sums(TOKENS: tl.constexpr, N: tl.constexpr):
-    z = tl.zeros([TOKENS, N], tl.float64)
-    t = tl.zeros([TOKENS], tl.float64)
-    return z, z, z, z, z, z, z, z, z, t, t
+def no_sums(TOKENS: tl.constexpr, N: tl.constexpr, NARROW: tl.constexpr):
+    """NARROW: at most `CHUNK` terms of float32 with token weights 1, so that float32 holds the sums that are
+    linear in them, and integers the counts. Squares may leave its range."""
+    S: tl.constexpr = tl.float32 if NARROW else tl.float64
+    C: tl.constexpr = tl.int32 if NARROW else tl.float64
+    s = tl.zeros([TOKENS, N], S)
+    c = tl.zeros([TOKENS, N], C)
+    q = tl.zeros([TOKENS, N], tl.float64)
+    return c, s, q, s, s, s, q, c, c, tl.zeros([TOKENS], C), tl.zeros([TOKENS], S)
 
 
 @triton.jit
-def add_sums(sums, factors, terms, share, NOON: tl.constexpr):
-    """In the order of `_call.FIELDS`, (TOKENS, N) each, then `TOTALS`, (TOKENS,)."""
+def add_sums(sums, factors, terms, share, NOON: tl.constexpr, SQUARES: tl.constexpr):
+    """In the order of `_call.FIELDS`, (TOKENS, N) each, then `TOTALS`, (TOKENS,). Without SQUARES these are
+    left out: they are on the diagonal of the pairs."""
     valid, logp, _, _, _, _, _, off_pos, off_neg, kl = factors
     a, here, bound, surrogate = terms
-    w, v = 1.0, 1.0
+    S: tl.constexpr = sums[1].dtype
+    C: tl.constexpr = sums[0].dtype
+    w = tl.full([], 1, C)
+    v = w
     if share is not None:
         w, v = share[:, None], share
     positive = a > 0
     clipped = positive & off_pos[:, None]
     if not NOON:
         clipped = clipped | ((a < 0) & off_neg[:, None])
-    b = bound.to(tl.float64)
-    x = a.to(tl.float64)
-    wb = w * b
-    wx = w * x
-    zero = tl.zeros_like(b)
+    b = bound.to(S)
+    x = a.to(S)
+    wb, wx, g, k = b, x, surrogate.to(S), kl.to(S)
+    if share is not None:
+        wb, wx, g, k = w * b, w * x, w * g, v * k
+    bounds, advantages = sums[2], sums[6]
+    if SQUARES:
+        bounds += wb.to(tl.float64) * b.to(tl.float64)
+        advantages += wx.to(tl.float64) * x.to(tl.float64)
+    zero = tl.zeros_like(sums[0])
     return (
         sums[0] + tl.where(here, w, zero),
         sums[1] + wb,
-        sums[2] + wb * b,
-        sums[3] + wb * logp.to(tl.float64)[:, None],
-        sums[4] + w * surrogate.to(tl.float64),
+        bounds,
+        sums[3] + wb * logp.to(S)[:, None],
+        sums[4] + g,
         sums[5] + wx,
-        sums[6] + wx * x,
+        advantages,
         sums[7] + tl.where(positive, w, zero),
         sums[8] + tl.where(clipped, w, zero),
-        sums[9] + tl.where(valid, v, tl.zeros(valid.shape, tl.float64)),
-        sums[10] + v * kl.to(tl.float64),
+        sums[9] + tl.where(valid, v, tl.zeros_like(sums[9])),
+        sums[10] + k,
     )
 
 
@@ -123,21 +140,29 @@ def store_sums(slot, sums, n: tl.constexpr, N: tl.constexpr):
     """Adds them over tokens to a slot's fields."""
     i = tl.arange(0, N)
     for field in tl.static_range(FIELD_COUNT):
-        add_to(slot + field * n + i, tl.sum(sums[field], axis=0), i < n)
+        add_to(slot + field * n + i, tl.sum(sums[field].to(tl.float64), axis=0), i < n)
     one = tl.zeros([1], tl.int32)
     for total in tl.static_range(TOTAL_COUNT):
-        add_to(
-            slot + FIELD_COUNT * n + total + one, tl.sum(sums[FIELD_COUNT + total], axis=0)[None], one == 0
-        )
+        x = tl.sum(sums[FIELD_COUNT + total].to(tl.float64), axis=0)
+        add_to(slot + FIELD_COUNT * n + total + one, x[None], one == 0)
     tl.debug_barrier()  # what is added next may be read by other threads
 
 
 @triton.jit
-def store_pairs(slot, sums, i, j, n: tl.constexpr, PRESENT: tl.constexpr):
-    """Adds them over tokens to a slot's blocks, of objectives i (N, 1) and j (1, N)."""
+def store_pairs(slot, sums, n: tl.constexpr, N: tl.constexpr, PRESENT: tl.constexpr, SQUARES: tl.constexpr):
+    """Adds them over tokens to a slot's blocks, which follow its fields; SQUARES: and the diagonals to the
+    squares among these."""
     blocks: tl.constexpr = 5 if PRESENT else 2
+    i = tl.arange(0, N)[:, None]
+    j = tl.arange(0, N)[None, :]
+    to = slot + FIELD_COUNT * n + TOTAL_COUNT
     for block in tl.static_range(blocks):
-        add_to(slot + block * n * n + i * n + j, tl.sum(sums[block], axis=0), (i < n) & (j < n))
+        add_to(to + block * n * n + i * n + j, tl.sum(sums[block], axis=0), (i < n) & (j < n))
+    if SQUARES:
+        on = (i < n) & (i == j)
+        at = slot + i + tl.zeros_like(j)
+        add_to(at + BOUND_SQUARE_SUM * n, tl.sum(sums[0], axis=0), on)
+        add_to(at + ADVANTAGE_SQUARE_SUM * n, tl.sum(sums[1], axis=0), on)
     tl.debug_barrier()
 
 
