@@ -371,7 +371,8 @@ def run_tokens(p: Problem, x: Pass) -> None:
     units = tiles if x.row_fields is None else p.rows * x.parts
     # Programs of a processor share its registers. More of them hide more of the memory's latency.
     simple = p.constants["DENSE"] and p.constants["LAYOUT"] == 0 and x.row_counts is None
-    each = 8 if not x.statistics else 2 if by_token or present else 4 if simple and not x.pairs else 3
+    few = by_token or present or x.row_fields is not None
+    each = 8 if not x.statistics else 2 if few else 4 if simple and not x.pairs else 3
     slots = programs(p.device, units, each)
     partial = count = None
     if x.statistics or x.loss is not None or x.square_sum is not None:
