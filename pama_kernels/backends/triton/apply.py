@@ -31,7 +31,7 @@ from .reduce import (
 from .rules import ratio, scores_of, store_batch_weights
 from .simplex import preference_of, softmin, solve
 from .statistics import share_of
-from .terms import FIELD_COUNT, add_token_pairs, add_token_terms, no_pairs, no_sums
+from .terms import CHUNK, FIELD_COUNT, add_token_pairs, add_token_terms, no_pairs, no_sums
 from .tokens import (
     ANY_SIZE,
     Problem,
@@ -191,6 +191,8 @@ def tokens_kernel(
     solves from the statistics, or -1. COUNT: a denominator below 1 counts as 1."""
     D: tl.constexpr = tl.float64 if WIDE else tl.float32
     PRESENT: tl.constexpr = presence is not None
+    NARROW_SUMS: tl.constexpr = STATISTICS and not WIDE and row_counts is None and row_fields is None
+    SQUARES: tl.constexpr = not PAIRS or row_fields is not None
     clip = clip_of(low, low_at, high, high_at, dual, dual_at)
     setting = number_of(value, value_at)
     own = (advantages, a_row, a_token, a_objective)
@@ -234,72 +236,80 @@ def tokens_kernel(
             begin, end = part_range(cu, own_row, width, tl.cast(unit, tl.int64) % parts, parts, TOKENS)
             step = tl.full([], TOKENS, tl.int64)
         if STATISTICS:
-            acc = no_sums(TOKENS, N)
+            acc = no_sums(TOKENS, N, NARROW_SUMS)
             if PAIRS:
                 pair_acc = no_pairs(TOKENS, N, PRESENT)
-        for first in range(begin, end, step):
-            at = first + tl.arange(0, TOKENS)
-            inside = at < end
-            if row_fields is not None:
-                row = tl.zeros_like(at) + own_row
-                token = at
-            else:
-                row, token = locate(at, cu, rows, width, LAYOUT, NARROW)
-            factors = load_factors(mask, logprobs, old, importance, clip, row, token, inside, UNIT, D)
-            valid = factors[0]
-            if WEIGHTS == _FACTORS:
-                up = tl.load(row_factors + 3 * row, mask=inside, other=0.0).to(D)
-                down = tl.load(row_factors + 3 * row + 1, mask=inside, other=0.0).to(D)
-                share = tl.load(row_factors + 3 * row + 2, mask=inside, other=0.0)
-            else:
-                share = share_of(row, inside, row_counts)
-                terms = load_terms(own, present, factors, row, token, 0, n, N, NOON, DENSE, D)
-                a, here, bound, _ = terms
-                if STATISTICS:
-                    acc = add_token_terms(acc, factors, terms, share, NOON)
-                    if PAIRS:
-                        pair_acc = add_token_pairs(pair_acc, terms, terms, share, PRESENT)
-                if WEIGHTS == _BATCH:
-                    up, down = combine(coefficients(c, effective, 0, here, n, N, SHARE, D), a, NOON)
-                elif WEIGHTS == _ROW:
-                    up, down = combine(
-                        coefficients(c, effective, row[:, None], here, n, N, SHARE, D), a, NOON
-                    )
-                elif WEIGHTS != _NONE:
-                    if WEIGHTS == _SCORES:
-                        x, best = solve(bound, p, here, setting, None, N, NOON)
-                    else:
-                        x, best = softmin(a, p, here, setting)
-                    x_sum = x.to(tl.float64)
-                    best = tl.sum(best, axis=1).to(tl.float64)
+        chunk = tl.maximum(end - begin, 1)
+        if NARROW_SUMS:
+            chunk = step * CHUNK
+        for lead in range(begin, end, chunk):
+            for first in range(lead, tl.minimum(lead + chunk, end), step):
+                at = first + tl.arange(0, TOKENS)
+                inside = at < end
+                if row_fields is not None:
+                    row = tl.zeros_like(at) + own_row
+                    token = at
+                else:
+                    row, token = locate(at, cu, rows, width, LAYOUT, NARROW)
+                factors = load_factors(mask, logprobs, old, importance, clip, row, token, inside, UNIT, D)
+                valid = factors[0]
+                if WEIGHTS == _FACTORS:
+                    up = tl.load(row_factors + 3 * row, mask=inside, other=0.0).to(D)
+                    down = tl.load(row_factors + 3 * row + 1, mask=inside, other=0.0).to(D)
+                    share = tl.load(row_factors + 3 * row + 2, mask=inside, other=0.0)
+                else:
+                    share = share_of(row, inside, row_counts)
+                    terms = load_terms(own, present, factors, row, token, 0, n, N, NOON, DENSE, D)
+                    a, here, bound, _ = terms
+                    if STATISTICS:
+                        acc = add_token_terms(acc, factors, terms, share, NOON, SQUARES)
+                        if PAIRS:
+                            pair_acc = add_token_pairs(pair_acc, terms, terms, share, PRESENT)
+                    if WEIGHTS == _BATCH:
+                        up, down = combine(coefficients(c, effective, 0, here, n, N, SHARE, D), a, NOON)
+                    elif WEIGHTS == _ROW:
+                        up, down = combine(
+                            coefficients(c, effective, row[:, None], here, n, N, SHARE, D), a, NOON
+                        )
+                    elif WEIGHTS != _NONE:
+                        if WEIGHTS == _SCORES:
+                            x, best = solve(bound, p, here, setting, None, N, NOON)
+                        else:
+                            x, best = softmin(a, p, here, setting)
+                        x_sum = x.to(tl.float64)
+                        best = tl.sum(best, axis=1).to(tl.float64)
+                        if share is not None:
+                            x_sum *= share[:, None]
+                            best *= share
+                        c_sum += tl.where(valid[:, None], x_sum, 0.0)
+                        best_sum += tl.where(valid, best, 0.0)
+                        up, down = combine(x, a, NOON)
+                if combined is not None:
+                    together = tl.where(valid, up + down, 0.0)
+                    square = together.to(tl.float64) * together.to(tl.float64)
                     if share is not None:
-                        x_sum *= share[:, None]
-                        best *= share
-                    c_sum += tl.where(valid[:, None], x_sum, 0.0)
-                    best_sum += tl.where(valid, best, 0.0)
-                    up, down = combine(x, a, NOON)
-            if combined is not None:
-                together = tl.where(valid, up + down, 0.0)
-                square = together.to(tl.float64) * together.to(tl.float64)
-                if share is not None:
-                    square *= share
-                squares += square
-                tl.store(combined + at, rounded(together, combined.dtype.element_ty), mask=inside)
-            if loss is not None:
-                amount, slope = loss_and_slope(
-                    factors, up, down, ref, coefficient, row, token, inside, UNIT, NOON, D
-                )
-                factor = 1.0 / divisor
-                if share is not None:
-                    factor = share / divisor
-                loss_sum += tl.where(valid, amount.to(tl.float64) * factor, 0.0)
-                if gradient is not None:
-                    slope = tl.where(valid, slope * factor.to(D), 0.0)
-                    tl.store(gradient + at, rounded(slope, gradient.dtype.element_ty), mask=inside)
+                        square *= share
+                    squares += square
+                    tl.store(combined + at, rounded(together, combined.dtype.element_ty), mask=inside)
+                if loss is not None:
+                    amount, slope = loss_and_slope(
+                        factors, up, down, ref, coefficient, row, token, inside, UNIT, NOON, D
+                    )
+                    factor = 1.0 / divisor
+                    if share is not None:
+                        factor = share / divisor
+                    loss_sum += tl.where(valid, amount.to(tl.float64) * factor, 0.0)
+                    if gradient is not None:
+                        slope = tl.where(valid, slope * factor.to(D), 0.0)
+                        tl.store(gradient + at, rounded(slope, gradient.dtype.element_ty), mask=inside)
+            if NARROW_SUMS:
+                store_sums(slot + _HEAD + n, acc, n, N)
+                acc = no_sums(TOKENS, N, NARROW_SUMS)
         if STATISTICS:
-            store_sums(slot + _HEAD + n, acc, n, N)
+            if not NARROW_SUMS:
+                store_sums(slot + _HEAD + n, acc, n, N)
             if PAIRS:
-                store_pairs(slot + _HEAD + n, pair_acc, n, N, PRESENT)
+                store_pairs(slot + _HEAD + n, pair_acc, n, N, PRESENT, not SQUARES)
             if row_fields is not None:
                 i = tl.arange(0, N)
                 to = row_fields + tl.cast(unit, tl.int64) * FIELD_COUNT * n + i
@@ -356,11 +366,15 @@ def run_tokens(p: Problem, x: Pass) -> None:
         constants = p.tile(area, max(2, p.constants["N"] ** 2))
     else:
         area = 128 if signed else 256 if by_token else 512 if x.statistics else 1024
-        constants = p.tile(area)
+        constants = p.tile(256, 1) if x.weights == FACTORS else p.tile(area)
     stride = slot_size(n, x.statistics, x.pairs, present)
     tiles = -(-p.total // constants["TOKENS"])
     units = tiles if x.row_fields is None else p.rows * x.parts
-    slots = programs(p.device, units, 2 if x.statistics else 8)
+    # Programs of a processor share its registers. More of them hide more of the memory's latency.
+    simple = p.constants["DENSE"] and p.constants["LAYOUT"] == 0 and x.row_counts is None
+    few = by_token or present or x.row_fields is not None
+    each = 8 if not x.statistics else 2 if few else 4 if simple and not x.pairs else 3
+    slots = programs(p.device, units, each)
     partial = count = None
     if x.statistics or x.loss is not None or x.square_sum is not None:
         partial = torch.empty(slots * stride, device=p.device, dtype=torch.float64)
@@ -374,5 +388,5 @@ def run_tokens(p: Problem, x: Pass) -> None:
         x.combined, x.gradient, x.loss, x.square_sum, x.reported, x.optimum, x.sums, x.row_fields, x.parts,
         partial,
         count, **constants, WEIGHTS=x.weights, STATISTICS=x.statistics, PAIRS=x.pairs, SHARE=x.share,
-        SOLVE=x.solve, COUNT=x.count, STRIDE=stride,
+        SOLVE=x.solve, COUNT=x.count, STRIDE=stride, each=each if x.statistics else 1,
     )  # fmt: skip

@@ -59,13 +59,17 @@ def number_of(value, at):
     return x
 
 
-def launch(kernel: Any, device: torch.device, programs: int, *arguments: Any, **options: Any) -> None:
-    """Runs so many programs of a kernel on the device and its current stream. All launches go through
-    here."""
+def launch(
+    kernel: Any, device: torch.device, programs: int, *arguments: Any, each: int = 1, **options: Any
+) -> None:
+    """Runs so many programs of a kernel on the device and its current stream. All launches go through here.
+
+    each: programs that share the registers of a processor; more run at a time where they need fewer.
+    """
     if NVIDIA:
-        # All a thread can have: left to itself, ptxas spills to make room for more programs than there are.
+        # Left to itself, ptxas spills to make room for more programs than there are.
         threads = 32 * options.get("num_warps", 4)
-        options["maxnreg"] = min(255, 2**16 // threads)
+        options["maxnreg"] = min(255, 2**16 // (threads * each) // 8 * 8)
     around: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if INTERPRETED:
         around = numpy.errstate(all="ignore")  # its arithmetic is NumPy's, which warns of infinities

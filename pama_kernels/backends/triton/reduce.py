@@ -15,6 +15,7 @@ from pama_kernels._call import FIELDS, TOTALS
 from .terms import (
     ADVANTAGE_SQUARE_SUM,
     ADVANTAGE_SUM,
+    BOUND_SQUARE_SUM,
     FIELD_COUNT,
     PAIR_COUNT,
     TOTAL_COUNT,
@@ -57,23 +58,27 @@ def store_sums(slot, sums, n: tl.constexpr, N: tl.constexpr):
     """Adds them over tokens to a slot's fields."""
     i = tl.arange(0, N)
     for field in tl.static_range(FIELD_COUNT):
-        add_to(slot + field * n + i, tl.sum(sums[field], axis=0), i < n)
+        add_to(slot + field * n + i, tl.sum(sums[field].to(tl.float64), axis=0), i < n)
     one = tl.zeros([1], tl.int32)
     for total in tl.static_range(TOTAL_COUNT):
-        add_to(
-            slot + FIELD_COUNT * n + total + one, tl.sum(sums[FIELD_COUNT + total], axis=0)[None], one == 0
-        )
+        x = tl.sum(sums[FIELD_COUNT + total].to(tl.float64), axis=0)
+        add_to(slot + FIELD_COUNT * n + total + one, x[None], one == 0)
     tl.debug_barrier()  # what is added next may be read by other threads
 
 
 @triton.jit
-def store_pairs(slot, sums, n: tl.constexpr, N: tl.constexpr, PRESENT: tl.constexpr):
-    """The same of its pair blocks."""
+def store_pairs(slot, sums, n: tl.constexpr, N: tl.constexpr, PRESENT: tl.constexpr, SQUARES: tl.constexpr):
+    """The same of its pair blocks; SQUARES: and of their diagonals to the squares among its fields."""
     to = slot + FIELD_COUNT * n + TOTAL_COUNT
     i = tl.arange(0, N)[:, None]
     j = tl.arange(0, N)[None, :]
     for block in tl.static_range(summed_pairs(PRESENT)):
         add_to(to + block * n * n + i * n + j, tl.sum(sums[block], axis=0), (i < n) & (j < n))
+    if SQUARES:
+        on = (i < n) & (i == j)
+        at = slot + i + tl.zeros_like(j)
+        add_to(at + BOUND_SQUARE_SUM * n, tl.sum(sums[0], axis=0), on)
+        add_to(at + ADVANTAGE_SQUARE_SUM * n, tl.sum(sums[1], axis=0), on)
     tl.debug_barrier()
 
 
@@ -127,16 +132,17 @@ def store_statistics(
     partial, slots, stride, sums, n: tl.constexpr, PAIRS: tl.constexpr, PRESENT: tl.constexpr
 ):
     """The slots' statistics, added, into the buffer. `partial` points behind the head."""
-    K: tl.constexpr = 64
     pairs: tl.constexpr = FIELD_COUNT * n + TOTAL_COUNT
     size: tl.constexpr = pairs + PAIR_COUNT * n * n if PAIRS else pairs
+    K: tl.constexpr = 64 if size <= 64 else 128
+    CHUNK: tl.constexpr = 4096 // K  # slots at a time: as many loads as a thread has registers for
     for first in range(0, size, K):
         k = first + tl.arange(0, K)
         source = k
         if PAIRS:
             if not PRESENT:
                 source = tl.where(k < pairs, k, _pair_source(tl.maximum(k - pairs, 0), n, pairs))
-        tl.store(sums + k, added_slots(partial, slots, stride, source, k < size, 32), mask=k < size)
+        tl.store(sums + k, added_slots(partial, slots, stride, source, k < size, CHUNK), mask=k < size)
     tl.debug_barrier()  # what is stored here is read again by other threads
 
 

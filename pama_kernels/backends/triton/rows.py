@@ -53,7 +53,7 @@ from .tokens import (
     valid_tokens,
 )
 
-_TOKENS = 128 if INTERPRETED else 512
+_TOKENS = 128 if INTERPRETED else 256
 _BLOCK = 8  # objectives of a block of pairs
 _HEAD = tl.constexpr(HEAD)
 _ROW_SIZES = ["a_row", "a_objective", "o_row", "o_objective", "cu_step", "rows", "width", "parts"]
@@ -174,7 +174,7 @@ def rows_kernel(
         clear(slot, STRIDE)
     if (WEIGHTS == _SCORES) | (WEIGHTS == _SOFTMIN):
         p = preference_of(preference, n, N)[None, :]
-    acc = no_sums(ROWS, N)
+    acc = no_sums(ROWS, N, False)
     if PAIRS:
         pair_acc = no_pairs(ROWS, N, PRESENT)
     squares = tl.zeros([ROWS], tl.float64)
@@ -237,7 +237,7 @@ def rows_kernel(
         if STATISTICS:
             store_sums(slot + _HEAD + n, acc, n, N)
             if PAIRS:
-                store_pairs(slot + _HEAD + n, pair_acc, n, N, PRESENT)
+                store_pairs(slot + _HEAD + n, pair_acc, n, N, PRESENT, False)
         finish(
             partial, counter, setting, c, preference, None, square_sum, weights, optimum, sums, effective,
             n, N, _NONE if BY_ROW else WEIGHTS, STATISTICS, PAIRS, PRESENT, SOLVE, STRIDE,
@@ -290,7 +290,7 @@ class Rows:
             launch(
                 row_sums_kernel, self.device, programs(self.device, units, 8), *p.arguments[BEFORE_REF],
                 *p.arguments[FROM_OFFSETS], self.sums, self.parts, TOKENS=_TOKENS, UNIT=p.constants["UNIT"],
-                WIDE=given.wide, PLAIN=self.plain,
+                WIDE=given.wide, PLAIN=self.plain, each=4,
             )  # fmt: skip
         a = objective_strides(given.advantages, True)
         o = objective_strides(given.objective_mask, True)
@@ -311,7 +311,9 @@ class Rows:
         present = self.given.objective_mask is not None
         area = (256 if present else 512) // block**2 if x.pairs else 256 // block
         count = max(1, min(area, 64 if INTERPRETED else 128))
+        # The last program adds all slots: few of them, unless there are many rows.
         slots = programs(self.device, -(-self.given.rows // count), 2)
+        slots = min(slots, max(64, self.given.rows // 256))
         stride = slot_size(n, x.statistics, x.pairs, present)
         partial = torch.empty(slots * stride, device=self.device, dtype=torch.float64)
         strides = (0, 0) if x.c is None else (x.c.stride(0) if x.c.dim() == 2 else 0, x.c.stride(-1))

@@ -1,8 +1,7 @@
 """What one token, or one sequence, adds to the statistics: a new field or row sum is added here alone.
 
-Tuples of sums are in the order of `_call.FIELDS`, (TOKENS, N) each, then of `_call.TOTALS`, (TOKENS,), in
-float64. Every term is weighted by the token weights of the aggregation: `share` (TOKENS,) float64, or 1 where
-it is None.
+Tuples of sums are in the order of `_call.FIELDS`, (TOKENS, N) each, then of `_call.TOTALS`, (TOKENS,). Every
+term is weighted by the token weights of the aggregation: `share` (TOKENS,) float64, or 1 where it is None.
 
 Advantages per sequence: with U = max(A, 0), V = min(A, 0) of the sequence (0 under Noon), and over its valid
 tokens the sums of the factors (ROW_SUMS),
@@ -29,6 +28,8 @@ BOUND_SQUARE_SUM = tl.constexpr(FIELDS.index("bound_square_sum"))
 ADVANTAGE_SUM = tl.constexpr(FIELDS.index("advantage_sum"))
 ADVANTAGE_SQUARE_SUM = tl.constexpr(FIELDS.index("advantage_square_sum"))
 POSITIVE_COUNT = tl.constexpr(FIELDS.index("positive_count"))
+
+CHUNK = tl.constexpr(32)  # terms that are added in float32
 
 # The sums of a sequence in which no objective appears, as in csrc/core/statistics.hpp: first counts.
 ROW_SUMS = 13
@@ -57,39 +58,53 @@ def added(x, y, SIZE: tl.constexpr):
 
 
 @triton.jit
-def no_sums(TOKENS: tl.constexpr, N: tl.constexpr):
-    fields = repeated(tl.zeros([TOKENS, N], tl.float64), FIELD_COUNT)
-    return fields + repeated(tl.zeros([TOKENS], tl.float64), TOTAL_COUNT)
+def no_sums(TOKENS: tl.constexpr, N: tl.constexpr, NARROW: tl.constexpr):
+    """NARROW: at most `CHUNK` terms in float32 with token weights 1, so that float32 holds the sums that are
+    linear in them, and integers the counts. Squares may leave its range."""
+    S: tl.constexpr = tl.float32 if NARROW else tl.float64
+    C: tl.constexpr = tl.int32 if NARROW else tl.float64
+    s = tl.zeros([TOKENS, N], S)
+    c = tl.zeros([TOKENS, N], C)
+    q = tl.zeros([TOKENS, N], tl.float64)
+    return c, s, q, s, s, s, q, c, c, tl.zeros([TOKENS], C), tl.zeros([TOKENS], S)
 
 
 @triton.jit
-def add_token_terms(sums, factors, terms, share, NOON: tl.constexpr):
+def add_token_terms(sums, factors, terms, share, NOON: tl.constexpr, SQUARES: tl.constexpr):
+    """Without SQUARES these are left out: they are on the diagonals of the pairs."""
     valid, logp, _, _, _, _, _, off_pos, off_neg, kl = factors
     a, here, bound, surrogate = terms
-    w, v = 1.0, 1.0
+    S: tl.constexpr = sums[1].dtype
+    w = tl.full([], 1, sums[0].dtype)
+    v = w
     if share is not None:
         w, v = share[:, None], share
     positive = a > 0
     clipped = positive & off_pos[:, None]
     if not NOON:
         clipped = clipped | ((a < 0) & off_neg[:, None])
-    b = bound.to(tl.float64)
-    x = a.to(tl.float64)
-    wb = w * b
-    wx = w * x
-    zero = tl.zeros_like(b)
+    b = bound.to(S)
+    x = a.to(S)
+    wb, wx, g, k3 = b, x, surrogate.to(S), kl.to(S)
+    if share is not None:
+        wb, wx, g, k3 = w * b, w * x, w * g, v * k3
+    zero = tl.zeros_like(sums[0])
+    bounds, advantages = tl.zeros_like(sums[2]), tl.zeros_like(sums[2])
+    if SQUARES:
+        bounds = wb.to(tl.float64) * b.to(tl.float64)
+        advantages = wx.to(tl.float64) * x.to(tl.float64)
     own = (
         tl.where(here, w, zero),
         wb,
-        wb * b,
-        wb * logp.to(tl.float64)[:, None],
-        w * surrogate.to(tl.float64),
+        bounds,
+        wb * logp.to(S)[:, None],
+        g,
         wx,
-        wx * x,
+        advantages,
         tl.where(positive, w, zero),
         tl.where(clipped, w, zero),
-        tl.where(valid, v, tl.zeros(valid.shape, tl.float64)),
-        v * kl.to(tl.float64),
+        tl.where(valid, v, tl.zeros_like(sums[FIELD_COUNT])),
+        k3,
     )
     return added(sums, own, FIELD_COUNT + TOTAL_COUNT)
 

@@ -12,6 +12,7 @@ token, NaN.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -139,16 +140,19 @@ def clip_of(low, low_at, high, high_at, dual, dual_at):
     return lower, upper, d, tl.log(lower), tl.log(upper), tl.log(d)
 
 
+COEFFICIENTS = tl.constexpr(tuple(1 / math.factorial(k) for k in range(21)))  # of e^x
+
+
 @triton.jit
 def exponential(x):
     """e^x, and e^x - 1 - x without cancellation."""
     small = tl.abs(x) <= 1
     y = tl.where(small, x, 0.0)
-    series = tl.full(x.shape, 1.0, x.dtype)
     terms: tl.constexpr = 20 if x.dtype == tl.float64 else 12
-    for k in tl.static_range(terms, 2, -1):
-        series = series * y / k + 1
-    rest = series * y * y * 0.5
+    series = tl.full([], COEFFICIENTS[terms], x.dtype)
+    for k in tl.static_range(terms - 1, 1, -1):
+        series = series * y + tl.full([], COEFFICIENTS[k], x.dtype)
+    rest = series * y * y
     e = tl.where(small, 1 + (y + rest), tl.exp(x))
     return e, tl.where(small, rest, e - 1 - x)
 
