@@ -43,35 +43,32 @@ PAMA_HD inline Layer layer_at(int64_t index, int n) {
     return at(index / groups % groups, index % groups, kProductKinds + index / (groups * groups));
 }
 
-// The slots of the fields of G objectives and of the products within them. First what is summed in floating point, then
-// what may be counted in integers.
+// The slots of the fields of G objectives, of the totals, and of the products within the group.
 template <int G, bool Pairs>
 struct Slots {
-    static constexpr int kSummed = 6 * G;  // bound_sum ... advantage_square_sum
-    static constexpr int kKl = kSummed;
-    static constexpr int kProduct = kKl + 1;
+    static constexpr int kTotal = kFields * G;
+    static constexpr int kProduct = kTotal + kTotals;
     static constexpr int kEach = Pairs ? G * (G - 1) / 2 : 0;
-    static constexpr int kCounts = kProduct + kProductKinds * kEach;
-    static constexpr int kTokens = kCounts + 3 * G;  // count, positive_count, clipped_count of each; then all tokens
-    static constexpr int kAll = kTokens + 1;
+    static constexpr int kAll = kProduct + kProductKinds * kEach;
+
+    PAMA_HD static constexpr int field(int f, int k) { return f * G + k; }
+    // Of the pair i < j of the group.
+    PAMA_HD static constexpr int product(int kind, int i, int j) {
+        return kProduct + kind * kEach + i * (2 * G - 3 - i) / 2 + j - 1;
+    }
 
     // The slot as an index of the statistics; -1 where there is no such objective or it is another layer's.
     PAMA_HD static int64_t index(int slot, int64_t n, int first) {
-        static_assert(kBoundSum == 1 && kAdvantageSquareSum == 6 && kPositiveCount == 7 && kClippedCount == 8);
-        if (slot == kKl) return first == 0 ? total_offset(n) + kKlSum : -1;
-        if (slot == kTokens) return first == 0 ? total_offset(n) + kTokenCount : -1;
-        if (slot >= kProduct && slot < kCounts) {
-            int pair = (slot - kProduct) % (kEach ? kEach : 1), i = 0;
-            for (; pair >= G - 1 - i; ++i) pair -= G - 1 - i;
-            const int64_t row = first + i, column = row + 1 + pair;
-            const int kind = (slot - kProduct) / (kEach ? kEach : 1);
-            return column < n ? pair_offset(n, kind) + row * n + column : -1;
+        if (slot < kTotal) {
+            const int64_t i = first + slot % G;
+            return i < n ? slot / G * n + i : -1;
         }
-        const int k = slot < kSummed ? slot : slot - kCounts, field = k / G;
-        const int64_t i = first + k % G;
-        if (i >= n) return -1;
-        if (slot < kSummed) return (kBoundSum + field) * n + i;
-        return (field == 0 ? kCount : kPositiveCount + field - 1) * n + i;
+        if (slot < kProduct) return first == 0 ? total_offset(n) + slot - kTotal : -1;
+        constexpr int each = kEach ? kEach : 1;
+        int pair = (slot - kProduct) % each, i = 0;
+        for (; pair >= G - 1 - i; ++i) pair -= G - 1 - i;
+        const int64_t row = first + i, column = row + 1 + pair;
+        return column < n ? pair_offset(n, (slot - kProduct) / each) + row * n + column : -1;
     }
 };
 

@@ -44,9 +44,8 @@ __device__ inline Place place(const Finish& finish) {
 template <int G, bool Pairs>
 __device__ inline void write_fields(Values<Slots<G, Pairs>::kAll>& values, const Finish& finish, const Place& at) {
     write_block(values, finish.partials, at.block, [&](int slot) {
-        return finish.pairs || slot < Slots<G, Pairs>::kProduct || slot >= Slots<G, Pairs>::kCounts
-                   ? Slots<G, Pairs>::index(slot, finish.n, at.layer.first)
-                   : -1;
+        return finish.pairs || slot < Slots<G, Pairs>::kProduct ? Slots<G, Pairs>::index(slot, finish.n, at.layer.first)
+                                                                : -1;
     });
 }
 
