@@ -117,6 +117,7 @@ class Outputs(NamedTuple):
     loss: bool
     gradient: bool
     pairs: bool  # the pairs of the statistics too
+    normalize: bool  # the combined advantages over their root mean square
     normalizer: Number | None  # replaces the denominator of the loss
     kl_coef: Number
 

@@ -32,6 +32,7 @@ from ._validate import (
     shape_of,
 )
 from .backends import operators
+from .backends.normalize import divided, root_mean_square
 from .rules import Rule, RuleLike, needs_pairs, noon_of, record, resolve_rule
 from .statistics import ObjectiveStatistics, result_metrics
 
@@ -150,28 +151,29 @@ def combine_advantages(
     if weights is not None:
         check_weights(weights, layout, advantages.device)
     asked, given, p, merged, solved = before_the_pass(tokens, rule, p, weights, process_group, pairs)
+    merges = normalize and process_group is not None  # then what it divides by is that of all ranks
     if normalize and advantages.dtype in (torch.float16, torch.bfloat16):
         check_memory("advantages", advantages)
-        tokens = tokens._replace(advantages=advantages.float())  # rounded once, after the division
+        if merges:
+            tokens = tokens._replace(advantages=advantages.float())  # rounded once, after the division
     outputs = Outputs(
         advantages=True,
         loss=False,
         gradient=False,
         pairs=pairs and merged is None,
+        normalize=normalize and not merges,
         normalizer=None,
         kl_coef=0.0,
     )
     result = operators.apply(tokens, asked, operators.Apply(p, given), outputs)
     statistics = merged or ObjectiveStatistics(result.sums, layout.objectives, pairs)
     combined = result.advantages
-    if normalize:
-        square = result.square_sum
-        if process_group is not None:
-            square = _merged_square(
-                statistics, solved, tokens.noon or objective_mask is not None, square, process_group
-            )
-        root = _root(square, statistics, result.weights)
-        combined = (combined / root.to(combined.dtype)).to(advantages.dtype)
+    if merges:
+        assert process_group is not None
+        local = tokens.noon or objective_mask is not None
+        square = _merged_square(statistics, solved, local, result.square_sum, process_group)
+        root = root_mean_square(square, statistics.buffer, layout.objectives, result.weights)
+        combined = divided(combined, root, advantages.dtype)
     optimum = result.optimum
     if merged is not None and result.weights.dim() == 1:
         optimum = merged_optimum(merged, solved, result.weights)
@@ -182,16 +184,6 @@ def merged_optimum(merged: ObjectiveStatistics, solved: Solved | None, weights: 
     """The solver's optimum, or a.c of given weights on the merged scores."""
     value = (merged.scores * weights).sum() if solved is None else solved.optimum
     return value.to(weights.dtype)
-
-
-def _root(square: Tensor, statistics: ObjectiveStatistics, weights: Tensor) -> Tensor:
-    """The root mean square that `normalize` divides by; 1 where the combination is 0 up to rounding, since
-    what is left there is noise."""
-    root = (square / statistics.token_count.clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
-    size = (statistics.advantage_std.square() + statistics.advantage_mean.square()).sqrt()
-    share = weights.detach().abs().to(torch.float64)
-    terms = ((share.mean(0) if share.dim() == 2 else share) * size).sum()
-    return torch.where(root <= 32 * torch.finfo(weights.dtype).eps * terms, 1.0, root)
 
 
 def _merged_square(

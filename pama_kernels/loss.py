@@ -255,6 +255,7 @@ def pama_loss(
         loss=True,
         gradient=differentiated or _forward_mode(),
         pairs=pairs and merged is None,
+        normalize=False,
         normalizer=_normalizer(normalizer, logprobs),
         kl_coef=kl_coef,
     )

@@ -79,8 +79,9 @@ struct RuleNames {
 
 struct OutputNames {
     static constexpr const char* record = "outputs";
-    enum Field { advantages, loss, gradient, pairs, normalizer, kl_coef, count };
-    static constexpr const char* names[count] = {"advantages", "loss", "gradient", "pairs", "normalizer", "kl_coef"};
+    enum Field { advantages, loss, gradient, pairs, normalize, normalizer, kl_coef, count };
+    static constexpr const char* names[count] = {"advantages", "loss",       "gradient", "pairs",
+                                                 "normalize",  "normalizer", "kl_coef"};
 };
 
 struct ResultNames {

@@ -8,6 +8,7 @@
 #else
 #include <cuda_runtime.h>
 #define PAMA_SHARED(type, name) __shared__ type name
+#define PAMA_APART __noinline__ static
 #define PAMA_ROLLED _Pragma("unroll 1")
 #define PAMA_UNROLL_BY(count) PAMA_PRAGMA(unroll count)
 #define PAMA_PRAGMA(text) _Pragma(#text)

@@ -18,6 +18,7 @@
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
+#define PAMA_APART static
 #define PAMA_ROLLED
 #define PAMA_UNROLL_BY(count)
 #define PAMA_SHARED(type, name) \

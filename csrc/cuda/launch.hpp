@@ -2,6 +2,7 @@
 #pragma once
 
 #include "problem.hpp"
+#include "sequences.hpp"
 #if defined(PAMA_CUDA_EMULATION)
 #include "emulation.hpp"
 #else
@@ -16,6 +17,11 @@ Plan statistics_plan(const DeviceTokens& tokens, bool pairs, int multiprocessors
 // `work`: plan.doubles() of them. With `solve`, whose rule is then FIXED or SCORES, the weights in the same launch.
 cudaError_t statistics(const DeviceTokens& tokens, bool pairs, const Plan& plan, double* work, unsigned* counter,
                        double* sums, const Solve* solve, cudaStream_t stream);
+
+// Whether one launch serves advantages per sequence, and how: the inputs and the grid of `sequences`. The grid is part of
+// the result, and follows from the sizes alone. The caller adds work space, the counter and where results go.
+bool plan_sequences(const DeviceTokens& tokens, bool pairs, int multiprocessors, Sequences& sequences);
+cudaError_t sequences(const Sequences& sequences, cudaStream_t stream);
 
 int64_t solve_doubles(Kind kind, int n);
 cudaError_t solve(const Solve& solve, cudaStream_t stream);

@@ -22,6 +22,22 @@ __device__ inline T load_number(const Array& array, int64_t at) {
     }
 }
 
+__device__ inline void store_number(const Array& to, int64_t at, double value) {
+    switch (to.dtype) {
+        case Dtype::f64:
+            static_cast<double*>(to.data)[at] = value;
+            return;
+        case Dtype::bf16:
+            static_cast<unsigned short*>(to.data)[at] = float_to_bf16(static_cast<float>(value));
+            return;
+        case Dtype::f16:
+            static_cast<unsigned short*>(to.data)[at] = float_to_f16(static_cast<float>(value));
+            return;
+        default:
+            static_cast<float*>(to.data)[at] = static_cast<float>(value);
+    }
+}
+
 // Whether an element is not zero; -0 is.
 __device__ inline bool load_truth(const Array& array, int64_t at) {
     switch (array.dtype) {

@@ -73,6 +73,7 @@ __global__ void matrices_kernel(const Rows rows, const int active, const bool of
         for (int i = 0, k = 0; i < n; ++i)
             batch.weights[i] = size == 0 ? batch.effective[i] : batch.weights[i] != 0 ? c[k++] : 0.0;
         *batch.optimum = optimum;
+        store_rounded(batch);
     }
 }
 

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../binding/allocate.hpp"
 #include "../binding/contract.hpp"
 #include "launch.hpp"
 
@@ -93,7 +94,60 @@ struct Memory {
         : tensor(empty(count)), data(read_doubles(tensor, "memory", count)) {}
 };
 
-// Results: weights, optimum, effective preference.
+// Advantages per sequence in one launch, or None where that does not serve: (combined advantages, weights, optimum, sums,
+// square_sum, row factors), None where not asked for. Without a rule the sums alone, in a tuple. `make`: Allocator's.
+py::object sequences_of(const py::object& record, const py::object& rule, const py::object& preference,
+                        const py::tuple& asked, const py::object& counter, const py::function& make,
+                        const py::tuple& place) {
+    const DeviceTokens p = read_tokens(record);
+    const Where where(place);
+    const bool combined = binding::truth(asked[1]), factors = binding::truth(asked[3]), wide = binding::truth(asked[4]);
+    Sequences s;
+    if (!plan_sequences(p, binding::truth(asked[0]), where.multiprocessors, s)) return py::none();
+    s.normalize = binding::truth(asked[2]);
+    s.solved = !rule.is_none();
+    Tensor like, zero;
+    binding::read_tensor(record.attr("advantages"), "advantages", like);
+    binding::read_tensor(counter, "counter", zero);
+    s.counter = static_cast<unsigned*>(zero.data);
+    binding::Allocator allocate(like, make);
+    const DeviceGuard guard(where.device);
+    void* data = nullptr;
+    const py::object work = allocate.vector(Dtype::f64, s.work_doubles(), &data);
+    s.set_work(static_cast<double*>(data));
+    const auto doubles = [&](int64_t count, double*& to) {
+        const py::object made = allocate.vector(Dtype::f64, count, &data);
+        to = static_cast<double*>(data);
+        return made;
+    };
+    const py::object sums = doubles(statistics_size(p.n, s.pairs), s.sums);
+    py::object parts[] = {py::none(), py::none(), py::none(), sums, py::none(), py::none()};
+    if (s.solved) {
+        s.rule = binding::read_rule(rule);
+        s.preference = binding::read_preference(preference, p.n);
+        const Dtype dtype = wide ? Dtype::f64 : Dtype::f32;
+        const auto array = [&](Dtype type) { return Array{data, type, 0, 0, 1}; };
+        if (combined) {
+            parts[0] = allocate.vector(p.advantages.dtype, p.rows, &data);
+            s.combined = array(p.advantages.dtype);
+        }
+        parts[1] = allocate.vector(dtype, p.n, &data);
+        s.weights = array(dtype);
+        parts[2] = allocate.scalar(dtype, &data);
+        s.optimum = array(dtype);
+        parts[4] = allocate.scalar(Dtype::f64, &data);
+        s.square_sum = static_cast<double*>(data);
+        if (factors) {
+            const int64_t shape[] = {p.rows, 3};
+            parts[5] = allocate(Dtype::f64, 2, shape, &data);
+            s.row_factors = static_cast<double*>(data);
+        }
+    }
+    check(sequences(s, where.stream), "sequences");
+    return py::make_tuple(parts[0], parts[1], parts[2], parts[3], parts[4], parts[5]);
+}
+
+// Results: weights, optimum, effective preference, in float64; then, where given, the first two rounded.
 Solve read_solve(const py::handle& rule, int n, const double* sums, const py::handle& preference,
                  const py::tuple& results) {
     Solve s;
@@ -104,6 +158,10 @@ Solve read_solve(const py::handle& rule, int n, const double* sums, const py::ha
     s.weights = read_doubles(results[0], "weights", n);
     s.optimum = read_doubles(results[1], "optimum", 1);
     s.effective = read_doubles(results[2], "preference", n);
+    if (results.size() == 5) {
+        s.rounded[0] = binding::read_result(results[3], "weights", n);
+        s.rounded[1] = binding::read_result(results[4], "optimum", 1);
+    }
     return s;
 }
 
@@ -221,6 +279,7 @@ PYBIND11_MODULE(_cuda, m) {
     });
     m.def("device_problem", &device_problem);
     m.def("statistics", &statistics_of);
+    m.def("sequences", &sequences_of);
     m.def("solve", &solve_of);
     m.def("weights", &weights_of);
     m.def("min_norm", &matrices_of<&min_norm_doubles, &min_norm>);

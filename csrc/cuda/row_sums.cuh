@@ -89,49 +89,5 @@ __global__ void __launch_bounds__(kFewThreads) row_sums_kernel(const RowSumsTask
     }
 }
 
-// Bytes that are not 0.
-__device__ inline unsigned truths(unsigned word) {
-    word |= word >> 4;
-    word |= word >> 2;
-    word |= word >> 1;
-    return ((word & 0x01010101u) * 0x01010101u) >> 24;
-}
-
-// The number of valid tokens of each sequence, a block for each.
-__global__ void __launch_bounds__(kFewThreads) row_counts_kernel(const DeviceTokens p, double* const counts) {
-    using Table = double[kFewThreads / kWarp];
-    PAMA_SHARED(Table, table);
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-    for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
-        const int64_t length = p.length(row), base = p.starts ? p.starts[row] : 0;
-        const int64_t from = row * p.mask.row + base * p.mask.token;
-        unsigned count = 0;
-        int64_t token = threadIdx.x;
-        if (size_of(p.mask.dtype) == 1 && p.mask.token == 1) {
-            const unsigned char* const bytes = static_cast<const unsigned char*>(p.mask.data) + from;
-            const int64_t lead = static_cast<int64_t>((16 - reinterpret_cast<std::uintptr_t>(bytes) % 16) % 16);
-            const int64_t before = lead < length ? lead : length, vectors = (length - before) / 16;
-            for (int64_t k = threadIdx.x; k < before; k += blockDim.x) count += bytes[k] != 0 ? 1u : 0u;
-            const uint4* const words = reinterpret_cast<const uint4*>(bytes + before);
-            PAMA_UNROLL_BY(4)
-            for (int64_t k = threadIdx.x; k < vectors; k += blockDim.x) {
-                const uint4 v = words[k];
-                count += truths(v.x) + truths(v.y) + truths(v.z) + truths(v.w);
-            }
-            token += before + vectors * 16;
-        }
-        for (; token < length; token += blockDim.x) count += load_truth(p.mask, from + token * p.mask.token) ? 1u : 0u;
-        const unsigned sum = __reduce_add_sync(kAllLanes, count);
-        if (lane == 0) table[warp] = sum;
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            double total = 0;
-            for (int w = 0; w < warps; ++w) total += table[w];
-            counts[row] = total;
-        }
-        __syncthreads();
-    }
-}
-
 }  // namespace cuda
 }  // namespace pama

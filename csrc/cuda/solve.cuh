@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../core/weights.hpp"
+#include "load.cuh"
 #include "problem.hpp"
 
 namespace pama {
@@ -12,6 +13,12 @@ namespace cuda {
 __device__ inline bool choose_objectives(const Solve& s) {
     for (int i = 0; i < s.n; ++i) s.effective[i] = s.preference ? s.preference[i] : 1.0 / s.n;
     return effective_preference(s.sums, s.n, s.rule.kind == Kind::gram, s.effective, s.weights, s.effective);
+}
+
+__device__ inline void store_rounded(const Solve& s) {
+    if (!s.rounded[0]) return;
+    for (int i = 0; i < s.n; ++i) store_number(s.rounded[0], i, s.weights[i]);
+    store_number(s.rounded[1], 0, *s.optimum);
 }
 
 // FIXED and SCORES. N > 0 objectives in registers.
@@ -26,6 +33,7 @@ __device__ inline void solve_scores(const Solve& s) {
             optimum += some && s.effective[i] != 0 ? s.effective[i] * score(s.sums, n, i) : 0;
         }
         *s.optimum = optimum;
+        store_rounded(s);
         return;
     }
     double in_registers[3 * (N > 0 ? N : 1)];
@@ -42,6 +50,7 @@ __device__ inline void solve_scores(const Solve& s) {
     *s.optimum = simplex_row<N>(n, a, p, s.rule.number, scale, c);
     PAMA_UNROLL
     for (int i = 0; i < n; ++i) s.weights[i] = c[i];
+    store_rounded(s);
 }
 
 }  // namespace cuda

@@ -1,5 +1,6 @@
 #include <cstdint>
 
+#include "count.cuh"
 #include "launch.hpp"
 #include "statistics.cuh"
 
@@ -92,7 +93,7 @@ cudaError_t row_sums(const DeviceTokens& p, const Plan& plan, double* sums, cuda
         int threads = kWarp;
         while (threads < kFewThreads && threads * 16 < p.tokens() / (p.rows ? p.rows : 1)) threads *= 2;
         const dim3 grid(static_cast<unsigned>(smaller<int64_t>(p.rows, 1 << 20)));
-        return launch(&row_counts_kernel, grid, threads, stream, p, sums);
+        return launch(&row_counts_kernel<double>, grid, threads, stream, p, sums);
     }
     const int64_t warps = kFewThreads / kWarp, blocks = shares(p.rows * plan.segments, warps);
     const dim3 grid(static_cast<unsigned>(smaller<int64_t>(blocks, 1 << 20)));

@@ -8,6 +8,7 @@ from torch import Tensor
 from pama_kernels._call import Number, Outputs, Results, Rule, Tokens, result_dtype, statistics_size
 
 from . import _cpu
+from .normalize import with_normalize
 from .operators import empty_results
 
 build_info = _cpu.build_info
@@ -32,6 +33,7 @@ def solve(
     return weights, optimum, effective
 
 
+@with_normalize
 def apply(
     tokens: Tokens, rule: Rule, preference: Tensor | None, weights: Tensor | None, outputs: Outputs
 ) -> Results:

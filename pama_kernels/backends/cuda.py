@@ -1,7 +1,9 @@
 """The CUDA C++ backend: statistics, the weights of a batch, and the batched solvers.
 
 Kernels run on the current stream of the tensors' device, in memory that torch allocates; nothing waits for
-the device. Passes that apply weights, and settings that are tensors, are left to the next backend.
+the device. Of `apply` it serves weights per batch: statistics and weights are found here, and with advantages
+per sequence the combined ones too, in one launch; a pass that writes for each token is the next backend's. All
+other weights, and settings that are tensors, are left to that one altogether.
 """
 
 from __future__ import annotations
@@ -12,11 +14,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pama_kernels._call import Number, Rule, Tokens, result_dtype
+from pama_kernels._call import (
+    Kind,
+    Number,
+    Outputs,
+    Results,
+    Rule,
+    Tokens,
+    WeightsPer,
+    gradient_dtype,
+    result_dtype,
+)
 
 from . import _cuda
 from ._counter import counter
-from .registry import Solution
+from .normalize import with_normalize
+from .registry import SOLVED, Solution, find
 
 build_info = _cuda.build_info
 if hasattr(Tensor, "__dlpack_c_exchange_api__"):
@@ -67,26 +80,131 @@ def _batch(objectives: int, like: Tensor) -> Batch:
 # --- statistics and the weights of a batch ------------------------------------------------------------
 
 
+# Combined advantages, weights, optimum, sums, sum of squares, and (B, 3) factors for the loss.
+Sequences = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]
+
+
+def _sequences(
+    tokens: Tokens,
+    rule: Rule | None,
+    preference: Tensor | None,
+    asked: tuple[bool, bool, bool, bool, bool],
+) -> Sequences | None:
+    """All that advantages per sequence give in one launch; None where that does not serve. `asked`: pairs,
+    combined advantages, those normalized, factors for the loss, weights in float64."""
+    if not tokens.per_sequence:
+        return None
+    like = tokens.advantages
+    make = functools.partial(_empty, like.device)
+    return _cuda.sequences(tokens, rule, preference, asked, counter(like.device), make, _where(like))
+
+
+def _empty(device: torch.device, shape: tuple[int, ...], dtype: str) -> Tensor:
+    return torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+
+
 def statistics(tokens: Tokens, pairs: bool) -> Tensor:
+    found = _sequences(tokens, None, None, (pairs, False, False, False, False))
+    if found is not None:
+        return found[3]
     like = tokens.advantages
     count = counter(like.device)
     return _cuda.statistics(tokens, pairs, None, None, None, count, _memory(like), _where(like))
 
 
-def statistics_and_scores(
-    tokens: Tokens, rule: Rule, preference: Tensor | None, pairs: bool = False
-) -> tuple[Tensor, Batch]:
-    """Statistics and, of the kinds FIXED and SCORES, the weights of the batch, in one launch."""
+def _statistics_and_weights(
+    tokens: Tokens, rule: Rule, preference: Tensor | None, results: tuple[Tensor, ...], pairs: bool
+) -> Tensor:
+    """Statistics, and the weights of the batch into `results`; of the kinds FIXED and SCORES in one launch."""
     like = tokens.advantages
-    batch, count = _batch(tokens.objectives, like), counter(like.device)
-    sums = _cuda.statistics(tokens, pairs, rule, preference, batch, count, _memory(like), _where(like))
-    return sums, batch
+    count, memory, where = counter(like.device), _memory(like), _where(like)
+    if rule.kind in (Kind.FIXED, Kind.SCORES):
+        return _cuda.statistics(tokens, pairs, rule, preference, results, count, memory, where)
+    sums = _cuda.statistics(tokens, pairs, None, None, None, count, memory, where)
+    _cuda.solve(sums, tokens.objectives, rule, preference, results, memory, where)
+    return sums
 
 
 def solve(sums: Tensor, rule: Rule, preference: Tensor | None, objectives: int) -> Batch:
     batch, given = _batch(objectives, sums), sums.contiguous()
     _cuda.solve(given, objectives, rule, preference, batch, _memory(sums), _where(sums))
     return batch
+
+
+# --- weights of the batch, applied --------------------------------------------------------------------
+
+
+def apply(
+    tokens: Tokens, rule: Rule, preference: Tensor | None, weights: Tensor | None, outputs: Outputs
+) -> Results:
+    if weights is not None or rule.weights_per != WeightsPer.BATCH:
+        following = find(tokens.advantages.device.type, "apply", after="cuda")
+        return following.apply(tokens, rule, preference, weights, outputs)
+    dtype = _dtype_of_results(tokens, outputs)
+    asked = outputs.pairs, outputs.advantages, outputs.normalize, outputs.loss, dtype is torch.float64
+    found = _sequences(tokens, rule, preference, asked)
+    if found is None:
+        return _apply_by_token(tokens, rule, preference, None, outputs)
+    combined, c, optimum, sums, square, factors = found
+    assert c is not None
+    assert optimum is not None
+    assert square is not None
+    if combined is None:
+        combined = _nothing("combined", tokens.advantages.dtype, c.device)
+    loss, gradient = _loss_and_gradient(tokens, outputs, dtype)
+    results = Results(combined, loss, gradient, c, optimum, sums, square)
+    if outputs.loss:
+        if outputs.advantages:
+            outputs = outputs._replace(advantages=False)
+        _second_pass(tokens, outputs, results, None, factors)
+    return results
+
+
+@with_normalize
+def _apply_by_token(
+    tokens: Tokens, rule: Rule, preference: Tensor | None, weights: Tensor | None, outputs: Outputs
+) -> Results:
+    like, n, dtype = tokens.advantages, tokens.objectives, _dtype_of_results(tokens, outputs)
+    batch = _batch(n, like)
+    c = torch.empty(n, dtype=dtype, device=like.device)
+    optimum = torch.empty((), dtype=dtype, device=like.device)
+    sums = _statistics_and_weights(tokens, rule, preference, (*batch, c, optimum), outputs.pairs)
+    square = torch.empty((), dtype=torch.float64, device=like.device)
+    if outputs.advantages:
+        combined = like.new_empty(like.shape[:-1])
+    else:
+        combined = _nothing("combined", like.dtype, like.device)
+    results = Results(combined, *_loss_and_gradient(tokens, outputs, dtype), c, optimum, sums, square)
+    _second_pass(tokens, outputs, results, batch[2], None)
+    return results
+
+
+def _second_pass(
+    tokens: Tokens, outputs: Outputs, results: Results, effective: Tensor | None, factors: Tensor | None
+) -> None:
+    following = find(tokens.advantages.device.type, SOLVED, after="cuda")
+    following.apply_solved(tokens, outputs, results, effective, factors)
+
+
+def _dtype_of_results(tokens: Tokens, outputs: Outputs) -> torch.dtype:
+    by_advantages = outputs.advantages or tokens.logprobs is None
+    return result_dtype(tokens.advantages if by_advantages else tokens.logprobs)
+
+
+def _loss_and_gradient(tokens: Tokens, outputs: Outputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    like = tokens.advantages if tokens.logprobs is None else tokens.logprobs
+    loss = like.new_empty((), dtype=dtype) if outputs.loss else _nothing("loss", dtype, like.device)
+    kind = gradient_dtype(like)
+    if outputs.gradient:
+        return loss, like.new_empty(like.shape, dtype=kind)
+    return loss, _nothing("gradient", kind, like.device)
+
+
+@functools.lru_cache(maxsize=256)
+def _nothing(name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """In the place of a result that was not asked for."""
+    with torch.inference_mode(False):
+        return torch.empty(0, dtype=dtype, device=device)
 
 
 # --- many problems ------------------------------------------------------------------------------------

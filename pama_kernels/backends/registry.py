@@ -3,7 +3,7 @@
 
 Each function of a device type is served by the first backend of `BACKENDS` that lists device and function,
 can be imported and is usable there. So a backend may hold a few fast functions and leave the rest to the
-next. `PAMA_BACKEND` begins at the backend that it names (PAMA_BACKEND=cuda leaves to triton what cuda lacks);
+next; and one that serves some calls of a function passes the others on by `find(..., after=its name)`. `PAMA_BACKEND` begins at the backend that it names (PAMA_BACKEND=cuda leaves to triton what cuda lacks);
 that one must then be usable.
 """
 
@@ -25,6 +25,7 @@ from pama_kernels._call import Number, Outputs, Results, Rule, Tokens
 
 SOLVERS = ("weights", "weights_out", "min_norm", "min_norm_out", "upgrad", "upgrad_out")
 ALL = ("statistics", "solve", "apply", *SOLVERS, "gae", "group_normalize")
+SOLVED = "apply_solved"  # the half of `apply` that one backend may leave to the next
 
 Solution = tuple[Tensor, Tensor]  # weights, optimum
 
@@ -46,6 +47,21 @@ class Functions(Protocol):
         weights: Tensor | None,
         outputs: Outputs,
     ) -> Results: ...
+    def apply_solved(
+        self,
+        tokens: Tokens,
+        outputs: Outputs,
+        results: Results,
+        effective: Tensor | None,
+        factors: Tensor | None,
+    ) -> None:
+        """The second pass of `apply`, into `results`, which has weights per batch and the statistics.
+
+        effective: the preference over the objectives with a signal (N,), by which an objective mask divides.
+        factors, if there, need no objectives: (B, 3) sum of c_i A_i over positive and over negative
+        advantages of a sequence, and its token weight. `normalize` is not looked at.
+        """
+
     def weights(
         self, scores: Tensor, preference: Tensor | None, regularization: Number, scale: Tensor | None
     ) -> Solution: ...
@@ -130,8 +146,10 @@ def gpus() -> str:
 # Best first for each device type.
 BACKENDS = (
     Backend("cpu", ("cpu",), ALL, _probe_cpu, extension="_cpu"),
-    Backend("cuda", ("cuda",), ("statistics", "solve", *SOLVERS), _probe_cuda, "_cuda", floats_only=True),
-    Backend("triton", ("cuda", "cpu"), ALL, _probe_triton),
+    Backend(
+        "cuda", ("cuda",), ("statistics", "solve", "apply", *SOLVERS), _probe_cuda, "_cuda", floats_only=True
+    ),
+    Backend("triton", ("cuda", "cpu"), (*ALL, SOLVED), _probe_triton),
 )
 
 
@@ -168,11 +186,14 @@ def candidates(device_type: str) -> tuple[Backend, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def find(device_type: str, function: str, tensors: bool = False) -> Functions:
-    """The backend that has this function on this type of device; `tensors`: some setting is a tensor."""
+def find(device_type: str, function: str, tensors: bool = False, after: str = "") -> Functions:
+    """The backend that has this function on this type of device; `tensors`: some setting is a tensor;
+    `after`: behind the backend of this name."""
     forced = os.environ.get("PAMA_BACKEND")
     reasons = ""
-    for backend in candidates(device_type):
+    row = candidates(device_type)
+    names = [backend.name for backend in row]
+    for backend in row[names.index(after) + 1 :] if after in names else row:
         module = load(backend.name, device_type)
         if isinstance(module, str):
             reasons += f"; {backend.name}: {module}"
@@ -184,6 +205,7 @@ def find(device_type: str, function: str, tensors: bool = False) -> Functions:
             reasons += f"; {backend.name}: does not have {function!r}"
     raise RuntimeError(
         f"no backend serves {function!r} on device type {device_type!r}"
+        + (f" behind {after}, which leaves it to the next" if after else "")
         + (f" with PAMA_BACKEND={forced}" if forced else "")
         + reasons
         + "; `python -m pama_kernels.info` lists what is built and why not"

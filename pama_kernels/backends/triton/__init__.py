@@ -1,6 +1,6 @@
 """The Triton backend: portable GPU kernels (NVIDIA and AMD); on the CPU they run in Triton's interpreter.
 
-`passes.py` has statistics and apply, `rules.py` solve, `simplex.py` weights, `min_norm.py` min_norm and
+`passes.py` has statistics, apply and its second half apply_solved, `rules.py` solve, `simplex.py` weights, `min_norm.py` min_norm and
 upgrad, `advantages.py` gae and group_normalize. Underneath, `tokens.py` reads,
 `statistics.py` and `reduce.py` add up,
 `apply.py` is the pass over tokens and `rows.py` the one over sequences; `active_set.py` solves quadratic
@@ -12,12 +12,13 @@ from __future__ import annotations
 from .advantages import gae, group_normalize
 from .launch import INTERPRETED
 from .min_norm import min_norm, min_norm_out, upgrad, upgrad_out
-from .passes import apply, statistics
+from .passes import apply, apply_solved, statistics
 from .rules import solve
 from .simplex import weights, weights_out
 
 __all__ = [
     "apply",
+    "apply_solved",
     "gae",
     "group_normalize",
     "min_norm",

@@ -27,6 +27,7 @@ from pama_kernels._call import (
     statistics_size,
     weights_by_row,
 )
+from pama_kernels.backends.normalize import with_normalize
 from pama_kernels.backends.operators import empty_results
 
 from .apply import _ROW, _SCORES, BATCH, FACTORS, NONE, ROW, SCORES, SOFTMIN, Pass, run_tokens
@@ -50,6 +51,7 @@ class _Call:
 
     def __init__(self, given: Tokens, by_token: bool, by_row: bool = False) -> None:
         self.given, self.n, self.device = given, given.objectives, given.advantages.device
+        self.by_row = by_row
         self.rows = Rows(given) if _factorised(given) and not by_token else None
         self.row_counts: Tensor | None = None
         if self.rows is None and given.aggregation == Aggregation.SEQ_MEAN_TOKEN_MEAN:
@@ -169,13 +171,18 @@ def _denominator(given: Tokens, outputs: Outputs, sums: Tensor | None) -> tuple[
     return valid_count(given, False), True
 
 
+def _without_ref(tokens: Tokens, outputs: Outputs) -> Tokens:
+    unused = not isinstance(outputs.kl_coef, Tensor) and outputs.kl_coef == 0
+    return tokens._replace(ref_logprobs=None) if unused and tokens.ref_logprobs is not None else tokens
+
+
+@with_normalize
 def apply(
     tokens: Tokens, rule: Rule, preference: Tensor | None, weights: Tensor | None, outputs: Outputs
 ) -> Results:
     check_tokens_memory(tokens)
     check_memory(preference=preference, weights=weights)
-    if not isinstance(outputs.kl_coef, Tensor) and outputs.kl_coef == 0:
-        tokens = tokens._replace(ref_logprobs=None)
+    tokens = _without_ref(tokens, outputs)
     results = empty_results(tokens, rule, weights, outputs)
     n, rows = tokens.objectives, tokens.rows
     by_row = weights_by_row(rule, weights)
@@ -183,15 +190,6 @@ def apply(
     batch = weights is None and rule.weights_per == WeightsPer.BATCH
     call = _Call(tokens, by_token, by_row)
 
-    # what is asked for
-    combined = results.advantages if outputs.advantages else None
-    picked = combined
-    if combined is not None and call.rows is None and one_result_per_row(tokens, rule):
-        combined = combined.new_empty(
-            tokens.width
-        )  # presence differs in a row: its first valid token decides
-    loss = results.loss if outputs.loss else None
-    gradient = results.gradient if outputs.gradient else None
     # whose weights
     if weights is not None:
         kind = ROW if by_row else BATCH
@@ -224,30 +222,65 @@ def apply(
     if solved:
         x = x._replace(statistics=False, pairs=False)
 
-    if call.rows is not None:
-        factors = call.new(rows, 3) if loss is not None else None
-        if not solved or combined is not None or factors is not None:
-            call.run(x._replace(combined=combined, row_factors=factors), by_row)
-        if loss is not None:
-            denominator, count = _denominator(tokens, outputs, results.sums)
-            final = Pass(weights=FACTORS, row_factors=factors, denominator=denominator, count=count)
-            run_tokens(
-                problem(tokens, True, without_objectives=True),
-                final._replace(loss=loss, gradient=gradient, kl_coef=outputs.kl_coef),
-            )
-    else:
-        x = x._replace(combined=combined)
-        if loss is not None:
-            denominator, count = _denominator(tokens, outputs, results.sums if solved else None)
-            x = x._replace(loss=loss, gradient=gradient, kl_coef=outputs.kl_coef)
-            x = x._replace(denominator=denominator, count=count)
-        call.run(x)
-        if combined is not picked:
-            assert picked is not None
-            assert tokens.cu_seqlens is not None
-            mask = tokens.mask
-            launch(
-                first_token_kernel, call.device, rows, mask, 0 if mask is None else mask.stride(0),
-                tokens.cu_seqlens, tokens.cu_seqlens.stride(0), tokens.width, combined, picked, TOKENS=128,
-            )  # fmt: skip
+    _second_pass(call, x, rule, outputs, results, solved)
     return results
+
+
+def apply_solved(
+    tokens: Tokens, outputs: Outputs, results: Results, effective: Tensor | None, factors: Tensor | None
+) -> None:
+    """The second pass alone, with weights per batch and statistics that are in `results`."""
+    check_tokens_memory(tokens)
+    tokens = _without_ref(tokens, outputs)
+    if factors is not None and not outputs.advantages:
+        _loss_of_rows(tokens, outputs, results, factors)
+        return
+    x = Pass(
+        weights=BATCH, c=results.weights, effective=effective, share=tokens.objective_mask is not None,
+        sums=results.sums, square_sum=results.square_sum,
+    )  # fmt: skip
+    rule = Rule(Kind.SOLVED, WeightsPer.BATCH, 0.0)
+    _second_pass(_Call(tokens, by_token=False), x, rule, outputs, results, True)
+
+
+def _loss_of_rows(tokens: Tokens, outputs: Outputs, results: Results, factors: Tensor) -> None:
+    """The loss from sums of c_i A_i over positive and over negative advantages, and omega, of each row."""
+    denominator, count = _denominator(tokens, outputs, results.sums)
+    x = Pass(
+        weights=FACTORS, row_factors=factors, denominator=denominator, count=count, kl_coef=outputs.kl_coef,
+        loss=results.loss, gradient=results.gradient if outputs.gradient else None,
+    )  # fmt: skip
+    run_tokens(problem(tokens, True, without_objectives=True), x)
+
+
+def _second_pass(
+    call: _Call, x: Pass, rule: Rule, outputs: Outputs, results: Results, solved: bool
+) -> None:
+    """Combined advantages and the loss. `solved`: the weights are in `x.c`, the statistics in `x.sums`."""
+    tokens, rows = call.given, call.given.rows
+    combined = results.advantages if outputs.advantages else None
+    if call.rows is not None:
+        factors = call.new(rows, 3) if outputs.loss else None
+        if not solved or combined is not None or factors is not None:
+            call.run(x._replace(combined=combined, row_factors=factors), call.by_row)
+        if factors is not None:
+            _loss_of_rows(tokens, outputs, results, factors)
+        return
+    picked = combined
+    if combined is not None and one_result_per_row(tokens, rule):
+        # Presence differs in a row: its first valid token decides.
+        combined = combined.new_empty(tokens.width)
+    x = x._replace(combined=combined)
+    if outputs.loss:
+        denominator, count = _denominator(tokens, outputs, results.sums if solved else None)
+        x = x._replace(loss=results.loss, gradient=results.gradient if outputs.gradient else None)
+        x = x._replace(denominator=denominator, count=count, kl_coef=outputs.kl_coef)
+    call.run(x)
+    if combined is not picked:
+        assert picked is not None
+        assert tokens.cu_seqlens is not None
+        mask = tokens.mask
+        launch(
+            first_token_kernel, call.device, rows, mask, 0 if mask is None else mask.stride(0),
+            tokens.cu_seqlens, tokens.cu_seqlens.stride(0), tokens.width, combined, picked, TOKENS=128,
+        )  # fmt: skip

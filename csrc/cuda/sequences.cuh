@@ -1,0 +1,393 @@
+// The kernel of sequences.hpp. Blocks share out the segments of the sequences; each adds up its statistics and writes
+// them to a place of its own. The last block to finish adds these in order, solves, and goes through the sequences.
+#pragma once
+
+#include "../core/weights.hpp"
+#include "count.cuh"
+#include "row_sums.cuh"
+#include "sequences.hpp"
+
+namespace pama {
+namespace cuda {
+
+constexpr int kSequenceThreads = limited(256);
+constexpr int kSequenceWarps = kSequenceThreads / kWarp;
+constexpr int kItems = 32;  // segments at a time; no fewer than warps
+static_assert(kSequenceWarps <= kItems);
+constexpr int kMostSums = kTotals + kFields * kSequenceObjectives +
+                          kSequenceObjectives * (kSequenceObjectives - 1) +
+                          (kPairs - 2) * kSequenceObjectives * kSequenceObjectives;
+constexpr int kMostStatistics = kTotals + kFields * kSequenceObjectives +
+                                kPairs * kSequenceObjectives * kSequenceObjectives;
+constexpr int kSolverDoubles = 1600;
+
+struct Item {
+    double omega, tokens, values[kRowSums];
+    double a[kSequenceObjectives];  // 0 where absent
+    bool here[kSequenceObjectives];
+};
+
+struct SequenceMemory {
+    Item items[kItems];
+    unsigned parts[kItems];
+    double sums[kMostSums], statistics[kMostStatistics], solver[kSolverDoubles];
+    double preference[kSequenceObjectives], weights[kSequenceObjectives], effective[kSequenceObjectives];
+    double table[kSequenceThreads], optimum, root;
+};
+
+// --- what a segment contributes ---------------------------------------------------------------------------------------
+
+__device__ inline double kept(double a, bool noon) { return noon && a < 0 ? 0 : a; }
+
+__device__ inline double field_term(const Item& x, int field, int i, bool noon) {
+    const double *const v = x.values, a = x.a[i];
+    const bool down = a < 0, here = x.here[i];
+    const auto bound = [&](int pos, int neg) { return here ? kept(a, noon) * v[down ? neg : pos] : 0; };
+    switch (field) {
+        case kCount:
+            return here ? x.tokens : 0;
+        case kBoundSum:
+            return bound(kRowGradPos, kRowGradNeg);
+        case kBoundSquareSum:
+            return here ? kept(a, noon) * bound(kRowGradPosSquare, kRowGradNegSquare) : 0;
+        case kLogprobSum:
+            return bound(kRowGradPosLogp, kRowGradNegLogp);
+        case kSurrogateSum:
+            return bound(kRowPos, kRowNeg);
+        case kAdvantageSum:
+            return x.tokens * a;
+        case kAdvantageSquareSum:
+            return x.tokens * a * a;
+        case kPositiveCount:
+            return a > 0 ? x.tokens : 0;
+        default:
+            return a > 0 ? v[kRowOffPos] : down && !noon ? v[kRowOffNeg] : 0;
+    }
+}
+
+__device__ inline double pair_term(const Item& x, int kind, int i, int j, bool noon) {
+    const double a = x.a[i], b = x.a[j];
+    if (kind == kAdvantageProduct) return x.tokens * (a * b);
+    if (kind == kBoundProduct) {
+        const int both = (a < 0) != (b < 0) ? kRowGradProduct : a < 0 ? kRowGradNegSquare : kRowGradPosSquare;
+        return x.here[i] || x.here[j] ? kept(a, noon) * kept(b, noon) * x.values[both] : 0;
+    }
+    const double one = x.here[i] ? 1 : 0, value = kind == kPairCount ? one : kind == kPairAdvantage ? a : a * a;
+    return x.here[j] ? x.tokens * value : 0;
+}
+
+__device__ inline void add_items(const Terms& t, const Item* items, int count, double* sums) {
+    const int n = t.n, triangle = n * (n - 1) / 2;
+    for (int k = threadIdx.x; k < t.size(); k += blockDim.x) {
+        double sum = 0;
+        const auto add = [&](auto term) {
+            for (int item = 0; item < count; ++item) sum += items[item].omega * term(items[item]);
+        };
+        if (k < kTotals) {
+            add([&](const Item& x) { return k == kTokenCount ? x.tokens : x.values[kRowKl]; });
+        } else if (k < t.first_product()) {
+            const int field = t.field[(k - kTotals) / n], i = (k - kTotals) % n;
+            add([&](const Item& x) { return field_term(x, field, i, t.noon); });
+        } else if (k < t.first_table()) {
+            int pair = (k - t.first_product()) % triangle, i = 0;
+            const int kind = t.product[(k - t.first_product()) / triangle];
+            for (; pair >= n - 1 - i; ++i) pair -= n - 1 - i;
+            const int j = i + 1 + pair;
+            add([&](const Item& x) { return pair_term(x, kind, i, j, t.noon); });
+        } else {
+            const int at = k - t.first_table(), kind = t.table[at / (n * n)], i = at / n % n, j = at % n;
+            add([&](const Item& x) { return pair_term(x, kind, i, j, t.noon); });
+        }
+        sums[k] += sum;
+    }
+}
+
+// --- all statistics from the sums that were added up ------------------------------------------------------------------
+
+__device__ inline int found(const signed char* kinds, int count, int kind) {
+    for (int k = 0; k < count; ++k)
+        if (kinds[k] == kind) return k;
+    return -1;
+}
+
+__device__ inline double field_of(const Terms& t, const double* sums, int field, int i) {
+    const int at = found(t.field, t.fields, field);
+    if (at >= 0) return sums[kTotals + at * t.n + i];
+    const auto bound = [&](int from, int otherwise) {
+        const int own = found(t.field, t.fields, from);
+        return sums[kTotals + (own >= 0 ? own : found(t.field, t.fields, otherwise)) * t.n + i];
+    };
+    switch (field) {
+        case kCount:
+            return sums[kTokenCount];
+        case kBoundSquareSum:
+            return bound(kBoundSquareSum, kAdvantageSquareSum);
+        case kBoundSum:
+        case kSurrogateSum:
+            return bound(kBoundSum, kAdvantageSum);
+        case kLogprobSum:
+            return 0 * bound(kBoundSum, kAdvantageSum);
+        default:
+            return 0;  // nothing is clipped
+    }
+}
+
+__device__ inline double pair_of(const Terms& t, const double* sums, int kind, int i, int j) {
+    const int n = t.n, table = found(t.table, t.tables, kind);
+    if (table >= 0) return sums[t.first_table() + (table * n + i) * n + j];
+    if (kind > kAdvantageProduct)  // every objective is present everywhere
+        return field_of(t, sums, kind == kPairCount       ? kCount
+                                 : kind == kPairAdvantage ? kAdvantageSum
+                                                          : kAdvantageSquareSum,
+                        i);
+    if (i == j) return field_of(t, sums, kind == kBoundProduct ? kBoundSquareSum : kAdvantageSquareSum, i);
+    const int own = found(t.product, t.products, kind), low = i < j ? i : j, high = i < j ? j : i;
+    const int product = own >= 0 ? own : 0;  // else bound terms are advantages
+    return sums[t.first_product() + product * (n * (n - 1) / 2) + low * (2 * n - 3 - low) / 2 + high - 1];
+}
+
+__device__ inline void write_statistics(const Sequences& s, const double* sums, double* statistics) {
+    const int n = s.p.n, fields = kFields * n, size = static_cast<int>(statistics_size(n, s.pairs));
+    for (int k = threadIdx.x; k < size; k += blockDim.x) {
+        const int pair = k - fields - kTotals;
+        const double value = k < fields ? field_of(s.terms, sums, k / n, k % n)
+                             : pair < 0 ? sums[k - fields]
+                                        : pair_of(s.terms, sums, pair / (n * n), pair / n % n, pair % n);
+        statistics[k] = value;
+        s.sums[k] = value;
+    }
+    __syncthreads();
+}
+
+// --- the share of a block ---------------------------------------------------------------------------------------------
+
+__device__ inline void load_item_advantages(const DeviceTokens& p, int64_t row, int i, Item& x) {
+    const bool here =
+        !p.objective_mask || load_truth(p.objective_mask, row * p.objective_mask.row + i * p.objective_mask.objective);
+    const double a = here ? load_number<double>(p.advantages, row * p.advantages.row + i * p.advantages.objective) : 0;
+    x.a[i] = a + 0 * a;
+    x.here[i] = here;
+}
+
+// The valid tokens of sequences, by as many warps as there are for each.
+__device__ inline void count_items(const Sequences& s, int64_t first, int count, SequenceMemory& m, int each) {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+    const DeviceTokens& p = s.p;
+    for (int unit = warp; unit < count * each; unit += warps) {
+        const int64_t row = first + unit / each, length = p.length(row), base = p.starts ? p.starts[row] : 0;
+        unsigned own = 0;
+        if (p.mask)
+            own = count_valid(p.mask, row * p.mask.row + base * p.mask.token, length, unit % each * kWarp + lane,
+                              each * kWarp);
+        else if (lane == 0 && unit % each == 0)
+            own = static_cast<unsigned>(length);
+        const unsigned sum = __reduce_add_sync(kAllLanes, own);
+        if (lane == 0) m.parts[unit] = sum;
+    }
+}
+
+// The sums over the tokens of segments, a warp for each.
+template <class T, bool F32>
+__device__ inline void sum_items(const Sequences& s, int64_t first, int count, SequenceMemory& m) {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+    for (int item = warp; item < count; item += warps) {
+        const int64_t row = (first + item) / s.segments, segment = (first + item) % s.segments;
+        const int64_t length = s.p.length(row), each = (length + s.segments - 1) / s.segments;
+        const int64_t begin = segment * each, end = begin + each < length ? begin + each : length;
+        double all[kWarp] = {};
+        if (!add_segment<T, F32>(s.p, row, begin, end, all)) {
+            PAMA_UNROLL
+            for (int k = 0; k < kWarp; ++k) all[k] = 0;
+            add_segment<double, F32>(s.p, row, begin, end, all);
+        }
+        const double sum = transposed_sums(all, lane);
+        if (lane < kRowSums) m.items[item].values[lane] = sum;
+        if (lane == kRowTokens) m.parts[item] = static_cast<unsigned>(sum);
+    }
+}
+
+// What only the number of valid tokens says: nothing of a segment without one counts, a NaN neither.
+__device__ inline void finish_items(const Sequences& s, int64_t first, int count, SequenceMemory& m, int each) {
+    const int n = s.p.n;
+    for (int k = threadIdx.x; k < count * n; k += blockDim.x) {
+        const int item = k / n, i = k % n;
+        Item& x = m.items[item];
+        unsigned tokens = 0;
+        for (int part = 0; part < each; ++part) tokens += m.parts[item * each + part];
+        if (tokens == 0) {
+            x.a[i] = 0;
+            x.here[i] = false;
+        }
+        if (i != 0) continue;
+        s.counts[first + item] = tokens;
+        x.tokens = tokens;
+        x.omega = s.p.aggregation == Aggregation::seq_mean_token_mean && tokens > 0 ? 1 / x.tokens : 1;
+        if (s.factors) continue;
+        for (int v = 0; v < kRowSums; ++v) {
+            const bool none =
+                v == kRowGradPosLogp || v == kRowGradNegLogp || v == kRowKl || v == kRowOffPos || v == kRowOffNeg;
+            x.values[v] = none ? 0 : x.tokens;
+        }
+    }
+}
+
+__device__ inline bool is_float32(const Array& array) { return !array || array.dtype == Dtype::f32; }
+
+__device__ inline void read_items(const Sequences& s, int64_t first, int count, SequenceMemory& m, int each) {
+    const DeviceTokens& p = s.p;
+    if (!s.factors) return count_items(s, first, count, m, each);
+    if (p.wide) return sum_items<double, false>(s, first, count, m);
+    const bool plain = is_float32(p.logprobs) && is_float32(p.old_logprobs) && is_float32(p.importance_weights) &&
+                       (!p.mask || size_of(p.mask.dtype) == 1);
+    plain ? sum_items<float, true>(s, first, count, m) : sum_items<float, false>(s, first, count, m);
+}
+
+__device__ inline void add_share(const Sequences& s, SequenceMemory& m) {
+    const int64_t items = s.p.rows * s.segments, block = blockIdx.x;
+    const int64_t begin = block * items / s.blocks, end = (block + 1) * items / s.blocks;
+    for (int k = threadIdx.x; k < s.terms.size(); k += blockDim.x) m.sums[k] = 0;
+    for (int64_t first = begin; first < end; first += kItems) {
+        const int count = static_cast<int>(end - first < kItems ? end - first : kItems), n = s.p.n;
+        for (int k = threadIdx.x; k < count * n; k += blockDim.x)
+            load_item_advantages(s.p, (first + k / n) / s.segments, k % n, m.items[k / n]);
+        const int each = !s.factors && count < kSequenceWarps ? kSequenceWarps / count : 1;
+        read_items(s, first, count, m, each);
+        __syncthreads();
+        finish_items(s, first, count, m, each);
+        __syncthreads();
+        add_items(s.terms, m.items, count, m.sums);
+        __syncthreads();
+    }
+    double* const to = s.partials + block * s.terms.size();
+    for (int k = threadIdx.x; k < s.terms.size(); k += blockDim.x) to[k] = m.sums[k];
+}
+
+// --- the last block ---------------------------------------------------------------------------------------------------
+
+__device__ inline void add_blocks(const Sequences& s, SequenceMemory& m) {
+    const int size = s.terms.size(), threads = blockDim.x, width = size < threads ? size : threads;
+    const int groups = threads / width, group = threadIdx.x / width, place = threadIdx.x % width;
+    for (int first = 0; first < size; first += width) {
+        const int k = first + place;
+        double sum = 0;
+        if (group < groups && k < size) {
+            PAMA_UNROLL_BY(8)
+            for (int64_t block = group; block < s.blocks; block += groups) sum += __ldcg(s.partials + block * size + k);
+        }
+        m.table[threadIdx.x] = sum;
+        __syncthreads();
+        if (group == 0 && k < size) {
+            for (int g = 1; g < groups; ++g) sum += m.table[g * width + place];
+            m.sums[k] = sum;
+        }
+        __syncthreads();
+    }
+}
+
+// By one thread. A function of its own: the solvers take all registers that there are.
+PAMA_APART __device__ void solve_weights(const Sequences& s, SequenceMemory& m) {
+    const int n = s.p.n;
+    for (int i = 0; i < n; ++i) m.preference[i] = s.preference ? s.preference[i] : 1.0 / n;
+    m.optimum = batch_weights(m.statistics, n, s.rule.kind, s.rule.number, m.preference, m.weights, m.effective,
+                              m.solver)
+                    .optimum;
+}
+
+// Sums of c_i A_i over positive and over negative advantages of a sequence.
+struct Signed {
+    double tokens, omega, up, down;
+};
+
+__device__ inline Signed combine_row(const Sequences& s, const SequenceMemory& m, int64_t row) {
+    const DeviceTokens& p = s.p;
+    Signed x{0, 1, 0, 0};
+    for (int64_t k = 0; k < s.segments; ++k) x.tokens += __ldcg(s.counts + row * s.segments + k);
+    if (x.tokens == 0) return x;
+    if (p.aggregation == Aggregation::seq_mean_token_mean) x.omega = 1 / x.tokens;
+    double share = p.objective_mask ? 0 : 1;
+    for (int i = 0; i < p.n; ++i) {
+        if (p.objective_mask) {
+            if (!load_truth(p.objective_mask, row * p.objective_mask.row + i * p.objective_mask.objective)) continue;
+            share += m.effective[i];
+        }
+        double a = load_number<double>(p.advantages, row * p.advantages.row + i * p.advantages.objective);
+        a += 0 * a;
+        (a < 0 ? x.down : x.up) += m.weights[i] * a;
+    }
+    if (p.noon) x.down = 0;
+    // Over the preference of the objectives that are present.
+    const bool some = share > 0;
+    x.up = some ? x.up / share : 0 * x.up;
+    x.down = some ? x.down / share : 0 * x.down;
+    return x;
+}
+
+__device__ inline double block_sum(double value, double* table) {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+    const double sum = warp_sum(value);
+    __syncthreads();
+    if (lane == 0) table[warp] = sum;
+    __syncthreads();
+    double total = 0;
+    for (int w = 0; w < warps; ++w) total += table[w];
+    return total;
+}
+
+// The root mean square of the combined advantages; 1 where they are 0 up to rounding, since what is left is noise.
+__device__ inline double root_of(const Sequences& s, const SequenceMemory& m, double square) {
+    const int n = s.p.n;
+    const double tokens = m.sums[kTokenCount], root = std::sqrt(square / (tokens > 0 ? tokens : 1));
+    double terms = 0;
+    for (int i = 0; i < n; ++i) {
+        const double count = m.statistics[kCount * n + i];
+        if (count > 0) terms += m.weights[i] * std::sqrt(m.statistics[kAdvantageSquareSum * n + i] / count);
+    }
+    const double rounding = s.weights.dtype == Dtype::f64 ? 0x1p-52 : 0x1p-23;
+    return root <= 32 * rounding * terms ? 1.0 : root;
+}
+
+// What needs the weights: results for each sequence.
+__device__ inline void write_rows(const Sequences& s, SequenceMemory& m) {
+    if (!s.combined && !s.row_factors) return;
+    double squares = 0;
+    const auto each = [&](auto visit) {
+        for (int64_t row = threadIdx.x; row < s.p.rows; row += blockDim.x) visit(row, combine_row(s, m, row));
+    };
+    const auto write = [&](int64_t row, const Signed& x, double root) {
+        if (s.combined) store_number(s.combined, row, (x.up + x.down) / root);
+        if (!s.row_factors) return;
+        s.row_factors[3 * row] = x.up;
+        s.row_factors[3 * row + 1] = x.down;
+        s.row_factors[3 * row + 2] = x.tokens > 0 ? x.omega : 0;
+    };
+    each([&](int64_t row, const Signed& x) {
+        squares += x.omega * x.tokens * (x.up + x.down) * (x.up + x.down);
+        if (!s.normalize) write(row, x, 1);
+    });
+    const double square = block_sum(squares, m.table);
+    if (threadIdx.x == 0 && s.square_sum) *s.square_sum = square;
+    if (!s.normalize) return;
+    const double root = root_of(s, m, square);
+    each([&](int64_t row, const Signed& x) { write(row, x, root); });
+}
+
+// One kernel for all that may be read, since the solver takes the compiler long.
+__global__ void __launch_bounds__(kSequenceThreads, 1) sequences_kernel(const Sequences s) {
+    PAMA_SHARED(SequenceMemory, m);
+    add_share(s, m);
+    if (!last_block(s.counter)) return;
+    add_blocks(s, m);
+    write_statistics(s, m.sums, m.statistics);
+    if (!s.solved) return;
+    if (threadIdx.x == 0) solve_weights(s, m);
+    __syncthreads();
+    for (int i = threadIdx.x; i < s.p.n; i += blockDim.x) {
+        store_number(s.weights, i, m.weights[i]);
+        if (s.effective) s.effective[i] = m.effective[i];
+    }
+    if (threadIdx.x == 0) store_number(s.optimum, 0, m.optimum);
+    write_rows(s, m);
+}
+
+}  // namespace cuda
+}  // namespace pama

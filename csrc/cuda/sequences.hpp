@@ -1,0 +1,69 @@
+// Advantages per sequence in one launch: statistics, weights of the batch, combined advantages, factors of the loss.
+#pragma once
+
+#include "../core/statistics.hpp"
+#include "problem.hpp"
+
+namespace pama {
+namespace cuda {
+
+constexpr int kSequenceObjectives = 16;       // at most: the solver works in shared memory
+constexpr int64_t kSequenceRows = 1 << 16;    // at most: what comes after the weights is one block's
+constexpr int64_t kSequenceTokens = 1 << 18;  // to a block, at most, on average
+
+// Which sums a block adds up: the totals, then fields of every objective, products i < j, and tables of all i and j.
+// The other statistics follow from these: without log-probabilities bound terms are advantages, and without an
+// objective mask every objective is counted everywhere.
+struct Terms {
+    int n = 0;
+    bool noon = false;
+    int fields = 0, products = 0, tables = 0;
+    signed char field[kFields] = {}, product[2] = {}, table[3] = {};
+
+    static Terms of(const Tokens& p, bool pairs) {
+        Terms t;
+        t.n = p.n;
+        t.noon = p.noon;
+        const bool presence = static_cast<bool>(p.objective_mask), factors = p.logprobs || p.importance_weights;
+        for (int f = 0; f < kFields; ++f) {
+            const bool bound = f == kBoundSum || f == kBoundSquareSum;
+            const bool own = f == kAdvantageSum || f == kAdvantageSquareSum || f == kPositiveCount;
+            if (own || factors || (bound && p.noon) || (f == kCount && presence))
+                t.field[t.fields++] = static_cast<signed char>(f);
+        }
+        if (pairs && (factors || p.noon)) t.product[t.products++] = kBoundProduct;
+        if (pairs) t.product[t.products++] = kAdvantageProduct;
+        for (int kind = kPairCount; pairs && presence && kind < kPairs; ++kind)
+            t.table[t.tables++] = static_cast<signed char>(kind);
+        return t;
+    }
+
+    PAMA_HD int first_product() const { return kTotals + fields * n; }
+    PAMA_HD int first_table() const { return first_product() + products * (n * (n - 1) / 2); }
+    PAMA_HD int size() const { return first_table() + tables * n * n; }
+};
+
+struct Sequences {
+    DeviceTokens p;
+    Terms terms;
+    bool pairs = false, factors = false;  // factors: log-probabilities or importance weights were given
+    int64_t segments = 1, blocks = 1;     // segments of a sequence, which the blocks share out
+    double* partials = nullptr;           // (blocks, terms.size())
+    unsigned *counts = nullptr, *counter = nullptr;  // counts: valid tokens (rows, segments)
+    // results
+    double* sums = nullptr;
+    bool solved = false, normalize = false;
+    Rule rule;
+    const double* preference = nullptr;                                    // (n); null: uniform
+    Array weights, optimum, combined;                                      // (n), 0-d, (rows)
+    double *effective = nullptr, *square_sum = nullptr, *row_factors = nullptr;  // (n), 0-d, (rows, 3): up, down, omega
+
+    int64_t work_doubles() const { return blocks * terms.size() + (p.rows * segments + 1) / 2; }
+    void set_work(double* work) {
+        partials = work;
+        counts = reinterpret_cast<unsigned*>(work + blocks * terms.size());
+    }
+};
+
+}  // namespace cuda
+}  // namespace pama

@@ -1,0 +1,49 @@
+"""`normalize`: combined advantages over their root mean square, for backends whose `apply` does not divide."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pama_kernels._call import FIELDS, Outputs, Results, Rule, Tokens
+
+Apply = Callable[[Tokens, Rule, Tensor | None, Tensor | None, Outputs], Results]
+
+
+def root_mean_square(square: Tensor, sums: Tensor, n: int, weights: Tensor) -> Tensor:
+    """Of the combined advantages, whose squares add up to `square`; 1 where they are 0 up to rounding, since
+    what is left there is noise."""
+    tokens = sums[len(FIELDS) * n]
+    root = (square / tokens.clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
+    first = FIELDS.index("advantage_square_sum") * n
+    count = sums[:n]
+    mean_square = torch.where(count > 0, sums[first : first + n] / count, 0.0)
+    share = weights.detach().abs().to(torch.float64)
+    terms = ((share.mean(0) if share.dim() == 2 else share) * mean_square.sqrt()).sum()
+    return torch.where(root <= 32 * torch.finfo(weights.dtype).eps * terms, 1.0, root)
+
+
+def divided(combined: Tensor, root: Tensor, dtype: torch.dtype) -> Tensor:
+    return (combined / root.to(combined.dtype)).to(dtype)
+
+
+def with_normalize(apply: Apply) -> Apply:
+    """`apply` that divides where `outputs.normalize` asks for it; half types are rounded once, afterwards."""
+
+    @functools.wraps(apply)
+    def call(
+        tokens: Tokens, rule: Rule, preference: Tensor | None, weights: Tensor | None, outputs: Outputs
+    ) -> Results:
+        if not outputs.normalize:
+            return apply(tokens, rule, preference, weights, outputs)
+        given = tokens.advantages
+        if given.dtype in (torch.float16, torch.bfloat16):
+            tokens = tokens._replace(advantages=given.float())
+        results = apply(tokens, rule, preference, weights, outputs._replace(normalize=False))
+        root = root_mean_square(results.square_sum, results.sums, tokens.objectives, results.weights)
+        return results._replace(advantages=divided(results.advantages, root, given.dtype))
+
+    return call
