@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _stream
 from ._call import Aggregation, Number, Tokens
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -246,7 +247,7 @@ def _on_simplex(values: tuple[float, ...], device: torch.device) -> Tensor:
         )
     total = math.fsum(values)
     shares = tuple(value / total for value in values)
-    if traced() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if traced() or _stream.capturing(device):
         return _filled(shares, device)  # part of the graph
     return _cached(shares, device)
 
@@ -254,8 +255,7 @@ def _on_simplex(values: tuple[float, ...], device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=256)
 def _cached(shares: tuple[float, ...], device: torch.device) -> Tensor:
     made = _filled(shares, device)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # once: other streams use it too
+    _stream.wait_for(device)
     return made
 
 

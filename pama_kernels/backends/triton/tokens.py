@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pama_kernels._call import Tokens
 
-from .launch import INTERPRETED, check_memory, number, number_of, power_of_two
+from .launch import INTERPRETED, aligned, check_memory, number, number_of, power_of_two
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -107,6 +107,7 @@ def problem(given: Tokens, by_row: bool, without_objectives: bool = False) -> Pr
         if x is not None
     ]
     together = cu is not None or rows == 1 or all(s[0] == width * s[1] for s in present)
+    together = together and (cu is not None or aligned(*per_token, advantages, presence))
     flat = together and not by_row
     total = rows * width if cu is None else width if width >= 0 else 256 * rows
     if flat and cu is None:
@@ -120,7 +121,7 @@ def problem(given: Tokens, by_row: bool, without_objectives: bool = False) -> Pr
     constants = {
         "n": n,
         "N": power_of_two(n),
-        "LAYOUT": (0 if flat else 2) if cu is not None else 0 if rows == 1 else 1,
+        "LAYOUT": 0 if flat else 1 if cu is None else 2,
         "NARROW": total < 2**31,
         "UNIT": all(s[1] == 1 for x, s in zip(per_token, strides, strict=True) if x is not None),
         "DENSE": a[1:] == (n, 1),
