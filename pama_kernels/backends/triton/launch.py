@@ -29,13 +29,13 @@ def power_of_two(n: int) -> int:
 def check_memory(**tensors: Tensor | None) -> None:
     """Refuses what a kernel would read through a null pointer."""
     for name, x in tensors.items():
-        if x is None or x.numel() == 0:
+        if x is None:
             continue
         try:
             address = x.data_ptr()
         except RuntimeError:  # a functorch wrapper
             address = 0
-        if address == 0:
+        if address == 0 and x.numel() != 0:
             what = "a tensor with memory of its own, got one without (freed storage or a wrapper)"
             raise NoMemory(f"{name}: expected {what}")
 
@@ -52,6 +52,8 @@ def aligned(*tensors: Tensor | None) -> bool:
 def number(x: Number | None, without: float = 0.0) -> tuple[float, Tensor | None]:
     """A setting as two arguments of a kernel, which `number_of` joins: a value, and the tensor that replaces
     it."""
+    if type(x) is float:
+        return x, None
     if isinstance(x, Tensor):
         check_memory(setting=x)
         return 0.0, x.detach()
