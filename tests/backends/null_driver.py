@@ -1,8 +1,9 @@
 """Calls of the public API through Triton's launcher, down to a CUDA driver that does nothing: `no_driver.c`.
 
-Tensors stay on the CPU. ``python null_driver.py launches`` prints a line of JSON for each call of a sample
-with its kernels; ``lengths`` with the variants of each launch of a call while lengths and batches change, and
-while a capture is pretended. A process of its own: kernels made for the interpreter can't be compiled.
+Tensors stay on the CPU. Each line of JSON is a call: ``python null_driver.py launches`` prints the kernels of
+a sample; ``lengths`` the variants of each launch while lengths and batches change, and while a capture is
+pretended; ``warmed`` how many `compile_kernels` has compiled, and how many the calls then miss. A process of
+its own: kernels made for the interpreter can't be compiled.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class NullDriver:
                 return triton_variants.TARGETS["sm_90"]
 
         driver.set_active(Driver())
+        _stream.stream_of = lambda device: 0  # which costs less than to ask a GPU
         backend.unusable = lambda device_type: None
 
     def launched(self) -> list[str]:
@@ -75,6 +77,9 @@ def build(folder: Path) -> None:
 Calls = dict[str, Callable[[int, int], Any]]  # by rows and width
 
 
+RULES = {"gram": pk.Pama(), "paper token": pk.Pama.paper("token"), "sequence": pk.Pama("sequence")}
+
+
 def part(x: Tensor, rows: int, width: int, sliced: bool) -> Tensor:
     """(rows, width, ...) tensors; `sliced`: as micro-batches or a shift by one token leave them, anywhere in
     memory."""
@@ -90,27 +95,33 @@ def calls(sliced: bool) -> Calls:
         if by_row:
             own = per_sequence[1 : b + 1] if sliced else per_sequence[:b].clone()
         logprobs = part(p.logprobs, b, t, sliced).requires_grad_(gradient)
-        mask = None if p.mask is None else part(p.mask, b, t, sliced)
+        mask = part(p.mask, b, t, sliced)
         return pk.pama_loss(logprobs, part(p.old_logprobs, b, t, sliced), own, mask, rule=rule)
 
     def combine(b: int, t: int, rule: Any, by_row: bool = False) -> Any:
         own = per_sequence[:b].clone() if by_row else part(p.advantages, b, t, sliced)
-        mask = None if p.mask is None else part(p.mask, b, t, sliced)
-        return pk.combine_advantages(own, mask, rule=rule)
+        return pk.combine_advantages(own, part(p.mask, b, t, sliced), rule=rule)
 
-    rules = {"gram": pk.Pama(), "paper token": pk.Pama.paper("token"), "sequence": pk.Pama("sequence")}
     found: Calls = {}
-    for name, rule in rules.items():
+    for name, rule in RULES.items():
         found[f"loss (B, T, N) {name}"] = lambda b, t, rule=rule: loss(b, t, rule)
         found[f"combine (B, T, N) {name}"] = lambda b, t, rule=rule: combine(b, t, rule)
-    found["loss (B, N) gram"] = lambda b, t: loss(b, t, rules["gram"], True)
-    found["combine (B, N) gram"] = lambda b, t: combine(b, t, rules["gram"], True)
-    found["combine (B, N) sequence"] = lambda b, t: combine(b, t, rules["sequence"], True)
-    found["statistics"] = lambda b, t: pk.objective_statistics(
-        None, None, part(p.advantages, b, t, sliced), pairs=True
+    found["loss (B, N) gram"] = lambda b, t: loss(b, t, RULES["gram"], True)
+    found["combine (B, N) gram"] = lambda b, t: combine(b, t, RULES["gram"], True)
+    found["combine (B, N) sequence"] = lambda b, t: combine(b, t, RULES["sequence"], True)
+    found["statistics (B, T, N)"] = lambda b, t: pk.objective_statistics(
+        part(p.logprobs, b, t, sliced),
+        part(p.old_logprobs, b, t, sliced),
+        part(p.advantages, b, t, sliced),
+        part(p.mask, b, t, sliced),
+        pairs=True,
     )
     found["statistics (B, N)"] = lambda b, t: pk.objective_statistics(
-        part(p.logprobs, b, t, sliced), part(p.old_logprobs, b, t, sliced), per_sequence[:b].clone()
+        part(p.logprobs, b, t, sliced),
+        part(p.old_logprobs, b, t, sliced),
+        per_sequence[:b].clone(),
+        part(p.mask, b, t, sliced),
+        pairs=True,
     )
     values = torch.randn(12, 402, 4)
     found["gae"] = lambda b, t: pk.multi_objective_gae(
@@ -195,6 +206,38 @@ def beyond_32_bits() -> dict[str, Any]:
     return {"call": "beyond 2^31 tokens", "whole": variants.counts()}
 
 
+FUNCTIONS = {
+    "loss": "pama_loss",
+    "combine": "combine_advantages",
+    "statistics": "objective_statistics",
+    "gae": "multi_objective_gae",
+    "normalize": "group_normalize",
+}
+
+
+def warmed() -> Iterator[dict[str, Any]]:
+    """What `compile_kernels` has compiled for each call, and what calls of any length still miss."""
+    whole, slices = calls(False), calls(True)
+    for name in whole:
+        own: dict[str, Any] = {
+            "layout": "per-sequence" if "(B, N)" in name else "padded",
+            "functions": next(full for short, full in FUNCTIONS.items() if short in name),
+            "rule": next((rule for title, rule in RULES.items() if title in name), None),
+            "group_size": None if "ids" in name else 4,
+        }
+        if name == "gae":
+            own["mask_dtype"] = torch.float32
+        launch._variants.clear()
+        found = pk.compile_kernels(4, **own, device="cpu")
+        known = set(launch._variants)
+        for width in (100, 128, 131, 399):
+            for rows in (1, 2, 9):
+                whole[name](rows, width)
+                slices[name](rows, width)
+        missing = len(set(launch._variants) - known)
+        yield {"call": name, "kernels": found.kernels, "seconds": found.seconds, "missing": missing}
+
+
 def launches(null: NullDriver) -> Iterator[dict[str, Any]]:
     for name, _, call in triton_variants.sample():
         call()
@@ -203,7 +246,7 @@ def launches(null: NullDriver) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     null = NullDriver()
-    what = {"launches": lambda: launches(null), "lengths": lengths}
+    what = {"launches": lambda: launches(null), "lengths": lengths, "warmed": warmed}
     for line in what[sys.argv[1]]():
         print(json.dumps(line), flush=True)
 

@@ -48,3 +48,11 @@ def test_lengths_and_batches_compile_nothing(pytestconfig: pytest.Config) -> Non
         assert max(line["sliced"].values()) <= 2, line
         assert line["captured"] == line["sliced"], line
     assert sum(count - 1 for count in beyond["whole"].values()) <= 1, beyond
+
+
+def test_what_is_compiled_ahead_is_all_that_is_launched(pytestconfig: pytest.Config) -> None:
+    found = lines(pytestconfig, "warmed")
+    assert len(found) > 10
+    for line in found:
+        assert line["kernels"] > 0
+        assert line["missing"] == 0, line

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import numpy
@@ -81,16 +86,33 @@ def number_of(value, at):
 # a dictionary from the second call on.
 
 
+class _Place(NamedTuple):
+    """What is asked of a device at every launch."""
+
+    index: int | None  # None: not a GPU
+    processors: int
+
+
+@functools.lru_cache(maxsize=64)
+def _place_of(device: torch.device) -> _Place:
+    if device.type != "cuda":
+        return _Place(None, 0)
+    return _Place(device.index, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def launch(kernel: Any, device: torch.device, programs: int, *arguments: Any, **options: Any) -> None:
     """Runs so many programs of a kernel on the device and its current stream. All launches go through
     here."""
+    around: contextlib.AbstractContextManager[Any] | None = None
+    index = _place_of(device).index
     if INTERPRETED:
-        with numpy.errstate(all="ignore"):  # its arithmetic is NumPy's, which warns of infinities
-            run(kernel, programs, arguments, options)
-    elif device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            run(kernel, programs, arguments, options)
-    else:
+        around = numpy.errstate(all="ignore")  # its arithmetic is NumPy's, which warns of infinities
+    elif index is not None and index != torch.cuda.current_device():
+        around = torch.cuda.device(device)
+    if around is None:
+        run(kernel, programs, arguments, options)
+        return
+    with around:
         run(kernel, programs, arguments, options)
 
 
@@ -99,15 +121,12 @@ def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[st
     if INTERPRETED:
         kernel[(programs,)](*arguments, **options)
         return
+    collected = _collected.get()
+    if collected is not None:
+        collected.append((kernel, arguments, options))
+        return
     variant, values = variant_of(kernel, arguments, options)
     variant(programs, values)
-
-
-class _Form(NamedTuple):
-    """What the types of a call's arguments tell."""
-
-    tensors: tuple[int, ...]  # their places
-    kernel: Any
 
 
 class _Pointer:
@@ -146,34 +165,45 @@ class Variant:
         )  # fmt: skip
 
 
-_forms: dict[Any, _Form] = {}
 _variants: dict[Any, Variant] = {}
+_places: dict[int, tuple[int, ...]] = {}  # of the pointers among a kernel's arguments
+
+
+def _pointers_of(kernel: Any, count: int) -> tuple[int, ...]:
+    """Places of arguments that are tensors or None: those that have no type of their own."""
+    annotated = (p.annotation_type or p.do_not_specialize for p in kernel.params[:count])
+    return tuple(place for place, known in enumerate(annotated) if not known)
 
 
 def variant_of(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Variant, list[Any]]:
     """The compiled kernel for a call, and the arguments with addresses in the place of tensors."""
-    types = tuple(map(type, arguments))
-    form = _forms.get((id(kernel), types))
-    if form is None:
-        places = tuple(place for place, x in enumerate(arguments) if isinstance(x, Tensor))
-        _forms[id(kernel), types] = form = _Form(places, kernel)
-    values = list(arguments)
-    dtypes = []
-    addresses = 0
-    for place in form.tensors:
+    places = _places.get(id(kernel))
+    if places is None:
+        _places[id(kernel)] = places = _pointers_of(kernel, len(arguments))
+    values, addresses = list(arguments), 0
+    dtypes: list[torch.dtype | None] = []
+    for place in places:
         x = values[place]
-        dtypes.append(x.dtype)
-        values[place] = address = x.data_ptr()
-        addresses |= address
+        if x is None:
+            dtypes.append(None)
+        else:
+            dtypes.append(x.dtype)
+            values[place] = address = x.data_ptr()
+            addresses |= address
     even = addresses % ALIGNMENT == 0 and not options.get("LAYOUT")
     device = driver.active.get_current_device()
-    key = id(kernel), device, even, types, *dtypes, *options, *options.values()
-    variant = _variants.get(key)
-    if variant is None:
-        constants = tuple(options[p.name] for p in kernel.params[len(arguments) :])
-        variant = Variant(compiled(kernel, arguments, even, options), device, constants)
-        _variants[key] = variant
-    return variant, values
+    key = id(kernel), device, even, *dtypes, *options.values()
+    return _variants.get(key) or _made(key, kernel, arguments, even, options), values
+
+
+def _made(key: Any, kernel: Any, arguments: tuple[Any, ...], even: bool, options: dict[str, Any]) -> Variant:
+    constants = tuple(options[p.name] for p in kernel.params[len(arguments) :])
+    _variants[key] = made = Variant(compiled(kernel, arguments, even, options), key[1], constants)
+    return made
+
+
+def _is_even(arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    return aligned(*(x for x in arguments if isinstance(x, Tensor))) and not options.get("LAYOUT")
 
 
 def compiled(kernel: Any, arguments: tuple[Any, ...], even: bool, options: dict[str, Any]) -> Any:
@@ -186,12 +216,38 @@ def compiled(kernel: Any, arguments: tuple[Any, ...], even: bool, options: dict[
     return kernel.warmup(*like, grid=(1,), **options)
 
 
-@functools.lru_cache(maxsize=64)
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+# --- ahead of the first launch -----------------------------------------------------------------------------
+
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # kernel, arguments, options
+_collected: ContextVar[list[Launch] | None] = ContextVar(
+    "launches that are collected, not made", default=None
+)
+
+
+def compile_launches(calls: Callable[[], object]) -> int:
+    """Compiles what these calls would launch, as many kernels at a time as there are cores, and loads it; how
+    many were not there.
+
+    Nothing is launched: the results of the calls hold anything.
+    """
+    if INTERPRETED:
+        return 0
+    launches: list[Launch] = []
+    token = _collected.set(launches)
+    try:
+        calls()
+    finally:
+        _collected.reset(token)
+    before = len(_variants)
+    with ThreadPoolExecutor(os.cpu_count()) as executor, triton.AsyncCompileMode(executor):
+        for kernel, arguments, options in launches:
+            compiled(kernel, arguments, _is_even(arguments, options), options)
+    for launch_of in launches:
+        variant_of(*launch_of)
+    return len(_variants) - before
 
 
 def programs(device: torch.device, units: int, each: int = 2) -> int:
     """Programs for so many tiles or rows: `each` to a processor; a few where there is none."""
-    most = each * _processors(device) if device.type == "cuda" else 3
-    return max(1, min(units, most))
+    processors = _place_of(device).processors
+    return max(1, min(units, each * processors if processors else 3))

@@ -49,6 +49,7 @@ class _Call:
 
     def __init__(self, given: Tokens, by_token: bool, by_row: bool = False) -> None:
         self.given, self.n, self.device = given, given.objectives, given.advantages.device
+        self.by_row = by_row
         self.rows = Rows(given) if _factorised(given) and not by_token else None
         self.row_counts: Tensor | None = None
         if self.rows is None and given.aggregation == Aggregation.SEQ_MEAN_TOKEN_MEAN:
@@ -57,16 +58,16 @@ class _Call:
         if self.rows is None:
             self.problem = problem(given, by_row or self.row_counts is not None)
 
-    def run(self, x: Pass, by_row: bool = False) -> None:
+    def run(self, x: Pass) -> None:
         """Adds pairs beyond what a pass has registers for."""
-        inside = x.pairs and self.n <= PAIRS_IN_REGISTERS
-        asked = x._replace(pairs=inside, row_counts=self.row_counts)
+        pairs = x.pairs
+        x.pairs, x.row_counts = pairs and self.n <= PAIRS_IN_REGISTERS, self.row_counts
         if self.rows is not None:
-            self.rows.run(asked, by_row)
+            self.rows.run(x, self.by_row)
         else:
             assert self.problem is not None
-            run_tokens(self.problem, asked)
-        if x.pairs and not inside:
+            run_tokens(self.problem, x)
+        if pairs and not x.pairs:
             assert x.sums is not None
             if self.rows is not None:
                 self.rows.store_pairs(x.sums)
@@ -179,7 +180,7 @@ def apply(
 ) -> Results:
     check_tokens_memory(tokens)
     check_memory(preference=preference, weights=weights)
-    if not isinstance(outputs.kl_coef, Tensor) and outputs.kl_coef == 0:
+    if tokens.ref_logprobs is not None and not isinstance(outputs.kl_coef, Tensor) and outputs.kl_coef == 0:
         tokens = tokens._replace(ref_logprobs=None)
     results = empty_results(tokens, rule, weights, outputs)
     n, rows = tokens.objectives, tokens.rows
@@ -209,43 +210,47 @@ def apply(
         reported=results.weights, optimum=results.optimum, sums=results.sums,
         square_sum=results.square_sum,
     )  # fmt: skip
-    solved = False  # the statistics are there, and weights in x.c
-    if batch:
-        effective = call.new(n)
-        inline = rule.kind in (Kind.FIXED, Kind.SCORES) and n <= _SOLVED_INLINE
-        call.run(x._replace(weights=NONE, solve=int(rule.kind) if inline else -1, effective=effective))
-        if not inline:
-            solve_into(results.sums, rule, preference, n, results.weights, results.optimum, effective)
-        x = x._replace(c=results.weights, effective=effective, reported=None, optimum=None)
-        solved = True
-    elif by_row and call.rows is None:
-        parts = 1 if INTERPRETED else max(1, min(programs(call.device, 1 << 30, 2) // max(rows, 1), 64))
-        fields, effective = call.new(rows * parts * 4 * n), call.new(rows, n)
-        call.run(x._replace(weights=NONE, row_fields=fields, parts=parts, effective=None))
-        _row_weights(call, x, fields, parts, effective)
-        share = tokens.objective_mask is not None and not tokens.mask_per_sequence and weights is None
-        x = x._replace(weights=ROW, c=results.weights, effective=effective, share=share, reported=None)
-        solved = True
+    solved = batch or (by_row and call.rows is None)  # the statistics come first, and weights in x.c
     if solved:
-        x = x._replace(statistics=False, pairs=False)
+        first = x.copy()
+        first.weights = NONE
+        x.statistics = x.pairs = False
+        x.c, x.reported = results.weights, None
+    if batch:
+        inline = rule.kind in (Kind.FIXED, Kind.SCORES) and n <= _SOLVED_INLINE
+        x.effective = first.effective = call.new(n)
+        first.solve = int(rule.kind) if inline else -1
+        call.run(first)
+        if not inline:
+            solve_into(results.sums, rule, preference, n, results.weights, results.optimum, x.effective)
+        x.optimum = None
+    elif solved:
+        parts = 1 if INTERPRETED else max(1, min(programs(call.device, 1 << 30, 2) // max(rows, 1), 64))
+        fields, x.effective = call.new(rows * parts * 4 * n), call.new(rows, n)
+        first.row_fields, first.parts, first.effective = fields, parts, None
+        call.run(first)
+        first.weights = kind
+        _row_weights(call, first, fields, parts, x.effective)
+        x.weights = ROW
+        x.share = tokens.objective_mask is not None and not tokens.mask_per_sequence and weights is None
 
     if call.rows is not None:
         factors = call.new(rows, 3) if loss is not None else None
         if not solved or combined is not None or factors is not None:
-            call.run(x._replace(combined=combined, row_factors=factors), by_row)
+            x.combined, x.row_factors = combined, factors
+            call.run(x)
         if loss is not None:
             denominator, count = _denominator(tokens, outputs, results.sums)
-            final = Pass(weights=FACTORS, row_factors=factors, denominator=denominator, count=count)
-            run_tokens(
-                problem(tokens, True, without_objectives=True),
-                final._replace(loss=loss, gradient=gradient, kl_coef=outputs.kl_coef),
-            )
+            final = Pass(
+                weights=FACTORS, row_factors=factors, denominator=denominator, count=count, loss=loss,
+                gradient=gradient, kl_coef=outputs.kl_coef,
+            )  # fmt: skip
+            run_tokens(problem(tokens, True, without_objectives=True), final)
     else:
-        x = x._replace(combined=combined)
+        x.combined = combined
         if loss is not None:
-            denominator, count = _denominator(tokens, outputs, results.sums if solved else None)
-            x = x._replace(loss=loss, gradient=gradient, kl_coef=outputs.kl_coef)
-            x = x._replace(denominator=denominator, count=count)
+            x.denominator, x.count = _denominator(tokens, outputs, results.sums if solved else None)
+            x.loss, x.gradient, x.kl_coef = loss, gradient, outputs.kl_coef
         call.run(x)
         if combined is not picked:
             assert picked is not None

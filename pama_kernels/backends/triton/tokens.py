@@ -92,7 +92,8 @@ _UNCLIPPED = float("inf"), None
 
 
 def check_tokens_memory(given: Tokens) -> None:
-    check_memory(**dict(zip(_TENSORS, given, strict=False)))
+    tensors: Any = zip(_TENSORS, given, strict=False)
+    check_memory(**dict(tensors))
 
 
 def problem(given: Tokens, by_row: bool, without_objectives: bool = False) -> Problem:
@@ -109,7 +110,7 @@ def problem(given: Tokens, by_row: bool, without_objectives: bool = False) -> Pr
         a = objective_strides(advantages, by_sequence)
         o = objective_strides(presence, mask_by_sequence)
         by_row = by_row or by_sequence or (presence is not None and mask_by_sequence)
-    strides = m, l, b, w, r = (
+    strides = m, p, b, w, r = (
         _strides(mask), _strides(logprobs), _strides(old), _strides(importance), _strides(ref),
     )  # fmt: skip
     per_token = mask, logprobs, old, importance, ref
@@ -125,10 +126,10 @@ def problem(given: Tokens, by_row: bool, without_objectives: bool = False) -> Pr
     if flat and cu is None:
         rows, width = 1, total
         a, o = (0, *a[1:]), (0, *o[1:])
-        m, l, b, w, r = ((0, s[1]) for s in strides)
+        m, p, b, w, r = ((0, s[1]) for s in strides)
     arguments = (
         None if without_objectives else advantages, *a, None if without_objectives else presence, *o,
-        mask, *m, logprobs, *l, old, *b, importance, *w, ref, *r,
+        mask, *m, logprobs, *p, old, *b, importance, *w, ref, *r,
         cu, 0 if cu is None else cu.stride(0), rows, width, *number(low),
         *(_UNCLIPPED if high is None else number(high)), *(_UNCLIPPED if dual is None else number(dual)),
     )  # fmt: skip
