@@ -17,7 +17,9 @@ def test_on_the_cpu_there_is_nothing_to_compile() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_reason_is_told() -> None:
-    with pytest.raises(RuntimeError, match=r"device: expected a GPU that Triton serves, got 'cuda': .*no GPU"):
+    with pytest.raises(
+        RuntimeError, match=r"device: expected a GPU that Triton serves, got 'cuda': .*no GPU"
+    ):
         pk.compile_kernels(4)
 
 

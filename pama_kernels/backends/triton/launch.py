@@ -155,7 +155,7 @@ class Variant:
         stream = self.stream(self.device)
         enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
         metadata = None
-        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's
+        if enter.calls or leave.calls:  # a profiler's
             metadata = self.compiled.launch_metadata((programs, 1, 1), stream, *values, *self.constants)
         else:
             enter = leave = None
@@ -249,5 +249,5 @@ def compile_launches(calls: Callable[[], object]) -> int:
 
 def programs(device: torch.device, units: int, each: int = 2) -> int:
     """Programs for so many tiles or rows: `each` to a processor; a few where there is none."""
-    processors = _place_of(device).processors
-    return max(1, min(units, each * processors if processors else 3))
+    most = each * _place_of(device).processors or 3
+    return units if 0 < units < most else most if units > 0 else 1

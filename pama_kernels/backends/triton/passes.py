@@ -77,7 +77,8 @@ class _Call:
                 store_pairs_of(self.problem, present, self.row_counts, x.sums)
 
     def new(self, *shape: int) -> Tensor:
-        return torch.empty(shape, device=self.device, dtype=torch.float64)
+        """In float64."""
+        return torch.empty(*shape, device=self.device, dtype=torch.float64)
 
 
 def statistics(tokens: Tokens, pairs: bool) -> Tensor:
