@@ -3,6 +3,7 @@
 from importlib import metadata as _metadata
 
 from . import reference
+from ._warmup import CompiledKernels, compile_kernels
 from .advantages import (
     CombinedAdvantages,
     combine_advantages,
@@ -40,5 +41,7 @@ __all__ = [
     "multi_objective_gae",
     "group_normalize",
     "masked_whiten",
+    "compile_kernels",
+    "CompiledKernels",
     "reference",
 ]

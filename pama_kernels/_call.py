@@ -98,8 +98,16 @@ class Tokens(NamedTuple):
     @property
     def wide(self) -> bool:
         """Whether something is float64, so that all is computed in it."""
-        floats = self.logprobs, self.old_logprobs, self.advantages, self.importance_weights, self.ref_logprobs
-        return any(x is not None and x.dtype == torch.float64 for x in floats)
+        for x in (
+            self.logprobs,
+            self.old_logprobs,
+            self.advantages,
+            self.importance_weights,
+            self.ref_logprobs,
+        ):
+            if x is not None and x.dtype is torch.float64:
+                return True
+        return False
 
 
 class Rule(NamedTuple):

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._call import Aggregation, Number, Tokens
+from . import _stream
+from ._call import Number, Tokens
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOATS)
@@ -246,7 +247,7 @@ def _on_simplex(values: tuple[float, ...], device: torch.device) -> Tensor:
         )
     total = math.fsum(values)
     shares = tuple(value / total for value in values)
-    if traced() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if traced() or _stream.capturing(device):
         return _filled(shares, device)  # part of the graph
     return _cached(shares, device)
 
@@ -254,8 +255,7 @@ def _on_simplex(values: tuple[float, ...], device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=256)
 def _cached(shares: tuple[float, ...], device: torch.device) -> Tensor:
     made = _filled(shares, device)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # once: other streams use it too
+    _stream.wait_for(device)
     return made
 
 
@@ -297,6 +297,9 @@ class Layout(NamedTuple):
     mask_per_sequence: bool  # objective_mask (B, N)
 
 
+_NEVER = 1.0, None, None  # the clip range (1, infinity)
+
+
 def check_tokens(
     advantages: Tensor,
     mask: Tensor | None = None,
@@ -314,42 +317,27 @@ def check_tokens(
 ) -> tuple[Tokens, Layout]:
     """Checks all that a pass over tokens reads. `clip_range` None: (1, infinity), which never clips."""
     layout = resolve_layout(
-        advantages,
-        mask,
-        objective_mask=objective_mask,
-        logprobs=logprobs,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        importance_weights=importance_weights,
-        cu_seqlens=cu_seqlens,
-    )
-    if old_logprobs is not None and logprobs is None:
-        raise ValueError("old_logprobs: expected None without logprobs, got a tensor")
-    if old_logprobs is not None and clip_range is None:
-        raise ValueError("clip_range: expected a number or (low, high) with old_logprobs, got None")
+        advantages, mask, objective_mask=objective_mask, logprobs=logprobs, old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs, importance_weights=importance_weights, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    if old_logprobs is not None:
+        if logprobs is None:
+            raise ValueError("old_logprobs: expected None without logprobs, got a tensor")
+        if clip_range is None:
+            raise ValueError("clip_range: expected a number or (low, high) with old_logprobs, got None")
     check_choice("aggregation", aggregation, AGGREGATIONS)
     if aggregation != "token-mean" and not layout.sequences:
         raise ValueError(f"aggregation: {aggregation!r} needs cu_seqlens where tensors are flat, got none")
-    eps_low, eps_high, dual = clip_bounds((1.0, math.inf) if clip_range is None else clip_range, dual_clip)
-    tokens = Tokens(
-        advantages=advantages,
-        mask=mask,
-        objective_mask=objective_mask,
-        logprobs=logprobs,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        importance_weights=importance_weights,
-        cu_seqlens=cu_seqlens,
-        rows=layout.rows,
-        width=layout.width,
-        per_sequence=layout.per_sequence,
-        mask_per_sequence=layout.mask_per_sequence,
-        aggregation=Aggregation(AGGREGATIONS.index(aggregation)).value,
-        noon=check_flag("noon", noon),
-        eps_low=eps_low,
-        eps_high=eps_high,
-        dual_clip=dual,
+    clip = (
+        _NEVER
+        if clip_range is None and dual_clip is None
+        else clip_bounds((1.0, math.inf) if clip_range is None else clip_range, dual_clip)
     )
+    tokens = Tokens(
+        advantages, mask, objective_mask, logprobs, old_logprobs, ref_logprobs, importance_weights,
+        cu_seqlens, layout.rows, layout.width, layout.per_sequence, layout.mask_per_sequence,
+        AGGREGATIONS.index(aggregation), check_flag("noon", noon), *clip,
+    )  # fmt: skip
     return tokens, layout
 
 
@@ -372,24 +360,25 @@ def resolve_layout(
     check_device("advantages", advantages, like_name, like)
     if mask is not None:
         check_mask("mask", mask)
-    optional = {
-        "old_logprobs": old_logprobs,
-        "ref_logprobs": ref_logprobs,
-        "importance_weights": importance_weights,
-    }
-    for name, x in optional.items():
+    per_token = (
+        ("logprobs", logprobs), ("mask", mask), ("old_logprobs", old_logprobs),
+        ("ref_logprobs", ref_logprobs), ("importance_weights", importance_weights),
+    )  # fmt: skip
+    for name, x in per_token[2:]:
         if x is not None:
             check_float(name, x)
-    per_token = {
-        name: x for name, x in {"logprobs": logprobs, "mask": mask, **optional}.items() if x is not None
-    }
-    tokens_name, tokens = next(iter(per_token.items()), ("", None))
-    if tokens is not None:
-        if tokens.dim() not in (1, 2):
-            raise ValueError(f"{tokens_name}: expected shape (B, T) or (M,), got {shape_of(tokens)}")
-        for name, x in per_token.items():
+    tokens_name, tokens, shape = "", None, None
+    for name, x in per_token:
+        if x is None:
+            continue
+        if tokens is None:
+            tokens_name, tokens, shape = name, x, x.shape
+            if len(shape) not in (1, 2):
+                raise ValueError(f"{name}: expected shape (B, T) or (M,), got {shape_of(x)}")
+        elif x.shape != shape:
             check_device(name, x, like_name, like)
             check_shape(name, x, tokens.shape, f" as {tokens_name}")
+        check_device(name, x, like_name, like)
     if advantages.dim() not in (2, 3):
         raise ValueError(
             "advantages: expected shape (B, T, N), (B, N) or (M, N), objectives last, "

@@ -125,11 +125,11 @@ def _scaled(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
         return _first_derivative((gradient * grad_loss).to(logprobs.dtype), logprobs)
     scaled: Tensor
     if _is_last_use(grad_loss):
-        unchanged = gradient.device.type == "cpu" and grad_loss.item() == 1.0
+        unchanged = gradient.is_cpu and grad_loss.item() == 1.0
         scaled = gradient if unchanged else gradient.mul_(grad_loss)
     else:
         scaled = gradient * grad_loss
-    return scaled.to(logprobs.dtype)
+    return scaled if scaled.dtype is logprobs.dtype else scaled.to(logprobs.dtype)
 
 
 def _is_last_use(grad_loss: Tensor) -> bool:
@@ -154,8 +154,9 @@ def _differentiable(tokens: Tokens, rule: Rule, problem: operators.Apply, output
         if torch.compiler.is_compiling():  # the compiler refuses one tensor in two places
             arguments = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
         return Results(*_Loss.apply(logprobs, *arguments))  # type: ignore[no-untyped-call]
-    results = operators.apply(tokens._replace(logprobs=logprobs.detach()), rule, problem, outputs)
-    return results._replace(loss=_attached(logprobs, results))
+    detached: Any = (*tokens[:_LOGPROBS], logprobs.detach(), *tokens[_LOGPROBS + 1 :])
+    results = operators.apply(Tokens(*detached), rule, problem, outputs)
+    return Results(results.advantages, _attached(logprobs, results), *results[_GRADIENT:])
 
 
 def _forward_mode() -> bool:
@@ -221,7 +222,8 @@ def pama_loss(
 
     Source: He & Maghsudi 2025 (arXiv 2508.07768), Sections 4 and 5; k3: Schulman 2020.
     """
-    check_float("logprobs", logprobs)
+    if logprobs is None:
+        check_float("logprobs", logprobs)
     rule = resolve_rule(rule)
     kl_coef = check_number("kl_coef", kl_coef, 0.0)
     penalty = isinstance(kl_coef, Tensor) or kl_coef != 0
@@ -241,7 +243,7 @@ def pama_loss(
         aggregation=aggregation,
         noon=noon_of(rule),
     )
-    if not penalty:
+    if ref_logprobs is not None and not penalty:
         tokens = tokens._replace(ref_logprobs=None)
     check_rule_fits(rule, layout, process_group, weights)
     p = preference_tensor(preference, layout.objectives, logprobs.device)
@@ -256,7 +258,7 @@ def pama_loss(
         gradient=differentiated or _forward_mode(),
         pairs=pairs and merged is None,
         normalize=False,
-        normalizer=_normalizer(normalizer, logprobs),
+        normalizer=None if normalizer is None else _normalizer(normalizer, logprobs),
         kl_coef=kl_coef,
     )
     call = _differentiable if outputs.gradient else operators.apply
@@ -268,9 +270,7 @@ def pama_loss(
     return PamaLossOutput(result.loss, result.weights, optimum, statistics)
 
 
-def _normalizer(normalizer: object, logprobs: Tensor) -> Number | None:
-    if normalizer is None:
-        return None
+def _normalizer(normalizer: object, logprobs: Tensor) -> Number:
     if not isinstance(normalizer, Tensor):
         return check_positive("normalizer", normalizer)
     if normalizer.device.type != "cpu":

@@ -213,33 +213,51 @@ def _fake_group_normalize(problem: GroupNormalize) -> Tensor:
     return problem.rewards.new_empty(problem.rewards.shape)
 
 
+# In the place of results that nobody asked for: an allocation costs as much as a launch.
+NOTHING = torch.empty(0, device="cpu")
+
+
 def empty_results(tokens: Tokens, rule: Rule, weights: Tensor | None, outputs: Outputs) -> Results:
     """Memory for what `apply` returns."""
-    advantages, logprobs, n = tokens.advantages, tokens.logprobs, tokens.objectives
+    advantages, logprobs = tokens.advantages, tokens.logprobs
     like = advantages if logprobs is None else logprobs
-    dtype = result_dtype(advantages if outputs.advantages else like)
-    by_row = weights_by_row(rule, weights)
-    nothing = (0,)
-    combined: Sequence[int] = nothing
+    dtype, n = result_dtype(advantages if outputs.advantages else like), tokens.objectives
+    optimum = torch.empty((), dtype=dtype, device=like.device)  # the others like it: that takes half as long
+    square_sum = torch.empty_like(optimum, dtype=torch.float64)
+    combined = loss = gradient = NOTHING
     if outputs.advantages:
-        combined = advantages.shape[:-1]
+        shape = advantages.shape[:-1]
         if tokens.per_sequence and not one_result_per_row(tokens, rule):
             assert logprobs is not None
-            combined = logprobs.shape
-    return Results(
-        advantages=advantages.new_empty(combined),
-        loss=like.new_empty(() if outputs.loss else nothing, dtype=dtype),
-        gradient=like.new_empty(like.shape if outputs.gradient else nothing, dtype=gradient_dtype(like)),
-        weights=like.new_empty((tokens.rows, n) if by_row else (n,), dtype=dtype),
-        optimum=like.new_empty((tokens.rows,) if by_row else (), dtype=dtype),
-        sums=like.new_empty(statistics_size(n, outputs.pairs), dtype=torch.float64),
-        square_sum=like.new_empty((), dtype=torch.float64),
+            shape = logprobs.shape
+        combined = advantages.new_empty(shape)
+    if outputs.loss:
+        loss = torch.empty_like(optimum)
+    if outputs.gradient:
+        gradient = torch.empty_like(like, dtype=gradient_dtype(like), memory_format=torch.contiguous_format)
+    if weights_by_row(rule, weights):
+        given, optimum = optimum.new_empty(tokens.rows, n), optimum.new_empty(tokens.rows)
+    else:
+        given = optimum.new_empty(n)
+    sums = square_sum.new_empty(statistics_size(n, outputs.pairs))
+    return Results(combined, loss, gradient, given, optimum, sums, square_sum)
+
+
+def _without_nothing(results: Results, tokens: Tokens) -> Results:
+    """For an operator, whose results are tensors of their own."""
+    like = tokens.advantages if tokens.logprobs is None else tokens.logprobs
+    dtypes = tokens.advantages.dtype, result_dtype(like), gradient_dtype(like)
+    made = (
+        like.new_empty(0, dtype=dtype) if x is NOTHING else x
+        for x, dtype in zip(results, dtypes, strict=False)
     )
+    return Results(*made, *results[len(dtypes) :])
 
 
 # --- definition and dispatch --------------------------------------------------------------------------
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_NO_TENSORS = frozenset((type(None), int, bool, float))
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -257,16 +275,22 @@ class _Operator(Generic[_P, _R]):
         wrap: Callable[..., _R] | None = None,
     ) -> None:
         self.name, self.records, self.call, self.wrap = name, records, call, wrap
+        self.numbers = tuple(
+            (i, j)
+            for i, record in enumerate(records)
+            for j, kind in enumerate(_KINDS[record])
+            if kind.startswith("Number")
+        )
         compute: Callable[..., object] = call
         shape_only: Callable[..., object] = fake
 
         def run(*arguments: Any) -> object:
             unpacked: Any = _records(records, arguments)
-            return _plain_tuple(compute(self.backend(unpacked), *unpacked))
+            return _plain_tuple(compute(self.backend(unpacked), *unpacked), unpacked)
 
         def fake_run(*arguments: Any) -> object:
             unpacked: Any = _records(records, arguments)
-            return _plain_tuple(shape_only(*unpacked))
+            return _plain_tuple(shape_only(*unpacked), unpacked)
 
         _LIBRARY.define(name + _schema(records, returns), tags=(torch.Tag.needs_exact_strides,))
         _LIBRARY.impl(name, run, "CPU")
@@ -277,11 +301,11 @@ class _Operator(Generic[_P, _R]):
         self.operator = getattr(torch.ops.pama, name).default
 
     def backend(self, records: Sequence[Any]) -> Functions:
-        device: torch.device = records[0][0].device
-        if device.type == "cpu":
+        first: Tensor = records[0][0]
+        if first.is_cpu:
             return find("cpu", self.name)
-        tensors = any(isinstance(value, Tensor) for value in _numbers(records))
-        return find(device.type, self.name, tensors)
+        tensors = any(isinstance(records[i][j], Tensor) for i, j in self.numbers)
+        return find(first.device.type, self.name, tensors)
 
     def __call__(self, *records: _P.args, **none: _P.kwargs) -> _R:
         if not _direct(records):
@@ -300,21 +324,14 @@ class _Operator(Generic[_P, _R]):
         return wrapped
 
 
-def _plain_tuple(result: object) -> object:
+def _plain_tuple(result: object, records: Sequence[Any]) -> object:
+    if isinstance(result, Results):
+        result = _without_nothing(result, records[0])
     return tuple(result) if isinstance(result, tuple) else result
 
 
 def _is_wrapped(message: str) -> bool:
     return "data pointer" in message or "access storage" in message
-
-
-def _numbers(records: Sequence[Any]) -> list[Any]:
-    return [
-        value
-        for record in records
-        for kind, value in zip(_KINDS[type(record)], record, strict=True)
-        if kind.startswith("Number")
-    ]
 
 
 def _direct(records: Sequence[Any]) -> bool:
@@ -323,7 +340,13 @@ def _direct(records: Sequence[Any]) -> bool:
         return False
     for record in records:
         for x in record:
-            if isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_neg()):
+            kind = type(x)
+            if kind in _NO_TENSORS:
+                continue
+            if kind in _PLAIN:
+                if x.is_neg():
+                    return False
+            elif isinstance(x, Tensor):
                 return False
     return True
 

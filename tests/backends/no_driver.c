@@ -1,16 +1,19 @@
-/* A libcuda.so.1 that does nothing but note which kernels it was asked to launch, for tests/triton_launch.py. */
+/* A libcuda.so.1 that does nothing but note which kernels it was asked to launch, for null_driver.py. */
 #include <stdint.h>
 #include <string.h>
 
 typedef int Result; /* CUresult: 0 is success */
 
 static char launched[1 << 16];
+static size_t used;
 
-/* The names of the kernels since the last call, each with a space behind it. */
+/* The names of the kernels since the last call, each with a space behind it; those of the first are lost where
+ * there is no room for all. */
 const char* taken(void) {
     static char copy[sizeof launched];
-    memcpy(copy, launched, sizeof launched);
-    launched[0] = 0;
+    memcpy(copy, launched, used);
+    copy[used] = 0;
+    used = 0;
     return copy;
 }
 
@@ -23,8 +26,11 @@ typedef struct {
 Result cuLaunchKernelEx(const Launch* launch, const char* name, void** parameters, void** extra) {
     (void)extra;
     if (!parameters || launch->grid[0] == 0 || launch->block[0] % 32 != 0 || launch->block[0] > 1024) return 1;
-    if (strlen(launched) + strlen(name) + 2 > sizeof launched) return 2;
-    strcat(strcat(launched, name), " ");
+    const size_t length = strlen(name);
+    if (used + length + 2 > sizeof launched) used = 0;
+    memcpy(launched + used, name, length);
+    launched[used + length] = ' ';
+    used += length + 1;
     return 0;
 }
 
@@ -72,6 +78,12 @@ Result cuCtxGetCurrent(void** context) {
     return 0;
 }
 
+Result cuGetErrorString(int error, const char** text) {
+    (void)error;
+    *text = "refused by the driver that does nothing";
+    return 0;
+}
+
 #define NOTHING(name) \
     Result name(void) { return 0; }
 NOTHING(cuCtxGetDevice)
@@ -82,7 +94,6 @@ NOTHING(cuDeviceGet)
 NOTHING(cuDeviceGetCount)
 NOTHING(cuDevicePrimaryCtxRetain)
 NOTHING(cuDriverGetVersion)
-NOTHING(cuGetErrorString)
 NOTHING(cuInit)
 NOTHING(cuOccupancyMaxActiveClusters)
 NOTHING(cuStreamIsCapturing)

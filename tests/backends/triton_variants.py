@@ -2,22 +2,18 @@
 
 ``python triton_variants.py compile sm_90 gfx942`` compiles them ahead of time and prints a line of JSON for
 each kernel and variant: registers, spills, shared memory, and whether it is hot; ``--all`` takes every kind
-of variant, else a sample. ``python triton_variants.py launch FOLDER``, where FOLDER holds `no_driver.c` as
-libcuda.so.1, launches the sample through Triton's own launcher, down to a driver that does nothing, and
-prints the kernels of each call; ``lengths FOLDER`` the variants before and after calls of other lengths. A
-process of its own: kernels made for the interpreter can't be compiled.
+of variant, else a sample. A process of its own: kernels made for the interpreter can't be compiled.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +30,6 @@ import pama_kernels as pk
 from pama_kernels import Fixed, Pama, SoftMin, UPGrad
 from pama_kernels.backends import triton as backend
 from pama_kernels.backends.triton import launch
-from pama_kernels.backends.triton.apply import tokens_kernel
-from pama_kernels.backends.triton.rows import row_sums_kernel, rows_kernel
-from pama_kernels.backends.triton.rules import solve_kernel
-from pama_kernels.backends.triton.statistics import count_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -183,7 +175,7 @@ def compiled(target: str, calls: Calls) -> Iterator[dict[str, Any]]:
     seen: set[str] = set()
 
     def compile_instead(kernel: Any, programs: int, arguments: Any, options: dict[str, Any]) -> None:
-        result = kernel.warmup(*arguments, grid=(programs,), **options)
+        result = launch.compiled(kernel, arguments, True, options)
         if result.hash not in seen:
             seen.add(result.hash)
             kind = {"kernel": kernel.fn.__name__, "target": target, "call": name, "hot": n <= HOT}
@@ -196,63 +188,10 @@ def compiled(target: str, calls: Calls) -> Iterator[dict[str, Any]]:
         found.clear()
 
 
-# --- launches down to a driver that does nothing -----------------------------------------------------------
-
-
-def install(folder: str) -> Any:
-    """Makes it Triton's driver; returns the library."""
-    library = ctypes.CDLL(f"{folder}/libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
-    library.taken.restype = ctypes.c_char_p
-    os.environ["TRITON_LIBCUDA_PATH"] = folder
-    from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
-
-    class Driver(CudaDriver):
-        def __init__(self) -> None:
-            self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
-            self.get_current_device = lambda: 0
-            self.get_current_stream = lambda device: 0
-
-        def get_current_target(self) -> Any:
-            return TARGETS["sm_90"]
-
-    driver.set_active(Driver())
-    return library
-
-
-def variants(layout: str, rule: Any, widths: Iterable[int]) -> dict[str, int]:
-    """How many of each kernel are compiled by now, after calls with sequences of these lengths."""
-    for width in widths:
-        p = problems.make(layout, rows=8, width=width, objectives=4)
-        pk.pama_loss(**p.loss_arguments(), rule=rule)
-        pk.combine_advantages(**p.combine_arguments(False), rule=rule)
-    kernels = (tokens_kernel, count_kernel, row_sums_kernel, rows_kernel, solve_kernel)
-    return {kernel.fn.__name__: len(kernel.device_caches[0][0]) for kernel in kernels}
-
-
-def lengths() -> Iterator[dict[str, Any]]:
-    """The variants after a first call, and after calls of other lengths."""
-    for layout in ("padded", "per-sequence"):
-        for rule in (pk.Pama(), pk.Pama.paper("token")):
-            first = variants(layout, rule, (100,))
-            later = variants(layout, rule, (*range(101, 113), 127, 128, 129, 255, 256, 257, 384, 399))
-            yield {"call": f"{layout} {rule}", "first": first, "later": later}
-
-
 def main() -> None:
     backend.unusable = lambda device_type: None
     what, *names = sys.argv[1:]
-    if what == "launch":
-        library = install(names[0])
-        for name, _, call in sample():
-            call()
-            print(json.dumps({"call": name, "kernels": library.taken().decode().split()}), flush=True)
-        return
-    if what == "lengths":
-        install(names[0])
-        for line in lengths():
-            print(json.dumps(line), flush=True)
-        return
-    assert what == "compile", f"expected compile, launch or lengths, got {what!r}"
+    assert what == "compile", f"expected compile, got {what!r}"
     every = "--all" in names
     for target in [name for name in names if name != "--all"] or TARGETS:
         for line in compiled(target, every_kind() if every else sample()):

@@ -10,7 +10,7 @@ problems.
 from __future__ import annotations
 
 from .advantages import gae, group_normalize
-from .launch import INTERPRETED
+from .launch import INTERPRETED, compile_launches
 from .min_norm import min_norm, min_norm_out, upgrad, upgrad_out
 from .passes import apply, apply_solved, statistics
 from .rules import solve
@@ -19,6 +19,7 @@ from .simplex import weights, weights_out
 __all__ = [
     "apply",
     "apply_solved",
+    "compile_launches",
     "gae",
     "group_normalize",
     "min_norm",

@@ -17,6 +17,7 @@ from .tokens import read, rounded, truth
 
 _STEPS = 1024  # steps times objectives that a program scans at a time
 _MEMBERS = 1024  # members of a group times objectives, likewise
+_SMALL = 64  # members of the groups of GRPO
 
 
 # --- generalised advantage estimation --------------------------------------------------------------------
@@ -158,7 +159,7 @@ def gae(
     launch(
         gae_kernel, rewards.device, rows * triton.cdiv(n, block), *arrays, advantages, returns,
         *number(gamma),
-        *number(lam), width, n=n, STEPS=min(_STEPS // block, max(64, power_of_two(width))), BLOCK=block,
+        *number(lam), width, n=n, STEPS=_STEPS // max(block, 4), BLOCK=block,
     )  # fmt: skip
     return advantages, returns
 
@@ -261,12 +262,14 @@ def group_normalize(
         return result
     check_memory(rewards=rewards, group_ids=group_ids)
     order = ids = None
-    groups, largest = rows // group_size, group_size
+    groups = rows // group_size
     if group_ids is not None:  # sorting needs no host, counting the groups would
         ids, order = group_ids.to(torch.int64).sort(stable=True)
-        groups, largest = rows, rows
+        groups = rows
     block = min(power_of_two(n), 16)
-    members = min(_MEMBERS // block, power_of_two(largest))
+    # Two variants, not one for each size of a group or a batch.
+    small = group_ids is not None or group_size <= _SMALL
+    members = min(_MEMBERS // block, _SMALL if small else _MEMBERS)
     launch(
         group_normalize_kernel, rewards.device, groups * triton.cdiv(n, block), rewards, *rewards.stride(),
         order, ids, result, eps, rows, group_size, n=n, SCALE=scale, MEMBERS=members, BLOCK=block,

@@ -6,7 +6,8 @@ Abar_t = sum_i c_i(t) A_{i,t} = up_t + down_t;  loss_t = -up_t pos_t - down_t ne
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -328,7 +329,8 @@ def tokens_kernel(
         )  # fmt: skip
 
 
-class Pass(NamedTuple):
+@dataclass
+class Pass:
     """What a launch of `tokens_kernel` does, and where its results go."""
 
     weights: int = NONE  # WEIGHTS
@@ -354,6 +356,11 @@ class Pass(NamedTuple):
     sums: Tensor | None = None
     row_fields: Tensor | None = None
     parts: int = 1
+
+    def copy(self) -> Pass:
+        made = Pass.__new__(Pass)
+        made.__dict__.update(self.__dict__)
+        return made
 
 
 def run_tokens(p: Problem, x: Pass) -> None:

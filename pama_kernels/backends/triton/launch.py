@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import numpy
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.driver import driver
 
 from pama_kernels._call import Number
 from pama_kernels.backends.native import NoMemory
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 NVIDIA = torch.version.hip is None and not INTERPRETED
+ALIGNMENT = 16  # bytes: what Triton takes a pointer to be a multiple of, or not
+knobs = triton.knobs.runtime
 
 
 def power_of_two(n: int) -> int:
@@ -27,20 +34,31 @@ def power_of_two(n: int) -> int:
 def check_memory(**tensors: Tensor | None) -> None:
     """Refuses what a kernel would read through a null pointer."""
     for name, x in tensors.items():
-        if x is None or x.numel() == 0:
+        if x is None:
             continue
         try:
             address = x.data_ptr()
         except RuntimeError:  # a functorch wrapper
             address = 0
-        if address == 0:
+        if address == 0 and x.numel() != 0:
             what = "a tensor with memory of its own, got one without (freed storage or a wrapper)"
             raise NoMemory(f"{name}: expected {what}")
+
+
+def aligned(*tensors: Tensor | None) -> bool:
+    """Whether every address is one that a variant for aligned pointers serves."""
+    addresses = 0
+    for x in tensors:
+        if x is not None:
+            addresses |= x.data_ptr()
+    return addresses % ALIGNMENT == 0
 
 
 def number(x: Number | None, without: float = 0.0) -> tuple[float, Tensor | None]:
     """A setting as two arguments of a kernel, which `number_of` joins: a value, and the tensor that replaces
     it."""
+    if type(x) is float:
+        return x, None
     if isinstance(x, Tensor):
         check_memory(setting=x)
         return 0.0, x.detach()
@@ -59,6 +77,29 @@ def number_of(value, at):
     return x
 
 
+# --- launches ----------------------------------------------------------------------------------------------
+#
+# Triton's own launcher looks at every argument at every call, and compiles a variant for each combination of
+# aligned pointers. Here a kernel has two: every pointer is a multiple of 16 bytes, or none is taken to
+# be one; and only the second where rows have strides of their own (LAYOUT): alignment ends with the first
+# row. Integers are never compiled in. So a variant follows from types, dtypes and constants, and is found in
+# a dictionary from the second call on.
+
+
+class _Place(NamedTuple):
+    """What is asked of a device at every launch."""
+
+    index: int | None  # None: not a GPU
+    processors: int
+
+
+@functools.lru_cache(maxsize=64)
+def _place_of(device: torch.device) -> _Place:
+    if device.type != "cuda":
+        return _Place(None, 0)
+    return _Place(device.index, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def launch(
     kernel: Any, device: torch.device, programs: int, *arguments: Any, each: int = 1, **options: Any
 ) -> None:
@@ -70,26 +111,147 @@ def launch(
         # Left to itself, ptxas spills to make room for more programs than there are.
         threads = 32 * options.get("num_warps", 4)
         options["maxnreg"] = min(255, 2**16 // (threads * each) // 8 * 8)
-    around: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    around: contextlib.AbstractContextManager[Any] | None = None
+    index = _place_of(device).index
     if INTERPRETED:
         around = numpy.errstate(all="ignore")  # its arithmetic is NumPy's, which warns of infinities
-    elif device.type == "cuda" and device.index != torch.cuda.current_device():
+    elif index is not None and index != torch.cuda.current_device():
         around = torch.cuda.device(device)
+    if around is None:
+        run(kernel, programs, arguments, options)
+        return
     with around:
         run(kernel, programs, arguments, options)
 
 
 def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """What `launch` comes down to; ahead-of-time compilation puts something else in its place."""
-    kernel[(programs,)](*arguments, **options)
+    """What `launch` comes down to; ahead-of-time compilation and tests put something else in its place."""
+    if INTERPRETED:
+        kernel[(programs,)](*arguments, **options)
+        return
+    collected = _collected.get()
+    if collected is not None:
+        collected.append((kernel, arguments, options))
+        return
+    variant, values = variant_of(kernel, arguments, options)
+    variant(programs, values)
 
 
-@functools.lru_cache(maxsize=64)
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+class _Pointer:
+    """Stands for a tensor where a kernel is compiled: aligned or not, of any size."""
+
+    def __init__(self, dtype: torch.dtype, even: bool) -> None:
+        self.dtype, self.address = dtype, 0 if even else 8
+
+    def data_ptr(self) -> int:
+        return self.address
+
+    def ptr_range(self) -> int:
+        return 1 << 62  # bytes: for AMD
+
+
+class Variant:
+    """A kernel compiled for a device."""
+
+    def __init__(self, compiled: Any, device: int, constants: tuple[Any, ...]) -> None:
+        self.compiled, self.device, self.constants = compiled, device, constants
+        self.start = compiled.run  # loads it
+        self.function, self.packed = compiled.function, compiled.packed_metadata
+        self.stream = driver.active.get_current_stream
+
+    def __call__(self, programs: int, values: list[Any]) -> None:
+        stream = self.stream(self.device)
+        enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
+        metadata = None
+        if enter.calls or leave.calls:  # a profiler's
+            metadata = self.compiled.launch_metadata((programs, 1, 1), stream, *values, *self.constants)
+        else:
+            enter = leave = None
+        self.start(
+            programs, 1, 1, stream, self.function, self.packed, metadata, enter, leave,
+            *values, *self.constants,
+        )  # fmt: skip
+
+
+_variants: dict[Any, Variant] = {}
+_places: dict[int, tuple[int, ...]] = {}  # of the pointers among a kernel's arguments
+
+
+def _pointers_of(kernel: Any, count: int) -> tuple[int, ...]:
+    """Places of arguments that are tensors or None: those that have no type of their own."""
+    annotated = (p.annotation_type or p.do_not_specialize for p in kernel.params[:count])
+    return tuple(place for place, known in enumerate(annotated) if not known)
+
+
+def variant_of(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Variant, list[Any]]:
+    """The compiled kernel for a call, and the arguments with addresses in the place of tensors."""
+    places = _places.get(id(kernel))
+    if places is None:
+        _places[id(kernel)] = places = _pointers_of(kernel, len(arguments))
+    values, addresses = list(arguments), 0
+    dtypes: list[torch.dtype | None] = []
+    for place in places:
+        x = values[place]
+        if x is None:
+            dtypes.append(None)
+        else:
+            dtypes.append(x.dtype)
+            values[place] = address = x.data_ptr()
+            addresses |= address
+    even = addresses % ALIGNMENT == 0 and not options.get("LAYOUT")
+    device = driver.active.get_current_device()
+    key = id(kernel), device, even, *dtypes, *options.values()
+    return _variants.get(key) or _made(key, kernel, arguments, even, options), values
+
+
+def _made(key: Any, kernel: Any, arguments: tuple[Any, ...], even: bool, options: dict[str, Any]) -> Variant:
+    constants = tuple(options[p.name] for p in kernel.params[len(arguments) :])
+    _variants[key] = made = Variant(compiled(kernel, arguments, even, options), key[1], constants)
+    return made
+
+
+def _is_even(arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    return aligned(*(x for x in arguments if isinstance(x, Tensor))) and not options.get("LAYOUT")
+
+
+def compiled(kernel: Any, arguments: tuple[Any, ...], even: bool, options: dict[str, Any]) -> Any:
+    """Triton's compiled kernel for arguments like these, on the current device."""
+    like = (_Pointer(x.dtype, even) if isinstance(x, Tensor) else x for x in arguments)
+    return kernel.warmup(*like, grid=(1,), **options)
+
+
+# --- ahead of the first launch -----------------------------------------------------------------------------
+
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # kernel, arguments, options
+_collected: ContextVar[list[Launch] | None] = ContextVar(
+    "launches that are collected, not made", default=None
+)
+
+
+def compile_launches(calls: Callable[[], object]) -> int:
+    """Compiles what these calls would launch, as many kernels at a time as there are cores, and loads it; how
+    many were not there.
+
+    Nothing is launched: the results of the calls hold anything.
+    """
+    if INTERPRETED:
+        return 0
+    launches: list[Launch] = []
+    token = _collected.set(launches)
+    try:
+        calls()
+    finally:
+        _collected.reset(token)
+    before = len(_variants)
+    with ThreadPoolExecutor(os.cpu_count()) as executor, triton.AsyncCompileMode(executor):
+        for kernel, arguments, options in launches:
+            compiled(kernel, arguments, _is_even(arguments, options), options)
+    for launch_of in launches:
+        variant_of(*launch_of)
+    return len(_variants) - before
 
 
 def programs(device: torch.device, units: int, each: int = 2) -> int:
     """Programs for so many tiles or rows: `each` to a processor; a few where there is none."""
-    most = each * _processors(device) if device.type == "cuda" else 3
-    return max(1, min(units, most))
+    most = each * _place_of(device).processors or 3
+    return units if 0 < units < most else most if units > 0 else 1

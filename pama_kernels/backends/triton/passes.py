@@ -60,16 +60,16 @@ class _Call:
         if self.rows is None:
             self.problem = problem(given, by_row or self.row_counts is not None)
 
-    def run(self, x: Pass, by_row: bool = False) -> None:
+    def run(self, x: Pass) -> None:
         """Adds pairs beyond what a pass has registers for."""
-        inside = x.pairs and self.n <= PAIRS_IN_REGISTERS
-        asked = x._replace(pairs=inside, row_counts=self.row_counts)
+        pairs = x.pairs
+        x.pairs, x.row_counts = pairs and self.n <= PAIRS_IN_REGISTERS, self.row_counts
         if self.rows is not None:
-            self.rows.run(asked, by_row)
+            self.rows.run(x, self.by_row)
         else:
             assert self.problem is not None
-            run_tokens(self.problem, asked)
-        if x.pairs and not inside:
+            run_tokens(self.problem, x)
+        if pairs and not x.pairs:
             assert x.sums is not None
             if self.rows is not None:
                 self.rows.store_pairs(x.sums)
@@ -79,7 +79,8 @@ class _Call:
                 store_pairs_of(self.problem, present, self.row_counts, x.sums)
 
     def new(self, *shape: int) -> Tensor:
-        return torch.empty(shape, device=self.device, dtype=torch.float64)
+        """In float64."""
+        return torch.empty(*shape, device=self.device, dtype=torch.float64)
 
 
 def statistics(tokens: Tokens, pairs: bool) -> Tensor:
@@ -202,26 +203,29 @@ def apply(
         reported=results.weights, optimum=results.optimum, sums=results.sums,
         square_sum=results.square_sum,
     )  # fmt: skip
-    solved = False  # the statistics are there, and weights in x.c
-    if batch:
-        effective = call.new(n)
-        inline = rule.kind in (Kind.FIXED, Kind.SCORES) and n <= _SOLVED_INLINE
-        call.run(x._replace(weights=NONE, solve=int(rule.kind) if inline else -1, effective=effective))
-        if not inline:
-            solve_into(results.sums, rule, preference, n, results.weights, results.optimum, effective)
-        x = x._replace(c=results.weights, effective=effective, reported=None, optimum=None)
-        solved = True
-    elif by_row and call.rows is None:
-        parts = 1 if INTERPRETED else max(1, min(programs(call.device, 1 << 30, 2) // max(rows, 1), 64))
-        fields, effective = call.new(rows * parts * len(FIELDS) * n), call.new(rows, n)
-        call.run(x._replace(weights=NONE, row_fields=fields, parts=parts, effective=None))
-        _row_weights(call, x, fields, parts, effective)
-        share = tokens.objective_mask is not None and not tokens.mask_per_sequence and weights is None
-        x = x._replace(weights=ROW, c=results.weights, effective=effective, share=share, reported=None)
-        solved = True
+    solved = batch or (by_row and call.rows is None)  # the statistics come first, and weights in x.c
     if solved:
-        x = x._replace(statistics=False, pairs=False)
-
+        first = x.copy()
+        first.weights = NONE
+        x.statistics = x.pairs = False
+        x.c, x.reported = results.weights, None
+    if batch:
+        inline = rule.kind in (Kind.FIXED, Kind.SCORES) and n <= _SOLVED_INLINE
+        x.effective = first.effective = call.new(n)
+        first.solve = int(rule.kind) if inline else -1
+        call.run(first)
+        if not inline:
+            solve_into(results.sums, rule, preference, n, results.weights, results.optimum, x.effective)
+        x.optimum = None
+    elif solved:
+        parts = 1 if INTERPRETED else max(1, min(programs(call.device, 1 << 30, 2) // max(rows, 1), 64))
+        fields, x.effective = call.new(rows * parts * len(FIELDS) * n), call.new(rows, n)
+        first.row_fields, first.parts, first.effective = fields, parts, None
+        call.run(first)
+        first.weights = kind
+        _row_weights(call, first, fields, parts, x.effective)
+        x.weights = ROW
+        x.share = tokens.objective_mask is not None and not tokens.mask_per_sequence and weights is None
     _second_pass(call, x, rule, outputs, results, solved)
     return results
 
@@ -253,16 +257,15 @@ def _loss_of_rows(tokens: Tokens, outputs: Outputs, results: Results, factors: T
     run_tokens(problem(tokens, True, without_objectives=True), x)
 
 
-def _second_pass(
-    call: _Call, x: Pass, rule: Rule, outputs: Outputs, results: Results, solved: bool
-) -> None:
+def _second_pass(call: _Call, x: Pass, rule: Rule, outputs: Outputs, results: Results, solved: bool) -> None:
     """Combined advantages and the loss. `solved`: the weights are in `x.c`, the statistics in `x.sums`."""
     tokens, rows = call.given, call.given.rows
     combined = results.advantages if outputs.advantages else None
     if call.rows is not None:
         factors = call.new(rows, 3) if outputs.loss else None
         if not solved or combined is not None or factors is not None:
-            call.run(x._replace(combined=combined, row_factors=factors), call.by_row)
+            x.combined, x.row_factors = combined, factors
+            call.run(x)
         if factors is not None:
             _loss_of_rows(tokens, outputs, results, factors)
         return
@@ -270,11 +273,11 @@ def _second_pass(
     if combined is not None and one_result_per_row(tokens, rule):
         # Presence differs in a row: its first valid token decides.
         combined = combined.new_empty(tokens.width)
-    x = x._replace(combined=combined)
+    x.combined = combined
     if outputs.loss:
-        denominator, count = _denominator(tokens, outputs, results.sums if solved else None)
-        x = x._replace(loss=results.loss, gradient=results.gradient if outputs.gradient else None)
-        x = x._replace(denominator=denominator, count=count, kl_coef=outputs.kl_coef)
+        x.denominator, x.count = _denominator(tokens, outputs, results.sums if solved else None)
+        x.loss, x.kl_coef = results.loss, outputs.kl_coef
+        x.gradient = results.gradient if outputs.gradient else None
     call.run(x)
     if combined is not picked:
         assert picked is not None

@@ -146,7 +146,7 @@ def store_statistics(
     tl.debug_barrier()  # what is stored here is read again by other threads
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def add_pairs_kernel(partial, slots, sums, n: tl.constexpr, K: tl.constexpr, PRESENT: tl.constexpr):
     """The pair blocks of slots that hold nothing else, into a buffer whose fields are there."""
     blocks: tl.constexpr = summed_pairs(PRESENT)

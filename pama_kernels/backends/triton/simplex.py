@@ -20,6 +20,7 @@ from .launch import check_memory, launch, number, number_of, power_of_two
 from .tokens import read
 
 _TILE = 256  # scores per program: more spills
+_FEW = 64  # rows: one program does not take them all
 
 
 @triton.jit
@@ -248,7 +249,7 @@ def weights_out(
         scale = scale.reshape(-1)
         stride = scale.stride(0)
     rows, block = source.shape[0], power_of_two(n)
-    each = max(1, min(_TILE // block, power_of_two(rows)))
+    each = max(1, min(_TILE // block, 4 if rows <= _FEW else _TILE))  # two variants, for few rows and many
     launch(
         weights_kernel, scores.device, triton.cdiv(rows, each), source, *source.stride(), preference,
         *number(regularization), scale, stride, result, optimum, rows, n=n, ROWS=each, N=block,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pama_kernels._call import Tokens
 
-from .launch import INTERPRETED, check_memory, number, number_of, power_of_two
+from .launch import INTERPRETED, aligned, check_memory, number, number_of, power_of_two
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -68,67 +68,83 @@ class Problem(NamedTuple):
         return {**self.constants, "TOKENS": tokens}
 
 
-def _strides(x: Tensor | None) -> tuple[int, int]:
+def _strides(x: Tensor | None) -> tuple[int, ...]:
     """(B, T) or (M,)."""
     if x is None:
-        return 0, 0
-    return (0, x.stride(0)) if x.dim() == 1 else (x.stride(0), x.stride(1))
+        return _ZERO2
+    strides = x.stride()
+    return strides if len(strides) == 2 else (0, *strides)
 
 
-def objective_strides(x: Tensor | None, per_sequence: bool) -> tuple[int, int, int]:
+def objective_strides(x: Tensor | None, per_sequence: bool) -> tuple[int, ...]:
     """(B, T, N), (B, N) or (M, N)."""
     if x is None:
-        return 0, 0, 0
-    if x.dim() == 3:
-        return x.stride(0), x.stride(1), x.stride(2)
-    return (x.stride(0), 0, x.stride(1)) if per_sequence else (0, x.stride(0), x.stride(1))
+        return _ZERO3
+    strides = x.stride()
+    if len(strides) == 3:
+        return strides
+    first, last = strides
+    return (first, 0, last) if per_sequence else (0, first, last)
+
+
+_ZERO2, _ZERO3 = (0, 0), (0, 0, 0)
+_TENSORS = Tokens._fields[: Tokens._fields.index("rows")]
+_UNCLIPPED = float("inf"), None
 
 
 def check_tokens_memory(given: Tokens) -> None:
-    check_memory(**{name: x for name, x in given._asdict().items() if isinstance(x, Tensor) and x.dim() > 0})
+    tensors: Any = zip(_TENSORS, given, strict=False)
+    check_memory(**dict(tensors))
 
 
 def problem(given: Tokens, by_row: bool, without_objectives: bool = False) -> Problem:
     """by_row: what the kernel does depends on the row of a token. Else sequences without a gap are taken as
     one."""
-    advantages = None if without_objectives else given.advantages
-    presence = None if without_objectives else given.objective_mask
-    per_token = (
-        given.mask, given.logprobs, given.old_logprobs, given.importance_weights, given.ref_logprobs,
+    (
+        advantages, mask, presence, logprobs, old, ref, importance, cu, rows, width, by_sequence,
+        mask_by_sequence, _, noon, low, high, dual,
+    ) = given  # fmt: skip
+    n = advantages.shape[-1]
+    if without_objectives:
+        a = o = _ZERO3
+    else:
+        a = objective_strides(advantages, by_sequence)
+        o = objective_strides(presence, mask_by_sequence)
+        by_row = by_row or by_sequence or (presence is not None and mask_by_sequence)
+    strides = m, p, b, w, r = (
+        _strides(mask), _strides(logprobs), _strides(old), _strides(importance), _strides(ref),
     )  # fmt: skip
-    a = objective_strides(advantages, given.per_sequence)
-    o = objective_strides(presence, given.mask_per_sequence)
-    strides = [_strides(x) for x in per_token]
-    rows, width, cu, n = given.rows, given.width, given.cu_seqlens, given.objectives
-    by_row = by_row or (advantages is not None and given.per_sequence)
-    by_row = by_row or (presence is not None and given.mask_per_sequence)
-    present = [
-        s
-        for x, s in zip((*per_token, advantages, presence), (*strides, a[:2], o[:2]), strict=True)
-        if x is not None
-    ]
-    together = cu is not None or rows == 1 or all(s[0] == width * s[1] for s in present)
-    flat = together and not by_row
+    per_token = mask, logprobs, old, importance, ref
+    flat = not by_row
+    if flat and cu is None:
+        objects = () if without_objectives else ((advantages, a), (presence, o))
+        if rows != 1:
+            given_strides = (*zip(per_token, strides, strict=True), *objects)
+            flat = all(x is None or s[0] == width * s[1] for x, s in given_strides)
+        flat = flat and aligned(*per_token, *(x for x, _ in objects))
     total = rows * width if cu is None else width if width >= 0 else 256 * rows
+    unit = all(x is None or s[1] == 1 for x, s in zip(per_token, strides, strict=True))
     if flat and cu is None:
         rows, width = 1, total
-        a, o, strides = (0, *a[1:]), (0, *o[1:]), [(0, s[1]) for s in strides]
-    arrays = [y for x, s in zip(per_token, strides, strict=True) for y in (x, *s)]
+        a, o = (0, *a[1:]), (0, *o[1:])
+        m, p, b, w, r = ((0, s[1]) for s in strides)
     arguments = (
-        advantages, *a, presence, *o, *arrays, cu, 0 if cu is None else cu.stride(0), rows, width,
-        *number(given.eps_low), *number(given.eps_high, float("inf")), *number(given.dual_clip, float("inf")),
+        None if without_objectives else advantages, *a, None if without_objectives else presence, *o,
+        mask, *m, logprobs, *p, old, *b, importance, *w, ref, *r,
+        cu, 0 if cu is None else cu.stride(0), rows, width, *number(low),
+        *(_UNCLIPPED if high is None else number(high)), *(_UNCLIPPED if dual is None else number(dual)),
     )  # fmt: skip
     constants = {
         "n": n,
         "N": power_of_two(n),
-        "LAYOUT": (0 if flat else 2) if cu is not None else 0 if rows == 1 else 1,
+        "LAYOUT": 0 if flat else 1 if cu is None else 2,
         "NARROW": total < 2**31,
-        "UNIT": all(s[1] == 1 for x, s in zip(per_token, strides, strict=True) if x is not None),
-        "DENSE": a[1:] == (n, 1),
-        "NOON": given.noon,
+        "UNIT": unit,
+        "DENSE": a[1] == n and a[2] == 1,
+        "NOON": noon,
         "WIDE": given.wide,
     }
-    return Problem(arguments, constants, rows, width, total, flat, given.advantages.device)
+    return Problem(arguments, constants, rows, width, total, flat, advantages.device)
 
 
 @triton.jit

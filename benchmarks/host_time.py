@@ -1,0 +1,106 @@
+"""python -m benchmarks.host_time [--backend cpu] [--calls 2000]: what an eager call costs the host.
+
+With a GPU: until the call returns, the kernels still running. Without one, Triton's launcher is followed down
+to a CUDA driver that does nothing (`tests/backends/null_driver.py`, on CPU tensors), which leaves out what
+torch's allocator and the real driver take. `--backend cpu`: whole calls of the native CPU backend on few
+tokens. Times are the lower quartile of single calls: others on the machine only ever add to them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter_ns
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "backends"))
+
+WARM_UP = 30
+EMPTIED_EVERY = 50  # calls: a queue of launches that is full would make the next one wait
+
+
+def quartile(call: Callable[[], object], calls: int, empty: Callable[[], object]) -> float:
+    """Microseconds."""
+    times = []
+    for k in range(WARM_UP + calls):
+        if k % EMPTIED_EVERY == 0:
+            empty()
+        start = perf_counter_ns()
+        call()
+        times.append(perf_counter_ns() - start)
+    times = sorted(times[WARM_UP:])
+    return times[len(times) // 4] / 1e3
+
+
+def calls_of(device: Any, rows: int, width: int, n: int) -> dict[str, Callable[[], object]]:
+    import torch
+
+    import pama_kernels as pk
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device)
+
+    logprobs = new(rows, width).requires_grad_()
+    old, advantages, mask = logprobs.detach() + 0.1, new(rows, width, n), new(rows, width) > -1
+    per_sequence, rewards = new(rows, n), new(rows, n)
+
+    def loss(x: torch.Tensor, rule: Any = None) -> Callable[[], object]:
+        return lambda: pk.pama_loss(logprobs, old, x, mask, rule=rule).loss
+
+    def trained(x: torch.Tensor, rule: Any = None) -> Callable[[], object]:
+        forward = loss(x, rule)
+        return lambda: torch.autograd.grad(forward(), logprobs)
+
+    return {
+        "combine_advantages (B, N)": lambda: pk.combine_advantages(per_sequence, mask),
+        "combine_advantages (B, T, N)": lambda: pk.combine_advantages(advantages, mask),
+        "pama_loss (B, N), forward": loss(per_sequence),
+        "pama_loss (B, N), forward + backward": trained(per_sequence),
+        "pama_loss (B, T, N), forward": loss(advantages),
+        "pama_loss (B, T, N), forward + backward": trained(advantages),
+        "pama_loss (B, T, N) per token, forward + backward": trained(advantages, pk.Pama.paper("token")),
+        "objective_statistics (B, T, N)": lambda: pk.objective_statistics(logprobs, old, advantages, mask),
+        "multi_objective_gae": lambda: pk.multi_objective_gae(advantages, advantages, mask),
+        "group_normalize": lambda: pk.group_normalize(rewards, group_size=4),
+        "x.square().sum(), forward + backward": lambda: torch.autograd.grad(
+            logprobs.square().sum(), logprobs
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.host_time",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--backend", choices=("triton", "cpu"), default="triton")
+    parser.add_argument("--calls", type=int, default=2000)
+    parser.add_argument("--objectives", type=int, default=4)
+    options = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(1)
+    device, names, empty = "cpu", None, lambda: None
+    rows, width = (8, 128) if options.backend == "triton" else (8, 8)
+    where = "the CPU backend"
+    if options.backend == "triton" and torch.cuda.is_available():
+        device, empty, where = "cuda", torch.cuda.synchronize, torch.cuda.get_device_name()
+    elif options.backend == "triton":
+        from null_driver import NullDriver
+
+        names = NullDriver().launched
+        empty, where = names, "Triton, a CUDA driver that does nothing"
+    print(f"{where}; torch {torch.__version__}; B = {rows}, T = {width}, N = {options.objectives}")
+    for name, call in calls_of(device, rows, width, options.objectives).items():
+        call()
+        empty()
+        call()
+        launched = "" if names is None else f"  {len(names())} launches"
+        print(f"{name:52}{quartile(call, options.calls, empty):8.1f} us{launched}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

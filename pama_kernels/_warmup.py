@@ -1,0 +1,221 @@
+"""Compilation of the GPU kernels before a training run's first step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._solve import AveragedRule
+from ._validate import AGGREGATIONS, FLOATS, MASKS, Preference, check_choice, check_flag
+from .advantages import combine_advantages, group_normalize, multi_objective_gae
+from .backends.registry import load
+from .loss import pama_loss
+from .rules import Rule, RuleLike, needs_pairs, noon_of, resolve_rule
+from .statistics import objective_statistics
+
+LAYOUTS = ("per-sequence", "padded", "flat", "packed", "packed-per-sequence")
+FUNCTIONS = (
+    "combine_advantages",
+    "pama_loss",
+    "objective_statistics",
+    "multi_objective_gae",
+    "group_normalize",
+)
+OPTIONAL = ("old_logprobs", "ref_logprobs", "objective_mask", "importance_weights", "normalizer")
+
+
+class CompiledKernels(NamedTuple):
+    """How many kernels were compiled, or loaded from the disk, that were not there; and how long it took."""
+
+    kernels: int
+    seconds: float
+
+
+def compile_kernels(
+    objectives: int,
+    *,
+    functions: Sequence[str] = ("combine_advantages", "pama_loss"),
+    layout: str = "per-sequence",
+    rule: RuleLike | Sequence[RuleLike] = None,
+    preference: Preference = None,
+    logprobs_dtype: torch.dtype = torch.float32,
+    advantages_dtype: torch.dtype = torch.float32,
+    mask_dtype: torch.dtype | None = torch.bool,
+    given: Sequence[str] = ("old_logprobs",),
+    aggregation: str = "token-mean",
+    group_size: int | None = None,
+    merged: bool = False,
+    slices: bool = True,
+    device: torch.device | str = "cuda",
+) -> CompiledKernels:
+    """Compiles the Triton kernels that a training run will launch, in parallel: no step waits for a compiler.
+
+    To be called once, before the first step and before anything is captured in a CUDA graph. The kernels
+    depend on the number of objectives, dtypes, layout, rule and on which tensors are given; not on the number
+    of sequences or tokens, nor on the values of settings. Triton keeps them on disk (`TRITON_CACHE_DIR`), so
+    that later runs load them.
+
+    Args:
+        objectives: N.
+        functions: names of those that the run will call. "pama_loss" is compiled with its gradient,
+            "combine_advantages" without log-probabilities.
+        layout: "per-sequence" for advantages (B, N), "padded" for (B, T, N), "flat" for (M, N); "packed" or
+            "packed-per-sequence" with `cu_seqlens`.
+        rule: one, or several.
+        preference: as the calls will have it.
+        logprobs_dtype, advantages_dtype, mask_dtype: of the tensors; `mask_dtype` None where there is no
+            mask. `advantages_dtype` is also that of rewards and values.
+        given: which optional arguments the calls will have: "old_logprobs" (not so where on-policy),
+            "ref_logprobs" (with a `kl_coef`), "objective_mask", "importance_weights", "normalizer".
+        aggregation: as in `pama_loss`.
+        group_size: of `group_normalize`; None where it has `group_ids`.
+        merged: weights come from merged statistics: of a `process_group`, or in a `PamaLoss` with momentum.
+        slices: also for tensors that are slices of larger ones, as micro-batches are.
+        device: the GPU. On "cpu" there is nothing to compile.
+
+    Returns:
+        `.kernels`, how many were compiled or loaded, and `.seconds`.
+
+    Raises:
+        RuntimeError: Triton cannot serve the device.
+        TypeError, ValueError: an argument has the wrong type, or is not one of the names.
+    """
+    if isinstance(objectives, bool) or not isinstance(objectives, Integral):
+        raise TypeError(f"objectives: expected an integer, got {type(objectives).__name__}")
+    if objectives < 1:
+        raise ValueError(f"objectives: expected at least 1, got {objectives}")
+    check_choice("layout", layout, LAYOUTS)
+    check_choice("aggregation", aggregation, AGGREGATIONS)
+    for name, names, known in (("functions", functions, FUNCTIONS), ("given", given, OPTIONAL)):
+        for value in [names] if isinstance(names, str) else names:
+            check_choice(name, value, known)
+    _check_dtype("logprobs_dtype", logprobs_dtype, FLOATS)
+    _check_dtype("advantages_dtype", advantages_dtype, FLOATS)
+    if mask_dtype is not None:
+        _check_dtype("mask_dtype", mask_dtype, MASKS)
+    rules = [resolve_rule(one) for one in (rule if isinstance(rule, (list, tuple)) else [rule])]
+    merged, slices = check_flag("merged", merged), check_flag("slices", slices)
+    place = torch.device(device)
+    triton = load("triton", place.type)
+    if isinstance(triton, str):
+        if place.type == "cpu":
+            return CompiledKernels(0, 0.0)
+        raise RuntimeError(f"device: expected a GPU that Triton serves, got {str(device)!r}: {triton}")
+    start = time.perf_counter()
+    calls: list[Callable[[], object]] = []
+    for sliced in (False, True) if slices else (False,):
+        batch = _Batch(int(objectives), layout, sliced, place)
+        tensors = batch.tensors(given, mask_dtype, logprobs_dtype, advantages_dtype)
+        for function in (functions,) if isinstance(functions, str) else functions:
+            if function in FUNCTIONS[:3]:
+                settings = {"aggregation": aggregation if layout != "flat" else "token-mean"}
+                calls += [_token_call(function, tensors, one, preference, settings, merged) for one in rules]
+            else:
+                calls.append(_reward_call(function, batch, advantages_dtype, mask_dtype, group_size))
+    with torch.enable_grad(), torch.cuda.device(place) if place.type == "cuda" else nullcontext():
+        compiled: int = triton.compile_launches(lambda: [call() for call in calls])
+    return CompiledKernels(compiled, time.perf_counter() - start)
+
+
+def _check_dtype(name: str, dtype: object, known: tuple[torch.dtype, ...]) -> None:
+    if dtype not in known:
+        raise TypeError(f"{name}: expected one of {', '.join(map(str, known))}, got {dtype!r}")
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Tensors of a few tokens, like those of a layout: whole, or slices that begin at any address."""
+
+    objectives: int
+    layout: str
+    sliced: bool
+    device: torch.device
+    rows: int = 4
+    width: int = 8
+
+    def new(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        if not self.sliced:
+            return torch.ones(shape, dtype=dtype, device=self.device)
+        first = slice(1, None)
+        columns = (first,) if len(shape) > 1 and shape[1] == self.width else ()
+        larger = (
+            shape[0] + 1,
+            *(size + 1 for size in shape[1 : 1 + len(columns)]),
+            *shape[1 + len(columns) :],
+        )
+        return torch.ones(larger, dtype=dtype, device=self.device)[(first, *columns)]
+
+    def tensors(
+        self,
+        given: Sequence[str],
+        mask: torch.dtype | None,
+        logprobs: torch.dtype,
+        advantages: torch.dtype,
+    ) -> dict[str, Any]:
+        padded = self.layout in ("per-sequence", "padded")
+        tokens = (self.rows, self.width) if padded else (self.rows * self.width,)
+        by_row = self.layout in ("per-sequence", "packed-per-sequence")
+        of_advantages = (self.rows,) if by_row else tokens
+        found: dict[str, Any] = {
+            "advantages": self.new(advantages, *of_advantages, self.objectives),
+            "logprobs": self.new(logprobs, *tokens),
+            "old_logprobs": None,
+            "mask": None if mask is None else self.new(mask, *tokens),
+        }
+        if not padded and self.layout != "flat":
+            offsets = torch.arange(self.rows + 1, device=self.device, dtype=torch.int32)
+            found["cu_seqlens"] = offsets * self.width
+        for name in ("old_logprobs", "ref_logprobs", "importance_weights"):
+            if name in given:
+                found[name] = self.new(logprobs, *tokens)
+        if "objective_mask" in given:
+            rows = tokens[0] if self.layout == "flat" else self.rows
+            found["objective_mask"] = self.new(torch.bool, rows, self.objectives)
+        if "normalizer" in given:
+            found["normalizer"] = 1.0
+        return found
+
+
+def _token_call(
+    function: str,
+    tensors: dict[str, Any],
+    rule: Rule,
+    preference: Preference,
+    settings: dict[str, Any],
+    merged: bool,
+) -> Callable[[], object]:
+    """A call of a function that takes tokens, with those of the tensors that it knows."""
+    x = {**tensors, **settings}
+    asked = AveragedRule(rule, lambda statistics: statistics) if merged else rule
+    if function == "pama_loss":
+        x["logprobs"] = x["logprobs"].detach().requires_grad_()
+        x["kl_coef"] = 0.1 if "ref_logprobs" in x else 0.0
+        return lambda: pama_loss(**x, rule=asked, preference=preference)
+    for name in ("ref_logprobs", "normalizer"):
+        x.pop(name, None)
+    if function == "objective_statistics":
+        return lambda: objective_statistics(**x, noon=noon_of(rule), pairs=needs_pairs(rule))
+    for name in ("logprobs", "old_logprobs", "importance_weights"):
+        x.pop(name, None)
+    return lambda: combine_advantages(**x, rule=asked, preference=preference)
+
+
+def _reward_call(
+    function: str, batch: _Batch, dtype: torch.dtype, mask: torch.dtype | None, group_size: int | None
+) -> Callable[[], object]:
+    n, rows, width = batch.objectives, batch.rows, batch.width
+    if function == "multi_objective_gae":
+        x = batch.new(dtype, rows, width, n)
+        valid = None if mask is None else batch.new(mask, rows, width)
+        return lambda: multi_objective_gae(x, x, valid)
+    size = rows if group_size is None else group_size
+    rewards = batch.new(dtype, size, n)
+    ids = torch.zeros(size, dtype=torch.int64, device=batch.device) if group_size is None else None
+    return lambda: group_normalize(rewards, group_size=group_size, group_ids=ids)

@@ -1,0 +1,58 @@
+"""Calls come to launch the Triton kernels and take few variants of them, without a GPU: `null_driver.py`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: no kernels to compile")
+SCRIPT = Path(__file__).with_name("null_driver.py")
+pytestmark = [
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler, which Triton needs to launch"),
+]
+
+
+def lines(config: pytest.Config, what: str) -> list[dict[str, Any]]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(config.cache.mkdir("triton"))
+    command = [sys.executable, str(SCRIPT), what]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_calls_reach_the_driver(pytestconfig: pytest.Config) -> None:
+    """Through Triton's own launcher, down to a CUDA driver that does nothing."""
+    launched = {line["call"]: line["kernels"] for line in lines(pytestconfig, "launches")}
+    padded, rows = ", padded, N=4, float32, few tensors", ", per-sequence, N=4, float32, few tensors"
+    assert launched[f"loss gram{padded}"] == ["tokens_kernel", "solve_kernel", "tokens_kernel"]
+    assert launched[f"loss fixed{padded}"] == ["tokens_kernel", "tokens_kernel"]
+    assert launched[f"combine fixed{rows}"] == ["row_sums_kernel", "rows_kernel", "rows_kernel"]
+
+
+def test_lengths_and_batches_compile_nothing(pytestconfig: pytest.Config) -> None:
+    """One variant of each launch for whole tensors, a second for slices, none in a capture."""
+    found = lines(pytestconfig, "lengths")
+    assert len(found) > 10
+    *calls, beyond = found
+    for line in calls:
+        assert set(line["whole"].values()) == {1}, line
+        assert max(line["sliced"].values()) <= 2, line
+        assert line["captured"] == line["sliced"], line
+    assert sum(count - 1 for count in beyond["whole"].values()) <= 1, beyond
+
+
+def test_what_is_compiled_ahead_is_all_that_is_launched(pytestconfig: pytest.Config) -> None:
+    found = lines(pytestconfig, "warmed")
+    assert len(found) > 10
+    for line in found:
+        assert line["kernels"] > 0
+        assert line["missing"] == 0, line
