@@ -507,7 +507,7 @@ def main() -> int:
     )
     bench = Bench(session, device)
     if not available(device):
-        parser.error("no backend serves this GPU: see python -m pama_kernels.info")
+        parser.error("no backend serves this GPU: see python -m pama_kernels info")
     start, failed = perf_counter(), []
     with torch.cuda.device(device) if bench.on_gpu else nullcontext():
         ceilings(bench)

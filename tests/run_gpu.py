@@ -161,7 +161,7 @@ def main() -> int:
 
 def run_stages(stages: Stages, device: str, cuda: bool, workers: int) -> None:
     python = [sys.executable, "-m"]
-    stages.run("what is here", [*python, "pama_kernels.info"], 60)
+    stages.run("what is here", [*python, "pama_kernels", "info"], 60)
     pytest = [
         *python,
         "pytest",
