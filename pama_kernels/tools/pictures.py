@@ -14,7 +14,7 @@ from .inspect import Inspection
 from .report import short_name, two_digits
 
 INK, GREY, PALE = "#222222", "#7a7a7a", "#f1f1f1"
-BLUE, RED = "#2b6cb0", "#c53030"
+BLUE, RED, DARK_RED = "#2b6cb0", "#c53030", "#8a1515"
 FORMATS = (".png", ".svg", ".pdf")
 STYLE: dict[str, Any] = {
     "font.size": 11,
@@ -61,9 +61,11 @@ def save(figure: Any, path: Path) -> None:
 
 def diverging() -> Any:
     """Red below 0, blue above, nearly white between; grey where there is nothing to say."""
-    colors = matplotlib().colors.LinearSegmentedColormap.from_list("pama", [RED, "#fbfbfb", BLUE])
-    colors.set_bad(PALE)
-    return colors
+    return _colors(RED, "#fbfbfb", BLUE)
+
+
+def _colors(*names: str) -> Any:
+    return matplotlib().colors.LinearSegmentedColormap.from_list("pama", names).with_extremes(bad=PALE)
 
 
 def _grid(axes: Any, values: Tensor, columns: Sequence[str], colors: Any, low: float, high: float) -> None:
@@ -73,8 +75,8 @@ def _grid(axes: Any, values: Tensor, columns: Sequence[str], colors: Any, low: f
     for i, row in enumerate(shown.tolist()):
         for j, value in enumerate(row):
             text = two_digits(value)
-            color = GREY if math.isnan(value) else RED if text.startswith("-") else INK
-            color = "white" if abs(value) > 0.4 * high else color
+            color = GREY if math.isnan(value) else DARK_RED if text.startswith("-") else INK
+            color = "white" if abs(value) > 0.6 * high else color
             axes.text(j, i, text, ha="center", va="center", color=color)
     axes.set_xticks(range(len(columns)), columns, color=INK)
     axes.set_yticks([])
@@ -101,8 +103,6 @@ def draw_inspection(found: Inspection, path: Path) -> None:
         figure = package.figure.Figure(figsize=(2.2 + 0.62 * (n + 11), 1.1 + 0.46 * n), layout="constrained")
         ratios = [n, len(weights) + 0.6, len(effects) + 0.6]
         first, second, third = figure.subplots(1, 3, width_ratios=ratios)
-        greys = package.colors.LinearSegmentedColormap.from_list("weights", ["#fbfbfb", "#8a8a8a"])
-        greys.set_bad(PALE)
         figure.get_layout_engine().set(w_pad=0.1)
         numbers = [f"({i + 1})" for i in range(n)]
         _grid(first, found.correlation.masked_fill(own, math.nan), numbers, diverging(), -1, 1)
@@ -110,7 +110,9 @@ def draw_inspection(found: Inspection, path: Path) -> None:
             text.set_visible(i % (n + 1) > 0)  # the diagonal is empty
         first.set_yticks(range(n), [f"{short_name(name)} ({i + 1})" for i, name in enumerate(found.names)])
         first.tick_params(axis="y", labelcolor=INK, labelsize=11)
-        _grid(second, torch.stack(list(weights.values()), 1), list(weights), greys, 0, 1)
+        _grid(
+            second, torch.stack(list(weights.values()), 1), list(weights), _colors("#fbfbfb", "#8a8a8a"), 0, 1
+        )
         _grid(third, covariance, list(effects), diverging(), -1, 1)
         titles = ("Do they agree?", "Weight", "Covariance with the update")
         notes = ("correlation within groups", "of each rule", "below 0, red: sacrificed")

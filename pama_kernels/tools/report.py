@@ -12,7 +12,7 @@ from .inspect import SUM, Inspection
 NAME_WIDTH = 24
 REDUNDANT = 0.9  # correlation from which two rewards are called redundant
 CONFLICT = -0.1  # and below which in conflict, if it is also beyond chance
-SMALL = 0.005  # a covariance that counts as 0: advantages have deviation 1
+SMALL = 0.015  # a covariance that counts as 0 although its sign is minus: advantages have deviation 1
 RARE = 0.1  # share of groups below which a reward is nearly saturated
 MATRIX_UP_TO = 8  # rewards; beyond, the strongest pairs
 
@@ -183,7 +183,7 @@ def _rules(found: Inspection) -> list[str]:
         + "\n"
         + _by_rule(found, weights, two_digits),
         f"What does each rule do to it? Covariance with the combined advantage{many * ', mean over steps'}\n"
-        "  above 0: the update raises this reward; below 0, marked !: the update sacrifices it\n"
+        "  above 0: the update raises this reward; below 0: it sacrifices it, marked ! from -0.02 on\n"
         f"  {SUM} adds the rewards up as they are and normalises once: what trainers do by default\n\n"
         + _by_rule(found, covariance, _marked),
     ]
@@ -238,7 +238,10 @@ def _of_rules(found: Inspection) -> Iterator[str]:
         if bool((effect.covariance > SMALL).any()):
             worst[rule] = float(effect.sacrificed(SMALL).nan_to_num().max())
         else:
-            yield f"{rule} learns nothing: no completion is above its group's mean in every reward."
+            reason = "they cancel out, or none varies"
+            if rule == "paper":
+                reason = "no completion is above its group's mean in every reward"
+            yield f"{rule} moves no reward: {reason}."
     if not worst:
         return
     best = min(worst.values())
