@@ -54,7 +54,9 @@ def _add_inspect(commands: Commands[argparse.ArgumentParser]) -> None:
         help="CSV, JSONL or Parquet with a row for each completion; or a folder of such files, as TRL's "
         "log_completions writes them",
     )
-    parser.add_argument("--rewards", nargs="+", metavar="COLUMN", help="default: every numeric column")
+    parser.add_argument(
+        "--rewards", nargs="+", metavar="COLUMN", help="default: all numeric ones but counters and ids"
+    )
     parser.add_argument(
         "--group-size", type=int, metavar="N", help="completions of one prompt, which stand together"
     )
