@@ -487,7 +487,7 @@ def main() -> int:
             parser.error("torch finds no GPU; --device cpu shows that the benchmark runs")
         device = torch.device("cuda", torch.cuda.current_device())
     if not available(device):
-        parser.error("no backend serves this GPU: see python -m pama_kernels.info")
+        parser.error("no backend serves this GPU: see python -m pama_kernels info")
     quick = device.type == "cpu"
     out = arguments.out or Path(__file__).parent / ("local" if quick else "results")
     out.mkdir(parents=True, exist_ok=True)

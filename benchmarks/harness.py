@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from pama_kernels import info
+from pama_kernels.tools import info
 
 SLICE = 2e-3  # seconds of one contestant's turn
 SLOW_SLICE = 0.1  # the same where up to 20 calls take longer

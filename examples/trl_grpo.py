@@ -83,12 +83,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Three rewards, one policy, TRL's GRPO.")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--every", type=int, default=10, help="steps between two lines of the table")
+    parser.add_argument(
+        "--out", help="keep logs and completions in this folder, for `pama_kernels plot`, `inspect`"
+    )
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
     tokenizer = letters()
     settings = PamaGRPOConfig(
-        output_dir=tempfile.mkdtemp(prefix="trl_grpo_"),
+        output_dir=arguments.out or tempfile.mkdtemp(prefix="trl_grpo_"),
         # one set of weights per rollout, from a running mean; try "upgrad", "fixed", "softmin"
         pama_rule="pama",
         pama_momentum=0.8,
@@ -100,6 +103,8 @@ def main() -> None:
         max_steps=arguments.steps,
         logging_steps=arguments.every,
         save_strategy="no",
+        log_completions=arguments.out is not None,
+        num_completions_to_print=0,
         report_to=[],
         use_cpu=True,
         bf16=False,
@@ -113,6 +118,8 @@ def main() -> None:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+    if arguments.out is not None:
+        trainer.save_state()  # as every checkpoint does
     if trainer.accelerator.is_main_process:
         report(trainer)
 

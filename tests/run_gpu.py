@@ -207,7 +207,7 @@ def main() -> int:
     if arguments.device == "cuda":
         cuda = any((site / "pama_kernels" / "backends").glob("_cuda.*.so")) if site else cuda
     plan = Plan(runner, arguments.device, cuda, arguments.workers)
-    runner.run(60, Job("what is here", [sys.executable, "-m", "pama_kernels.info"]))
+    runner.run(60, Job("what is here", [sys.executable, "-m", "pama_kernels", "info"]))
     for stage in stages:
         if stage != "build":
             getattr(plan, stage)()

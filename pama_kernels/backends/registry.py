@@ -1,5 +1,5 @@
 """Which implementation serves a tensor: one record for each backend, read by dispatch and by
-`pama_kernels.info`.
+`pama_kernels info`.
 
 Each function of a device type is served by the first backend of `BACKENDS` that lists device and function,
 can be imported and is usable there. So a backend may hold a few fast functions and leave the rest to the
@@ -208,5 +208,5 @@ def find(device_type: str, function: str, tensors: bool = False, after: str = ""
         + (f" behind {after}, which leaves it to the next" if after else "")
         + (f" with PAMA_BACKEND={forced}" if forced else "")
         + reasons
-        + "; `python -m pama_kernels.info` lists what is built and why not"
+        + "; `python -m pama_kernels info` lists what is built and why not"
     )

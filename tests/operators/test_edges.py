@@ -14,8 +14,8 @@ import torch
 from operator_table import EVERY, leaves
 
 import pama_kernels as pk
-from pama_kernels import info
 from pama_kernels.backends import registry
+from pama_kernels.tools import info
 
 
 def python(*arguments: str, **environment: str) -> str:
@@ -37,7 +37,7 @@ def python(*arguments: str, **environment: str) -> str:
 
 
 def test_info_for_a_person() -> None:
-    lines = python("-m", "pama_kernels.info", PAMA_BACKEND="wrong").splitlines()
+    lines = python("-m", "pama_kernels", "info", PAMA_BACKEND="wrong").splitlines()
     first = {line.split()[0]: line for line in lines if line.strip()}
     for name in ("triton", "numpy", "python", "platform", "processor", "features", "threads"):
         assert name in first, f"{name} is missing"
@@ -51,7 +51,7 @@ def test_info_for_a_person() -> None:
 @pytest.mark.cpu
 def test_info_for_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PAMA_BACKEND", "cpu")
-    said = json.loads(python("-m", "pama_kernels.info", "--json"))
+    said = json.loads(python("-m", "pama_kernels", "info", "--json"))
     assert said["versions"]["pama-kernels"] == info.collect()["versions"]["pama-kernels"]
     assert said["cores"] >= 1
     assert said["PAMA_BACKEND"] == "cpu"

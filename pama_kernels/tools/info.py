@@ -1,12 +1,11 @@
 """What is installed, which backends work on this machine, and why the others do not.
 
-``python -m pama_kernels.info`` prints it for a person, with ``--json`` for a program;
+``python -m pama_kernels info`` prints it for a person, with ``--json`` for a program;
 :func:`collect` returns it.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.metadata
 import json
@@ -16,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .backends import registry
+from pama_kernels.backends import registry
 
 _DISTRIBUTIONS = ("pama-kernels", "torch", "triton", "numpy")
 
@@ -119,13 +118,6 @@ def _format(info: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m pama_kernels.info", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
-    arguments = parser.parse_args()
+def text(*, as_json: bool = False) -> str:
     info = collect()
-    print(json.dumps(info, indent=2) if arguments.json else _format(info))
-
-
-if __name__ == "__main__":
-    main()
+    return json.dumps(info, indent=2) if as_json else _format(info)

@@ -1,0 +1,1 @@
+"""The commands of ``python -m pama_kernels``: `info`, `inspect`, `plot`."""
