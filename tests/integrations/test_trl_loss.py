@@ -19,12 +19,13 @@ from trl_setup import (
     copies,
     late,
     logged,
-    model,
     run,
+    saved_model,
     short,
     trainer,
 )
 
+from pama_kernels.integrations._rollout import Advantages
 from pama_kernels.integrations.trl import LOSS_TYPES
 
 # Beside the default: given weights per completion, Noon, and one weight for each
@@ -85,20 +86,19 @@ class Audited(PamaGRPOTrainer):
     shipped: list[bool]
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        import pama_kernels.integrations.trl as module
-
         seen: list[Tensor] = []
-        normalize, module.reward_advantages = module.reward_advantages, None
+        own = self._objective_advantages
 
-        def recorded(rewards: Tensor, *arguments: Any, **named: Any) -> Tensor:
-            seen.extend((~rewards.isnan(), normalize(rewards, *arguments, **named)))
-            return seen[-1]
+        def recorded(rewards: Tensor, *arguments: Any) -> Advantages:
+            made = own(rewards, *arguments)
+            seen.extend((~rewards.isnan(), made.applied))
+            return made
 
-        module.reward_advantages = recorded
+        self._objective_advantages = recorded
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
-            module.reward_advantages = normalize
+            del self._objective_advantages
         assert self.combination is not None
         present, advantages = seen
         weights = self.combination.weights * present
@@ -133,8 +133,6 @@ class Audited(PamaGRPOTrainer):
 
 
 def audit(where: Path, **changes: Any) -> Any:
-    model().save_pretrained(where / "policy")  # TRL loads the reference from where the policy came from
-    policy = type(model()).from_pretrained(where / "policy")
     extra = {"entropy_coef": 0.01} if "entropy_coef" in GRPOConfig.__dataclass_fields__ else {}
     Audited.differences, Audited.shipped = [], []
     off_policy = {"beta": 0.1, "epsilon": 0.1, "delta": 1.5, "off_policy_mask_threshold": 0.01}
@@ -142,7 +140,7 @@ def audit(where: Path, **changes: Any) -> Any:
         Audited,
         REWARDS,
         where,
-        policy=policy,
+        policy=saved_model(where / "policy"),
         max_steps=3,
         learning_rate=0.5,
         **off_policy,
