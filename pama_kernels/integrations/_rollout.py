@@ -254,19 +254,20 @@ def rollout_metrics(combination: Combination, names: Mapping[int, str], rule: Ru
     for what, values in columns.items():
         listed = torch.where(absent, math.nan, values).tolist()
         metrics.update({f"pama/{what}/{name}": listed[i] for i, name in names.items()})
-    signal = (1 + statistics.signal.long()).masked_fill(absent, 0).tolist()
+    live = statistics.signal
+    signal = (1 + live.long()).masked_fill(absent, 0).tolist()
     metrics.update({f"pama/signal/{name}": float(signal[i]) for i, name in names.items()})
     metrics["pama/optimum"] = combination.optimum.mean().item()
-    metrics.update(_conflicts(statistics, names))
+    metrics.update(_conflicts(statistics, live, names))
     return metrics
 
 
-def _conflicts(statistics: ObjectiveStatistics, names: Mapping[int, str]) -> dict[str, float]:
+def _conflicts(statistics: ObjectiveStatistics, live: Tensor, names: Mapping[int, str]) -> dict[str, float]:
     """Correlations of two objectives' advantages; NaN where one is constant or they never meet."""
     matrix, together = statistics.conflict, statistics._pair("pair_count")
     assert matrix is not None
     assert together is not None
-    known = (together > 0) & statistics.signal & statistics.signal[:, None]
+    known = (together > 0) & live & live[:, None]
     values = torch.where(known, matrix, math.nan).tolist()
     pairs = {(i, j): values[i][j] for i in names for j in names if i < j}
     if len(names) <= PAIRS_LOGGED_UP_TO:

@@ -106,9 +106,8 @@ class PamaOptions:
             )
 
 
-@dataclass
-class PamaGRPOConfig(PamaOptions, GRPOConfig):
-    """`GRPOConfig` with the options of `PamaOptions`."""
+class GRPOOptions(PamaOptions):
+    """The same before `GRPOConfig` and what is derived from it."""
 
     @classmethod
     def check(cls, args: Any) -> None:
@@ -139,6 +138,11 @@ class PamaGRPOConfig(PamaOptions, GRPOConfig):
             and args.pama_normalize
             and args.scale_rewards == "group"
         )
+
+
+@dataclass
+class PamaGRPOConfig(GRPOOptions, GRPOConfig):
+    """`GRPOConfig` with the options of `PamaOptions`."""
 
 
 @dataclass

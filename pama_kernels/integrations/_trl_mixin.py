@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from pama_kernels.rules import noon_of
 from pama_kernels.statistics import ObjectiveStatistics, objective_statistics
 
 from ._rollout import (
@@ -79,6 +80,7 @@ class PamaMixin:
         self._pama, self._normalize = read_settings(args), args.pama_normalize
         self.combination: Combination | None = None
         self._forward_cache: list[Any] | None = None
+        self._silence_known = False
         if isinstance(reward_funcs, tuple):  # of which TRL takes lists only
             reward_funcs = list(reward_funcs)
         super().__init__(model, reward_funcs, args, *others, **named)  # type: ignore[call-arg]
@@ -157,8 +159,9 @@ class PamaMixin:
         present = ~rewards.isnan() & (preference > 0)
         rows, rank = len(inputs), self.accelerator.process_index
         local = slice(rank * rows, (rank + 1) * rows)
-        statistics = self._statistics(advantages[local], present[local], mask, output)
-        lengths = self.accelerator.gather(mask.sum(1)).cpu()
+        lengths = mask.sum(1)
+        statistics = self._statistics(advantages[local], present[local], mask, lengths, output)
+        lengths = self.accelerator.gather(lengths).cpu()
         self._pama.train(mode == "train")
         with prefixed("pama_"):
             self.combination = combine(
@@ -172,30 +175,50 @@ class PamaMixin:
                 average=self._pama.update if self._pama.momentum else None,
                 normalize=self._normalize,
             )
+        if mode == "train":
+            self._warn_of_silence()
         self._ship(output, local)
         self._log_combination(mode, preference)
         return output
 
     def _statistics(
-        self, advantages: Tensor, present: Tensor, mask: Tensor, output: dict[str, Any]
+        self, advantages: Tensor, present: Tensor, mask: Tensor, lengths: Tensor, output: dict[str, Any]
     ) -> ObjectiveStatistics:
         """Over all processes by one all-reduce: bitwise equal on each."""
         importance = self._importance_weights(output)
+        if importance is None:  # then lengths are all that is needed of the tokens
+            tokens = {"cu_seqlens": torch.nn.functional.pad(lengths.cpu().cumsum(0), (1, 0))}
+        else:
+            tokens = {"mask": mask.cpu(), "importance_weights": importance.cpu().expand(mask.shape)}
         statistics = objective_statistics(
             None,
             None,
             advantages,
-            mask.cpu(),
-            noon=bool(getattr(self._pama.rule, "noon", False)),
+            noon=noon_of(self._pama.rule),
             objective_mask=present,
-            importance_weights=None if importance is None else importance.cpu().expand(mask.shape),
             aggregation="seq-mean-token-mean" if self._completions_count_the_same() else "token-mean",
             pairs=True,
+            **tokens,
         )
         if self.accelerator.num_processes == 1:
             return statistics
         buffer = self.accelerator.reduce(statistics.buffer.to(self.accelerator.device), reduction="sum")
         return ObjectiveStatistics(buffer.cpu(), statistics.objectives, statistics.has_pairs)
+
+    def _warn_of_silence(self) -> None:
+        """Once, where rewards vary and nothing is learned."""
+        assert self.combination is not None
+        live = self.combination.statistics.signal
+        if self._silence_known or not live.any() or self.combination.advantages.any():
+            return
+        self._silence_known = True
+        names = [name for name, varies in zip(self.objective_names, live.tolist(), strict=True) if varies]
+        warnings.warn(
+            f"every combined advantage of a rollout is 0 though {', '.join(names)} vary: nothing is learned "
+            "from it. Either the rewards are opposite, or, with Noon and weights per completion, in every "
+            "completion some reward is constant or below its mean",
+            stacklevel=2,
+        )
 
     def _ship(self, output: dict[str, Any], local: slice) -> None:
         """Where signs disagree and clipping may bind, both sides beside their difference."""

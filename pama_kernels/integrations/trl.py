@@ -12,10 +12,18 @@ from torch import Tensor
 from trl import GRPOTrainer, RLOOTrainer
 
 from ._rollout import Advantages, leave_one_out, reward_advantages
-from ._trl_config import COMPLETION_MEANS, LOSS_TYPES, PamaGRPOConfig, PamaOptions, PamaRLOOConfig
+from ._trl_config import (
+    COMPLETION_MEANS,
+    LOSS_TYPES,
+    GRPOOptions,
+    PamaGRPOConfig,
+    PamaOptions,
+    PamaRLOOConfig,
+)
 from ._trl_mixin import PamaMixin
 
 __all__ = [
+    "GRPOOptions",
     "LOSS_TYPES",
     "PamaGRPOConfig",
     "PamaGRPOTrainer",

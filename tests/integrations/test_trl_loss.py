@@ -28,6 +28,12 @@ from trl_setup import (
 from pama_kernels.integrations._rollout import Advantages
 from pama_kernels.integrations.trl import LOSS_TYPES
 
+
+def late_whole(completions: list[str], **_: Any) -> list[float]:
+    """Applies to every completion."""
+    return [value or 0.0 for value in late(completions)]
+
+
 # Beside the default: given weights per completion, Noon, and one weight for each
 RULES: dict[str, dict[str, Any]] = {
     "pama": {},
@@ -74,6 +80,31 @@ def test_scale_rewards(scale_rewards: str, tmp_path: Path) -> None:
     ours, gradients = run(PamaGRPOTrainer, [late], tmp_path, scale_rewards=scale_rewards)
     close(gradients, expected)
     assert ours._logs["advantages"] == pytest.approx(plain._logs["advantages"], abs=1e-5)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [3.0, 1.0]], ids=str)
+def test_fixed_is_gdpo(weights: list[float], tmp_path: Path) -> None:
+    """TRL's normalize_then_sum divides by the deviation (ddof 1) plus 1e-4, and with the sum of the weights
+    unnormalised; here it is the root mean square. Up to that factor the gradients are equal."""
+    gdpo = {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": weights}
+    plain, expected = run(GRPOTrainer, [late_whole, short], tmp_path, loss_type="grpo", max_steps=1, **gdpo)
+    ours, gradients = run(
+        PamaGRPOTrainer,
+        [late_whole, short],
+        tmp_path,
+        loss_type="grpo",
+        max_steps=1,
+        pama_rule="fixed",
+        pama_normalize=True,
+        **gdpo,
+    )
+    theirs = torch.tensor(plain._logs["advantages"], dtype=torch.float64)
+    deviation = 1e-4 / (1 / theirs.std() - 1)  # theirs are x / (std(x) + 1e-4)
+    factor = (deviation + 1e-4) / (deviation * (7 / 8) ** 0.5)
+    assert 1.06 < factor < 1.08
+    close(gradients, [factor * expected[0]], 2e-6)
+    mine = torch.tensor(ours._logs["advantages"], dtype=torch.float64)
+    torch.testing.assert_close(mine, factor * theirs, rtol=1e-6, atol=1e-6)
 
 
 # --- several objectives -------------------------------------------------------------------------------------
