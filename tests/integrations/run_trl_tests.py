@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
@@ -25,10 +26,9 @@ import trl_standins
 HERE = Path(__file__).resolve().parent
 TRAINERS = ("grpo", "rloo")
 SHARED = ("__init__.py", "conftest.py", "testing_utils.py", "testing_constants.py")
-# What passes with TRL and is refused here, by the start of the test's name, and why
+# What passes with TRL and is refused here, by what the test's name ends with, and why
 REFUSED = {
-    "test_training_multiple_reward_funcs_with_gdpo": "normalize_then_sum needs pama_rule='fixed' with "
-    "pama_normalize=True, which is what it means",
+    "[normalize_then_sum]": "needs pama_rule='fixed' with pama_normalize=True, which is what it means",
 }
 
 
@@ -45,8 +45,11 @@ def tests_of(checkout: Path | None, work: Path) -> Path:
     raise SystemExit(f"expected a checkout of TRL, found no tests/test_grpo_trainer.py in {checkout}")
 
 
-def outcomes(work: Path, trainer: str, mode: str, arguments: list[str]) -> dict[str, tuple[str, str]]:
-    """Test -> (passed, failed or skipped, message)."""
+Outcomes = dict[str, tuple[str, str]]  # pytest's name of a test -> (passed, failed or skipped, message)
+
+
+def outcomes(work: Path, trainer: str, mode: str, arguments: list[str], only: Sequence[str] = ()) -> Outcomes:
+    file = f"tests/test_{trainer}_trainer.py"
     report = work / f"{trainer}-{mode}.xml"
     environment = {
         **os.environ,
@@ -56,7 +59,7 @@ def outcomes(work: Path, trainer: str, mode: str, arguments: list[str]) -> dict[
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
     line = [sys.executable, "-m", "pytest", "-q", "-p", "trl_standins", "-p", "no:cacheprovider"]
-    line += [f"--junitxml={report}", f"tests/test_{trainer}_trainer.py", *arguments]
+    line += [f"--junitxml={report}", *(only or [file]), *arguments]
     with open(work / f"{trainer}-{mode}.log", "w", encoding="utf-8") as log:
         subprocess.run(line, cwd=work, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
     if not report.is_file():
@@ -67,28 +70,34 @@ def outcomes(work: Path, trainer: str, mode: str, arguments: list[str]) -> dict[
         for child in case:
             if child.tag in ("failure", "error", "skipped"):
                 outcome = "skipped" if child.tag == "skipped" else "failed"
-                message = (child.get("message") or "").splitlines()[0] if child.get("message") else ""
-        found[f"{case.get('classname', '').split('.')[-1]}::{case.get('name')}"] = (outcome, message)
+                message = child.get("message", "").partition("\n")[0]
+        within = case.get("classname", "").split(".")[2:]  # tests.test_grpo_trainer.TestGRPOTrainer
+        found["::".join([file, *within, case.get("name", "")])] = (outcome, message)
     return found
 
 
-def compare(trainer: str, plain: dict[str, tuple[str, str]], pama: dict[str, tuple[str, str]]) -> bool:
+def passed(found: Outcomes) -> list[str]:
+    return [name for name, (outcome, _) in found.items() if outcome == "passed"]
+
+
+def refusal(name: str) -> str | None:
+    return next((reason for end, reason in REFUSED.items() if name.endswith(end)), None)
+
+
+def compare(trainer: str, plain: Outcomes, pama: Outcomes) -> bool:
     """Prints what differs; whether nothing is lost."""
-    passed = [name for name, (outcome, _) in plain.items() if outcome == "passed"]
-    lost = [name for name in passed if pama.get(name, ("missing", ""))[0] != "passed"]
-    refused = [name for name in lost if name.split("::")[1].split("[")[0] in REFUSED]
-    kept = len(passed) - len(lost)
+    there = passed(plain)
+    lost = [name for name in there if pama.get(name, ("missing", ""))[0] != "passed"]
+    refused = [name for name in lost if refusal(name)]
     counts = {kind: sum(outcome == kind for outcome, _ in plain.values()) for kind in ("failed", "skipped")}
     print(
-        f"{trainer}: {len(passed)} pass with TRL's trainer, {kept} of these with PAMA's "
-        f"({len(refused)} refused by design); with TRL's {counts['failed']} fail, {counts['skipped']} skipped"
+        f"{trainer}: {len(there)} pass with TRL's trainer, {len(there) - len(lost)} of these with PAMA's, "
+        f"{len(refused)} refused by design; with TRL's {counts['failed']} fail, {counts['skipped']} are skipped"
     )
     for name in lost:
-        reason = REFUSED.get(name.split("::")[1].split("[")[0])
-        print(f"  {'refused' if reason else 'LOST'} {name}: {reason or pama.get(name, ('', 'missing'))[1]}")
-    if not passed:
-        print(f"  {trainer}: no test passes with TRL's trainer, so that nothing was compared")
-    return bool(passed) and len(lost) == len(refused)
+        reason = refusal(name)
+        print(f"  {'refused' if reason else 'LOST'} {name}: {reason or pama.get(name, ('', 'not run'))[1]}")
+    return bool(there) and len(lost) == len(refused)
 
 
 def main() -> int:
@@ -112,8 +121,10 @@ def main() -> int:
         trl_standins.make_hub(work / "home")
         good = True
         for trainer in chosen.trainers:
-            results = [outcomes(work, trainer, mode, arguments) for mode in ("trl", "pama")]
-            good = compare(trainer, *results) and good
+            plain = outcomes(work, trainer, "trl", arguments)
+            names = passed(plain)
+            pama = outcomes(work, trainer, "pama", arguments, names) if names else {}
+            good = compare(trainer, plain, pama) and good
     finally:
         if chosen.keep:
             print(f"reports: {work}")
