@@ -89,7 +89,9 @@ class PamaMixin:
         if names != self.objective_names:
             warnings.warn(
                 f"reward_funcs: expected different names, by which they are logged, got {', '.join(names)}; "
-                f"they are logged as {', '.join(self.objective_names)}",
+                f"they are logged as {', '.join(self.objective_names)}. To choose names set __name__ of a "
+                "function or an instance, wrap a partial in a function, or load a model and set "
+                "config._name_or_path",
                 stacklevel=2,
             )
         if args.pama_preference is not None:

@@ -20,13 +20,13 @@ GOOD, BAD = ("passed", ""), ("failed", "assert 1 == 2")
         ({"f::a": GOOD}, {"f::a": BAD}, False),
         ({"f::a": GOOD}, {}, False),
         ({"f::a": BAD}, {}, False),  # nothing was compared
-        ({"f::C::a[x]": GOOD, "f::a": GOOD}, {"f::C::a[x]": BAD, "f::a": GOOD}, True),
+        ({"f::C::test_refused[x]": GOOD, "f::a": GOOD}, {"f::C::test_refused[x]": BAD, "f::a": GOOD}, True),
     ],
 )
 def test_compare(
     plain: Any, pama: Any, good: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run_trl_tests, "REFUSED", {"[x]": "by design"})
+    monkeypatch.setattr(run_trl_tests, "REFUSED", {"refused": "by design"})
     assert run_trl_tests.compare("grpo", plain, pama) == good
     assert ("LOST" in capsys.readouterr().out) == (not good and run_trl_tests.passed(plain) != [])
 
