@@ -10,7 +10,7 @@ CXX_FILES := $(shell find csrc -name '*.[ch]pp' -o -name '*.inl' -o -name '*.cu'
 BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(CXX_FILES)
 
 .PHONY: help demo demo-quick mo-gym mo-gym-quick test test-full lint test-cpp test-python test-triton test-cuda
-.PHONY: test-integrations test-gpu bench bench-gpu study dist format clean
+.PHONY: test-integrations test-trl test-gpu bench bench-gpu study dist format clean
 
 help:
 	@echo 'make demo       align a small language model with three conflicting rewards (4 to 6 minutes)'
@@ -18,6 +18,7 @@ help:
 	@echo 'make test       lint, types, C++ tests under sanitizers, Python tests; the kernels of all backends'
 	@echo 'make test-full  the same with long fuzzing, slow tests, and the sdist'
 	@echo 'make test-integrations  the tests that need verl, in an environment of its own'
+	@echo 'make test-trl   TRL'"'"'s own tests with our trainers in their place; from GitHub, or TRL_ARGS=CHECKOUT'
 	@echo 'make test-gpu   what needs a GPU; make bench-gpu times it: docs/gpu.md'
 	@echo 'make lint       ruff, mypy, clang-format; make format mends what it can'
 	@echo 'make bench      the benchmarks; BENCH_ARGS are passed on'
@@ -127,6 +128,10 @@ test-cuda: $(VENV)/test.stamp
 
 test-integrations: $(VENV)-verl/stamp
 	$(VENV)-verl/bin/python -m pytest tests/integrations/test_verl.py tests/integrations/test_verl_trainer.py
+
+# TRL's own tests with our trainers in the place of TRL's; TRL_ARGS=CHECKOUT takes its tests from there.
+test-trl: $(VENV)/test.stamp
+	$(BIN)/python tests/integrations/run_trl_tests.py $(TRL_ARGS)
 
 # The wheel is built from the sdist, so that a file missing from the sdist shows.
 dist: $(VENV)/tools.stamp

@@ -100,6 +100,12 @@ def unique_names(names: Sequence[str]) -> list[str]:
 # --- rewards to advantages ----------------------------------------------------------------------------------
 
 
+def check_finite(rewards: Tensor, names: Sequence[str]) -> None:
+    infinite = [name for name, bad in zip(names, rewards.isinf().any(0).tolist(), strict=True) if bad]
+    if infinite:
+        raise ValueError(f"rewards: expected finite numbers or None, got inf from {', '.join(infinite)}")
+
+
 def reward_advantages(
     rewards: Tensor,
     names: Sequence[str],
@@ -111,9 +117,7 @@ def reward_advantages(
 ) -> Tensor:
     """Each objective by itself (B, N): minus the mean of its group, divided by the deviation within the
     "group", within the "batch", or ("none") not at all."""
-    infinite = [name for name, bad in zip(names, rewards.isinf().any(0).tolist(), strict=True) if bad]
-    if infinite:
-        raise ValueError(f"rewards: expected finite numbers or None, got inf from {', '.join(infinite)}")
+    check_finite(rewards, names)
     advantages = group_normalize(
         rewards, group_size=group_size, group_ids=group_ids, scale=scale == "group", eps=eps
     )
@@ -122,6 +126,43 @@ def reward_advantages(
         degrees = (~rewards.isnan()).sum(0) - 1
         advantages = advantages / ((squares / degrees.clamp(min=1)).sqrt() + eps)
     return advantages
+
+
+class Advantages(NamedTuple):
+    """By objective (B, N), 0 where it is absent."""
+
+    of_rewards: Tensor  # what weights are solved from
+    applied: Tensor  # what they multiply: the same, or with a penalty that every objective bears
+
+
+def leave_one_out(
+    rewards: Tensor,
+    names: Sequence[str],
+    *,
+    group_size: int,
+    eps: float,
+    penalty: Tensor | None = None,
+    whiten: bool = False,
+) -> Advantages:
+    """RLOO's, each objective by itself: minus the mean of the others of its group; with `whiten`, divided by
+    the deviation within the batch.
+
+    `penalty` (B,) is taken off every reward, after weights are solved: they tell rewards apart, and to them a
+    constant reward minus a penalty would be an objective that varies.
+    """
+    check_finite(rewards, names)
+    here = ~rewards.isnan()
+    number = here.view(-1, group_size, rewards.shape[1]).sum(1).repeat_interleave(group_size, 0)
+    factor = number / (number - 1).clamp(min=1)
+    of_rewards = applied = factor * group_normalize(rewards, group_size=group_size, scale=False)
+    if penalty is not None:
+        penalised = rewards - penalty[:, None]
+        applied = factor * group_normalize(penalised, group_size=group_size, scale=False)
+    if whiten:  # advantages of a group add up to 0: there is no mean to take off
+        degrees = (here & (number > 1)).sum(0) - 1
+        deviation = (applied.square().sum(0) / degrees.clamp(min=1)).sqrt() + eps
+        of_rewards, applied = of_rewards / deviation, applied / deviation
+    return Advantages(of_rewards, applied)
 
 
 class Combination(NamedTuple):
@@ -148,6 +189,7 @@ def combine(
     rule: Rule,
     preference: Tensor | None,
     *,
+    applied: Tensor | None = None,
     average: Callable[[ObjectiveStatistics], ObjectiveStatistics] | None = None,
     normalize: bool = False,
 ) -> Combination:
@@ -158,6 +200,7 @@ def combine(
         statistics: of all processes, with pairs.
         rule: from `make_rule`.
         preference: (N,) float64 on the simplex, or None.
+        applied: (B, N), what the weights multiply in place of `advantages`.
         average: statistics to solve on instead: a running mean.
         normalize: divide by the root mean square over tokens.
     """
@@ -169,8 +212,9 @@ def combine(
     else:
         solved = combine_advantages(advantages, rule=rule, preference=preference, objective_mask=present)
         weights, optimum, shares = solved.weights, solved.optimum, solved.weights * present
-    positive = (shares * advantages.clamp(min=0)).sum(1)
-    negative = (shares * advantages.clamp(max=0)).sum(1).neg()
+    applied = advantages if applied is None else applied
+    positive = (shares * applied.clamp(min=0)).sum(1)
+    negative = (shares * applied.clamp(max=0)).sum(1).neg()
     if noon_of(rule):
         negative = torch.zeros_like(negative)
     if normalize:
@@ -210,19 +254,20 @@ def rollout_metrics(combination: Combination, names: Mapping[int, str], rule: Ru
     for what, values in columns.items():
         listed = torch.where(absent, math.nan, values).tolist()
         metrics.update({f"pama/{what}/{name}": listed[i] for i, name in names.items()})
-    signal = (1 + statistics.signal.long()).masked_fill(absent, 0).tolist()
+    live = statistics.signal
+    signal = (1 + live.long()).masked_fill(absent, 0).tolist()
     metrics.update({f"pama/signal/{name}": float(signal[i]) for i, name in names.items()})
     metrics["pama/optimum"] = combination.optimum.mean().item()
-    metrics.update(_conflicts(statistics, names))
+    metrics.update(_conflicts(statistics, live, names))
     return metrics
 
 
-def _conflicts(statistics: ObjectiveStatistics, names: Mapping[int, str]) -> dict[str, float]:
+def _conflicts(statistics: ObjectiveStatistics, live: Tensor, names: Mapping[int, str]) -> dict[str, float]:
     """Correlations of two objectives' advantages; NaN where one is constant or they never meet."""
     matrix, together = statistics.conflict, statistics._pair("pair_count")
     assert matrix is not None
     assert together is not None
-    known = (together > 0) & statistics.signal & statistics.signal[:, None]
+    known = (together > 0) & live & live[:, None]
     values = torch.where(known, matrix, math.nan).tolist()
     pairs = {(i, j): values[i][j] for i in names for j in names if i < j}
     if len(names) <= PAIRS_LOGGED_UP_TO:

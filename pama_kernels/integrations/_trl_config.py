@@ -1,4 +1,4 @@
-"""The configuration of `PamaGRPOTrainer`, and which versions and options of TRL it works with."""
+"""The configurations of the trainers, and which versions and options of TRL they work with."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from pama_kernels._validate import check_flag
 from pama_kernels.loss import PamaLoss
+from pama_kernels.rules import Fixed
 
 from ._rollout import make_rule, prefixed
 
@@ -31,8 +32,7 @@ def _check_version() -> None:
 
 _check_version()
 
-from trl import GRPOConfig  # noqa: E402
-from trl import GRPOTrainer as GRPOTrainer  # noqa: E402
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig  # noqa: E402
 
 # Loss types whose loss per token is linear in the advantage on each side of 0, so that two numbers for each
 # completion are enough for any number of objectives.
@@ -42,8 +42,8 @@ COMPLETION_MEANS = ("grpo", "sapo")
 
 
 @dataclass
-class PamaGRPOConfig(GRPOConfig):
-    """`GRPOConfig` with the rule and its settings. A setting that is None is the rule's own default.
+class PamaOptions:
+    """The rule and its settings, before a configuration of TRL. One that is None is the rule's own default.
 
     TRL's `reward_weights` are the preference; `pama_preference` is another name for them. A function as
     `pama_rule` takes `ObjectiveStatistics` and returns weights (N,); it is defined at module level, because
@@ -85,15 +85,69 @@ class PamaGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[misc]
         read_settings(self)
 
     def to_dict(self) -> dict[str, Any]:
         """A rule that is no name by what identifies it: loggers write JSON."""
-        made: dict[str, Any] = super().to_dict()
+        made: dict[str, Any] = super().to_dict()  # type: ignore[misc]
         if not isinstance(self.pama_rule, (str, type(None))):
             made["pama_rule"] = getattr(self.pama_rule, "__name__", repr(self.pama_rule))
         return made
+
+    @classmethod
+    def check(cls, args: Any) -> None:
+        """Raises where an option of TRL would bypass the combined advantages, or be bypassed by them."""
+        if not issubclass(type(args), cls):
+            raise TypeError(f"args: expected a {cls.__name__}, got {type(args).__name__}")
+        if args.reward_weights is not None and args.pama_preference is not None:
+            raise ValueError(
+                "pama_preference: expected None with reward_weights, which are the preference, got both"
+            )
+
+
+class GRPOOptions(PamaOptions):
+    """The same before `GRPOConfig` and what is derived from it."""
+
+    @classmethod
+    def check(cls, args: Any) -> None:
+        super().check(args)
+        if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
+            raise ValueError(
+                "use_liger_kernel: expected False, got True: this version of TRL replaces the loss with it"
+            )
+        if args.loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type: expected one of {', '.join(LOSS_TYPES)}, got {args.loss_type!r}")
+        if args.scale_rewards not in ("group", "batch", "none"):
+            raise ValueError(
+                f"scale_rewards: expected 'group', 'batch' or 'none', got {args.scale_rewards!r}"
+            )
+        if args.multi_objective_aggregation != "sum_then_normalize" and not cls._is_gdpo(args):
+            raise ValueError(
+                "multi_objective_aggregation: expected the default 'sum_then_normalize', got "
+                f"{args.multi_objective_aggregation!r}: PAMA normalises each reward and combines them itself "
+                "('normalize_then_sum' is allowed with what it means here: pama_rule='fixed', "
+                "pama_normalize=True and scale_rewards='group')"
+            )
+
+    @staticmethod
+    def _is_gdpo(args: Any) -> bool:
+        return bool(
+            args.multi_objective_aggregation == "normalize_then_sum"
+            and (args.pama_rule == "fixed" or isinstance(args.pama_rule, Fixed))
+            and args.pama_normalize
+            and args.scale_rewards == "group"
+        )
+
+
+@dataclass
+class PamaGRPOConfig(GRPOOptions, GRPOConfig):
+    """`GRPOConfig` with the options of `PamaOptions`."""
+
+
+@dataclass
+class PamaRLOOConfig(PamaOptions, RLOOConfig):
+    """`RLOOConfig` with the options of `PamaOptions`."""
 
 
 def read_settings(args: Any) -> PamaLoss:
@@ -112,27 +166,3 @@ def read_settings(args: Any) -> PamaLoss:
         if not isinstance(args.pama_preference, (list, tuple, type(None))):
             raise TypeError(f"preference: expected a list of numbers, got {args.pama_preference!r}")
         return PamaLoss(rule=rule, preference=args.pama_preference, momentum=args.pama_momentum)
-
-
-def check_options(args: Any) -> None:
-    """Options of the trainer that would bypass the combined advantages, or be bypassed by them."""
-    if not isinstance(args, PamaGRPOConfig):
-        raise TypeError(f"args: expected a PamaGRPOConfig, got {type(args).__name__}")
-    if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
-        raise ValueError(
-            "use_liger_kernel: expected False, got True: this version of TRL replaces the loss with it"
-        )
-    if args.loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type: expected one of {', '.join(LOSS_TYPES)}, got {args.loss_type!r}")
-    if args.scale_rewards not in ("group", "batch", "none"):
-        raise ValueError(f"scale_rewards: expected 'group', 'batch' or 'none', got {args.scale_rewards!r}")
-    if args.multi_objective_aggregation != "sum_then_normalize":
-        raise ValueError(
-            "multi_objective_aggregation: expected the default 'sum_then_normalize', got "
-            f"{args.multi_objective_aggregation!r}: PAMA normalises each reward and combines them itself "
-            "(use pama_rule='fixed' with pama_normalize=True)"
-        )
-    if args.reward_weights is not None and args.pama_preference is not None:
-        raise ValueError(
-            "pama_preference: expected None with reward_weights, which are the preference, got both"
-        )

@@ -1,4 +1,4 @@
-"""PAMA in TRL: `GRPOTrainer` with several reward functions, each of them an objective.
+"""PAMA in TRL: `GRPOTrainer` and `RLOOTrainer` with several reward functions, each of them an objective.
 
 The trainer keeps its own loss, clipping, KL and everything else. In place of its advantages it gets the
 combined ones, sum_i c_i A_i, with weights c solved once per rollout, over the completions of all processes.
@@ -6,46 +6,35 @@ combined ones, sum_i c_i A_i, with weights c solved once per rollout, over the c
 
 from __future__ import annotations
 
-import math
-import os
-import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
+from trl import GRPOTrainer, RLOOTrainer
 
-from pama_kernels.statistics import ObjectiveStatistics, objective_statistics
-
-from ._rollout import (
-    Combination,
-    combine,
-    only_lengths,
-    prefixed,
-    reward_advantages,
-    rollout_metrics,
-    unique_names,
-)
+from ._rollout import Advantages, leave_one_out, reward_advantages
 from ._trl_config import (
     COMPLETION_MEANS,
     LOSS_TYPES,
-    GRPOTrainer,
+    GRPOOptions,
     PamaGRPOConfig,
-    check_options,
-    read_settings,
+    PamaOptions,
+    PamaRLOOConfig,
 )
+from ._trl_mixin import PamaMixin
 
-__all__ = ["LOSS_TYPES", "PamaGRPOConfig", "PamaGRPOTrainer"]
+__all__ = [
+    "GRPOOptions",
+    "LOSS_TYPES",
+    "PamaGRPOConfig",
+    "PamaGRPOTrainer",
+    "PamaRLOOConfig",
+    "PamaRLOOTrainer",
+]
 
-# What TRL's adaptive entropy controller changes in each call of the loss.
-ENTROPY_STATE = ("entropy_coef", "_last_world_entropy", "_entropy_window_stats")
-STATE_FILE = "pama_state.pt"
 EPS = 1e-4  # added to deviations, as TRL does
 
 
-class PamaGRPOTrainer(GRPOTrainer):
+class PamaGRPOTrainer(PamaMixin, GRPOTrainer):
     """`GRPOTrainer` that combines its reward functions by PAMA instead of by fixed weights.
 
     Takes the arguments of `GRPOTrainer`, with `args` a `PamaGRPOConfig`. Every reward function is an
@@ -67,224 +56,75 @@ class PamaGRPOTrainer(GRPOTrainer):
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "grpo", "pama"]
-    reward_func_names: list[str]
-    _calculate_rewards: Callable[..., Tensor]
+    config: ClassVar[type[PamaOptions]] = PamaGRPOConfig
 
-    def __init__(
-        self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **named: Any
-    ) -> None:
-        check_options(args)
-        self._pama = read_settings(args)
-        self.combination: Combination | None = None
-        self._forward_cache: list[Any] | None = None
-        if isinstance(reward_funcs, tuple):  # of which TRL takes lists only
-            reward_funcs = list(reward_funcs)
-        super().__init__(model, reward_funcs, args, *others, **named)
-        names = self.reward_func_names
-        self.reward_func_names = self.objective_names = unique_names(names)
-        if names != self.objective_names:
-            warnings.warn(
-                f"reward_funcs: expected different names, by which they are logged, got {', '.join(names)}; "
-                f"they are logged as {', '.join(self.objective_names)}",
-                stacklevel=2,
-            )
-        if args.pama_preference is not None:
-            if len(args.pama_preference) != len(names):
-                raise ValueError(
-                    f"pama_preference: expected {len(names)} numbers, one for each of "
-                    f"{self.objective_names}, got {len(args.pama_preference)}"
-                )
-            self.reward_weights = torch.tensor(args.pama_preference, dtype=torch.float32)
-        self._preference()
-        if only_lengths(self._pama.rule) and len(names) > 1:
-            warnings.warn(
-                "pama_bound='scores': without Noon the advantages of a group add up to 0, so that the scores "
-                "of a batch only reflect the lengths of completions; use pama_bound='gram'",
-                stacklevel=2,
-            )
+    def _objective_advantages(self, rewards: Tensor, group_size: int, output: dict[str, Any]) -> Advantages:
+        advantages = reward_advantages(
+            rewards, self.objective_names, group_size=group_size, scale=self.scale_rewards, eps=EPS
+        )
+        return Advantages(advantages, advantages)
 
-    def _preference(self) -> Tensor:
-        """TRL's `reward_weights` as they are now, (N,) on the CPU."""
-        weights = torch.as_tensor(self.reward_weights).detach().cpu().double()
-        shape = (len(self.objective_names),)
-        if weights.shape != shape or not (weights >= 0).all() or not 0 < float(weights.sum()) < math.inf:
-            raise ValueError(
-                f"reward_weights: expected {shape[0]} non-negative finite numbers, at least one above 0, got "
-                f"{weights.tolist()}"
-            )
-        return weights / weights.sum()
+    def _completions_count_the_same(self) -> bool:
+        return self.loss_type in COMPLETION_MEANS
 
-    # --- from rewards to the trainer's advantages -----------------------------------------------------------
+    def _clipping_may_bind(self, output: dict[str, Any]) -> bool:
+        # On-policy (TRL then keeps no log-probabilities) the losses are linear; SAPO's value is not.
+        return "old_per_token_logps" in output or self.loss_type == "sapo"
 
-    @contextmanager
-    def _recorded_rewards(self) -> Iterator[list[Tensor]]:
-        """What `_calculate_rewards` returns to TRL, after all that subclasses do in it."""
-        calculate, own = self._calculate_rewards, self.__dict__.get("_calculate_rewards")
-        returned: list[Tensor] = []
+    def _importance_weights(self, output: dict[str, Any]) -> Tensor | None:
+        # Corrections for a rollout engine that differs; VESPO has them within its own factor.
+        return None if self.loss_type == "vespo" else output.get("importance_sampling_ratio")
 
-        def recorded(*arguments: Any, **named: Any) -> Tensor:
-            returned.append(calculate(*arguments, **named))
-            return returned[-1]
 
-        self._calculate_rewards = recorded
-        try:
-            yield returned
-        finally:
-            del self._calculate_rewards
-            if own is not None:
-                self._calculate_rewards = own
+class PamaRLOOTrainer(PamaMixin, RLOOTrainer):
+    """`RLOOTrainer` that combines its reward functions by PAMA instead of by fixed weights.
+
+    All that `PamaGRPOTrainer` says holds here, with `args` a `PamaRLOOConfig`. A completion is one action:
+    each counts the same, whatever its length. Every reward has its own leave-one-out baseline;
+    `reward_clip_range` and `normalize_advantages` work for each reward by itself. The KL penalty is taken off
+    every reward, so off the combined advantage, but weights are solved from the rewards without it.
+
+    Source: He & Maghsudi 2025 (arXiv 2508.07768); Ahmadian et al. 2024 (arXiv 2402.14740) for RLOO.
+    """
+
+    _tag_names: ClassVar[list[str]] = ["trl", "rloo", "pama"]
+    config: ClassVar[type[PamaOptions]] = PamaRLOOConfig
+    _scored_logps: list[Tensor] | None = None  # of the policy and, with a KL penalty, of the reference
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        with self._recorded_rewards() as returned:
-            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        if not returned:
-            raise RuntimeError("PamaGRPOTrainer: this TRL does not score completions by _calculate_rewards")
-        mode = "train" if self.model.training else "eval"
-        mask = output["completion_mask"]
-        if "tool_mask" in output:
-            mask = mask * output["tool_mask"]
-        preference = self._preference()
-
-        # TRL has waited for the device many times by now, and this is little: on the CPU the same kernels
-        # serve every accelerator, in float64.
-        rewards = returned[-1].cpu().double()  # (completions of all processes, reward functions)
-        size = self.num_generations if mode == "train" else self.num_generations_eval
-        advantages = reward_advantages(
-            rewards, self.objective_names, group_size=size, scale=self.args.scale_rewards, eps=EPS
-        )
-        present = ~rewards.isnan() & (preference > 0)
-        rows, rank = len(inputs), self.accelerator.process_index
-        local = slice(rank * rows, (rank + 1) * rows)
-        statistics = self._statistics(advantages[local], present[local], mask, output)
-        lengths = self.accelerator.gather(mask.sum(1)).cpu()
-        self._pama.train(mode == "train")
-        with prefixed("pama_"):
-            self.combination = combine(
-                advantages,
-                present,
-                ((lengths > 0) if self.loss_type in COMPLETION_MEANS else lengths).double(),
-                statistics,
-                self._pama.rule,
-                preference,
-                average=self._pama.update if self._pama.momentum else None,
-                normalize=self.args.pama_normalize,
-            )
-        self._ship(output, local)
-        self._log_combination(mode, preference)
-        return output
-
-    def _statistics(
-        self, advantages: Tensor, present: Tensor, mask: Tensor, output: dict[str, Any]
-    ) -> ObjectiveStatistics:
-        """Over all processes by one all-reduce: bitwise equal on each."""
-        # Corrections for a rollout engine that differs; VESPO has them within its own factor.
-        importance = None if self.loss_type == "vespo" else output.get("importance_sampling_ratio")
-        statistics = objective_statistics(
-            None,
-            None,
-            advantages,
-            mask.cpu(),
-            noon=bool(getattr(self._pama.rule, "noon", False)),
-            objective_mask=present,
-            importance_weights=None if importance is None else importance.cpu().expand(mask.shape),
-            aggregation="seq-mean-token-mean" if self.loss_type in COMPLETION_MEANS else "token-mean",
-            pairs=True,
-        )
-        if self.accelerator.num_processes == 1:
-            return statistics
-        buffer = self.accelerator.reduce(statistics.buffer.to(self.accelerator.device), reduction="sum")
-        return ObjectiveStatistics(buffer.cpu(), statistics.objectives, statistics.has_pairs)
-
-    def _ship(self, output: dict[str, Any], local: slice) -> None:
-        """Where signs disagree and clipping may bind, both sides beside their difference."""
-        assert self.combination is not None
-        _, positive, negative, *_ = self.combination
-        device = output["advantages"].device
-        sides = [side[local].to(device, torch.float32) for side in (positive, negative)]
-        output["advantages"] = sides[0] - sides[1]
-        # On-policy (TRL then keeps no log-probabilities) the losses are linear; SAPO's value is not.
-        off_policy = "old_per_token_logps" in output or self.loss_type == "sapo"
-        if off_policy and ((positive > 0) & (negative > 0)).any():  # of all processes: all do the same
-            output["pama_positive"], output["pama_negative"] = sides
-
-    def _log_combination(self, mode: str, preference: Tensor) -> None:
-        assert self.combination is not None
-        names = {i: name for i, name in enumerate(self.objective_names) if preference[i] > 0}
-        for name, value in rollout_metrics(self.combination, names, self._pama.rule).items():
-            self._metrics[mode][name].append(value)  # TRL leaves NaN out of its means
-        # TRL has logged the advantages that it would have used.
-        logged, used = self._logs["advantages"], self.combination.advantages.tolist()
-        for _ in range(min(len(used), len(logged))):
-            logged.pop()
-        logged.extend(used)
-
-    # --- the loss where signs disagree ----------------------------------------------------------------------
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """TRL's own loss L; with both sides, sum_i c_i L(A_i) = L(P) + L(-Q) - L(0).
-
-        P = sum_i c_i max(A_i, 0), Q = sum_i c_i max(-A_i, 0): their difference alone would lose what
-        clipping does where signs disagree. L(0) is all that does not depend on advantages: KL, entropy
-        bonus, auxiliary loss. The model runs once.
-        """
-        if "pama_positive" not in inputs:
-            loss: Tensor = super()._compute_loss(model, inputs)
-            return loss
-        advantages, positive, negative = (
-            inputs[name] for name in ("advantages", "pama_positive", "pama_negative")
-        )
-        if advantages.dim() == 2:  # a subclass made them per token
-            positive, negative = positive[:, None], negative[:, None]
-        ours = advantages == positive - negative  # else a subclass changed it: its loss is TRL's own
-        positive = torch.where(ours, positive, advantages.clamp(min=0))
-        negative = torch.where(ours, negative, advantages.clamp(max=0).neg())
-        mode = "train" if self.model.training else "eval"
-        kept = self._metrics[mode]
-        entropy = {name: getattr(self, name) for name in ENTROPY_STATE if hasattr(self, name)}
-        losses, metrics = [], []
-        self._forward_cache = []
+        self._scored_logps = []
         try:
-            for side in (positive, -negative, torch.zeros_like(positive)):
-                self.__dict__.update(entropy)
-                self._metrics[mode] = defaultdict(list)
-                losses.append(super()._compute_loss(model, {**inputs, "advantages": side}))
-                metrics.append(self._metrics[mode])
+            return super()._generate_and_score_completions(inputs)
         finally:
-            self._forward_cache = None
-            self._metrics[mode] = kept
-        for name in metrics[0]:  # clip ratios add up like the loss; the others are equal in all three
-            of_positive, of_negative, of_zero = (logged[name] for logged in metrics)
-            kept[name].extend(p + n - z for p, n, z in zip(of_positive, of_negative, of_zero, strict=True))
-        total: Tensor = losses[0] + losses[1] - losses[2]
-        return total
+            self._scored_logps = None
 
     def _get_per_token_logps_and_entropies(self, *arguments: Any, **named: Any) -> Any:
-        if self._forward_cache is None:
-            return super()._get_per_token_logps_and_entropies(*arguments, **named)
-        if not self._forward_cache:
-            self._forward_cache.append(super()._get_per_token_logps_and_entropies(*arguments, **named))
-        return self._forward_cache[0]
+        result = super()._get_per_token_logps_and_entropies(*arguments, **named)
+        if self._scored_logps is not None:
+            self._scored_logps.append(result[0])
+        return result
 
-    # --- checkpoints ----------------------------------------------------------------------------------------
+    def _objective_advantages(self, rewards: Tensor, group_size: int, output: dict[str, Any]) -> Advantages:
+        if self.reward_clip_range:
+            rewards = rewards.clamp(*self.reward_clip_range)
+        penalty = None
+        if self.beta != 0.0:
+            assert self._scored_logps is not None
+            policy, reference = self._scored_logps
+            divergence = ((policy - reference) * output["completion_mask"]).sum(1)
+            penalty = self.beta * self.accelerator.gather(divergence).cpu().double()
+        return leave_one_out(
+            rewards,
+            self.objective_names,
+            group_size=group_size,
+            eps=EPS,
+            penalty=penalty,
+            whiten=self.normalize_advantages,
+        )
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.pama_momentum and self.args.should_save:
-            state = {"objectives": self.objective_names, "running_mean": self._pama.state_dict()}
-            torch.save(state, os.path.join(output_dir, STATE_FILE))
+    def _completions_count_the_same(self) -> bool:
+        return True
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if not self.args.pama_momentum or checkpoint is None:
-            return
-        path = os.path.join(checkpoint, STATE_FILE)
-        if not os.path.isfile(path):
-            warnings.warn(f"no {STATE_FILE} in {checkpoint}: PAMA's running mean starts anew", stacklevel=2)
-            return
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["objectives"] != self.objective_names:
-            raise ValueError(
-                f"resume_from_checkpoint: expected the running mean of {self.objective_names}, "
-                f"got that of {state['objectives']} in {path}"
-            )
-        self._pama.load_state_dict(state["running_mean"])
+    def _clipping_may_bind(self, output: dict[str, Any]) -> bool:
+        steps = self.args.steps_per_generation * self.num_iterations
+        return bool(self.args.gradient_accumulation_steps % steps)

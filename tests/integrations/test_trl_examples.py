@@ -6,10 +6,9 @@ import re
 import runpy
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from trl_setup import TINY, PamaGRPOConfig, dataset, model, tokenizer
+from trl_setup import TINY, dataset, model, tokenizer
 
 from pama_kernels.integrations import trl as integration
 
@@ -19,14 +18,12 @@ ROOT = Path(__file__).parent.parent.parent
 def test_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The code of docs/trl.md runs as it is printed, with a tiny model and on the CPU."""
     text = (ROOT / "docs/trl.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-    assert blocks
-
-    class Tiny(PamaGRPOConfig):
-        def __init__(self, **named: Any) -> None:
-            super().__init__(**TINY, **named)
-
-    monkeypatch.setattr(integration, "PamaGRPOConfig", Tiny)
+    mark = r"^<!-- run by: tests/integrations/test_trl_examples.py -->\n```python\n(.*?)^```$"
+    blocks = re.findall(mark, text, flags=re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    for kind in (integration.PamaGRPOConfig, integration.PamaRLOOConfig):
+        tiny = lambda kind=kind, **named: kind(**TINY, **named)  # noqa: E731
+        monkeypatch.setattr(integration, kind.__name__, tiny)
     monkeypatch.chdir(tmp_path)
     for block in blocks:
         exec(block, {"model": model(), "tokenizer": tokenizer(), "dataset": dataset()})

@@ -19,13 +19,20 @@ from trl_setup import (
     copies,
     late,
     logged,
-    model,
     run,
+    saved_model,
     short,
     trainer,
 )
 
+from pama_kernels.integrations._rollout import Advantages
 from pama_kernels.integrations.trl import LOSS_TYPES
+
+
+def late_whole(completions: list[str], **_: Any) -> list[float]:
+    """Applies to every completion."""
+    return [value or 0.0 for value in late(completions)]
+
 
 # Beside the default: given weights per completion, Noon, and one weight for each
 RULES: dict[str, dict[str, Any]] = {
@@ -75,6 +82,31 @@ def test_scale_rewards(scale_rewards: str, tmp_path: Path) -> None:
     assert ours._logs["advantages"] == pytest.approx(plain._logs["advantages"], abs=1e-5)
 
 
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [3.0, 1.0]], ids=str)
+def test_fixed_is_gdpo(weights: list[float], tmp_path: Path) -> None:
+    """TRL's normalize_then_sum divides by the deviation (ddof 1) plus 1e-4, and with the sum of the weights
+    unnormalised; here it is the root mean square. Up to that factor the gradients are equal."""
+    gdpo = {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": weights}
+    plain, expected = run(GRPOTrainer, [late_whole, short], tmp_path, loss_type="grpo", max_steps=1, **gdpo)
+    ours, gradients = run(
+        PamaGRPOTrainer,
+        [late_whole, short],
+        tmp_path,
+        loss_type="grpo",
+        max_steps=1,
+        pama_rule="fixed",
+        pama_normalize=True,
+        **gdpo,
+    )
+    theirs = torch.tensor(plain._logs["advantages"], dtype=torch.float64)
+    deviation = 1e-4 / (1 / theirs.std() - 1)  # theirs are x / (std(x) + 1e-4)
+    factor = (deviation + 1e-4) / (deviation * (7 / 8) ** 0.5)
+    assert 1.06 < factor < 1.08
+    close(gradients, [factor * expected[0]], 2e-6)
+    mine = torch.tensor(ours._logs["advantages"], dtype=torch.float64)
+    torch.testing.assert_close(mine, factor * theirs, rtol=1e-6, atol=1e-6)
+
+
 # --- several objectives -------------------------------------------------------------------------------------
 
 
@@ -85,20 +117,19 @@ class Audited(PamaGRPOTrainer):
     shipped: list[bool]
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        import pama_kernels.integrations.trl as module
-
         seen: list[Tensor] = []
-        normalize, module.reward_advantages = module.reward_advantages, None
+        own = self._objective_advantages
 
-        def recorded(rewards: Tensor, *arguments: Any, **named: Any) -> Tensor:
-            seen.extend((~rewards.isnan(), normalize(rewards, *arguments, **named)))
-            return seen[-1]
+        def recorded(rewards: Tensor, *arguments: Any) -> Advantages:
+            made = own(rewards, *arguments)
+            seen.extend((~rewards.isnan(), made.applied))
+            return made
 
-        module.reward_advantages = recorded
+        self._objective_advantages = recorded
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
-            module.reward_advantages = normalize
+            del self._objective_advantages
         assert self.combination is not None
         present, advantages = seen
         weights = self.combination.weights * present
@@ -133,8 +164,6 @@ class Audited(PamaGRPOTrainer):
 
 
 def audit(where: Path, **changes: Any) -> Any:
-    model().save_pretrained(where / "policy")  # TRL loads the reference from where the policy came from
-    policy = type(model()).from_pretrained(where / "policy")
     extra = {"entropy_coef": 0.01} if "entropy_coef" in GRPOConfig.__dataclass_fields__ else {}
     Audited.differences, Audited.shipped = [], []
     off_policy = {"beta": 0.1, "epsilon": 0.1, "delta": 1.5, "off_policy_mask_threshold": 0.01}
@@ -142,7 +171,7 @@ def audit(where: Path, **changes: Any) -> Any:
         Audited,
         REWARDS,
         where,
-        policy=policy,
+        policy=saved_model(where / "policy"),
         max_steps=3,
         learning_rate=0.5,
         **off_policy,

@@ -120,6 +120,16 @@ def test_infinite_and_missing_rewards(tmp_path: Path) -> None:
         trainer(PamaGRPOTrainer, [short, constant(math.inf)], tmp_path).train()
 
 
+def test_a_rollout_that_teaches_nothing_warns_once(tmp_path: Path) -> None:
+    """Under the paper's rule per completion a constant reward vetoes everything."""
+    rule = {"pama_rule": "paper", "pama_weights_per": "token"}
+    with pytest.warns(UserWarning, match="every combined advantage of a rollout is 0 though vowels") as seen:
+        made, gradients = run(PamaGRPOTrainer, [vowels, constant(1.0)], tmp_path, **rule)
+    assert len([entry for entry in seen if "combined advantage" in str(entry.message)]) == 1
+    assert not any(gradient.any() for gradient in gradients)
+    assert logged(made, "pama/signal/constant") == [1, 1]
+
+
 # --- subclasses ---------------------------------------------------------------------------------------------
 
 
@@ -159,6 +169,25 @@ def test_a_hook_of_the_instance_survives(tmp_path: Path) -> None:
     assert len(calls) == 2
     assert made._calculate_rewards is hook
     assert logged(made, "grad_norm") == [0, 0]
+
+
+class Meddling(TrainerCallback):
+    """Changes the arguments, which TRL reads when the trainer is made."""
+
+    def on_step_begin(self, args: Any, *_: Any, **__: Any) -> None:
+        args.pama_normalize = True
+        args.pama_rule = "softmin"
+        args.pama_noon = True
+        args.scale_rewards = "none"
+        args.reward_weights = [0.0, 0.0, 1.0]
+        args.pama_preference = [0.0, 0.0, 1.0]
+
+
+def test_arguments_changed_during_training_do_nothing(tmp_path: Path) -> None:
+    """As in TRL: rule, scale and preference are read at construction; `trainer.reward_weights` is alive."""
+    _, expected = run(PamaGRPOTrainer, REWARDS, tmp_path)
+    _, gradients = run(PamaGRPOTrainer, REWARDS, tmp_path, Meddling())
+    close(gradients, expected)
 
 
 # --- preference ---------------------------------------------------------------------------------------------

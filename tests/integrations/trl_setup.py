@@ -16,10 +16,13 @@ pytest.importorskip("trl", reason="trl is not installed: pip install 'pama-kerne
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, RLOOConfig, RLOOTrainer
+from trl import GRPOTrainer as GRPOTrainer
 
 import pama_kernels as pk
-from pama_kernels.integrations.trl import PamaGRPOConfig, PamaGRPOTrainer
+from pama_kernels.integrations._trl_mixin import PamaMixin
+from pama_kernels.integrations.trl import PamaGRPOConfig as PamaGRPOConfig
+from pama_kernels.integrations.trl import PamaGRPOTrainer, PamaRLOOTrainer
 
 PROMPTS = ["abc", "the cat", "a b", "dog", "on", "zebra", "x", "we go"]
 Reward = Callable[..., list[Any]]
@@ -49,6 +52,12 @@ def model(seed: int = 0) -> Qwen2ForCausalLM:
         bos_token_id=None,
     )
     return Qwen2ForCausalLM(config)
+
+
+def saved_model(where: Path) -> Qwen2ForCausalLM:
+    """From a path, where TRL finds the reference."""
+    model().save_pretrained(where)
+    return Qwen2ForCausalLM.from_pretrained(where)
 
 
 def dataset() -> Dataset:
@@ -115,15 +124,16 @@ TINY: dict[str, Any] = {
 }
 
 
-def settings(kind: type[GRPOConfig], where: Path, **changes: Any) -> GRPOConfig:
+def settings(kind: Any, where: Path, **changes: Any) -> Any:
     return kind(**{"output_dir": str(where), **TINY, **changes})
 
 
-def trainer(
-    kind: type[GRPOTrainer], rewards: list[Reward], where: Path, *, policy: Any = None, **changes: Any
-) -> Any:
-    named = {key: changes.pop(key) for key in ("callbacks", "eval_dataset") if key in changes}
-    config = PamaGRPOConfig if issubclass(kind, PamaGRPOTrainer) else GRPOConfig
+def trainer(kind: Any, rewards: list[Reward], where: Path, *, policy: Any = None, **changes: Any) -> Any:
+    named = {key: changes.pop(key) for key in ("callbacks", "eval_dataset", "peft_config") if key in changes}
+    if issubclass(kind, PamaMixin):
+        config: Any = kind.config
+    else:
+        config = RLOOConfig if issubclass(kind, RLOOTrainer) else GRPOConfig
     return kind(
         model() if policy is None else policy,
         rewards,
@@ -148,7 +158,7 @@ class Gradients(TrainerCallback):
 
 
 def run(
-    kind: type[GRPOTrainer], rewards: list[Any], where: Path, *callbacks: TrainerCallback, **changes: Any
+    kind: Any, rewards: list[Any], where: Path, *callbacks: TrainerCallback, **changes: Any
 ) -> tuple[Any, list[Tensor]]:
     """The trainer after training, and its gradients."""
     gradients = Gradients()
@@ -168,7 +178,7 @@ def close(ours: list[Tensor], expected: list[Tensor], tolerance: float = 1e-5) -
         torch.testing.assert_close(ours_now, expected_now, rtol=0, atol=tolerance * scale)
 
 
-class Recorded(PamaGRPOTrainer):
+class Recording(PamaMixin):
     """Keeps what a rollout's weights are made of."""
 
     rollouts: list[dict[str, Any]]
@@ -196,6 +206,12 @@ class Recorded(PamaGRPOTrainer):
             logged=list(self._logs["advantages"]),
         )
         return output
+
+
+class Recorded(Recording, PamaGRPOTrainer): ...
+
+
+class RecordedRLOO(Recording, PamaRLOOTrainer): ...
 
 
 def specified(rollout: dict[str, Any], rule: Any, **arguments: Any) -> Any:
