@@ -88,24 +88,33 @@ struct Partials {
     int64_t blocks;
 };
 
-// The sums of the block to its place; `index(slot)` says where a slot belongs.
+// The sums of the block from those of its warps, rows of `width`, to its place; `index(slot)` says where a slot
+// belongs.
+template <class Index>
+__device__ inline void write_table(const double* table, int width, int count, const Partials& partials, int64_t block,
+                                   Index index) {
+    const int warps = blockDim.x / kWarp;
+    __syncthreads();
+    for (int slot = threadIdx.x; slot < count; slot += blockDim.x) {
+        double total = 0;
+        for (int w = 0; w < warps; ++w) total += table[w * width + slot];
+        const int64_t at = index(slot);
+        if (at >= 0) partials.data[at * partials.blocks + block] = total;
+    }
+}
+
+// The sums of the block from the values of its threads.
 template <int Count, class Index>
 __device__ inline void write_block(Values<Count>& values, const Partials& partials, int64_t block, Index index) {
-    using Table = double[kMostWarps][Count];
+    using Table = double[kFewThreads / kWarp][Count];
     PAMA_SHARED(Table, table);
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     PAMA_UNROLL
     for (int b = 0; b < Values<Count>::kBatches; ++b) {
         const double sum = transposed_sums(values.batch[b], lane);
         if (b * kWarp + lane < Count) table[warp][b * kWarp + lane] = sum;
     }
-    __syncthreads();
-    for (int slot = threadIdx.x; slot < Count; slot += blockDim.x) {
-        double total = 0;
-        for (int w = 0; w < warps; ++w) total += table[w][slot];
-        const int64_t at = index(slot);
-        if (at >= 0) partials.data[at * partials.blocks + block] = total;
-    }
+    write_table(&table[0][0], Count, Count, partials, block, index);
 }
 
 // The last block: partials to sums, a warp for each, and what follows from others.
