@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "config.hpp"
+#include "token.hpp"
 
 PAMA_BEGIN
 
@@ -42,6 +42,118 @@ constexpr const char* kFieldNames[kFields] = {
 constexpr const char* kTotalNames[kTotals] = {"token_count", "kl_sum"};
 constexpr const char* kPairNames[kPairs] = {"bound_product", "advantage_product", "pair_count", "pair_advantage",
                                             "pair_advantage_square"};
+
+// Fields that count tokens; all others are sums of numbers.
+PAMA_HD constexpr bool counts_tokens(int field) { return field == kCount || field >= kPositiveCount; }
+
+// Sums over the valid tokens of one sequence in which no objective appears, so that advantages per sequence cost the
+// same for any number of them. Factors are those of core/token.hpp, with the importance weight.
+enum RowSum {
+    kValid,
+    kOffPos,  // tokens without a gradient
+    kOffNeg,
+    kRowCounted,  // until here they count tokens
+    kGradPos = kRowCounted,
+    kGradNeg,
+    kGradPosSquare,
+    kGradNegSquare,
+    kGradBoth,  // product of the two
+    kGradPosLogp,
+    kGradNegLogp,
+    kPos,
+    kNeg,
+    kK3,
+    kRowStatistics,  // until here the statistics need them
+    kRefKl = kRowStatistics,
+    kRowSums
+};
+
+// Where all factors are 1, whether the sum is the number of valid tokens; else it is 0.
+PAMA_HD constexpr bool factors_are_one(int sum) {
+    return sum != kOffPos && sum != kOffNeg && sum != kGradPosLogp && sum != kGradNegLogp && sum < kK3;
+}
+
+// What a token counts as: its weight, and that again where it has no gradient for advantages of either sign, else 0.
+template <class C>
+struct TokenCount {
+    C one, off_pos, off_neg;
+};
+
+// Adds one token to the fields of one objective: counts to `counts`, all else, times `omega`, to `sums`. For one token
+// or one per SIMD lane. Returns I.
+template <class V, class Mask, class C>
+PAMA_HD inline V add_token(const TokenFactors<V>& f, bool noon, V a, Mask here, V omega, const TokenCount<C>& count,
+                           V (&sums)[kFields], C (&counts)[kFields]) {
+    const V zero{};
+    const C none{};
+    V bound, surrogate;
+    surrogate_terms(noon, a, f.pos, f.neg, f.grad_pos, f.grad_neg, surrogate, bound);
+    bound = choose(here, bound, zero);
+    const V weighted = omega * bound, own = omega * a;
+    const auto positive = a > zero;
+    counts[kCount] += choose(here, count.one, none);
+    sums[kBoundSum] += weighted;
+    sums[kBoundSquareSum] += weighted * bound;
+    sums[kLogprobSum] += weighted * f.logp;
+    sums[kSurrogateSum] += omega * choose(here, surrogate, zero);
+    sums[kAdvantageSum] += own;
+    sums[kAdvantageSquareSum] += own * a;
+    counts[kPositiveCount] += choose(positive, count.one, none);
+    counts[kClippedCount] += choose(positive, count.off_pos, noon ? none : choose(a < zero, count.off_neg, none));
+    return bound;
+}
+
+// Adds one token to the sums of its sequence, those of negative advantages but for Noon.
+template <class V, class Mask, class C>
+PAMA_HD inline void add_to_row(const TokenFactors<V>& f, bool noon, Mask valid, C one, V (&sums)[kRowSums],
+                               C (&counts)[kRowSums]) {
+    const C none{};
+    counts[kValid] += choose(valid, one, none);
+    counts[kOffPos] += choose(f.off_pos, one, none);
+    sums[kGradPos] += f.grad_pos;
+    sums[kGradPosSquare] += f.grad_pos * f.grad_pos;
+    sums[kGradPosLogp] += f.grad_pos * f.logp;
+    sums[kPos] += f.pos;
+    sums[kK3] += f.kl;
+    if (noon) return;
+    counts[kOffNeg] += choose(f.off_neg, one, none);
+    sums[kGradNeg] += f.grad_neg;
+    sums[kGradNegSquare] += f.grad_neg * f.grad_neg;
+    sums[kGradBoth] += f.grad_pos * f.grad_neg;
+    sums[kGradNegLogp] += f.grad_neg * f.logp;
+    sums[kNeg] += f.neg;
+}
+
+// Adds one sequence to the fields of one objective, from its advantage and the sums `r` times the token weight.
+template <class V, class Mask>
+PAMA_HD inline void add_row(const double* r, bool noon, V a, Mask here, V (&sums)[kFields]) {
+    const V zero{};
+    const auto above = a > zero, below = a < zero;
+    const V kept = noon ? choose(below, zero, a) : a, own = a * r[kValid];
+    const auto by_sign = [&](int positive, int negative) {
+        return noon ? zero + r[positive] : choose(below, zero + r[negative], zero + r[positive]);
+    };
+    sums[kCount] += choose(here, zero + r[kValid], zero);
+    sums[kBoundSum] += choose(here, kept * by_sign(kGradPos, kGradNeg), zero);
+    sums[kBoundSquareSum] += choose(here, kept * kept * by_sign(kGradPosSquare, kGradNegSquare), zero);
+    sums[kLogprobSum] += choose(here, kept * by_sign(kGradPosLogp, kGradNegLogp), zero);
+    sums[kSurrogateSum] += choose(here, kept * by_sign(kPos, kNeg), zero);
+    sums[kAdvantageSum] += own;
+    sums[kAdvantageSquareSum] += own * a;
+    sums[kPositiveCount] += choose(above, zero + r[kValid], zero);
+    sums[kClippedCount] += choose(above, zero + r[kOffPos], noon ? zero : choose(below, zero + r[kOffNeg], zero));
+}
+
+// Whether T held the sums of some tokens: float32 squares overflow above 1e19 and vanish below 1e-19.
+template <class T>
+PAMA_HD inline bool row_in_range(const T (&sums)[kRowSums]) {
+    const T tiny = static_cast<T>(0x1p-80);
+    T poison = T(0);
+    PAMA_UNROLL
+    for (int k = kRowCounted; k < kRowStatistics; ++k) poison += T(0) * sums[k];
+    return poison == T(0) && (sums[kGradPosSquare] >= tiny || sums[kGradPos] == T(0)) &&
+           (sums[kGradNegSquare] >= tiny || sums[kGradNeg] == T(0));
+}
 
 PAMA_HD constexpr int64_t total_offset(int64_t n) { return kFields * n; }
 PAMA_HD constexpr int64_t pair_offset(int64_t n, int pair) { return kFields * n + kTotals + pair * n * n; }

@@ -1,11 +1,10 @@
-// The statistics of one token: what core/statistics.hpp sums, from loaded values.
+// The factors of one token, from loaded values: what core/statistics.hpp sums and the loss is made of.
 //
 // A masked place counts as 0 whatever it holds. A NaN or infinity at a valid place makes the factors of its token, or
 // its own advantage, NaN; so the arithmetic that follows needs no test.
 #pragma once
 
 #include "numbers.hpp"
-#include "statistics.hpp"
 #include "surrogate.hpp"
 
 PAMA_BEGIN
@@ -109,31 +108,5 @@ PAMA_HD inline T bound_term(const TokenFactors<T>& f, bool noon, T advantage, bo
     surrogate_terms(noon, advantage, f.pos, f.neg, f.grad_pos, f.grad_neg, surrogate, bound);
     return present ? bound : T(0);
 }
-
-// Sums of one objective over some tokens, counts apart.
-template <class T>
-struct ObjectiveSums {
-    T bound = 0, bound_square = 0, bound_logp = 0, surrogate = 0, advantage = 0, advantage_square = 0;
-
-    PAMA_HD void add(const TokenFactors<T>& f, bool noon, T a, bool present) {
-        T g, i;
-        surrogate_terms(noon, a, f.pos, f.neg, f.grad_pos, f.grad_neg, g, i);
-        i = present ? i : T(0);
-        bound += i;
-        bound_square += i * i;
-        bound_logp += i * f.logp;
-        surrogate += present ? g : T(0);
-        advantage += a;
-        advantage_square += a * a;
-    }
-
-    // Whether T held the sums: float32 squares overflow above 1e19 and vanish below 1e-19. `advantages`: one was not 0.
-    PAMA_HD bool in_range(bool advantages) const {
-        const T poison = T(0) * bound + T(0) * bound_square + T(0) * bound_logp + T(0) * surrogate + T(0) * advantage +
-                         T(0) * advantage_square;
-        const T tiny = static_cast<T>(0x1p-80);
-        return poison == 0 && (advantage_square >= tiny || !advantages) && (bound_square >= tiny || bound == 0);
-    }
-};
 
 PAMA_END

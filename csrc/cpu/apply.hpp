@@ -73,7 +73,7 @@ inline void apply_weights(const Pass& pass, const Workspace<T>& w, int64_t first
         store(gradient + t, masked ? zero : -by * slope);
     }
     T result[2];
-    totals(sums, result);
+    totals<2>(sums, result);
     partial.loss += static_cast<double>(result[0]);
     if (outputs.advantages) partial.square += omega * square_sum(combined, tile.padded, result[1]);
 }

@@ -31,26 +31,6 @@ struct Partial {
     double loss, optimum, square;
 };
 
-// Advantages per sequence: sums over the valid tokens of a row in which no objective appears. Factors are those of
-// core/token.hpp, with the importance weight.
-enum RowSum {
-    kValid,
-    kGradPos,
-    kGradNeg,
-    kGradPosSquare,
-    kGradNegSquare,
-    kGradBoth,  // product of the two
-    kPos,
-    kNeg,
-    kGradPosLogp,
-    kGradNegLogp,
-    kOffPos,  // tokens without a gradient
-    kOffNeg,
-    kK3,
-    kRefKl,
-    kRowSums
-};
-
 // One pass over the tokens of rows: their sums, the gradient, or both.
 struct RowPass {
     double* sums = nullptr;        // (rows, kRowSums)

@@ -97,36 +97,8 @@ inline void add_row_fields(const RowGroup& group, double* out) {
     for (int64_t i = 0; i < group.n; i += width) {
         V s[kFields] = {};
         for (int64_t row = 0; row < group.rows; ++row) {
-            const double* r = group.r(row);
-            const V x = load<V>(group.a(row) + i), up = x < 0 ? zero : x;
-            V bound = up * r[kGradPos], square = up * up * r[kGradPosSquare], logp = up * r[kGradPosLogp],
-              surrogate = up * r[kPos], clipped = x > 0 ? zero + r[kOffPos] : zero;
-            if constexpr (!Noon) {
-                const V down = x - up;
-                bound += down * r[kGradNeg];
-                square += down * down * r[kGradNegSquare];
-                logp += down * r[kGradNegLogp];
-                surrogate += down * r[kNeg];
-                clipped = x < 0 ? zero + r[kOffNeg] : clipped;
-            }
-            if constexpr (Masked) {
-                const V here = load<V>(group.here(row) + i);
-                s[kCount] += here * r[kValid];
-                bound = here == 0 ? zero : bound;
-                square = here == 0 ? zero : square;
-                logp = here == 0 ? zero : logp;
-                surrogate = here == 0 ? zero : surrogate;
-            } else {
-                s[kCount] += r[kValid];
-            }
-            s[kBoundSum] += bound;
-            s[kBoundSquareSum] += square;
-            s[kLogprobSum] += logp;
-            s[kSurrogateSum] += surrogate;
-            s[kAdvantageSum] += x * r[kValid];
-            s[kAdvantageSquareSum] += x * x * r[kValid];
-            s[kPositiveCount] += x > 0 ? zero + r[kValid] : zero;
-            s[kClippedCount] += clipped;
+            const auto here = Masked ? load<V>(group.here(row) + i) != zero : zero == zero;
+            add_row(group.r(row), Noon, load<V>(group.a(row) + i), here, s);
         }
         const int64_t used = group.n - i < width ? group.n - i : width;
         for (int f = 0; f < kFields; ++f)

@@ -44,8 +44,9 @@ std::vector<double> row_sums(const Tokens& tokens, RowPass pass, int threads) {
     }
     const std::vector<int64_t> counts = count_rows(tokens, threads);  // every factor is 1
     for (size_t row = 0; row < counts.size(); ++row)
-        for (const RowSum sum : {kValid, kGradPos, kGradNeg, kGradPosSquare, kGradNegSquare, kGradBoth, kPos, kNeg})
-            sums[row * kRowSums + sum] = static_cast<double>(counts[row]);
+        for (int sum = 0; sum < kRowSums; ++sum)
+            if (factors_are_one(sum))
+                sums[row * kRowSums + static_cast<size_t>(sum)] = static_cast<double>(counts[row]);
     return sums;
 }
 

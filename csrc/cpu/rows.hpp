@@ -2,7 +2,7 @@
 // number of them.
 #pragma once
 
-#include "../core/token.hpp"
+#include "../core/statistics.hpp"
 #include "segments.hpp"
 #include "shuffle.hpp"
 
@@ -62,13 +62,11 @@ struct RowSlope {
     T up = 0, down = 0, by = 0, kl_coef = 0;
 };
 
-constexpr int kSums = 16;  // kRowSums up to a power of two
-
 template <bool Noon, bool Sums, bool Gradient, class T, class V = typename Lanes<T>::V>
 inline void chunk_pass(const Chunk<T>& in, const ClipIn<T>& clip, const RowSlope<T>& row, T* sums, T* gradient) {
     const V zero{}, one = zero + 1, up = zero + row.up, down = zero + row.down, by = zero + row.by,
                     coefficient = zero + row.kl_coef;
-    V s[kSums] = {};
+    V s[kRowSums] = {};
     for (int64_t t = 0; t < in.padded; t += Lanes<T>::count) {
         const auto valid = load<V>(in.valid + t) != zero;
         const TokenFactors<V> f =
@@ -76,22 +74,8 @@ inline void chunk_pass(const Chunk<T>& in, const ClipIn<T>& clip, const RowSlope
         V kl = zero, ref_slope = zero;
         if (in.ref) ref_terms(valid, load<V>(in.ref + t), f.logp, kl, ref_slope);
         if constexpr (Sums) {
-            s[kValid] += choose(valid, one, zero);
-            s[kGradPos] += f.grad_pos;
-            s[kGradPosSquare] += f.grad_pos * f.grad_pos;
-            s[kPos] += f.pos;
-            s[kGradPosLogp] += f.grad_pos * f.logp;
-            s[kOffPos] += choose(f.off_pos, one, zero);
-            s[kK3] += f.kl;
+            add_to_row(f, Noon, valid, one, s, s);
             s[kRefKl] += kl;
-            if constexpr (!Noon) {
-                s[kGradNeg] += f.grad_neg;
-                s[kGradNegSquare] += f.grad_neg * f.grad_neg;
-                s[kGradBoth] += f.grad_pos * f.grad_neg;
-                s[kNeg] += f.neg;
-                s[kGradNegLogp] += f.grad_neg * f.logp;
-                s[kOffNeg] += choose(f.off_neg, one, zero);
-            }
         }
         if constexpr (Gradient) {
             V gain, slope;
@@ -100,18 +84,8 @@ inline void chunk_pass(const Chunk<T>& in, const ClipIn<T>& clip, const RowSlope
             store(gradient + t, choose(valid, -by * slope, zero));
         }
     }
-    if constexpr (Sums) totals(s, sums);
+    if constexpr (Sums) totals<kRowSums>(s, sums);
 }
-
-// Whether float32 held the sums: a square overflows above 1e19 and vanishes below 1e-19.
-inline bool chunk_in_range(const float* sums) {
-    float poison = 0;
-    for (int k = 0; k < kRowSums; ++k) poison += 0 * sums[k];
-    const float tiny = 0x1p-80f;
-    return poison == 0 && (sums[kGradPosSquare] >= tiny || sums[kGradPos] == 0) &&
-           (sums[kGradNegSquare] >= tiny || sums[kGradNeg] == 0);
-}
-inline bool chunk_in_range(const double*) { return true; }
 
 template <bool Noon, bool Sums, bool Gradient, class T>
 inline void row_pass(const Tokens& tokens, const RowPass& pass, int64_t first, int64_t last, double* head) {
@@ -133,19 +107,19 @@ inline void row_pass(const Tokens& tokens, const RowPass& pass, int64_t first, i
         for (int64_t done = 0; done < piece; done += kChunkTokens) {
             const int64_t count = piece - done < kChunkTokens ? piece - done : kChunkTokens;
             const Chunk<T> chunk = load_chunk(tokens, with_ref, row, t + done, count, buffers);
-            T sums[kSums];
+            T sums[kRowSums];
             T* gradient = buffers.gradient;
             const bool in_place = Gradient && pass.gradient.dtype == own && count == chunk.padded;
             if (in_place) gradient = static_cast<T*>(pass.gradient.data) + first + at + done;
             chunk_pass<Noon, Sums, Gradient>(chunk, clip, slope, sums, gradient);
             if (Gradient && !in_place) store_values(pass.gradient, first + at + done, count, gradient);
             if constexpr (Sums) {
-                if (chunk_in_range(sums)) {
+                if (sizeof(T) == sizeof(double) || row_in_range(sums)) {
                     for (int k = 0; k < kRowSums; ++k) target[k] += static_cast<double>(sums[k]);
                     continue;
                 }
                 ChunkBuffers<double> wide;
-                double exact[kSums];
+                double exact[kRowSums];
                 chunk_pass<Noon, true, false>(load_chunk(tokens, with_ref, row, t + done, count, wide),
                                               ClipIn<double>(tokens.clip), RowSlope<double>{}, exact,
                                               static_cast<double*>(nullptr));

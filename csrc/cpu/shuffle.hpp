@@ -65,24 +65,26 @@ PAMA_INLINE void interleave(FloatV* v) {
     }
 }
 
-// The sums over the lanes of N vectors at once, N a power of two: of pairs of neighbours, of pairs of those, and so on.
-template <int N, class V, class T>
-PAMA_INLINE void totals(V (&v)[N], T* sums) {
-    static_assert((N & (N - 1)) == 0, "pairs of neighbours: pad with zeros to a power of two");
-    constexpr int width = sizeof(V) / sizeof(T);
-    const std::make_integer_sequence<int, width> lanes{};
-    int count = N;
-#pragma GCC unroll 8
-    for (int left = width; left > 1; left /= 2) {
-        const int half = (count + 1) / 2;
-#pragma GCC unroll 8
-        for (int k = 0; k < half; ++k) {
-            const V a = v[2 * k], b = v[count > 1 ? 2 * k + 1 : 0];
-            v[k] = every_second<0>(a, b, lanes) + every_second<1>(a, b, lanes);
-        }
-        count = half;
+// v[k] = sums of neighbours in v[2 k] and v[2 k + 1], of `Count` vectors.
+template <int Count, class V, class Lanes, int... K>
+PAMA_INLINE void add_neighbours(V* v, Lanes lanes, std::integer_sequence<int, K...>) {
+    constexpr int last = Count - 1;
+    ((v[K] = every_second<0>(v[2 * K], v[2 * K < last ? 2 * K + 1 : last], lanes) +
+             every_second<1>(v[2 * K], v[2 * K < last ? 2 * K + 1 : last], lanes)),
+     ...);
+}
+
+// The sums over the lanes of N vectors at once: of pairs of neighbours, of pairs of those, and so on. v: work space.
+template <int N, class V, class T, int Count = N, int Left = sizeof(V) / sizeof(T)>
+PAMA_INLINE void totals(V* v, T* sums) {
+    if constexpr (Left > 1) {
+        constexpr int half = (Count + 1) / 2;
+        add_neighbours<Count>(v, std::make_integer_sequence<int, sizeof(V) / sizeof(T)>{},
+                              std::make_integer_sequence<int, half>{});
+        totals<N, V, T, half, Left / 2>(v, sums);
+    } else {
+        memcpy(sums, v, N * sizeof(T));
     }
-    memcpy(sums, v, N * sizeof(T));
 }
 
 // N contiguous floats of each of `count` rows to N arrays `stride` apart, each vector of them through `change`(vector,

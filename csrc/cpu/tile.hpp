@@ -29,7 +29,7 @@ struct Tile {
     T *ratio, *kl;
     T *ref_kl, *ref_slope;        // the KL penalty to the reference, and its derivative
     Ahead ahead;                  // the next tile's advantages
-    T *bound, *squares, *fields;  // work space of the sums: I and A'^2 (n, kTileTokens), (n, kFields)
+    T *bound, *squares, *fields;  // work space of the sums: I and A'^2 (n, kTileTokens), the sums
 };
 
 // (tokens, objectives) to objective-major. With `valid`, masked places become 0 and infinities NaN on the way. buffer:
@@ -86,13 +86,13 @@ inline Tile<T> allocate_tile(const Tokens& tokens, Arena& arena) {
     for (T** piece : pieces) *piece = arena.take<T>(kTileTokens);
     tile.bound = arena.take<T>(tokens.n * kTileTokens);
     tile.squares = tile.present ? arena.take<T>(tokens.n * kTileTokens) : nullptr;
-    tile.fields = arena.take<T>(tokens.n * kFields);
+    tile.fields = arena.take<T>(statistics_size(tokens.n, false));
     return tile;
 }
 
 template <class T>
 inline int64_t tile_bytes(int n) {
-    return static_cast<int64_t>(sizeof(T)) * (kTileTokens * (4 * n + 16) + kFields * n) + 64 * 24;
+    return static_cast<int64_t>(sizeof(T)) * (kTileTokens * (4 * n + 16) + statistics_size(n, false)) + 64 * 24;
 }
 
 template <bool Noon, class T, class V = typename Lanes<T>::V>

@@ -59,13 +59,13 @@ __device__ inline double warp_sum(double value) {
 // memory before is then visible to it. The counter is 0 before and after every launch.
 __device__ inline bool last_block(unsigned* counter) {
     PAMA_SHARED(bool, last);
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == 0) {  // its fences order what the whole block wrote before the barrier and reads after the next
+        __threadfence();
         last = atomicInc(counter, gridDim.x - 1) == gridDim.x - 1;
+        __threadfence();
     }
     __syncthreads();
-    __threadfence();
     return last;
 }
 

@@ -176,10 +176,29 @@ struct LaneTotals {
         for (int b = 0; b < kBatches; ++b) poison += 0 * total[b];
         return poison == 0;
     }
-    __device__ void store(double* row, int lane) const {
+    // place(k): where sum k goes in the row.
+    template <class Place>
+    __device__ void store(double* row, int lane, Place place) const {
         PAMA_UNROLL
         for (int b = 0; b < kBatches; ++b)
-            if (b * kWarp + lane < Count) row[b * kWarp + lane] = total[b];
+            if (b * kWarp + lane < Count) row[place(b * kWarp + lane)] = total[b];
+    }
+};
+
+// The sums of a thread in float32: the fields from kBoundSum to kAdvantageSquareSum of each objective, then the
+// products, as Slots has them, then k3.
+template <int G, bool Pairs>
+struct FlatSums {
+    using S = Slots<G, Pairs>;
+    static_assert(kBoundSum == 1 && kAdvantageSquareSum == 6, "what is counted in integers comes before and after");
+    static constexpr int kProduct = kAdvantageSquareSum * G, kKl = kProduct + S::kAll - S::kProduct, kAll = kKl + 1;
+
+    __device__ static constexpr int field(int f, int k) { return S::field(f - 1, k); }
+    __device__ static constexpr int product(int kind, int i, int j) {
+        return kProduct + S::product(kind, i, j) - S::kProduct;
+    }
+    __device__ static int slot(int k) {
+        return k < kProduct ? k + G : k < kKl ? k - kProduct + S::kProduct : S::kTotal + kKlSum;
     }
 };
 
@@ -189,13 +208,14 @@ constexpr float kTiny = 0x1p-80f;  // a sum of squares below it may have lost so
 template <int G, bool Pairs, bool Full>
 __device__ inline bool add_flat(const FlatTokens& x, const FlatClip& clip, int first, unsigned group, double* row) {
     using S = Slots<G, Pairs>;
+    using F = FlatSums<G, Pairs>;
     const int lane = threadIdx.x % kWarp;
-    LaneTotals<S::kCounts> totals;
+    LaneTotals<F::kAll> totals;
     unsigned tokens = 0, positive = 0, clipped = 0;  // the last two of the objective lane % 4
     bool held = true;
     float poison = 0;
     for (unsigned leader = group - lane; leader < x.groups;) {
-        float sums[S::kCounts] = {};
+        float sums[F::kAll] = {};
         unsigned counts[G] = {}, advantage_bits[G] = {}, bound_bits[G] = {}, chunk_tokens = 0;
         PAMA_ROLLED
         for (int step = 0; step < kFlatSteps && leader < x.groups; ++step, leader += x.stride) {
@@ -205,7 +225,7 @@ __device__ inline bool add_flat(const FlatTokens& x, const FlatClip& clip, int f
                 const bool valid = t.valid(u);
                 const FlatFactors f = flat_factors<!Full>(clip, valid, t.logp[u], t.old[u], t.w[u], poison);
                 chunk_tokens += valid ? 1u : 0u;
-                sums[S::kKl] += f.kl;
+                sums[F::kKl] += f.kl;
                 float own[G], bound[G];
                 PAMA_UNROLL
                 for (int k = 0; k < G; ++k) {
@@ -213,24 +233,20 @@ __device__ inline bool add_flat(const FlatTokens& x, const FlatClip& clip, int f
                     const bool up = a > 0;
                     const float i = a * (up ? f.grad_pos : f.grad_neg);
                     own[k] = a, bound[k] = i;
-                    sums[0 * G + k] += i;
-                    sums[1 * G + k] += i * i;
-                    sums[2 * G + k] += i * f.logp;
-                    sums[3 * G + k] += a * (up ? f.pos : f.neg);
-                    sums[4 * G + k] += a;
-                    sums[5 * G + k] += a * a;
+                    sums[F::field(kBoundSum, k)] += i;
+                    sums[F::field(kBoundSquareSum, k)] += i * i;
+                    sums[F::field(kLogprobSum, k)] += i * f.logp;
+                    sums[F::field(kSurrogateSum, k)] += a * (up ? f.pos : f.neg);
+                    sums[F::field(kAdvantageSum, k)] += a;
+                    sums[F::field(kAdvantageSquareSum, k)] += a * a;
                     if (up) counts[k] += f.count_pos;
                     if (a < 0) counts[k] += f.count_neg;
                     advantage_bits[k] |= bits_of(a);
                     bound_bits[k] |= bits_of(i);
-                    if (Pairs) {
-                        int pair = S::kProduct + k - 1;  // as in add_tokens
-                        PAMA_UNROLL
-                        for (int j = 0; j < k; ++j) {
-                            sums[pair] += bound[j] * i;
-                            sums[pair + S::kEach] += own[j] * a;
-                            pair += G - 2 - j;
-                        }
+                    PAMA_UNROLL
+                    for (int j = 0; Pairs && j < k; ++j) {
+                        sums[F::product(kBoundProduct, j, k)] += bound[j] * i;
+                        sums[F::product(kAdvantageProduct, j, k)] += own[j] * a;
                     }
                 }
             }
@@ -238,8 +254,8 @@ __device__ inline bool add_flat(const FlatTokens& x, const FlatClip& clip, int f
         unsigned mine = 0;
         PAMA_UNROLL
         for (int k = 0; k < G; ++k) {
-            held = held && (sums[1 * G + k] >= kTiny || bound_bits[k] << 1 == 0);
-            held = held && (sums[5 * G + k] >= kTiny || advantage_bits[k] << 1 == 0);
+            held = held && (sums[F::field(kBoundSquareSum, k)] >= kTiny || bound_bits[k] << 1 == 0);
+            held = held && (sums[F::field(kAdvantageSquareSum, k)] >= kTiny || advantage_bits[k] << 1 == 0);
             const unsigned count = __reduce_add_sync(kAllLanes, counts[k]);
             mine = lane % 4 == k ? count : mine;
         }
@@ -249,13 +265,13 @@ __device__ inline bool add_flat(const FlatTokens& x, const FlatClip& clip, int f
         totals.add(sums, lane);
     }
     if (__any_sync(kAllLanes, !(held && poison == 0 && totals.finite()))) return false;
-    totals.store(row, lane);
+    totals.store(row, lane, [](int k) { return F::slot(k); });
     if (lane < G) {
-        row[S::kCounts + lane] = tokens;
-        row[S::kCounts + G + lane] = positive;
-        row[S::kCounts + 2 * G + lane] = clipped;
+        row[S::field(kCount, lane)] = tokens;
+        row[S::field(kPositiveCount, lane)] = positive;
+        row[S::field(kClippedCount, lane)] = clipped;
     }
-    if (lane == 0) row[S::kTokens] = tokens;
+    if (lane == 0) row[S::kTotal + kTokenCount] = tokens;
     return true;
 }
 
@@ -307,7 +323,7 @@ __device__ inline bool multiply_flat(const FlatTokens& x, const FlatClip& clip, 
         totals.add(sums, lane);
     }
     if (__any_sync(kAllLanes, !(held && poison == 0 && totals.finite()))) return false;
-    totals.store(row, lane);
+    totals.store(row, lane, [](int k) { return k; });
     return true;
 }
 

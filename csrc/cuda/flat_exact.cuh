@@ -74,9 +74,8 @@ __device__ inline ExactSums exact_sums(const FlatTokens& x, const Clip& clip, bo
 __device__ PAMA_NOINLINE void add_exact(const FlatTokens& x, const Clip& clip, bool noon, bool pairs, int objectives,
                                         const Layer& layer, unsigned group, double* row) {
     const bool tile = layer.first != layer.second, writes = threadIdx.x % kWarp == 0;
-    const int each = pairs ? objectives * (objectives - 1) / 2 : 0, product = 6 * objectives + 1;
-    const int counts = product + kProductKinds * each;
-    int pair = product;
+    const int each = pairs ? objectives * (objectives - 1) / 2 : 0, totals = kFields * objectives;
+    int pair = totals + kTotals;  // slots as Slots has them
     PAMA_ROLLED
     for (int i = 0; i < objectives; ++i) {
         PAMA_ROLLED
@@ -92,15 +91,13 @@ __device__ PAMA_NOINLINE void add_exact(const FlatTokens& x, const Clip& clip, b
                 put(at + (tile ? objectives * objectives : each), s.advantage_product);
                 continue;
             }
-            const double fields[] = {s.bound,     s.bound_square, s.bound_logp,
-                                     s.surrogate, s.advantage,    s.advantage_square};
+            const double fields[kFields] = {s.tokens,           s.bound,     s.bound_square,
+                                            s.bound_logp,       s.surrogate, s.advantage,
+                                            s.advantage_square, s.positive,  s.clipped};
             PAMA_UNROLL
-            for (int field = 0; field < 6; ++field) put(field * objectives + i, fields[field]);
-            put(6 * objectives, s.kl);
-            put(counts + i, s.tokens);
-            put(counts + objectives + i, s.positive);
-            put(counts + 2 * objectives + i, s.clipped);
-            put(counts + 3 * objectives, s.tokens);
+            for (int field = 0; field < kFields; ++field) put(field * objectives + i, fields[field]);
+            put(totals + kTokenCount, s.tokens);
+            put(totals + kKlSum, s.kl);
         }
     }
 }

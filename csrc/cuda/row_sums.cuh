@@ -1,32 +1,13 @@
-// Sums over the tokens of each sequence in which no objective appears. With advantages per sequence every statistic is
-// a sum over sequences of one of these times A_i, A_i^2 or A_i A_j, so a token costs the same for any number of them.
+// The sums over the tokens of each sequence (RowSum in core/statistics.hpp). With advantages per sequence every
+// statistic is a sum over sequences of one of these times A_i, A_i^2 or A_i A_j.
 #pragma once
 
-#include "../core/token.hpp"
+#include "../core/statistics.hpp"
 #include "load.cuh"
 #include "problem.hpp"
 
 namespace pama {
 namespace cuda {
-
-// pos, neg: factors of the surrogate for advantages of either sign; grad: those of the bound terms.
-enum RowSum {
-    kRowPos,
-    kRowNeg,
-    kRowGradPos,
-    kRowGradNeg,
-    kRowGradPosSquare,
-    kRowGradNegSquare,
-    kRowGradProduct,
-    kRowGradPosLogp,
-    kRowGradNegLogp,
-    kRowKl,
-    kRowSummed,
-    kRowTokens = kRowSummed,
-    kRowOffPos,  // tokens without a gradient
-    kRowOffNeg,
-    kRowSums
-};
 
 struct RowSumsTask {
     DeviceTokens p;
@@ -48,11 +29,11 @@ __device__ inline bool add_segment(const DeviceTokens& p, int64_t row, int64_t f
     const ClipIn<T> clip(p.clip);
     const int64_t base = p.starts ? p.starts[row] : 0;
     const auto at = [&](const Array& array, int64_t token) { return row * array.row + (base + token) * array.token; };
-    unsigned tokens = 0, off_pos = 0, off_neg = 0;
+    unsigned counts[kRowSums] = {};
     bool held = true;
     int64_t token = first + threadIdx.x % kWarp;
     do {
-        T sums[kRowSummed] = {};
+        T sums[kRowSums] = {};
         PAMA_ROLLED
         for (int j = 0; (!kChunks || j < kChunk) && token < last; j += kTogether) {
             T logp[kTogether], old[kTogether], w[kTogether];
@@ -75,35 +56,15 @@ __device__ inline bool add_segment(const DeviceTokens& p, int64_t row, int64_t f
             PAMA_UNROLL
             for (int u = 0; u < kTogether; ++u) {
                 const TokenFactors<T> f = token_factors(clip, valid[u], logp[u], old[u], w[u]);
-                sums[kRowPos] += f.pos;
-                sums[kRowNeg] += f.neg;
-                sums[kRowGradPos] += f.grad_pos;
-                sums[kRowGradNeg] += f.grad_neg;
-                sums[kRowGradPosSquare] += f.grad_pos * f.grad_pos;
-                sums[kRowGradNegSquare] += f.grad_neg * f.grad_neg;
-                sums[kRowGradProduct] += f.grad_pos * f.grad_neg;
-                sums[kRowGradPosLogp] += f.grad_pos * f.logp;
-                sums[kRowGradNegLogp] += f.grad_neg * f.logp;
-                sums[kRowKl] += f.kl;
-                tokens += valid[u] ? 1u : 0u;
-                off_pos += f.off_pos ? 1u : 0u;
-                off_neg += f.off_neg ? 1u : 0u;
+                add_to_row(f, false, valid[u], 1u, sums, counts);
             }
         }
-        if (kChunks) {
-            const T tiny = static_cast<T>(0x1p-80);
-            T poison = T(0);
-            PAMA_UNROLL
-            for (int k = 0; k < kRowSummed; ++k) poison += T(0) * sums[k];
-            held = held && poison == T(0) && (sums[kRowGradPosSquare] >= tiny || sums[kRowGradPos] == T(0)) &&
-                   (sums[kRowGradNegSquare] >= tiny || sums[kRowGradNeg] == T(0));
-        }
+        held = held && (!kChunks || row_in_range(sums));
         PAMA_UNROLL
-        for (int k = 0; k < kRowSummed; ++k) all[k] += static_cast<double>(sums[k]);
+        for (int k = kRowCounted; k < kRowStatistics; ++k) all[k] += static_cast<double>(sums[k]);
     } while (kChunks && token < last);
-    all[kRowTokens] = tokens;
-    all[kRowOffPos] = off_pos;
-    all[kRowOffNeg] = off_neg;
+    PAMA_UNROLL
+    for (int k = 0; k < kRowCounted; ++k) all[k] = counts[k];
     return held;
 }
 
@@ -124,7 +85,7 @@ __global__ void __launch_bounds__(kFewThreads) row_sums_kernel(const RowSumsTask
             add_segment<double, F32>(task.p, row, first, last, all);
         }
         const double sum = transposed_sums(all, lane);
-        if (lane < kRowSums) task.sums[(lane * task.segments + segment) * task.p.rows + row] = sum;
+        if (lane < kRowStatistics) task.sums[(lane * task.segments + segment) * task.p.rows + row] = sum;
     }
 }
 

@@ -14,32 +14,29 @@ struct RowTokens {
     int64_t segments, stride;
 };
 
-// What one sequence contributes for each unit of advantage.
+// The sums over the tokens of one sequence, times its token weight.
 struct RowFactors {
-    double omega, tokens, values[kRowSums];
+    double tokens, values[kRowStatistics];
 
-    // Fields of a token of the sequence times its count, where nothing is clipped and everything is 1.
     __device__ void start(const RowTokens& source, int64_t row) {
         if (source.sums) {
             PAMA_UNROLL
-            for (int k = 0; k < kRowSums; ++k) {
+            for (int k = 0; k < kRowStatistics; ++k) {
                 values[k] = 0;
                 PAMA_UNROLL_BY(4)
                 for (int64_t s = 0; s < source.segments; ++s)
                     values[k] += source.sums[(k * source.segments + s) * source.p.rows + row];
             }
-            tokens = values[kRowTokens];
+            tokens = values[kValid];
         } else {
             tokens = source.counts ? source.counts[row] : static_cast<double>(source.p.length(row));
             PAMA_UNROLL
-            for (int k = 0; k < kRowSums; ++k) {
-                const bool zero =
-                    k == kRowGradPosLogp || k == kRowGradNegLogp || k == kRowKl || k == kRowOffPos || k == kRowOffNeg;
-                values[k] = zero ? 0 : tokens;
-            }
+            for (int k = 0; k < kRowStatistics; ++k) values[k] = factors_are_one(k) ? tokens : 0;
         }
-        const bool mean = source.p.aggregation == Aggregation::seq_mean_token_mean;
-        omega = mean && tokens > 0 ? 1 / tokens : 1;
+        if (source.p.aggregation != Aggregation::seq_mean_token_mean || !(tokens > 0)) return;
+        const double omega = 1 / tokens;
+        PAMA_UNROLL
+        for (int k = 0; k < kRowStatistics; ++k) values[k] *= omega;
     }
 };
 
@@ -63,11 +60,10 @@ __device__ inline RowAdvantage row_advantage(const DeviceTokens& p, int64_t row,
 // The advantage with Noon: of 0 a bad token still makes NaN.
 __device__ inline double kept(const RowAdvantage& x, bool noon) { return noon && x.negative ? 0 : x.a; }
 
-// sum over the sequence's tokens of I_i I_j, over omega.
+// sum over the sequence's tokens of I_i I_j.
 __device__ inline double row_product(const RowFactors& f, const RowAdvantage& x, const RowAdvantage& y, bool noon) {
-    const double both = x.negative == y.negative
-                            ? (x.negative ? f.values[kRowGradNegSquare] : f.values[kRowGradPosSquare])
-                            : f.values[kRowGradProduct];
+    const double both = x.negative == y.negative ? (x.negative ? f.values[kGradNegSquare] : f.values[kGradPosSquare])
+                                                 : f.values[kGradBoth];
     return x.here || y.here ? kept(x, noon) * kept(y, noon) * both : 0;
 }
 
@@ -80,31 +76,20 @@ __device__ inline void add_rows(const RowTokens& source, int first, int64_t thre
     for (int64_t row = thread; row < source.p.rows; row += source.stride) {
         RowFactors f;
         f.start(source, row);
-        const double* const v = f.values;
-        all[S::kKl] += f.omega * v[kRowKl];
-        all[S::kTokens] += f.omega * f.tokens;
+        all[S::kTotal + kTokenCount] += f.values[kValid];
+        all[S::kTotal + kKlSum] += f.values[kK3];
         RowAdvantage x[G];
         PAMA_UNROLL
         for (int k = 0; k < G; ++k) {
             x[k] = row_advantage(source.p, row, first + k, f.tokens);
-            const bool down = x[k].negative, here = x[k].here;
-            const double a = x[k].a, used = f.omega * kept(x[k], noon);
-            all[0 * G + k] += here ? used * (down ? v[kRowGradNeg] : v[kRowGradPos]) : 0;
-            all[1 * G + k] += f.omega * row_product(f, x[k], x[k], noon);
-            all[2 * G + k] += here ? used * (down ? v[kRowGradNegLogp] : v[kRowGradPosLogp]) : 0;
-            all[3 * G + k] += here ? used * (down ? v[kRowNeg] : v[kRowPos]) : 0;
-            all[4 * G + k] += f.omega * f.tokens * a;
-            all[5 * G + k] += f.omega * f.tokens * a * a;
-            const double off = a > 0 ? v[kRowOffPos] : down && !noon ? v[kRowOffNeg] : 0;
-            all[S::kCounts + k] += here ? f.omega * f.tokens : 0;
-            all[S::kCounts + G + k] += a > 0 ? f.omega * f.tokens : 0;
-            all[S::kCounts + 2 * G + k] += f.omega * off;
-            int pair = S::kProduct + k - 1;
+            double sums[kFields] = {};
+            add_row(f.values, noon, x[k].a, x[k].here, sums);
+            PAMA_UNROLL
+            for (int field = 0; field < kFields; ++field) all[S::field(field, k)] += sums[field];
             PAMA_UNROLL
             for (int j = 0; j < k; ++j) {
-                all[pair] += f.omega * row_product(f, x[j], x[k], noon);
-                all[pair + S::kEach] += f.omega * f.tokens * x[j].a * a;
-                pair += G - 2 - j;
+                all[S::product(kBoundProduct, j, k)] += row_product(f, x[j], x[k], noon);
+                all[S::product(kAdvantageProduct, j, k)] += f.values[kValid] * x[j].a * x[k].a;
             }
         }
     }
@@ -127,8 +112,8 @@ __device__ inline void multiply_rows(const RowTokens& source, const Layer& layer
         for (int i = 0; i < G; ++i) {
             PAMA_UNROLL
             for (int j = 0; j < G; ++j) {
-                all[i * G + j] += f.omega * row_product(f, x[i], y[j], source.p.noon);
-                all[(G + i) * G + j] += f.omega * f.tokens * x[i].a * y[j].a;
+                all[i * G + j] += row_product(f, x[i], y[j], source.p.noon);
+                all[(G + i) * G + j] += f.values[kValid] * x[i].a * y[j].a;
             }
         }
     }
@@ -150,7 +135,7 @@ __device__ inline void pair_rows(const RowTokens& source, const Layer& layer, in
             const double one = x.here ? 1 : 0;
             const double value = layer.kind == kPairCount ? one : layer.kind == kPairAdvantage ? x.a : x.a * x.a;
             PAMA_UNROLL
-            for (int j = 0; j < G; ++j) all[i * G + j] += f.omega * f.tokens * value * here[j];
+            for (int j = 0; j < G; ++j) all[i * G + j] += f.values[kValid] * value * here[j];
         }
     }
 }

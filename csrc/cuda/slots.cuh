@@ -43,35 +43,32 @@ PAMA_HD inline Layer layer_at(int64_t index, int n) {
     return at(index / groups % groups, index % groups, kProductKinds + index / (groups * groups));
 }
 
-// The slots of the fields of G objectives and of the products within them. First what is summed in floating point, then
-// what may be counted in integers.
+// The slots of the fields of G objectives, of the totals, and of the products within the group.
 template <int G, bool Pairs>
 struct Slots {
-    static constexpr int kSummed = 6 * G;  // bound_sum ... advantage_square_sum
-    static constexpr int kKl = kSummed;
-    static constexpr int kProduct = kKl + 1;
+    static constexpr int kTotal = kFields * G;
+    static constexpr int kProduct = kTotal + kTotals;
     static constexpr int kEach = Pairs ? G * (G - 1) / 2 : 0;
-    static constexpr int kCounts = kProduct + kProductKinds * kEach;
-    static constexpr int kTokens = kCounts + 3 * G;  // count, positive_count, clipped_count of each; then all tokens
-    static constexpr int kAll = kTokens + 1;
+    static constexpr int kAll = kProduct + kProductKinds * kEach;
+
+    PAMA_HD static constexpr int field(int f, int k) { return f * G + k; }
+    // Of the pair i < j of the group.
+    PAMA_HD static constexpr int product(int kind, int i, int j) {
+        return kProduct + kind * kEach + i * (2 * G - 3 - i) / 2 + j - 1;
+    }
 
     // The slot as an index of the statistics; -1 where there is no such objective or it is another layer's.
     PAMA_HD static int64_t index(int slot, int64_t n, int first) {
-        static_assert(kBoundSum == 1 && kAdvantageSquareSum == 6 && kPositiveCount == 7 && kClippedCount == 8);
-        if (slot == kKl) return first == 0 ? total_offset(n) + kKlSum : -1;
-        if (slot == kTokens) return first == 0 ? total_offset(n) + kTokenCount : -1;
-        if (slot >= kProduct && slot < kCounts) {
-            int pair = (slot - kProduct) % (kEach ? kEach : 1), i = 0;
-            for (; pair >= G - 1 - i; ++i) pair -= G - 1 - i;
-            const int64_t row = first + i, column = row + 1 + pair;
-            const int kind = (slot - kProduct) / (kEach ? kEach : 1);
-            return column < n ? pair_offset(n, kind) + row * n + column : -1;
+        if (slot < kTotal) {
+            const int64_t i = first + slot % G;
+            return i < n ? slot / G * n + i : -1;
         }
-        const int k = slot < kSummed ? slot : slot - kCounts, field = k / G;
-        const int64_t i = first + k % G;
-        if (i >= n) return -1;
-        if (slot < kSummed) return (kBoundSum + field) * n + i;
-        return (field == 0 ? kCount : kPositiveCount + field - 1) * n + i;
+        if (slot < kProduct) return first == 0 ? total_offset(n) + slot - kTotal : -1;
+        constexpr int each = kEach ? kEach : 1;
+        int pair = (slot - kProduct) % each, i = 0;
+        for (; pair >= G - 1 - i; ++i) pair -= G - 1 - i;
+        const int64_t row = first + i, column = row + 1 + pair;
+        return column < n ? pair_offset(n, (slot - kProduct) / each) + row * n + column : -1;
     }
 };
 
@@ -117,26 +114,51 @@ __device__ inline void write_block(Values<Count>& values, const Partials& partia
     write_table(&table[0][0], Count, Count, partials, block, index);
 }
 
-// The last block: partials to sums, a warp for each, and what follows from others.
+// The last block: partials to sums, four at a time by each warp with all their loads in flight, and what follows from
+// others.
 __device__ inline void add_partials(const Partials& partials, double* sums, int64_t n, bool pairs, bool presence) {
+    constexpr int kSums = 4, kLoads = 5;
     const int64_t lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
     const int64_t fields = statistics_size(n, false), size = statistics_size(n, pairs);
     const int64_t written = pairs && !presence ? pair_offset(n, kProductKinds) : size;
-    for (int64_t index = threadIdx.x / kWarp; index < written; index += warps) {
-        const int64_t pair = index - fields, kind = pair / (n * n), row = pair / n % n, column = pair % n;
-        if (pair >= 0 && kind < kProductKinds && row >= column) continue;
-        double sum = 0;
-        const double* const from = partials.data + index * partials.blocks;
-        PAMA_UNROLL_BY(4)
-        for (int64_t block = lane; block < partials.blocks; block += kWarp) sum += __ldcg(from + block);
-        sum = warp_sum(sum);
-        if (lane == 0) sums[index] = sum;
+    const auto each = static_cast<unsigned>(n);  // divisions of 64 bits are slow
+    for (int64_t first = threadIdx.x / kWarp; first < written; first += kSums * warps) {
+        double sum[kSums] = {};
+        bool wanted[kSums];
+        PAMA_UNROLL
+        for (int u = 0; u < kSums; ++u) {
+            const int64_t index = first + u * warps;
+            wanted[u] = index < written;
+            if (!pairs || index < fields || index >= fields + kProductKinds * n * n) continue;
+            const unsigned row = static_cast<unsigned>(index - fields) / each;  // of one of the matrices
+            wanted[u] = wanted[u] && row % each < static_cast<unsigned>(index - fields) - row * each;
+        }
+        for (int64_t from = lane; from < partials.blocks; from += kLoads * kWarp) {
+            double part[kSums][kLoads];
+            PAMA_UNROLL
+            for (int u = 0; u < kSums; ++u) {
+                const double* const row = partials.data + (first + u * warps) * partials.blocks + from;
+                PAMA_UNROLL
+                for (int l = 0; l < kLoads; ++l)
+                    part[u][l] = wanted[u] && from + l * kWarp < partials.blocks ? __ldcg(row + l * kWarp) : 0;
+            }
+            PAMA_UNROLL
+            for (int u = 0; u < kSums; ++u) {
+                PAMA_UNROLL
+                for (int l = 0; l < kLoads; ++l) sum[u] += part[u][l];
+            }
+        }
+        PAMA_UNROLL
+        for (int u = 0; u < kSums; ++u) sum[u] = warp_sum(sum[u]);
+        PAMA_UNROLL
+        for (int u = 0; u < kSums; ++u)
+            if (lane == 0 && wanted[u]) sums[first + u * warps] = sum[u];
     }
     __syncthreads();
     if (!pairs) return;
     double* const products = sums + fields;
-    for (int64_t k = threadIdx.x; k < n * n; k += blockDim.x) {
-        const int64_t i = k / n, j = k % n;
+    for (unsigned k = threadIdx.x; k < each * each; k += blockDim.x) {
+        const unsigned i = k / each, j = k % each;
         if (i >= j) {
             products[k] = i == j ? sums[kBoundSquareSum * n + i] : products[j * n + i];
             products[n * n + k] = i == j ? sums[kAdvantageSquareSum * n + i] : products[n * n + j * n + i];

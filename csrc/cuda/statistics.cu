@@ -145,7 +145,7 @@ Plan statistics_plan(const DeviceTokens& p, bool pairs, int multiprocessors) {
         const int64_t warps = static_cast<int64_t>(multiprocessors) * (2 * kFewThreads / kWarp);
         plan.segments = smaller(smaller(shares(warps, p.rows), kMostSegments), shares(tokens, 4 * kWarp * p.rows));
         plan.segments = plan.segments < 1 ? 1 : plan.segments;
-        plan.row_doubles = kRowSums * plan.segments * p.rows;
+        plan.row_doubles = kRowStatistics * plan.segments * p.rows;
     } else if (plan.counted) {
         plan.row_doubles = p.rows;
     }

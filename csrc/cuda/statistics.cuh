@@ -46,7 +46,7 @@ __device__ inline Place place(const Finish& finish) {
 template <int G, bool Pairs>
 __device__ inline int64_t field_index(const Finish& finish, const Place& at, int slot) {
     using S = Slots<G, Pairs>;
-    return finish.pairs || slot < S::kProduct || slot >= S::kCounts ? S::index(slot, finish.n, at.layer.first) : -1;
+    return finish.pairs || slot < S::kProduct ? S::index(slot, finish.n, at.layer.first) : -1;
 }
 __device__ inline int64_t tile_index(const Finish& finish, const Place& at, int kind, int slot) {
     const int64_t n = finish.n, i = at.layer.first + slot / kGroup % kGroup, j = at.layer.second + slot % kGroup;
@@ -68,7 +68,7 @@ template <int N>
 __device__ inline void finish(const Finish& task) {
     if (!last_block(task.counter)) return;
     add_partials(task.partials, task.sums, task.n, task.pairs, task.presence);
-    if (task.solved && threadIdx.x == 0) solve_scores<N>(task.solve);
+    if (task.solved) solve_scores<N>(task.solve);
 }
 
 template <class T, class Source>
@@ -133,7 +133,8 @@ __global__ void __launch_bounds__(kManyThreads, 1) flat_kernel(const __grid_cons
 }
 
 template <class T>
-__global__ void __launch_bounds__(kFewThreads, 1) tokens_kernel(const StatisticsTask<AnyTokens> task) {
+__global__ void __launch_bounds__(kFewThreads, 1)
+    tokens_kernel(const __grid_constant__ StatisticsTask<AnyTokens> task) {
     const Place at = place(task.finish);
     if (at.layer.kind >= 0) {
         Values<kGroup * kGroup> values;
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(kFewThreads, 1) tokens_kernel(const Statistics
     finish<0>(task.finish);
 }
 
-__global__ void __launch_bounds__(kFewThreads, 1) rows_kernel(const StatisticsTask<RowTokens> task) {
+__global__ void __launch_bounds__(kFewThreads, 1) rows_kernel(const __grid_constant__ StatisticsTask<RowTokens> task) {
     const Place at = place(task.finish);
     if (at.layer.kind >= 0) {
         Values<kGroup * kGroup> values;

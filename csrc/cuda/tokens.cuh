@@ -8,7 +8,6 @@
 #include <cmath>
 #include <type_traits>
 
-#include "../core/token.hpp"
 #include "load.cuh"
 #include "slots.cuh"
 
@@ -97,10 +96,11 @@ __device__ inline bool add_tokens(const Source& source, const ClipIn<T>& clip, b
     const int64_t end = source.end();
     typename Source::Cursor at;
     source.start(at, thread, end);
-    Counter counts[S::kAll - S::kCounts] = {};
+    Counter counts[G][kFields] = {}, tokens = 0;
     bool held = true;
     do {
-        T sums[S::kCounts] = {}, most_advantage[G] = {}, most_bound[G] = {};
+        T sums[G][kFields] = {}, products[kProductKinds][S::kEach + 1] = {}, kl = 0;
+        T most_advantage[G] = {}, most_bound[G] = {};
         PAMA_ROLLED
         for (int j = 0; (!kChunks || j < kChunk) && source.index(at) < end; j += kTogether) {
             TokenInput<T> token[kTogether];
@@ -117,65 +117,64 @@ __device__ inline bool add_tokens(const Source& source, const ClipIn<T>& clip, b
                 const TokenFactors<T> f = factors(clip, noon, x);
                 const T omega = kIntegers ? T(1) : x.omega;
                 const Counter one = static_cast<Counter>(omega);
-                sums[S::kKl] += omega * f.kl;
-                counts[S::kTokens - S::kCounts] += x.valid ? one : Counter(0);
+                const TokenCount<Counter> count{one, f.off_pos ? one : Counter(0), f.off_neg ? one : Counter(0)};
+                kl += omega * f.kl;
+                tokens += x.valid ? one : Counter(0);
                 T own[G], bound[G];
                 PAMA_UNROLL
                 for (int k = 0; k < G; ++k) {
                     const bool here = input[u].present[k];
-                    const T a = raw_advantage(input[u].advantages[k], here), up = a < 0 ? T(0) : a, down = a - up;
-                    T i = up * f.grad_pos + down * f.grad_neg, g = up * f.pos + down * f.neg;
-                    if (Source::kPresence) {  // else absent is masked, and all factors are 0
-                        i = here ? i : T(0);
-                        g = here ? g : T(0);
-                    }
+                    const T a = raw_advantage(input[u].advantages[k], here);
+                    // Without presence absent is masked, and all factors are 0.
+                    const T i = add_token(f, false, a, here || !Source::kPresence, omega, count, sums[k], counts[k]);
                     own[k] = omega * a;
                     bound[k] = omega * i;
-                    sums[0 * G + k] += bound[k];
-                    sums[1 * G + k] += bound[k] * i;
-                    sums[2 * G + k] += bound[k] * f.logp;
-                    sums[3 * G + k] += omega * g;
-                    sums[4 * G + k] += own[k];
-                    sums[5 * G + k] += own[k] * a;
-                    if (Pairs) {
-                        int pair = S::kProduct + k - 1;  // of 0 and k; of j and k it is G - 2 - j further on
-                        PAMA_UNROLL
-                        for (int j = 0; j < k; ++j) {
-                            sums[pair] += bound[j] * i;
-                            sums[pair + S::kEach] += own[j] * a;
-                            pair += G - 2 - j;
-                        }
+                    PAMA_UNROLL
+                    for (int j = 0; Pairs && j < k; ++j) {
+                        products[kBoundProduct][S::product(0, j, k) - S::kProduct] += bound[j] * i;
+                        products[kAdvantageProduct][S::product(0, j, k) - S::kProduct] += own[j] * a;
                     }
                     most_advantage[k] = std::fmax(most_advantage[k], std::fabs(a));
                     most_bound[k] = std::fmax(most_bound[k], std::fabs(i));
-                    if (!kIntegers) counts[k] += here ? one : Counter(0);
-                    counts[G + k] += a > 0 ? one : Counter(0);
-                    counts[2 * G + k] += (a > 0 && f.off_pos) || (a < 0 && f.off_neg) ? one : Counter(0);
                 }
             }
         }
-        if (kChunks) {
-            // float32 squares overflow above 1e19 and vanish below 1e-19.
-            T poison = T(0);
+        // What T holds goes to double. float32 squares overflow above 1e19 and vanish below 1e-19.
+        T poison = T(0) * kl;
+        const T tiny = static_cast<T>(0x1p-80);
+        PAMA_UNROLL
+        for (int k = 0; k < G; ++k) {
+            held = held && (sums[k][kBoundSquareSum] >= tiny || most_bound[k] == T(0));
+            held = held && (sums[k][kAdvantageSquareSum] >= tiny || most_advantage[k] == T(0));
             PAMA_UNROLL
-            for (int k = 0; k < S::kCounts; ++k) poison += T(0) * sums[k];
-            held = held && poison == T(0);
-            const T tiny = static_cast<T>(0x1p-80);
-            PAMA_UNROLL
-            for (int k = 0; k < G; ++k) {
-                held = held && (sums[1 * G + k] >= tiny || most_bound[k] == T(0));
-                held = held && (sums[5 * G + k] >= tiny || most_advantage[k] == T(0));
+            for (int f = 0; f < kFields; ++f) {
+                if (counts_tokens(f)) continue;
+                poison += T(0) * sums[k][f];
+                all[S::field(f, k)] += static_cast<double>(sums[k][f]);
             }
         }
         PAMA_UNROLL
-        for (int k = 0; k < S::kCounts; ++k) all[k] += static_cast<double>(sums[k]);
+        for (int kind = 0; kind < kProductKinds; ++kind) {
+            PAMA_UNROLL
+            for (int pair = 0; pair < S::kEach; ++pair) {
+                poison += T(0) * products[kind][pair];
+                all[S::kProduct + kind * S::kEach + pair] += static_cast<double>(products[kind][pair]);
+            }
+        }
+        all[S::kTotal + kKlSum] += static_cast<double>(kl);
+        held = held && (!kChunks || poison == T(0));
     } while (kChunks && source.index(at) < end);
+    all[S::kTotal + kTokenCount] = static_cast<double>(tokens);
     PAMA_UNROLL
-    for (int k = S::kCounts; k < S::kAll; ++k) {
-        const bool count = k < S::kCounts + G;  // all tokens, where every objective is present
-        all[k] = static_cast<double>(counts[kIntegers && count ? S::kTokens - S::kCounts : k - S::kCounts]);
+    for (int k = 0; k < G; ++k) {
+        PAMA_UNROLL
+        for (int f = 0; f < kFields; ++f) {
+            if (!counts_tokens(f)) continue;
+            const bool every = !Source::kPresence && f == kCount;  // all tokens
+            all[S::field(f, k)] = static_cast<double>(every ? tokens : counts[k][f]);
+        }
     }
-    return held;
+    return held || !kChunks;
 }
 
 // Products of two groups of objectives, in double: 16 of bound terms, then 16 of advantages. T need only hold the

@@ -18,27 +18,20 @@ from pama_kernels.backends._counter import counter
 
 from .launch import launch, number, number_of, programs
 from .reduce import (
-    FIELD_COUNT,
     HEAD,
-    TOTAL_COUNT,
     added_number,
     added_slots,
     clear,
     is_last,
     slot_size,
+    store_pairs,
     store_statistics,
+    store_sums,
 )
 from .rules import ratio, scores_of, store_batch_weights
 from .simplex import preference_of, softmin, solve
-from .statistics import (
-    add_pairs,
-    add_sums,
-    no_pairs,
-    no_sums,
-    share_of,
-    store_pairs,
-    store_sums,
-)
+from .statistics import share_of
+from .terms import FIELD_COUNT, add_token_pairs, add_token_terms, no_pairs, no_sums
 from .tokens import (
     ANY_SIZE,
     Problem,
@@ -154,6 +147,27 @@ def report(
     tl.store(optimum, best)
 
 
+@triton.jit
+def finish(
+    partial, counter, setting, c, preference, loss, square_sum, weights, optimum, sums, effective,
+    n: tl.constexpr, N: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr, PAIRS: tl.constexpr,
+    PRESENT: tl.constexpr, SOLVE: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
+    """The last program adds up the slots, and solves or reports the weights."""
+    slots = tl.num_programs(0)
+    if is_last(counter, slots):
+        if loss is not None:
+            tl.store(loss, added_number(partial, slots, STRIDE, 0))
+        if square_sum is not None:
+            tl.store(square_sum, added_number(partial, slots, STRIDE, 2))
+        if STATISTICS:
+            store_statistics(partial + _HEAD + n, slots, STRIDE, sums, n, PAIRS, PRESENT)
+            if SOLVE >= 0:
+                store_batch_weights(sums, preference, setting, weights, optimum, effective, n, N, SOLVE, 1)
+            elif WEIGHTS != _NONE:
+                report(partial, slots, STRIDE, sums, c, preference, weights, optimum, n, N, WEIGHTS != _BATCH)
+
+
 @triton.jit(do_not_specialize=[*ANY_SIZE, "c_row", "c_step", "e_row", "parts"])
 def tokens_kernel(
     advantages, a_row: tl.int64, a_token: tl.int64, a_objective: tl.int64,
@@ -172,9 +186,9 @@ def tokens_kernel(
     WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr, PAIRS: tl.constexpr, SHARE: tl.constexpr,
     SOLVE: tl.constexpr, COUNT: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Programs take tiles of all tokens in turn; with `row_fields`, which receives (rows * parts, 4, n)
-    sums, they take whole parts of rows. SOLVE: the kind of weights that the last program solves from the
-    statistics, or -1. COUNT: a denominator below 1 counts as 1."""
+    """Programs take tiles of all tokens in turn; with `row_fields`, which receives their fields (rows *
+    parts, FIELD_COUNT, n), they take whole parts of rows. SOLVE: the kind of weights that the last program
+    solves from the statistics, or -1. COUNT: a denominator below 1 counts as 1."""
     D: tl.constexpr = tl.float64 if WIDE else tl.float32
     PRESENT: tl.constexpr = presence is not None
     clip = clip_of(low, low_at, high, high_at, dual, dual_at)
@@ -242,9 +256,9 @@ def tokens_kernel(
                 terms = load_terms(own, present, factors, row, token, 0, n, N, NOON, DENSE, D)
                 a, here, bound, _ = terms
                 if STATISTICS:
-                    acc = add_sums(acc, factors, terms, share, NOON)
+                    acc = add_token_terms(acc, factors, terms, share, NOON)
                     if PAIRS:
-                        pair_acc = add_pairs(pair_acc, terms, terms, share, PRESENT)
+                        pair_acc = add_token_pairs(pair_acc, terms, terms, share, PRESENT)
                 if WEIGHTS == _BATCH:
                     up, down = combine(coefficients(c, effective, 0, here, n, N, SHARE, D), a, NOON)
                 elif WEIGHTS == _ROW:
@@ -285,22 +299,12 @@ def tokens_kernel(
         if STATISTICS:
             store_sums(slot + _HEAD + n, acc, n, N)
             if PAIRS:
-                i = tl.arange(0, N)
-                store_pairs(
-                    slot + _HEAD + (FIELD_COUNT + 1) * n + TOTAL_COUNT,
-                    pair_acc,
-                    i[:, None],
-                    i[None, :],
-                    n,
-                    PRESENT,
-                )
+                store_pairs(slot + _HEAD + n, pair_acc, n, N, PRESENT)
             if row_fields is not None:
                 i = tl.arange(0, N)
-                to = row_fields + tl.cast(unit, tl.int64) * 4 * n + i
-                tl.store(to, tl.sum(acc[0], axis=0), mask=i < n)
-                tl.store(to + n, tl.sum(acc[1], axis=0), mask=i < n)
-                tl.store(to + 2 * n, tl.sum(acc[2], axis=0), mask=i < n)
-                tl.store(to + 3 * n, tl.sum(acc[5], axis=0), mask=i < n)
+                to = row_fields + tl.cast(unit, tl.int64) * FIELD_COUNT * n + i
+                for field in tl.static_range(FIELD_COUNT):
+                    tl.store(to + field * n, tl.sum(acc[field], axis=0), mask=i < n)
     if partial is not None:
         i = tl.arange(0, N)
         tl.store(slot, tl.sum(loss_sum, axis=0))
@@ -308,21 +312,10 @@ def tokens_kernel(
         tl.store(slot + 2, tl.sum(squares, axis=0))
         if (WEIGHTS == _SCORES) | (WEIGHTS == _SOFTMIN):
             tl.store(slot + _HEAD + i, tl.sum(c_sum, axis=0), mask=i < n)
-        if is_last(counter, slots):
-            if loss is not None:
-                tl.store(loss, added_number(partial, slots, STRIDE, 0))
-            if square_sum is not None:
-                tl.store(square_sum, added_number(partial, slots, STRIDE, 2))
-            if STATISTICS:
-                store_statistics(partial + _HEAD + n, slots, STRIDE, sums, n, PAIRS, PRESENT)
-                if SOLVE >= 0:
-                    store_batch_weights(
-                        sums, preference, setting, weights, optimum, effective[0], n, N, SOLVE, 1
-                    )
-                elif WEIGHTS != _NONE:
-                    report(
-                        partial, slots, STRIDE, sums, c, preference, weights, optimum, n, N, WEIGHTS != _BATCH
-                    )
+        finish(
+            partial, counter, setting, c, preference, loss, square_sum, weights, optimum, sums, effective[0],
+            n, N, WEIGHTS, STATISTICS, PAIRS, PRESENT, SOLVE, STRIDE,
+        )  # fmt: skip
 
 
 class Pass(NamedTuple):

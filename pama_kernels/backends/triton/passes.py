@@ -29,13 +29,14 @@ from pama_kernels._call import (
 )
 from pama_kernels.backends.operators import empty_results
 
-from .apply import BATCH, FACTORS, NONE, ROW, SCORES, SOFTMIN, Pass, run_tokens
+from .apply import _ROW, _SCORES, BATCH, FACTORS, NONE, ROW, SCORES, SOFTMIN, Pass, run_tokens
 from .launch import INTERPRETED, check_memory, launch, number, number_of, power_of_two, programs
 from .rows import Rows
 from .rules import solve_into
-from .simplex import preference_of, softmin, solve
+from .simplex import preference_of, softmin, solve_scaled
 from .statistics import PAIRS_IN_REGISTERS, store_pairs_of, valid_count
-from .tokens import Problem, check_tokens_memory, problem, row_range, valid_tokens
+from .terms import ADVANTAGE_SUM, BOUND_SQUARE_SUM, BOUND_SUM, COUNT, FIELD_COUNT, added, repeated
+from .tokens import Problem, check_tokens_memory, problem, read, row_range, valid_tokens
 
 _SOLVED_INLINE = 16  # objectives whose weights the last program of the statistics finds without spilling
 
@@ -93,39 +94,33 @@ def row_weights_kernel(
     weights, optimum, effective, rows: tl.int64,
     n: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, WEIGHTS: tl.constexpr, NOON: tl.constexpr,
 ):  # fmt: skip
-    """Weights of rows from their sums (rows * parts, 4, n): count, I, I^2, A'; and the preference in each
-    row. Given weights (ROW) have only their optimum a.c computed."""
+    """Weights of rows from their fields (rows * parts, FIELD_COUNT, n), and the preference in each row. Given
+    weights (ROW) have only their optimum a.c computed."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     i = tl.arange(0, N)
     inside = (row < rows)[:, None] & (i < n)[None, :]
-    count = tl.zeros([ROWS, N], tl.float64)
-    bound = count
-    square = count
-    advantage = count
+    sums = repeated(tl.zeros([ROWS, N], tl.float64), FIELD_COUNT)
     for part in range(parts):
-        at = fields + (row * parts + part)[:, None] * 4 * n + i[None, :]
-        count += tl.load(at, mask=inside, other=0.0)
-        bound += tl.load(at + n, mask=inside, other=0.0)
-        square += tl.load(at + 2 * n, mask=inside, other=0.0)
-        advantage += tl.load(at + 3 * n, mask=inside, other=0.0)
+        at = fields + (row * parts + part)[:, None] * FIELD_COUNT * n + i[None, :]
+        more = ()
+        for field in tl.static_range(FIELD_COUNT):
+            more = more + (tl.load(at + field * n, mask=inside, other=0.0),)
+        sums = added(sums, more, FIELD_COUNT)
+    count = sums[COUNT]
     here = inside & (count > 0)
     count = tl.where(here, count, 1.0)
-    score = tl.where(here, bound / count, 0.0)
-    if WEIGHTS == 2:
-        x = tl.load(c + row[:, None] * c_row + i[None, :] * c_step, mask=inside, other=0.0).to(tl.float32)
-        if c.dtype.element_ty == tl.float64:
-            x = tl.load(c + row[:, None] * c_row + i[None, :] * c_step, mask=inside, other=0.0)
+    score = tl.where(here, sums[BOUND_SUM] / count, 0.0)
+    if WEIGHTS == _ROW:
+        x = read(c + row[:, None] * c_row + i[None, :] * c_step, inside, tl.float64)
         best = tl.sum(x * score, axis=1, keep_dims=True)
     else:
         p = preference_of(preference, n, N)[None, :]
         setting = number_of(value, value_at)
-        if WEIGHTS == 3:
-            moment = tl.where(here, square / count, 0.0)
-            scale = tl.max(moment, axis=1, keep_dims=True)
-            unusable = tl.max((moment != moment).to(tl.int32), axis=1, keep_dims=True) > 0
-            x, best = solve(score, p, here, setting, tl.where(unusable, float("nan"), scale), N, NOON)
+        if WEIGHTS == _SCORES:
+            moments = tl.where(here, sums[BOUND_SQUARE_SUM] / count, 0.0)
+            x, best = solve_scaled(score, moments, p, here, setting, N, NOON)
         else:
-            x, best = softmin(tl.where(here, advantage / count, 0.0), p, here, setting)
+            x, best = softmin(tl.where(here, sums[ADVANTAGE_SUM] / count, 0.0), p, here, setting)
         mass = tl.sum(tl.where(here, p, 0.0), axis=1, keep_dims=True)
         many = tl.maximum(tl.sum(here.to(tl.float64), axis=1, keep_dims=True), 1.0)
         own = tl.where(mass > 0, p / tl.where(mass > 0, mass, 1.0), 1.0 / many)
@@ -220,7 +215,7 @@ def apply(
         solved = True
     elif by_row and call.rows is None:
         parts = 1 if INTERPRETED else max(1, min(programs(call.device, 1 << 30, 2) // max(rows, 1), 64))
-        fields, effective = call.new(rows * parts * 4 * n), call.new(rows, n)
+        fields, effective = call.new(rows * parts * len(FIELDS) * n), call.new(rows, n)
         call.run(x._replace(weights=NONE, row_fields=fields, parts=parts, effective=None))
         _row_weights(call, x, fields, parts, effective)
         share = tokens.objective_mask is not None and not tokens.mask_per_sequence and weights is None

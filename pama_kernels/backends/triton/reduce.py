@@ -1,7 +1,7 @@
 """Sums over all programs of a launch: each stores a slot of its own, the last to finish adds them in fixed
 order.
 
-A slot holds HEAD numbers [loss, optimum, sum of squares, sum of c (n)], then the statistics as the buffer
+A slot holds HEAD numbers [loss, optimum, sum of squares], the sum of c (n), then the statistics as the buffer
 has them, but for the pair blocks that follow from the fields.
 """
 
@@ -10,28 +10,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pama_kernels._call import FIELDS, PAIRS, TOTALS
+from pama_kernels._call import FIELDS, TOTALS
 
-FIELD_COUNT = tl.constexpr(len(FIELDS))
-TOTAL_COUNT = tl.constexpr(len(TOTALS))
+from .terms import (
+    ADVANTAGE_SQUARE_SUM,
+    ADVANTAGE_SUM,
+    FIELD_COUNT,
+    PAIR_COUNT,
+    TOTAL_COUNT,
+    summed_pairs,
+)
 
 HEAD = 3  # and n
-FIELD_COUNT, TOTAL_COUNT = tl.constexpr(len(FIELDS)), tl.constexpr(len(TOTALS))
-COUNT = tl.constexpr(FIELDS.index("count"))
-BOUND_SUM = tl.constexpr(FIELDS.index("bound_sum"))
-BOUND_SQUARE_SUM = tl.constexpr(FIELDS.index("bound_square_sum"))
-ADVANTAGE_SUM = tl.constexpr(FIELDS.index("advantage_sum"))
-ADVANTAGE_SQUARE_SUM = tl.constexpr(FIELDS.index("advantage_square_sum"))
-POSITIVE_COUNT = tl.constexpr(FIELDS.index("positive_count"))
-
-
-def pair_blocks(present: bool) -> int:
-    """N x N blocks that are summed; the others follow from the fields where everyone is present."""
-    return len(PAIRS) if present else 2
 
 
 def slot_size(n: int, statistics: bool, pairs: bool, present: bool) -> int:
-    fields = len(FIELDS) * n + len(TOTALS) + (pair_blocks(present) * n * n if pairs else 0)
+    fields = len(FIELDS) * n + len(TOTALS) + (summed_pairs(present) * n * n if pairs else 0)
     return HEAD + n + (fields if statistics else 0)
 
 
@@ -56,6 +50,42 @@ def clear(slot, SIZE: tl.constexpr):
 @triton.jit
 def add_to(pointer, x, inside):
     tl.store(pointer, x + tl.load(pointer, mask=inside, other=0.0), mask=inside)
+
+
+@triton.jit
+def store_sums(slot, sums, n: tl.constexpr, N: tl.constexpr):
+    """Adds them over tokens to a slot's fields."""
+    i = tl.arange(0, N)
+    for field in tl.static_range(FIELD_COUNT):
+        add_to(slot + field * n + i, tl.sum(sums[field], axis=0), i < n)
+    one = tl.zeros([1], tl.int32)
+    for total in tl.static_range(TOTAL_COUNT):
+        add_to(
+            slot + FIELD_COUNT * n + total + one, tl.sum(sums[FIELD_COUNT + total], axis=0)[None], one == 0
+        )
+    tl.debug_barrier()  # what is added next may be read by other threads
+
+
+@triton.jit
+def store_pairs(slot, sums, n: tl.constexpr, N: tl.constexpr, PRESENT: tl.constexpr):
+    """The same of its pair blocks."""
+    to = slot + FIELD_COUNT * n + TOTAL_COUNT
+    i = tl.arange(0, N)[:, None]
+    j = tl.arange(0, N)[None, :]
+    for block in tl.static_range(summed_pairs(PRESENT)):
+        add_to(to + block * n * n + i * n + j, tl.sum(sums[block], axis=0), (i < n) & (j < n))
+    tl.debug_barrier()
+
+
+@triton.jit
+def store_pair_tile(partial, slot, sums, i, j, n: tl.constexpr, BLOCK: tl.constexpr, PRESENT: tl.constexpr):
+    """Sums over tokens to a slot that holds pair blocks alone, of the objectives from i and from j on."""
+    many: tl.constexpr = summed_pairs(PRESENT)
+    p = (i + tl.arange(0, BLOCK)[:, None]).to(tl.int64)
+    q = (j + tl.arange(0, BLOCK)[None, :]).to(tl.int64)
+    to = partial + slot.to(tl.int64) * many * n * n
+    for pair in tl.static_range(many):
+        tl.store(to + pair * n * n + p * n + q, tl.sum(sums[pair], axis=0), mask=(p < n) & (q < n))
 
 
 @triton.jit
@@ -99,7 +129,7 @@ def store_statistics(
     """The slots' statistics, added, into the buffer. `partial` points behind the head."""
     K: tl.constexpr = 64
     pairs: tl.constexpr = FIELD_COUNT * n + TOTAL_COUNT
-    size: tl.constexpr = pairs + 5 * n * n if PAIRS else pairs
+    size: tl.constexpr = pairs + PAIR_COUNT * n * n if PAIRS else pairs
     for first in range(0, size, K):
         k = first + tl.arange(0, K)
         source = k
@@ -113,11 +143,11 @@ def store_statistics(
 @triton.jit
 def add_pairs_kernel(partial, slots, sums, n: tl.constexpr, K: tl.constexpr, PRESENT: tl.constexpr):
     """The pair blocks of slots that hold nothing else, into a buffer whose fields are there."""
-    blocks: tl.constexpr = 5 if PRESENT else 2
+    blocks: tl.constexpr = summed_pairs(PRESENT)
     k = tl.program_id(0) * K + tl.arange(0, K)
     value = added_slots(partial, slots, blocks * n * n, k, k < blocks * n * n, 16)
     if not PRESENT:
         field = _pair_source(k, n, 0)
-        follows = (k >= 2 * n * n) & (k < 5 * n * n)
+        follows = (k >= 2 * n * n) & (k < PAIR_COUNT * n * n)
         value = tl.where(follows, tl.load(sums + field, mask=follows, other=0.0), value)
-    tl.store(sums + FIELD_COUNT * n + TOTAL_COUNT + k, value, mask=k < 5 * n * n)
+    tl.store(sums + FIELD_COUNT * n + TOTAL_COUNT + k, value, mask=k < PAIR_COUNT * n * n)

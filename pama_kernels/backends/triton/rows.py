@@ -1,11 +1,6 @@
-"""Advantages per sequence: what the tokens of a row contribute are sums in which no objective appears.
-
-With U = max(A, 0), V = min(A, 0) of the row (0 under Noon), and over its valid tokens the sums of the factors
-
-    sum I = U gp + V gn    sum I^2 = U^2 gp^2 + V^2 gn^2    sum I_i I_j = U_i (gp^2 U_j + gp gn V_j) + V_i
-    (gn^2 V_j + gp gn U_j)
-
-and so on. The loss needs up = sum c_i U_i and down = sum c_i V_i of each row. All in float64.
+"""Advantages per sequence: what the tokens of a row contribute are sums in which no objective appears, see
+`terms.py`. The loss needs up = sum c_i max(A_i, 0) and down = sum c_i min(A_i, 0) of each row. All in
+float64.
 """
 
 from __future__ import annotations
@@ -18,22 +13,30 @@ from torch import Tensor
 from pama_kernels._call import Aggregation, Tokens
 from pama_kernels.backends._counter import counter
 
-from .apply import NONE, Pass, coefficients, report
+from .apply import _BATCH, _NONE, _SCORES, _SOFTMIN, NONE, Pass, coefficients, combine, finish
 from .launch import INTERPRETED, launch, number, number_of, power_of_two, programs
-from .reduce import (
+from .reduce import HEAD, clear, slot_size, store_pair_tile, store_pairs, store_sums
+from .simplex import preference_of, softmin, solve_scaled
+from .statistics import finish_pairs, pair_slots
+from .terms import (
+    BOUND_SQUARE_SUM,
+    BOUND_SUM,
     FIELD_COUNT,
-    HEAD,
+    ROW_COUNTED,
+    ROW_SUM_COUNT,
+    ROW_SUMS,
     TOTAL_COUNT,
-    added_number,
-    clear,
-    is_last,
-    pair_blocks,
-    slot_size,
-    store_statistics,
+    VALID,
+    add_row_pairs,
+    add_row_sums,
+    added,
+    factors_are_one,
+    no_pairs,
+    no_sums,
+    repeated,
+    row_terms,
+    summed_pairs,
 )
-from .rules import store_batch_weights
-from .simplex import preference_of, softmin, solve
-from .statistics import finish_pairs, no_pairs, no_sums, pair_slots, store_pairs, store_sums
 from .tokens import (
     ANY_SIZE,
     BEFORE_REF,
@@ -52,8 +55,6 @@ from .tokens import (
 
 _TOKENS = 128 if INTERPRETED else 512
 _BLOCK = 8  # objectives of a block of pairs
-_SUMS = 13
-_NONE, _BATCH, _ROW, _SCORES, _SOFTMIN = map(tl.constexpr, range(5))  # as in apply.py
 _HEAD = tl.constexpr(HEAD)
 _ROW_SIZES = ["a_row", "a_objective", "o_row", "o_objective", "cu_step", "rows", "width", "parts"]
 
@@ -66,8 +67,7 @@ def row_sums_kernel(
     low: tl.float64, low_at, high: tl.float64, high_at, dual: tl.float64, dual_at, row_sums, parts: tl.int64,
     TOKENS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """(rows * parts, 13): tokens, gp, gn, gp^2, gn^2, gp gn, pos, neg, gp logp, gn logp, clipped of either
-    sign, k3; or, PLAIN, (rows * parts, 1): where all factors are 1 the tokens tell all."""
+    """(rows * parts, ROW_SUMS); or, PLAIN, (rows * parts, 1): where all factors are 1 the tokens tell all."""
     D: tl.constexpr = tl.float64 if WIDE else tl.float32
     mask = (mask, m_row, m_token)
     cu = (cu, cu_step)
@@ -75,49 +75,26 @@ def row_sums_kernel(
     for unit in range(tl.program_id(0), rows * parts, tl.num_programs(0)):
         own = tl.cast(unit, tl.int64) // parts
         begin, end = part_range(cu, own, width, tl.cast(unit, tl.int64) % parts, parts, TOKENS)
-        z = tl.zeros([TOKENS], tl.float64)
-        count = tl.zeros([TOKENS], tl.int32)
-        off_pos = count
-        off_neg = count
-        sums = (z, z, z, z, z, z, z, z, z, z)
+        counts = repeated(tl.zeros([TOKENS], tl.int32), ROW_COUNTED)
+        sums = repeated(tl.zeros([TOKENS], tl.float64), ROW_SUM_COUNT - ROW_COUNTED)
         for first in range(begin, end, TOKENS):
             at = first + tl.arange(0, TOKENS)
             row = tl.zeros_like(at) + own
             if PLAIN:
-                count += valid_tokens(mask, row, at, at < end, UNIT).to(tl.int32)
+                valid = valid_tokens(mask, row, at, at < end, UNIT).to(tl.int32)
+                counts = (counts[VALID] + valid, counts[1], counts[2])
             else:
-                valid, logp, _, pos, neg, gp, gn, stops_pos, stops_neg, kl = load_factors(
+                factors = load_factors(
                     mask, (logprobs, l_row, l_token), (old, b_row, b_token), (importance, w_row, w_token),
-                    clip,
-                    row, at, at < end, UNIT, D,
+                    clip, row, at, at < end, UNIT, D,
                 )  # fmt: skip
-                count += valid.to(tl.int32)
-                off_pos += stops_pos.to(tl.int32)
-                off_neg += stops_neg.to(tl.int32)
-                p = gp.to(tl.float64)
-                q = gn.to(tl.float64)
-                x = logp.to(tl.float64)
-                sums = (
-                    sums[0] + p,
-                    sums[1] + q,
-                    sums[2] + p * p,
-                    sums[3] + q * q,
-                    sums[4] + p * q,
-                    sums[5] + pos.to(tl.float64),
-                    sums[6] + neg.to(tl.float64),
-                    sums[7] + p * x,
-                    sums[8] + q * x,
-                    sums[9] + kl.to(tl.float64),
-                )
-        stored: tl.constexpr = 1 if PLAIN else 13
-        to = row_sums + tl.cast(unit, tl.int64) * stored
-        tl.store(to, tl.sum(count.to(tl.int64), axis=0).to(tl.float64))
+                counts, sums = add_row_sums(counts, sums, factors)
+        to = row_sums + tl.cast(unit, tl.int64) * (1 if PLAIN else ROW_SUM_COUNT)
+        for k in tl.static_range(1 if PLAIN else ROW_COUNTED):
+            tl.store(to + k, tl.sum(counts[k].to(tl.int64), axis=0).to(tl.float64))
         if not PLAIN:
-            for k in tl.static_range(9):
-                tl.store(to + 1 + k, tl.sum(sums[k], axis=0))
-            tl.store(to + 10, tl.sum(off_pos.to(tl.int64), axis=0).to(tl.float64))
-            tl.store(to + 11, tl.sum(off_neg.to(tl.int64), axis=0).to(tl.float64))
-            tl.store(to + 12, tl.sum(sums[9], axis=0))
+            for k in tl.static_range(ROW_SUM_COUNT - ROW_COUNTED):
+                tl.store(to + ROW_COUNTED + k, tl.sum(sums[k], axis=0))
 
 
 @triton.jit
@@ -142,34 +119,21 @@ def load_rows(row_sums, cu, row, inside, width, parts, PLAIN: tl.constexpr, OMEG
             tokens = tl.maximum(end - begin, 0).to(tl.float64)
         else:
             tokens = tl.where(inside, tl.cast(width, tl.float64), tl.zeros(row.shape, tl.float64))
-    elif PLAIN:
-        tokens = _sum_of(row_sums, row, inside, parts, 0, 1)
     else:
-        tokens = _sum_of(row_sums, row, inside, parts, 0, 13)
+        tokens = _sum_of(row_sums, row, inside, parts, VALID, 1 if PLAIN else ROW_SUM_COUNT)
     omega = tl.where(tokens > 0, 1.0, tl.zeros_like(tokens))
     if OMEGA:
         omega /= tl.maximum(tokens, 1.0)
     w = omega[:, None]
     t = tokens[:, None] * w
-    if PLAIN:
-        zero = tl.zeros_like(t)
-        sums = (t, t, t, t, t, t, t, t, zero, zero, zero, zero, zero)
-    else:
-        sums = (
-            t,
-            _sum_of(row_sums, row, inside, parts, 1, 13)[:, None] * w,
-            _sum_of(row_sums, row, inside, parts, 2, 13)[:, None] * w,
-            _sum_of(row_sums, row, inside, parts, 3, 13)[:, None] * w,
-            _sum_of(row_sums, row, inside, parts, 4, 13)[:, None] * w,
-            _sum_of(row_sums, row, inside, parts, 5, 13)[:, None] * w,
-            _sum_of(row_sums, row, inside, parts, 6, 13)[:, None] * w,
-            _sum_of(row_sums, row, inside, parts, 7, 13)[:, None] * w,
-            _sum_of(row_sums, row, inside, parts, 8, 13)[:, None] * w,
-            _sum_of(row_sums, row, inside, parts, 9, 13)[:, None] * w,
-            _sum_of(row_sums, row, inside, parts, 10, 13)[:, None] * w,
-            _sum_of(row_sums, row, inside, parts, 11, 13)[:, None] * w,
-            _sum_of(row_sums, row, inside, parts, 12, 13)[:, None] * w,
-        )
+    sums = (t,)
+    for k in tl.static_range(1, ROW_SUM_COUNT):
+        if not PLAIN:
+            sums = sums + (_sum_of(row_sums, row, inside, parts, k, ROW_SUM_COUNT)[:, None] * w,)
+        elif factors_are_one(k):
+            sums = sums + (t,)
+        else:
+            sums = sums + (tl.zeros_like(t),)
     return tokens, omega, sums
 
 
@@ -181,66 +145,6 @@ def load_row_advantages(advantages, presence, row, tokens, lead, n: tl.constexpr
     return load_advantages(
         advantages, presence, row[:, None], zero, objective, (tokens > 0)[:, None], n, False, tl.float64
     )
-
-
-@triton.jit
-def row_terms(a, here, s, NOON: tl.constexpr):
-    """The row's terms in the order of `_call.FIELDS`, (ROWS, N), and `TOTALS`, (ROWS,)."""
-    u, v = by_sign(a, NOON)
-    clipped = tl.where(a > 0, s[10], 0.0)
-    if not NOON:
-        clipped += tl.where(a < 0, s[11], 0.0)
-    return (
-        tl.where(here, s[0], 0.0),
-        tl.where(here, u * s[1] + v * s[2], 0.0),
-        tl.where(here, u * u * s[3] + v * v * s[4], 0.0),
-        tl.where(here, u * s[8] + v * s[9], 0.0),
-        tl.where(here, u * s[6] + v * s[7], 0.0),
-        tl.where(here, a * s[0], 0.0),
-        tl.where(here, a * a * s[0], 0.0),
-        tl.where(a > 0, s[0], 0.0),
-        tl.where(here, clipped, 0.0),
-        tl.sum(s[0], axis=1),
-        tl.sum(s[12], axis=1),
-    )
-
-
-@triton.jit
-def added(x, y):
-    return (
-        x[0] + y[0], x[1] + y[1], x[2] + y[2], x[3] + y[3], x[4] + y[4], x[5] + y[5], x[6] + y[6], x[7] +
-        y[7], x[8] + y[8], x[9] + y[9], x[10] + y[10],
-    )  # fmt: skip
-
-
-@triton.jit
-def finite(x):
-    return tl.where(x == x, x, 0.0)
-
-
-@triton.jit
-def add_row_pairs(sums, a, here, b, there, s, NOON: tl.constexpr, PRESENT: tl.constexpr):
-    """Of two blocks of objectives of the same rows, (ROWS, N, N) each."""
-    u, v = by_sign(a, NOON)
-    x, y = by_sign(b, NOON)
-    pp, qq, pq = finite(s[3]), finite(s[4]), finite(s[5])
-    first = (u * pp)[:, :, None] * x[:, None, :] + (u * pq)[:, :, None] * y[:, None, :]
-    second = (v * qq)[:, :, None] * y[:, None, :] + (v * pq)[:, :, None] * x[:, None, :]
-    bad = tl.where(s[3] == s[3], 0.0, s[3])  # NaN wherever one of the two is present
-    bound = first + second + tl.where(here, bad, 0.0)[:, :, None] + tl.where(there, bad, 0.0)[:, None, :]
-    wa = a * s[0]
-    product = wa[:, :, None] * b[:, None, :]
-    if PRESENT:
-        o = there.to(tl.float64)[:, None, :]
-        return (
-            sums[0] + bound,
-            sums[1] + product,
-            sums[2] + (here.to(tl.float64) * s[0])[:, :, None] * o,
-            sums[3] + wa[:, :, None] * o,
-            sums[4] + (wa * a)[:, :, None] * o,
-        )
-    else:  # noqa: RET505, Triton compiles what follows a return
-        return sums[0] + bound, sums[1] + product
 
 
 @triton.jit(do_not_specialize=[*_ROW_SIZES, "c_row", "c_step"])
@@ -284,22 +188,21 @@ def rows_kernel(
         if STATISTICS or BY_ROW:
             terms = row_terms(a, here, s, NOON)
         if STATISTICS:
-            acc = added(acc, terms)
+            acc = added(acc, terms, FIELD_COUNT + TOTAL_COUNT)
             if PAIRS:
                 pair_acc = add_row_pairs(pair_acc, a, here, a, here, s, NOON, PRESENT)
         if WEIGHTS != _NONE:
-            mass = tl.sum(s[0], axis=1)
-            count = tl.where(here, s[0], 1.0)
+            mass = tl.sum(s[VALID], axis=1)
+            count = tl.where(here, s[VALID], 1.0)
             if WEIGHTS == _SCORES:
-                moment = tl.where(here, terms[2] / count, 0.0) if BY_ROW else tl.where(here, a * a, 0.0)
-                score = (
-                    tl.where(here, terms[1] / count, 0.0)
-                    if BY_ROW
-                    else by_sign(a, NOON)[0] + by_sign(a, NOON)[1]
-                )
-                scale = tl.max(moment, axis=1, keep_dims=True)
-                unusable = tl.max((moment != moment).to(tl.int32), axis=1, keep_dims=True) > 0
-                x, best = solve(score, p, here, setting, tl.where(unusable, float("nan"), scale), N, NOON)
+                if BY_ROW:
+                    score = tl.where(here, terms[BOUND_SUM] / count, 0.0)
+                    moment = tl.where(here, terms[BOUND_SQUARE_SUM] / count, 0.0)
+                else:
+                    above, below = by_sign(a, NOON)
+                    score = above + below
+                    moment = tl.where(here, a * a, 0.0)
+                x, best = solve_scaled(score, moment, p, here, setting, N, NOON)
                 best = tl.sum(best, axis=1)
             elif WEIGHTS == _SOFTMIN:
                 x, best = softmin(a, p, here, setting)
@@ -310,7 +213,7 @@ def rows_kernel(
                 )
                 best = tl.zeros([ROWS], tl.float64)
                 if BY_ROW:
-                    best = tl.sum(x * tl.where(here, terms[1] / count, 0.0), axis=1)
+                    best = tl.sum(x * tl.where(here, terms[BOUND_SUM] / count, 0.0), axis=1)
             if BY_ROW:
                 tl.store(weights + row[:, None] * n + i[None, :], x, mask=inside[:, None] & (i < n)[None, :])
                 tl.store(optimum + row, best, mask=inside)
@@ -318,9 +221,7 @@ def rows_kernel(
                 some = tokens > 0
                 c_sum += tl.where(some[:, None], x * mass[:, None], 0.0)
                 best_sum += tl.where(some, best * mass, 0.0)
-            u, v = by_sign(a, NOON)
-            up = tl.sum(x * u, axis=1)
-            down = tl.sum(x * v, axis=1)
+            up, down = combine(x, a, NOON)
             if combined is not None:
                 together = tl.where(tokens > 0, up + down, 0.0)
                 squares += mass * together * together
@@ -336,27 +237,11 @@ def rows_kernel(
         if STATISTICS:
             store_sums(slot + _HEAD + n, acc, n, N)
             if PAIRS:
-                store_pairs(
-                    slot + _HEAD + (FIELD_COUNT + 1) * n + TOTAL_COUNT,
-                    pair_acc,
-                    i[:, None],
-                    i[None, :],
-                    n,
-                    PRESENT,
-                )
-        if is_last(counter, slots):
-            if square_sum is not None:
-                tl.store(square_sum, added_number(partial, slots, STRIDE, 2))
-            if STATISTICS:
-                store_statistics(partial + _HEAD + n, slots, STRIDE, sums, n, PAIRS, PRESENT)
-                if SOLVE >= 0:
-                    store_batch_weights(
-                        sums, preference, setting, weights, optimum, effective, n, N, SOLVE, 1
-                    )
-                elif WEIGHTS != _NONE and not BY_ROW:
-                    report(
-                        partial, slots, STRIDE, sums, c, preference, weights, optimum, n, N, WEIGHTS != _BATCH
-                    )
+                store_pairs(slot + _HEAD + n, pair_acc, n, N, PRESENT)
+        finish(
+            partial, counter, setting, c, preference, None, square_sum, weights, optimum, sums, effective,
+            n, N, _NONE if BY_ROW else WEIGHTS, STATISTICS, PAIRS, PRESENT, SOLVE, STRIDE,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*_ROW_SIZES, "slots"])
@@ -383,12 +268,7 @@ def row_pairs_kernel(
         a, here = load_row_advantages(own, present, row, tokens, i, n, BLOCK)
         b, there = load_row_advantages(own, present, row, tokens, j, n, BLOCK)
         sums = add_row_pairs(sums, a, here, b, there, s, NOON, PRESENT)
-    many: tl.constexpr = 5 if PRESENT else 2
-    p = (i + tl.arange(0, BLOCK)[:, None]).to(tl.int64)
-    q = (j + tl.arange(0, BLOCK)[None, :]).to(tl.int64)
-    to = partial + slot.to(tl.int64) * many * n * n
-    for pair in tl.static_range(many):
-        tl.store(to + pair * n * n + p * n + q, tl.sum(sums[pair], axis=0), mask=(p < n) & (q < n))
+    store_pair_tile(partial, slot, sums, i, j, n, BLOCK, PRESENT)
 
 
 class Rows:
@@ -405,7 +285,7 @@ class Rows:
             each = -(-p.total // rows)
             self.parts = max(1, min(programs(self.device, 1 << 30, 8) // rows, -(-each // _TOKENS)))
             units = given.rows * self.parts
-            size = units * (1 if self.plain else _SUMS)
+            size = units * (1 if self.plain else ROW_SUMS)
             self.sums = torch.empty(size, device=self.device, dtype=torch.float64)
             launch(
                 row_sums_kernel, self.device, programs(self.device, units, 8), *p.arguments[BEFORE_REF],
@@ -448,7 +328,7 @@ class Rows:
         n, present = self.n, self.given.objective_mask is not None
         count = 8 if present else 16
         slots = pair_slots(self.device, n, -(-self.given.rows // count))
-        partial = torch.empty(slots * pair_blocks(present) * n * n, device=self.device, dtype=torch.float64)
+        partial = torch.empty(slots * summed_pairs(present) * n * n, device=self.device, dtype=torch.float64)
         launch(
             row_pairs_kernel, self.device, slots * (-(-n // _BLOCK)) ** 2, *self.arguments, partial, slots,
             **self.constants, ROWS=count, BLOCK=_BLOCK, PRESENT=present,

@@ -18,7 +18,8 @@ from pama_kernels._call import Kind, Rule
 from .launch import check_memory, launch, number, number_of, power_of_two
 from .min_norm import UPGRAD as PROJECTIONS
 from .min_norm import check_objectives, min_norm_of, upgrad_of
-from .reduce import (
+from .simplex import normalised, preference_of, solve_scaled
+from .terms import (
     ADVANTAGE_SUM,
     BOUND_SQUARE_SUM,
     BOUND_SUM,
@@ -27,8 +28,6 @@ from .reduce import (
     POSITIVE_COUNT,
     TOTAL_COUNT,
 )
-from .simplex import normalised, preference_of
-from .simplex import solve as solve_scores
 
 FIXED, SCORES = tl.constexpr(int(Kind.FIXED)), tl.constexpr(int(Kind.SCORES))
 GRAM, UPGRAD = tl.constexpr(int(Kind.GRAM)), tl.constexpr(int(Kind.UPGRAD))
@@ -83,11 +82,8 @@ def batch_weights(
         c = effective
         best = tl.sum(c * score, axis=0)[None]
     elif KIND == SCORES:
-        moment = ratio(square, count)
-        scale = tl.max(tl.where(signal, moment, 0.0), axis=0)
-        unusable = tl.max((signal & (moment != moment)).to(tl.int32), axis=0) > 0
-        scale = tl.where(unusable, float("nan"), scale) + tl.zeros([1, 1], tl.float64)
-        c, best = solve_scores(score[None, :], given[None, :], signal[None, :], regularization, scale, N)
+        moments = tl.where(signal, ratio(square, count), 0.0)[None, :]
+        c, best = solve_scaled(score[None, :], moments, given[None, :], signal[None, :], regularization, N)
         best = tl.sum(best, axis=1)
         c = tl.sum(c, axis=0)
     else:

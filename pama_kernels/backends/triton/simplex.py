@@ -177,6 +177,14 @@ def solve(a, p, here, regularization, scale, N: tl.constexpr, ONE_SIGN: tl.const
 
 
 @triton.jit
+def solve_scaled(a, moments, p, here, regularization, N: tl.constexpr, ONE_SIGN: tl.constexpr = False):
+    """`solve` with the largest of the moments (R, N) as the scale; NaN where one of them is."""
+    scale = tl.max(moments, axis=1, keep_dims=True)
+    unusable = tl.max((moments != moments).to(tl.int32), axis=1, keep_dims=True) > 0
+    return solve(a, p, here, regularization, tl.where(unusable, float("nan"), scale), N, ONE_SIGN)
+
+
+@triton.jit
 def softmin(a, p, here, temperature):
     """c_i proportional to p_i exp(-a_i / temperature) over those that are here, and c.a; arguments as for
     `solve`."""

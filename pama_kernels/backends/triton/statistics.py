@@ -1,9 +1,4 @@
-"""Sums over tokens: the terms of a tile, kept element by element in float64 and added over tokens once at
-the end.
-
-Every term is weighted by the token weights of the aggregation: `share` (TOKENS,) float64, or 1 where it is
-None.
-"""
+"""Sums over tokens beside those of `apply.py`: how many are valid, and the N x N sums of many objectives."""
 
 from __future__ import annotations
 
@@ -12,19 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pama_kernels._call import Tokens
+from pama_kernels._call import PAIRS, Tokens
 from pama_kernels.backends._counter import counter
 
 from .launch import INTERPRETED, launch, programs
-from .reduce import (
-    FIELD_COUNT,
-    TOTAL_COUNT,
-    add_pairs_kernel,
-    add_to,
-    added_number,
-    is_last,
-    pair_blocks,
-)
+from .reduce import add_pairs_kernel, added_number, is_last, store_pair_tile
+from .terms import add_token_pairs, no_pairs, summed_pairs
 from .tokens import (
     ANY_SIZE,
     MASK,
@@ -43,102 +31,6 @@ from .tokens import (
 PAIRS_IN_REGISTERS = 8  # objectives whose N x N sums ride along with the others
 _COUNTED = 128 if INTERPRETED else 1024  # tokens at a time, where nothing but the mask is read
 _BLOCK = 8  # objectives of a block of pairs
-
-
-@triton.jit
-def no_sums(TOKENS: tl.constexpr, N: tl.constexpr):
-    z = tl.zeros([TOKENS, N], tl.float64)
-    t = tl.zeros([TOKENS], tl.float64)
-    return z, z, z, z, z, z, z, z, z, t, t
-
-
-@triton.jit
-def add_sums(sums, factors, terms, share, NOON: tl.constexpr):
-    """In the order of `_call.FIELDS`, (TOKENS, N) each, then `TOTALS`, (TOKENS,)."""
-    valid, logp, _, _, _, _, _, off_pos, off_neg, kl = factors
-    a, here, bound, surrogate = terms
-    w, v = 1.0, 1.0
-    if share is not None:
-        w, v = share[:, None], share
-    positive = a > 0
-    clipped = positive & off_pos[:, None]
-    if not NOON:
-        clipped = clipped | ((a < 0) & off_neg[:, None])
-    b = bound.to(tl.float64)
-    x = a.to(tl.float64)
-    wb = w * b
-    wx = w * x
-    zero = tl.zeros_like(b)
-    return (
-        sums[0] + tl.where(here, w, zero),
-        sums[1] + wb,
-        sums[2] + wb * b,
-        sums[3] + wb * logp.to(tl.float64)[:, None],
-        sums[4] + w * surrogate.to(tl.float64),
-        sums[5] + wx,
-        sums[6] + wx * x,
-        sums[7] + tl.where(positive, w, zero),
-        sums[8] + tl.where(clipped, w, zero),
-        sums[9] + tl.where(valid, v, tl.zeros(valid.shape, tl.float64)),
-        sums[10] + v * kl.to(tl.float64),
-    )
-
-
-@triton.jit
-def no_pairs(TOKENS: tl.constexpr, N: tl.constexpr, PRESENT: tl.constexpr):
-    z = tl.zeros([TOKENS, N, N], tl.float64)
-    if PRESENT:
-        return z, z, z, z, z
-    else:  # noqa: RET505, Triton compiles what follows a return
-        return z, z
-
-
-@triton.jit
-def add_pairs(sums, x, y, share, PRESENT: tl.constexpr):
-    """Of two blocks of objectives on the same tokens, in the order of `_call.PAIRS`, (TOKENS, N, N) each."""
-    w = 1.0
-    if share is not None:
-        w = share[:, None]
-    a = x[0].to(tl.float64)
-    b = y[0].to(tl.float64)[:, None, :]
-    wa = w * a
-    bound = (w * x[2].to(tl.float64))[:, :, None] * y[2].to(tl.float64)[:, None, :]
-    product = wa[:, :, None] * b
-    if PRESENT:
-        there = tl.where(y[1], 1.0, tl.zeros_like(wa))[:, None, :]
-        here = tl.where(x[1], w, tl.zeros_like(wa))
-        return (
-            sums[0] + bound,
-            sums[1] + product,
-            sums[2] + here[:, :, None] * there,
-            sums[3] + wa[:, :, None] * there,
-            sums[4] + (wa * a)[:, :, None] * there,
-        )
-    else:  # noqa: RET505
-        return sums[0] + bound, sums[1] + product
-
-
-@triton.jit
-def store_sums(slot, sums, n: tl.constexpr, N: tl.constexpr):
-    """Adds them over tokens to a slot's fields."""
-    i = tl.arange(0, N)
-    for field in tl.static_range(FIELD_COUNT):
-        add_to(slot + field * n + i, tl.sum(sums[field], axis=0), i < n)
-    one = tl.zeros([1], tl.int32)
-    for total in tl.static_range(TOTAL_COUNT):
-        add_to(
-            slot + FIELD_COUNT * n + total + one, tl.sum(sums[FIELD_COUNT + total], axis=0)[None], one == 0
-        )
-    tl.debug_barrier()  # what is added next may be read by other threads
-
-
-@triton.jit
-def store_pairs(slot, sums, i, j, n: tl.constexpr, PRESENT: tl.constexpr):
-    """Adds them over tokens to a slot's blocks, of objectives i (N, 1) and j (1, N)."""
-    blocks: tl.constexpr = 5 if PRESENT else 2
-    for block in tl.static_range(blocks):
-        add_to(slot + block * n * n + i * n + j, tl.sum(sums[block], axis=0), (i < n) & (j < n))
-    tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["m_row", "m_token", "cu_step", "rows", "width"])
@@ -235,13 +127,8 @@ def pairs_kernel(
         )  # fmt: skip
         x = load_terms(own, here, factors, row, token, i, n, BLOCK, NOON, DENSE, D)
         y = load_terms(own, here, factors, row, token, j, n, BLOCK, NOON, DENSE, D)
-        sums = add_pairs(sums, x, y, share_of(row, at < total, row_counts), PRESENT)
-    many: tl.constexpr = 5 if PRESENT else 2
-    p = (i + tl.arange(0, BLOCK)[:, None]).to(tl.int64)
-    q = (j + tl.arange(0, BLOCK)[None, :]).to(tl.int64)
-    to = partial + slot.to(tl.int64) * many * n * n
-    for pair in tl.static_range(many):
-        tl.store(to + pair * n * n + p * n + q, tl.sum(sums[pair], axis=0), mask=(p < n) & (q < n))
+        sums = add_token_pairs(sums, x, y, share_of(row, at < total, row_counts), PRESENT)
+    store_pair_tile(partial, slot, sums, i, j, n, BLOCK, PRESENT)
 
 
 def pair_slots(device: torch.device, n: int, units: int) -> int:
@@ -251,7 +138,17 @@ def pair_slots(device: torch.device, n: int, units: int) -> int:
 
 def finish_pairs(partial: Tensor, slots: int, sums: Tensor, n: int, present: bool) -> None:
     k = 256
-    launch(add_pairs_kernel, sums.device, -(-5 * n * n // k), partial, slots, sums, n=n, K=k, PRESENT=present)
+    launch(
+        add_pairs_kernel,
+        sums.device,
+        -(-len(PAIRS) * n * n // k),
+        partial,
+        slots,
+        sums,
+        n=n,
+        K=k,
+        PRESENT=present,
+    )
 
 
 def store_pairs_of(p: Problem, present: bool, row_counts: Tensor | None, sums: Tensor) -> None:
@@ -259,7 +156,7 @@ def store_pairs_of(p: Problem, present: bool, row_counts: Tensor | None, sums: T
     n = p.constants["n"]
     constants = p.tile(128 if present else 256, _BLOCK)
     slots = pair_slots(p.device, n, -(-p.total // constants["TOKENS"]))
-    partial = torch.empty(slots * pair_blocks(present) * n * n, device=p.device, dtype=torch.float64)
+    partial = torch.empty(slots * summed_pairs(present) * n * n, device=p.device, dtype=torch.float64)
     launch(
         pairs_kernel, p.device, slots * (-(-n // _BLOCK)) ** 2, *p.arguments, row_counts, partial, slots,
         **constants, BLOCK=_BLOCK, PRESENT=present,
