@@ -275,6 +275,9 @@ PYBIND11_MODULE(_cuda, m) {
         info["cuda"] = std::to_string(kCudaVersion / 1000) + "." + std::to_string(kCudaVersion % 1000 / 10);
         info["architectures"] = PAMA_CUDA_ARCHITECTURES;
         info["emulated"] = kEmulated;
+#if defined(PAMA_CUDA_EMULATION)
+        info["launches"] = emulation::launches;
+#endif
         return info;
     });
     m.def("device_problem", &device_problem);
