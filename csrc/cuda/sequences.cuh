@@ -14,11 +14,10 @@ constexpr int kSequenceThreads = limited(256);
 constexpr int kSequenceWarps = kSequenceThreads / kWarp;
 constexpr int kItems = 32;  // segments at a time; no fewer than warps
 static_assert(kSequenceWarps <= kItems);
-constexpr int kMostSums = kTotals + kFields * kSequenceObjectives +
-                          kSequenceObjectives * (kSequenceObjectives - 1) +
+constexpr int kMostSums = kTotals + kFields * kSequenceObjectives + kSequenceObjectives * (kSequenceObjectives - 1) +
                           (kPairs - 2) * kSequenceObjectives * kSequenceObjectives;
-constexpr int kMostStatistics = kTotals + kFields * kSequenceObjectives +
-                                kPairs * kSequenceObjectives * kSequenceObjectives;
+constexpr int kMostStatistics =
+    kTotals + kFields * kSequenceObjectives + kPairs * kSequenceObjectives * kSequenceObjectives;
 constexpr int kSolverDoubles = 1600;
 static_assert(kSequenceWarps * kSequenceObjectives * kFields <= kSolverDoubles);
 
@@ -35,7 +34,8 @@ struct SequenceMemory {
     double table[kSequenceThreads], optimum, root;
 };
 
-// --- what segments contribute -----------------------------------------------------------------------------------------
+// --- what segments contribute
+// -----------------------------------------------------------------------------------------
 
 __device__ inline double pair_term(const Item& item, int kind, int i, int j, bool noon) {
     const RowAdvantage &x = item.x[i], &y = item.x[j];
@@ -87,7 +87,8 @@ __device__ inline void add_items(const Terms& t, const Item* items, int count, d
     }
 }
 
-// --- all statistics from the sums that were added up ------------------------------------------------------------------
+// --- all statistics from the sums that were added up
+// ------------------------------------------------------------------
 
 __device__ inline int found(const signed char* kinds, int count, int kind) {
     for (int k = 0; k < count; ++k)
@@ -121,9 +122,10 @@ __device__ inline double pair_of(const Terms& t, const double* sums, int kind, i
     const int n = t.n, table = found(t.table, t.tables, kind);
     if (table >= 0) return sums[t.first_table() + (table * n + i) * n + j];
     if (kind > kAdvantageProduct)  // every objective is present everywhere
-        return field_of(t, sums, kind == kPairCount       ? kCount
-                                 : kind == kPairAdvantage ? kAdvantageSum
-                                                          : kAdvantageSquareSum,
+        return field_of(t, sums,
+                        kind == kPairCount       ? kCount
+                        : kind == kPairAdvantage ? kAdvantageSum
+                                                 : kAdvantageSquareSum,
                         i);
     if (i == j) return field_of(t, sums, kind == kBoundProduct ? kBoundSquareSum : kAdvantageSquareSum, i);
     const int own = found(t.product, t.products, kind), low = i < j ? i : j, high = i < j ? j : i;
@@ -144,7 +146,8 @@ __device__ inline void write_statistics(const Sequences& s, const double* sums, 
     __syncthreads();
 }
 
-// --- the share of a block ---------------------------------------------------------------------------------------------
+// --- the share of a block
+// ---------------------------------------------------------------------------------------------
 
 // The valid tokens of sequences, by as many warps as there are for each.
 __device__ inline void count_items(const Sequences& s, int64_t first, int count, SequenceMemory& m, int each) {
@@ -233,7 +236,8 @@ __device__ inline void add_share(const Sequences& s, SequenceMemory& m) {
     for (int k = threadIdx.x; k < s.terms.size(); k += blockDim.x) to[k] = m.sums[k];
 }
 
-// --- the last block ---------------------------------------------------------------------------------------------------
+// --- the last block
+// ---------------------------------------------------------------------------------------------------
 
 __device__ inline void add_blocks(const Sequences& s, SequenceMemory& m) {
     const int size = s.terms.size(), threads = blockDim.x, width = size < threads ? size : threads;
@@ -259,9 +263,9 @@ __device__ inline void add_blocks(const Sequences& s, SequenceMemory& m) {
 PAMA_APART __device__ void solve_weights(const Sequences& s, SequenceMemory& m) {
     const int n = s.p.n;
     for (int i = 0; i < n; ++i) m.preference[i] = s.preference ? s.preference[i] : 1.0 / n;
-    m.optimum = batch_weights(m.statistics, n, s.rule.kind, s.rule.number, m.preference, m.weights, m.effective,
-                              m.solver)
-                    .optimum;
+    m.optimum =
+        batch_weights(m.statistics, n, s.rule.kind, s.rule.number, m.preference, m.weights, m.effective, m.solver)
+            .optimum;
 }
 
 // Sums of c_i A_i over positive and over negative advantages of a sequence.

@@ -95,7 +95,9 @@ def test_combined_advantages_in_one_launch(mask: torch.dtype | None, normalize: 
                 continue  # more than one point may be optimal
             asked: dict[str, Any] = {"rule": rule, "aggregation": aggregation, "normalize": normalize}
             asked["objective_mask"] = present
-            launches, x = _launches(functools.partial(pk.combine_advantages, problem.advantages, given, **asked))
+            launches, x = _launches(
+                functools.partial(pk.combine_advantages, problem.advantages, given, **asked)
+            )
             assert launches == 1
             y = reference.combine_advantages(problem.advantages, given, **asked)
             near: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False}

@@ -253,9 +253,7 @@ def _loss_of_rows(tokens: Tokens, outputs: Outputs, results: Results, factors: T
     run_tokens(problem(tokens, True, without_objectives=True), x)
 
 
-def _second_pass(
-    call: _Call, x: Pass, rule: Rule, outputs: Outputs, results: Results, solved: bool
-) -> None:
+def _second_pass(call: _Call, x: Pass, rule: Rule, outputs: Outputs, results: Results, solved: bool) -> None:
     """Combined advantages and the loss. `solved`: the weights are in `x.c`, the statistics in `x.sums`."""
     tokens, rows = call.given, call.given.rows
     combined = results.advantages if outputs.advantages else None
