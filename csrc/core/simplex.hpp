@@ -69,7 +69,11 @@ PAMA_HD inline V simplex_solve(int n, V* PAMA_RESTRICT a, const V* PAMA_RESTRICT
     for (int i = 0; i < size; ++i) a[i] = sign * a[i] - base;
     V lambda = zero, shift = zero, mean = zero;
     auto holding = none;
+#if defined(__CUDA_ARCH__)
+    const int unconditional = 1;
+#else
     const int unconditional = N > 0 && N <= 4 ? N - 1 : 1;  // rounds without a branch: more than needed change nothing
+#endif
     for (int round = 1; round <= 2 * size + 2; ++round) {
         V m = zero, sum_a = zero, sum_p = zero;
         for (int i = 0; i < size; ++i) {
@@ -206,8 +210,9 @@ PAMA_HD inline double simplex_row(int given_n, double* PAMA_RESTRICT a, double* 
     }
     bool uniform = true;
     double first = -1;
+    const double part = 1 / (mass > 0 ? mass : count);
     for (int i = 0; i < n; ++i) {
-        p[i] = c[i] == 0 ? 0 : (mass > 0 ? p[i] / mass : 1 / count);
+        p[i] = c[i] == 0 ? 0 : (mass > 0 ? p[i] * part : part);
         if (c[i] == 0) continue;
         if (first < 0) first = p[i];
         uniform = uniform && p[i] == first;

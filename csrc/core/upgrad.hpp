@@ -15,7 +15,7 @@
 
 #include <cstddef>
 
-#include "active_set.hpp"
+#include "small_system.hpp"
 
 PAMA_BEGIN
 namespace upgrad {
@@ -113,9 +113,71 @@ PAMA_HD inline SolverResult solve_pair(double a, double b, double d, double p, d
             0};
 }
 
+constexpr int kSmallestSmall = 3, kLargestSmall = 4;
+
+// solve_all in registers: one exchange for each objective. False where some needs more than that.
+template <int N>
+PAMA_HD inline bool solve_small(const Problem& s, double* answer, SolverResult* result) {
+    nnqp::SmallSystem<double, N> x;
+    double sum[N], unit[N], preference[N];
+    bool apart = true;  // duplicates are averaged elsewhere
+    PAMA_UNROLL
+    for (int i = 0; i < N; ++i) {
+        PAMA_UNROLL
+        for (int j = 0; j <= i; ++j) x.m(i, j) = s.row_of(i)[j];
+        unit[i] = s.unit[i];
+        sum[i] = preference[i] = s.preference[i];
+        x.shift[i] = 0.0;
+        x.diagonal[i] = x.m(i, i);
+    }
+    PAMA_UNROLL
+    for (int i = 0; i < N; ++i) {
+        PAMA_UNROLL
+        for (int j = 0; j < i; ++j) apart = apart && (x.m(i, j) != x.m(i, i) || x.m(i, j) != x.m(j, j));
+    }
+    if (!apart) return false;
+    x.fixed_total = 1.0;
+    for (int own = 0; own < N; ++own) {
+        double share = 0.0, scale = 1.0, row[N];
+        PAMA_UNROLL
+        for (int j = 0; j < N; ++j) {
+            row[j] = 0.0;
+            PAMA_UNROLL
+            for (int i = 0; i < N; ++i) row[j] = i == own ? x.m.symmetric(i, j) : row[j];
+            share = j == own ? preference[j] : share;
+            scale = j == own ? unit[j] : scale;
+            x.fixed_terms = j == own ? x.m(j, j) : x.fixed_terms;
+            x.target[j] = -row[j];
+            x.inside[j] = row[j] < 0.0 ? 1.0 : 0.0;
+        }
+        if (share == 0.0) continue;
+        if (!nnqp::exchange<double>(x, N, true) || x.tied) return false;
+        double total = 1.0, least = 0.0, slack = 0.0;
+        PAMA_UNROLL
+        for (int j = 0; j < N; ++j) {
+            const double gradient = x.product[j] + row[j], ratio = unit[j] / scale;
+            total += x.y[j];
+            least = min_of(gradient, least);
+            slack += x.y[j] * std::fabs(gradient);
+            sum[j] += x.y[j] > 0.0 ? share * min_of(ratio, kLargestRatio) * x.y[j] : 0.0;
+        }
+        const double residual = max_of(-least / total, slack / total / total);
+        if (!(residual <= nnqp::kCertified)) return false;
+        result->residual = max_of(residual, result->residual);
+    }
+    PAMA_UNROLL
+    for (int j = 0; j < N; ++j) answer[j] = sum[j];
+    return true;
+}
+
 // The weights of the objectives in s: p in `preference`, S in `unit`, the sums of the c^(i) to `answer`.
 PAMA_HD inline SolverResult solve_all(Problem& s) {
     SolverResult result = {0.0, 0.0, SolveStatus::solved, 0};
+    if (s.n >= kSmallestSmall && s.n <= kLargestSmall &&
+        nnqp::with_size<kSmallestSmall, kLargestSmall>(
+            s.n, [&](auto n) { return solve_small<decltype(n)::value>(s, s.answer, &result); }))
+        return result;
+    result.residual = 0.0;
     s.smallest_unit = nnqp::kLargestDouble;
     for (int j = 0; j < s.n; ++j) {
         s.answer[j] = s.shift[j] = 0.0;

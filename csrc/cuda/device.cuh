@@ -8,8 +8,8 @@
 #else
 #include <cuda_runtime.h>
 #define PAMA_SHARED(type, name) __shared__ type name
-#define PAMA_APART __noinline__ static
 #define PAMA_ROLLED _Pragma("unroll 1")
+#define PAMA_NOINLINE __noinline__ inline
 #define PAMA_UNROLL_BY(count) PAMA_PRAGMA(unroll count)
 #define PAMA_PRAGMA(text) _Pragma(#text)
 
@@ -30,21 +30,21 @@ constexpr int kWarp = 32;
 #endif
 constexpr int limited(int threads) { return threads < PAMA_CUDA_THREADS ? threads : PAMA_CUDA_THREADS; }
 // Blocks that add up tokens, one to a multiprocessor: few, so that few partial sums are left to the last one. The first
-// leaves a thread 168 registers, the second 255.
-constexpr int kManyThreads = limited(384), kFewThreads = limited(256);
-constexpr int kMostWarps = kManyThreads / kWarp;
+// leaves a thread 128 registers, the second 255.
+constexpr int kManyThreads = limited(512), kFewThreads = limited(256);
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// 32 sums over a warp with 31 exchanges: lane k receives the sum of every lane's values[k]. The order is fixed.
-template <int Half = kWarp / 2>
-__device__ inline double transposed_sums(double (&values)[kWarp], int lane) {
+// 32 sums over a warp with 31 exchanges: lane k receives the sum of every lane's values[k]. The order is fixed. With
+// fewer than `Count` values the others are 0, and the sums of lanes beyond mean nothing.
+template <int Half = kWarp / 2, int Count = kWarp, class T>
+__device__ inline T transposed_sums(T (&values)[kWarp], int lane) {
     const bool upper = lane & Half;
     PAMA_UNROLL
-    for (int k = 0; k < Half; ++k) {
-        const double mine = upper ? values[k + Half] : values[k], other = upper ? values[k] : values[k + Half];
-        values[k] = mine + __shfl_xor_sync(kAllLanes, other, Half);
+    for (int k = 0; k < (Half < Count ? Half : Count); ++k) {
+        const T mine = upper ? values[k + Half] : values[k], other = upper ? values[k] : values[k + Half];
+        values[k] = mine + static_cast<T>(__shfl_xor_sync(kAllLanes, other, Half));
     }
-    if constexpr (Half > 1) return transposed_sums<Half / 2>(values, lane);
+    if constexpr (Half > 1) return transposed_sums<Half / 2, Count>(values, lane);
     return values[0];
 }
 
@@ -59,13 +59,13 @@ __device__ inline double warp_sum(double value) {
 // memory before is then visible to it. The counter is 0 before and after every launch.
 __device__ inline bool last_block(unsigned* counter) {
     PAMA_SHARED(bool, last);
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == 0) {  // its fences order what the whole block wrote before the barrier and reads after the next
+        __threadfence();
         last = atomicInc(counter, gridDim.x - 1) == gridDim.x - 1;
+        __threadfence();
     }
     __syncthreads();
-    __threadfence();
     return last;
 }
 

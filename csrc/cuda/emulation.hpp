@@ -18,7 +18,8 @@
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
-#define PAMA_APART static
+#define __grid_constant__
+#define PAMA_NOINLINE inline
 #define PAMA_ROLLED
 #define PAMA_UNROLL_BY(count)
 #define PAMA_SHARED(type, name) \
@@ -204,6 +205,13 @@ inline unsigned __reduce_add_sync(unsigned, unsigned value) {
         double sum = 0;
         for (int k = 0; k < pama::emulation::kLanes; ++k) sum += slots[k];
         return static_cast<unsigned>(sum);
+    });
+}
+inline bool __any_sync(unsigned, bool value) {
+    return pama::emulation::exchange(value, [](const double* slots, unsigned) {
+        double some = 0;
+        for (int k = 0; k < pama::emulation::kLanes; ++k) some += slots[k];
+        return some > 0;
     });
 }
 inline unsigned atomicInc(unsigned* counter, unsigned limit) {

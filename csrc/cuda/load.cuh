@@ -8,6 +8,12 @@
 namespace pama {
 namespace cuda {
 
+__device__ inline unsigned bits_of(float x) {
+    unsigned bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
 template <class T>
 __device__ inline T load_number(const Array& array, int64_t at) {
     switch (array.dtype) {

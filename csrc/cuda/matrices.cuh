@@ -23,24 +23,28 @@ __device__ inline int load_matrix(const Rows& rows, int64_t row, double* matrix,
     return rows.n;
 }
 
-// Of the objectives with a signal; 0 where none has, or where the problem has no mass to share out.
+// Of the objectives with a signal, by all threads of the block; 0 where none has, or where the problem has no mass to
+// share out. `position` (n): where each of them is in the matrix.
 template <class Problem>
-__device__ inline int batch_matrix(const Solve& s, double* matrix, double* preference) {
-    if (!choose_objectives(s)) return 0;
-    int count = 0;
-    double mass = 0;
-    for (int i = 0; i < s.n; ++i) {
-        if (s.weights[i] == 0) continue;
-        mass += s.effective[i];
-        preference[count++] = s.effective[i];
+__device__ inline int batch_matrix(const Solve& s, double* matrix, double* preference, double* position) {
+    double mass;
+    const int n = s.n, count = choose_objectives(s, &mass);
+    for (int i = threadIdx.x; i < n; i += blockDim.x) {
+        double before = 0;
+        PAMA_UNROLL_BY(4)
+        for (int j = 0; j < i; ++j) before += s.weights[j];
+        position[i] = before;
+        if (s.weights[i] != 0) preference[static_cast<int>(before)] = s.effective[i];
     }
-    if (Problem::kNeedsMass && !(mass > 0)) return 0;
-    for (int i = 0; i < s.n; ++i) {
-        if (s.weights[i] == 0) continue;
-        for (int j = 0; j < s.n; ++j)
-            if (s.weights[j] != 0) *matrix++ = Problem::entry(s.sums, s.n, i, j);
+    __syncthreads();
+    for (int k = threadIdx.x; k < n * n; k += blockDim.x) {
+        const int i = k / n, j = k % n;
+        if (s.weights[i] != 0 && s.weights[j] != 0)
+            matrix[static_cast<int>(position[i]) * count + static_cast<int>(position[j])] =
+                Problem::entry(s.sums, n, i, j);
     }
-    return count;
+    __syncthreads();
+    return Problem::kNeedsMass && !(mass > 0) ? 0 : count;
 }
 
 // `active` threads of each warp have a matrix, so that few are spread over many warps. With `of_batch` the one matrix
@@ -48,9 +52,10 @@ __device__ inline int batch_matrix(const Solve& s, double* matrix, double* prefe
 template <class Problem>
 __global__ void matrices_kernel(const Rows rows, const int active, const bool of_batch, const Solve batch) {
     const int64_t slot = static_cast<int64_t>(blockIdx.x) * active + threadIdx.x;
-    if (static_cast<int>(threadIdx.x) >= active || slot >= rows.slots) return;
+    const bool works = static_cast<int>(threadIdx.x) < active && slot < rows.slots;
     const int n = rows.n;
     if (n == 2 && !of_batch) {  // without work space, in registers
+        if (!works) return;
         double entries[4], c[2], preference[2];
         load_matrix(rows, slot, entries, preference);
         const double optimum = Problem::solve(2, entries, preference, rows.regularization, c, nullptr);
@@ -58,11 +63,12 @@ __global__ void matrices_kernel(const Rows rows, const int active, const bool of
         store_number(rows.optimum, rows.wide, slot, optimum);
         return;
     }
-    double* const matrix = rows.work + slot * matrix_room<Problem>(n);
+    double* const matrix = rows.work + (of_batch ? 0 : slot) * matrix_room<Problem>(n);
     double *const c = matrix + static_cast<int64_t>(n) * n, *const preference = c + n;
+    const int of_signal = of_batch ? batch_matrix<Problem>(batch, matrix, preference, c) : 0;
+    if (!works) return;
     for (int64_t row = slot; row < rows.rows; row += rows.slots) {
-        const int size =
-            of_batch ? batch_matrix<Problem>(batch, matrix, preference) : load_matrix(rows, row, matrix, preference);
+        const int size = of_batch ? of_signal : load_matrix(rows, row, matrix, preference);
         double optimum = 0;
         if (size > 0) optimum = Problem::solve(size, matrix, preference, rows.regularization, c, preference + n);
         if (!of_batch) {

@@ -48,6 +48,7 @@ struct Plan {
     int64_t segments = 1;  // of a sequence, one warp each
     int64_t blocks = 1;    // that share the tokens, or the sequences
     int64_t layers = 1;    // groups of objectives and tiles of pairs
+    int threads = 0;       // of a block
     int64_t row_doubles = 0, partials = 0;
 
     int64_t doubles() const { return row_doubles + partials; }

@@ -260,7 +260,7 @@ __device__ inline void add_blocks(const Sequences& s, SequenceMemory& m) {
 }
 
 // By one thread. A function of its own: the solvers take all registers that there are.
-PAMA_APART __device__ void solve_weights(const Sequences& s, SequenceMemory& m) {
+__device__ PAMA_NOINLINE void solve_weights(const Sequences& s, SequenceMemory& m) {
     const int n = s.p.n;
     for (int i = 0; i < n; ++i) m.preference[i] = s.preference ? s.preference[i] : 1.0 / n;
     m.optimum =

@@ -85,46 +85,80 @@ struct Partials {
     int64_t blocks;
 };
 
-// The sums of the block to its place; `index(slot)` says where a slot belongs.
-template <int Count, class Index>
-__device__ inline void write_block(Values<Count>& values, const Partials& partials, int64_t block, Index index) {
-    using Table = double[kMostWarps][Count];
-    PAMA_SHARED(Table, table);
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-    PAMA_UNROLL
-    for (int b = 0; b < Values<Count>::kBatches; ++b) {
-        const double sum = transposed_sums(values.batch[b], lane);
-        if (b * kWarp + lane < Count) table[warp][b * kWarp + lane] = sum;
-    }
+// The sums of the block from those of its warps, rows of `width`, to its place; `index(slot)` says where a slot
+// belongs.
+template <class Index>
+__device__ inline void write_table(const double* table, int width, int count, const Partials& partials, int64_t block,
+                                   Index index) {
+    const int warps = blockDim.x / kWarp;
     __syncthreads();
-    for (int slot = threadIdx.x; slot < Count; slot += blockDim.x) {
+    for (int slot = threadIdx.x; slot < count; slot += blockDim.x) {
         double total = 0;
-        for (int w = 0; w < warps; ++w) total += table[w][slot];
+        for (int w = 0; w < warps; ++w) total += table[w * width + slot];
         const int64_t at = index(slot);
         if (at >= 0) partials.data[at * partials.blocks + block] = total;
     }
 }
 
-// The last block: partials to sums, a warp for each, and what follows from others.
+// The sums of the block from the values of its threads.
+template <int Count, class Index>
+__device__ inline void write_block(Values<Count>& values, const Partials& partials, int64_t block, Index index) {
+    using Table = double[kFewThreads / kWarp][Count];
+    PAMA_SHARED(Table, table);
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    PAMA_UNROLL
+    for (int b = 0; b < Values<Count>::kBatches; ++b) {
+        const double sum = transposed_sums(values.batch[b], lane);
+        if (b * kWarp + lane < Count) table[warp][b * kWarp + lane] = sum;
+    }
+    write_table(&table[0][0], Count, Count, partials, block, index);
+}
+
+// The last block: partials to sums, four at a time by each warp with all their loads in flight, and what follows from
+// others.
 __device__ inline void add_partials(const Partials& partials, double* sums, int64_t n, bool pairs, bool presence) {
+    constexpr int kSums = 4, kLoads = 5;
     const int64_t lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
     const int64_t fields = statistics_size(n, false), size = statistics_size(n, pairs);
     const int64_t written = pairs && !presence ? pair_offset(n, kProductKinds) : size;
-    for (int64_t index = threadIdx.x / kWarp; index < written; index += warps) {
-        const int64_t pair = index - fields, kind = pair / (n * n), row = pair / n % n, column = pair % n;
-        if (pair >= 0 && kind < kProductKinds && row >= column) continue;
-        double sum = 0;
-        const double* const from = partials.data + index * partials.blocks;
-        PAMA_UNROLL_BY(4)
-        for (int64_t block = lane; block < partials.blocks; block += kWarp) sum += __ldcg(from + block);
-        sum = warp_sum(sum);
-        if (lane == 0) sums[index] = sum;
+    const auto each = static_cast<unsigned>(n);  // divisions of 64 bits are slow
+    for (int64_t first = threadIdx.x / kWarp; first < written; first += kSums * warps) {
+        double sum[kSums] = {};
+        bool wanted[kSums];
+        PAMA_UNROLL
+        for (int u = 0; u < kSums; ++u) {
+            const int64_t index = first + u * warps;
+            wanted[u] = index < written;
+            if (!pairs || index < fields || index >= fields + kProductKinds * n * n) continue;
+            const unsigned row = static_cast<unsigned>(index - fields) / each;  // of one of the matrices
+            wanted[u] = wanted[u] && row % each < static_cast<unsigned>(index - fields) - row * each;
+        }
+        for (int64_t from = lane; from < partials.blocks; from += kLoads * kWarp) {
+            double part[kSums][kLoads];
+            PAMA_UNROLL
+            for (int u = 0; u < kSums; ++u) {
+                const double* const row = partials.data + (first + u * warps) * partials.blocks + from;
+                PAMA_UNROLL
+                for (int l = 0; l < kLoads; ++l)
+                    part[u][l] = wanted[u] && from + l * kWarp < partials.blocks ? __ldcg(row + l * kWarp) : 0;
+            }
+            PAMA_UNROLL
+            for (int u = 0; u < kSums; ++u) {
+                PAMA_UNROLL
+                for (int l = 0; l < kLoads; ++l) sum[u] += part[u][l];
+            }
+        }
+        PAMA_UNROLL
+        for (int u = 0; u < kSums; ++u) sum[u] = warp_sum(sum[u]);
+        PAMA_UNROLL
+        for (int u = 0; u < kSums; ++u)
+            if (lane == 0 && wanted[u]) sums[first + u * warps] = sum[u];
     }
     __syncthreads();
     if (!pairs) return;
     double* const products = sums + fields;
-    for (int64_t k = threadIdx.x; k < n * n; k += blockDim.x) {
-        const int64_t i = k / n, j = k % n;
+    for (unsigned k = threadIdx.x; k < each * each; k += blockDim.x) {
+        const unsigned i = k / each, j = k % each;
         if (i >= j) {
             products[k] = i == j ? sums[kBoundSquareSum * n + i] : products[j * n + i];
             products[n * n + k] = i == j ? sums[kAdvantageSquareSum * n + i] : products[n * n + j * n + i];

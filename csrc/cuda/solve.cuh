@@ -1,55 +1,133 @@
-// The weights of a batch from its sums, by one thread.
+// The weights of a batch from its sums.
 #pragma once
 
 #include "../core/weights.hpp"
 #include "load.cuh"
-#include "problem.hpp"
+#include "slots.cuh"
 
 namespace pama {
 namespace cuda {
 
-// The preference over the objectives with a signal, to `effective`; 1 for each of these, else 0, to `weights`. Whether
-// there is one.
-__device__ inline bool choose_objectives(const Solve& s) {
-    for (int i = 0; i < s.n; ++i) s.effective[i] = s.preference ? s.preference[i] : 1.0 / s.n;
-    return effective_preference(s.sums, s.n, s.rule.kind == Kind::gram, s.effective, s.weights, s.effective);
+// One objective's statistics, in the layout of a single one: core/statistics.hpp reads them with n = 1.
+struct OwnStatistics {
+    double field[kFields];
+    __device__ OwnStatistics(const double* sums, int n, int i) {
+        PAMA_UNROLL
+        for (int f = 0; f < kFields; ++f) field[f] = sums[f * n + i];
+    }
+    __device__ bool signal(bool bound) const { return has_signal(field, 1, 0, bound); }
+};
+
+// The preference over the objectives with a signal, to `effective`; 1 for each of these, else 0, to `weights`. By all
+// threads of a block, which must see the sums. Returns how many there are.
+__device__ inline int choose_objectives(const Solve& s, double* mass_of_all) {
+    for (int i = threadIdx.x; i < s.n; i += blockDim.x) {
+        s.weights[i] = OwnStatistics(s.sums, s.n, i).signal(s.rule.kind == Kind::gram) ? 1 : 0;
+        s.effective[i] = s.preference ? s.preference[i] : 1.0 / s.n;
+    }
+    __syncthreads();
+    double mass = 0, count = 0;
+    PAMA_UNROLL_BY(4)
+    for (int i = 0; i < s.n; ++i) {
+        mass += s.weights[i] * s.effective[i];
+        count += s.weights[i];
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < s.n; i += blockDim.x)
+        if (mass > 0) s.effective[i] = s.weights[i] * s.effective[i] / mass;
+    __syncthreads();
+    *mass_of_all = mass;
+    return static_cast<int>(count);
 }
 
+// FIXED and SCORES of N objectives, by all threads of a block: what each needs by a thread of its own, then one thread,
+// in registers.
+template <int N>
+__device__ PAMA_NOINLINE void solve_few_scores(const Solve& s) {
+    using Table = double[N][4];
+    PAMA_SHARED(Table, table);
+    if (threadIdx.x < N) {
+        const int i = threadIdx.x;
+        const double preference = s.preference ? s.preference[i] : 1.0 / N;
+        const OwnStatistics own(s.sums, N, i);
+        table[i][0] = own.signal(false) ? 1 : 0;
+        table[i][1] = score(own.field, 1, 0);
+        table[i][2] = second_moment(own.field, 1, 0);
+        table[i][3] = preference;
+    }
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    double a[N], p[N], c[N], mass = 0, count = 0, scale = 0, optimum = 0;
+    PAMA_UNROLL
+    for (int i = 0; i < N; ++i) {
+        c[i] = table[i][0], a[i] = table[i][1], p[i] = table[i][3];
+        const double moment = c[i] != 0 ? table[i][2] : 0;
+        scale = moment > scale || moment != moment ? moment : scale;
+        mass += c[i] * p[i];
+        count += c[i];
+    }
+    const double share = 1 / mass;
+    PAMA_UNROLL
+    for (int i = 0; i < N; ++i) {
+        p[i] = mass > 0 ? c[i] * p[i] * share : p[i];
+        s.effective[i] = p[i];
+    }
+    if (count == 0 || s.rule.kind == Kind::fixed) {
+        PAMA_UNROLL
+        for (int i = 0; i < N; ++i) {
+            c[i] = p[i];
+            optimum += count != 0 && p[i] != 0 ? p[i] * a[i] : 0;
+        }
+    } else {
+        optimum = simplex_row<N>(N, a, p, s.rule.number, scale, c);
+    }
+    PAMA_UNROLL
+    for (int i = 0; i < N; ++i) s.weights[i] = c[i];
+    *s.optimum = optimum;
+}
+
+// Of any number, in `work`.
+__device__ PAMA_NOINLINE void solve_many_scores(const Solve& s) {
+    const int n = s.n;
+    double mass;
+    const bool some = choose_objectives(s, &mass) > 0;
+    double *const a = s.work, *const p = a + n, *const moments = p + n;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) {
+        a[i] = score(s.sums, n, i);
+        p[i] = s.effective[i];
+        moments[i] = s.weights[i] != 0 ? second_moment(s.sums, n, i) : 0;
+    }
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    double optimum = 0, scale = 0;
+    if (!some || s.rule.kind == Kind::fixed) {
+        for (int i = 0; i < n; ++i) {
+            s.weights[i] = p[i];
+            optimum += some && p[i] != 0 ? p[i] * a[i] : 0;
+        }
+    } else {
+        for (int i = 0; i < n; ++i) scale = moments[i] > scale || moments[i] != moments[i] ? moments[i] : scale;
+        optimum = simplex_row(n, a, p, s.rule.number, scale, s.weights);
+    }
+    *s.optimum = optimum;
+}
+
+// By the thread that solved.
 __device__ inline void store_rounded(const Solve& s) {
-    if (!s.rounded[0]) return;
+    if (threadIdx.x != 0 || !s.rounded[0]) return;
     for (int i = 0; i < s.n; ++i) store_number(s.rounded[0], i, s.weights[i]);
     store_number(s.rounded[1], 0, *s.optimum);
 }
 
-// FIXED and SCORES. N > 0 objectives in registers.
+// FIXED and SCORES. N > 0: that many objectives, else kGroup or more of them.
 template <int N>
 __device__ inline void solve_scores(const Solve& s) {
-    const int n = N > 0 ? N : s.n;
-    const bool some = choose_objectives(s);
-    if (!some || s.rule.kind == Kind::fixed) {
-        double optimum = 0;
-        for (int i = 0; i < n; ++i) {
-            s.weights[i] = s.effective[i];
-            optimum += some && s.effective[i] != 0 ? s.effective[i] * score(s.sums, n, i) : 0;
-        }
-        *s.optimum = optimum;
-        store_rounded(s);
-        return;
-    }
-    double in_registers[3 * (N > 0 ? N : 1)];
-    double *const a = N > 0 ? in_registers : s.work, *const p = a + n, *const c = p + n;
-    double scale = 0;
-    PAMA_UNROLL
-    for (int i = 0; i < n; ++i) {
-        a[i] = score(s.sums, n, i);
-        p[i] = s.effective[i];
-        c[i] = s.weights[i];
-        const double moment = c[i] != 0 ? second_moment(s.sums, n, i) : 0;
-        scale = moment > scale || moment != moment ? moment : scale;
-    }
-    *s.optimum = simplex_row<N>(n, a, p, s.rule.number, scale, c);
-    PAMA_UNROLL
-    for (int i = 0; i < n; ++i) s.weights[i] = c[i];
+    if (N > 0)
+        solve_few_scores<N ? N : kGroup>(s);
+    else if (s.n == kGroup)
+        solve_few_scores<kGroup>(s);
+    else
+        solve_many_scores(s);
     store_rounded(s);
 }
 

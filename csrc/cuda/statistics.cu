@@ -28,41 +28,52 @@ bool by_row(const DeviceTokens& p) {
     return !has_factors(p) || p.tokens() >= kLeastRow * p.rows;
 }
 
-// Whether the tokens are one run without gaps, of what the fast kernel reads.
+// Whether the tokens are one run without gaps, of float32.
 bool flat(const DeviceTokens& p) {
-    if (p.per_sequence || p.wide || p.objective_mask || row_mean(p)) return false;
+    if (p.per_sequence || p.wide || p.objective_mask || row_mean(p) || p.tokens() > kMostFlat) return false;
     for (const Array* array : {&p.logprobs, &p.old_logprobs, &p.importance_weights, &p.mask, &p.advantages}) {
         const int64_t step = array == &p.advantages ? p.n : 1;
         if (!*array) continue;
-        if (array == &p.mask ? size_of(array->dtype) != 1 : array->dtype != Dtype::f32) return false;
+        if (array != &p.mask && array->dtype != Dtype::f32) return false;
         if (array->token != step || (!p.starts && p.rows > 1 && array->row != p.width * step)) return false;
     }
     return p.n == 1 || p.advantages.objective == 1;
 }
 
-// Whether the advantages of a group are loaded at once.
-bool in_vectors(const DeviceTokens& p) {
-    return p.n == 2 ? aligned(p.advantages.data, 8) : p.n % 4 == 0 && aligned(p.advantages.data, 16);
+// Tokens before the first group, so that whatever a group has is aligned for vectors; -1 where nothing makes it so.
+int skipped(const DeviceTokens& p) {
+    const int64_t n = p.n < kGroup ? p.n : 0;  // advantages of more begin anew with every token
+    const auto starts = [](const Array& array, int64_t bytes, unsigned alignment) {
+        return !array || aligned(static_cast<const char*>(array.data) - bytes, alignment);
+    };
+    if (n == 0 && p.n % kGroup != 0) return -1;
+    for (int skip = 0; skip < kTogether; ++skip)
+        if (starts(p.logprobs, 4 * skip, 16) && starts(p.old_logprobs, 4 * skip, 16) &&
+            starts(p.importance_weights, 4 * skip, 16) && starts(p.advantages, 4 * n * skip, 16) &&
+            (size_of(p.mask.dtype) != 1 || starts(p.mask, skip, 4)))
+            return skip;
+    return -1;
 }
 
-template <bool Vectors>
-FlatTokens<Vectors> flat_tokens(const DeviceTokens& p, int64_t threads) {
-    FlatTokens<Vectors> x;
-    const auto* const some = static_cast<const float*>(p.advantages.data);  // holds as many numbers as there are tokens
-    const auto floats = [&](const Array& array, const float* other) {
-        return array ? static_cast<const float*>(array.data) : other;
-    };
-    x.advantages = some;
-    x.logp = floats(p.logprobs, some);
-    x.old = floats(p.old_logprobs, x.logp);
-    x.w = floats(p.importance_weights, some);
-    x.mask = static_cast<const unsigned char*>(p.mask ? p.mask.data : p.advantages.data);
-    x.has_logp = static_cast<bool>(p.logprobs);
-    x.has_w = static_cast<bool>(p.importance_weights);
-    x.has_mask = static_cast<bool>(p.mask);
+FlatTokens flat_tokens(const DeviceTokens& p, int64_t threads) {
+    const auto floats = [](const Array& array) { return static_cast<const float*>(array.data); };
+    const int skip = skipped(p);
+    FlatTokens x;
+    x.advantages = floats(p.advantages);
+    x.logp = floats(p.logprobs);
+    x.old = p.logprobs ? floats(p.old_logprobs) : nullptr;
+    x.w = floats(p.importance_weights);
+    x.mask = p.mask;
+    x.vectors = skip >= 0;
+    x.mask_bytes = x.vectors && size_of(p.mask.dtype) == 1 ? static_cast<const unsigned char*>(p.mask.data) : nullptr;
     x.n = p.n;
-    x.count = p.tokens();
-    x.stride = threads;
+    x.skip = skip < 0 ? 0 : skip;
+    x.count = static_cast<unsigned>(p.tokens());
+    x.groups = x.count > 0 ? (x.count + x.skip + kTogether - 1) / kTogether : 0;
+    x.stride = static_cast<unsigned>(threads);
+    x.first_whole = x.skip > 0 ? 1 : 0;
+    x.all_whole = smaller<unsigned>((x.count + x.skip) / kTogether, x.groups) - smaller(x.first_whole, x.groups);
+    if (x.count + x.skip < kTogether) x.all_whole = 0;
     return x;
 }
 
@@ -79,12 +90,18 @@ struct Launch {
         return {source, p.clip, ClipIn<float>(p.clip), p.noon, finish};
     }
 
-    template <int G, bool Vectors>
+    template <int G, bool Full>
     cudaError_t flat() const {
-        const int threads = flat_threads(G, finish.pairs);
-        const auto what = task(flat_tokens<Vectors>(p, plan.blocks * threads));
-        return finish.pairs ? launch(&flat_kernel<G, true, Vectors>, grid(), threads, stream, what)
-                            : launch(&flat_kernel<G, false, Vectors>, grid(), threads, stream, what);
+        const FlatTask what{flat_tokens(p, plan.blocks * plan.threads), p.clip, FlatClip(p.clip, p.noon), p.noon,
+                            finish};
+        if constexpr (G > 1)
+            if (finish.pairs) return launch(&flat_kernel<G, true, Full>, grid(), plan.threads, stream, what);
+        return launch(&flat_kernel<G, false, Full>, grid(), plan.threads, stream, what);
+    }
+    template <int G>
+    cudaError_t flat() const {
+        const FlatTokens x = flat_tokens(p, 0);
+        return x.logp && x.old && x.mask_bytes && !x.w && p.n <= kGroup ? flat<G, true>() : flat<G, false>();
     }
 };
 
@@ -115,12 +132,15 @@ Plan statistics_plan(const DeviceTokens& p, bool pairs, int multiprocessors) {
     plan.layers = plan.flat && p.n < kGroup ? 1 : layers_of(p.n, pairs, static_cast<bool>(p.objective_mask));
     plan.counted = p.mask && p.rows > 0 && (plan.by_row ? !has_factors(p) : row_mean(p));
     const int64_t size = statistics_size(p.n, pairs), tokens = p.tokens();
-    int64_t work = tokens, threads = kFewThreads;
+    int64_t work = shares(tokens, 2);  // of a thread: two tokens at least, a sequence, or a group of tokens
+    plan.threads = kFewThreads;
     if (plan.by_row) {
         work = p.rows;
-        threads = kRowThreads;
+        plan.threads = kRowThreads;
     } else if (plan.flat) {
-        threads = flat_threads(p.n < kGroup ? p.n : kGroup, pairs);
+        work = shares(tokens, kTogether);
+        plan.threads = limited(128);  // or more, where every multiprocessor has a block
+        while (plan.threads < kManyThreads && plan.threads * multiprocessors < work * plan.layers) plan.threads *= 2;
     }
     if (plan.by_row && has_factors(p) && p.rows > 0) {
         const int64_t warps = static_cast<int64_t>(multiprocessors) * (2 * kFewThreads / kWarp);
@@ -130,11 +150,10 @@ Plan statistics_plan(const DeviceTokens& p, bool pairs, int multiprocessors) {
     } else if (plan.counted) {
         plan.row_doubles = p.rows;
     }
-    // One block to a multiprocessor, or four where layers are many and so uneven to share out, as long as a thread has
-    // two tokens or a sequence.
+    // One block to a multiprocessor, or four where layers are many and so uneven to share out.
     const int64_t most =
         4 * plan.layers > multiprocessors ? shares(4 * multiprocessors, plan.layers) : multiprocessors / plan.layers;
-    plan.blocks = smaller(smaller(most, kMostPartials / size), shares(work, (plan.by_row ? 1 : 2) * threads));
+    plan.blocks = smaller(smaller(most, kMostPartials / size), shares(work, plan.threads));
     plan.blocks = plan.blocks < 1 ? 1 : plan.blocks;
     plan.partials = size * plan.blocks;
     return plan;
@@ -166,13 +185,13 @@ cudaError_t statistics(const DeviceTokens& p, bool pairs, const Plan& plan, doub
     }
     switch (p.n) {
         case 1:
-            return to.flat<1, false>();
+            return to.flat<1>();
         case 2:
-            return in_vectors(p) ? to.flat<2, true>() : to.flat<2, false>();
+            return to.flat<2>();
         case 3:
-            return to.flat<3, false>();
+            return to.flat<3>();
         default:
-            return in_vectors(p) ? to.flat<kGroup, true>() : to.flat<kGroup, false>();
+            return to.flat<kGroup>();
     }
 }
 

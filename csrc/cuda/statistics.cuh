@@ -4,6 +4,7 @@
 // the last block to finish adds these in order and solves.
 #pragma once
 
+#include "flat.cuh"
 #include "rows.cuh"
 #include "solve.cuh"
 #include "tokens.cuh"
@@ -41,22 +42,25 @@ __device__ inline Place place(const Finish& finish) {
     return {layer_at(blockIdx.x % finish.layers, finish.n), block, block * blockDim.x + threadIdx.x};
 }
 
+// Where the slots of a group belong, and those of tiles of 4 x 4 of the pair fields from `kind` on; -1: nowhere.
 template <int G, bool Pairs>
-__device__ inline void write_fields(Values<Slots<G, Pairs>::kAll>& values, const Finish& finish, const Place& at) {
-    write_block(values, finish.partials, at.block, [&](int slot) {
-        return finish.pairs || slot < Slots<G, Pairs>::kProduct ? Slots<G, Pairs>::index(slot, finish.n, at.layer.first)
-                                                                : -1;
-    });
+__device__ inline int64_t field_index(const Finish& finish, const Place& at, int slot) {
+    using S = Slots<G, Pairs>;
+    return finish.pairs || slot < S::kProduct ? S::index(slot, finish.n, at.layer.first) : -1;
+}
+__device__ inline int64_t tile_index(const Finish& finish, const Place& at, int kind, int slot) {
+    const int64_t n = finish.n, i = at.layer.first + slot / kGroup % kGroup, j = at.layer.second + slot % kGroup;
+    return i < n && j < n ? pair_offset(n, kind + slot / (kGroup * kGroup)) + i * n + j : -1;
 }
 
-// `Kinds` tiles of 4 x 4, of the pair fields from `kind` on.
+template <int G, bool Pairs>
+__device__ inline void write_fields(Values<Slots<G, Pairs>::kAll>& values, const Finish& finish, const Place& at) {
+    write_block(values, finish.partials, at.block, [&](int slot) { return field_index<G, Pairs>(finish, at, slot); });
+}
 template <int Kinds>
 __device__ inline void write_tiles(Values<Kinds * kGroup * kGroup>& values, const Finish& finish, const Place& at,
                                    int kind) {
-    write_block(values, finish.partials, at.block, [&](int slot) -> int64_t {
-        const int64_t n = finish.n, i = at.layer.first + slot / kGroup % kGroup, j = at.layer.second + slot % kGroup;
-        return i < n && j < n ? pair_offset(n, kind + slot / (kGroup * kGroup)) + i * n + j : -1;
-    });
+    write_block(values, finish.partials, at.block, [&](int slot) { return tile_index(finish, at, kind, slot); });
 }
 
 // N: the number of objectives where it is no more than kGroup, else 0.
@@ -64,7 +68,7 @@ template <int N>
 __device__ inline void finish(const Finish& task) {
     if (!last_block(task.counter)) return;
     add_partials(task.partials, task.sums, task.n, task.pairs, task.presence);
-    if (task.solved && threadIdx.x == 0) solve_scores<N>(task.solve);
+    if (task.solved) solve_scores<N>(task.solve);
 }
 
 template <class T, class Source>
@@ -95,26 +99,42 @@ __device__ inline void multiply_layer(const StatisticsTask<Source>& task, const 
     write_tiles<2>(values, task.finish, at, kBoundProduct);
 }
 
-constexpr int flat_threads(int g, bool pairs) { return g == kGroup && pairs ? kFewThreads : kManyThreads; }
+struct FlatTask {
+    FlatTokens source;
+    Clip clip;
+    FlatClip narrow;
+    bool noon;
+    Finish finish;
+};
 
 // G: objectives of a group, all of them where G < kGroup.
-template <int G, bool Pairs, bool Vectors>
-__global__ void __launch_bounds__(flat_threads(G, Pairs), 1)
-    flat_kernel(const StatisticsTask<FlatTokens<Vectors>> task) {
+template <int G, bool Pairs, bool Full>
+__global__ void __launch_bounds__(kManyThreads, 1) flat_kernel(const __grid_constant__ FlatTask task) {
+    using S = Slots<G, Pairs>;
+    constexpr int kWidth = S::kAll > kWarp ? S::kAll : kWarp;
+    using Table = double[kManyThreads / kWarp][kWidth];
+    PAMA_SHARED(Table, table);
     const Place at = place(task.finish);
+    const auto group = static_cast<unsigned>(at.thread);
+    double* const row = table[threadIdx.x / kWarp];
+    const bool tile = G == kGroup && Pairs && at.layer.first != at.layer.second;
+    bool held;
     if constexpr (G == kGroup && Pairs) {
-        if (at.layer.first != at.layer.second)
-            multiply_layer<float>(task, at);
-        else
-            add_layer<float, G, Pairs>(task, at);
+        held = tile ? multiply_flat<Full>(task.source, task.narrow, at.layer, group, row)
+                    : add_flat<G, Pairs, Full>(task.source, task.narrow, at.layer.first, group, row);
     } else {
-        add_layer<float, G, Pairs>(task, at);
+        held = add_flat<G, Pairs, Full>(task.source, task.narrow, at.layer.first, group, row);
     }
+    if (!held) add_exact(task.source, task.clip, task.noon, Pairs, G, at.layer, group, row);
+    write_table(&table[0][0], kWidth, tile ? kWarp : S::kAll, task.finish.partials, at.block, [&](int slot) {
+        return tile ? tile_index(task.finish, at, kBoundProduct, slot) : field_index<G, Pairs>(task.finish, at, slot);
+    });
     finish<G == kGroup ? 0 : G>(task.finish);
 }
 
 template <class T>
-__global__ void __launch_bounds__(kFewThreads, 1) tokens_kernel(const StatisticsTask<AnyTokens> task) {
+__global__ void __launch_bounds__(kFewThreads, 1)
+    tokens_kernel(const __grid_constant__ StatisticsTask<AnyTokens> task) {
     const Place at = place(task.finish);
     if (at.layer.kind >= 0) {
         Values<kGroup * kGroup> values;
@@ -128,7 +148,7 @@ __global__ void __launch_bounds__(kFewThreads, 1) tokens_kernel(const Statistics
     finish<0>(task.finish);
 }
 
-__global__ void __launch_bounds__(kFewThreads, 1) rows_kernel(const StatisticsTask<RowTokens> task) {
+__global__ void __launch_bounds__(kFewThreads, 1) rows_kernel(const __grid_constant__ StatisticsTask<RowTokens> task) {
     const Place at = place(task.finish);
     if (at.layer.kind >= 0) {
         Values<kGroup * kGroup> values;

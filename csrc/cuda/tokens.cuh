@@ -75,59 +75,6 @@ struct AnyTokens {
     }
 };
 
-// One run of float32 tokens with all objectives of a token together, a mask of bytes, everything present and weighted
-// by
-// 1. What is absent has some other address, so that no load waits for a test. Vectors: the advantages of a group are
-// loaded at once, which takes their alignment and no last group of fewer.
-template <bool Vectors>
-struct FlatTokens {
-    static constexpr bool kPresence = false;
-    static constexpr int kTogether = 2;  // loads in flight
-    const float *logp, *old, *w, *advantages;
-    const unsigned char* mask;
-    bool has_logp, has_w, has_mask;
-    int n;
-    int64_t count, stride;
-    using Cursor = int64_t;
-
-    __device__ int64_t end() const { return count; }
-    __device__ void start(Cursor& at, int64_t first, int64_t) const { at = first; }
-    __device__ void next(Cursor& at, int64_t) const { at += stride; }
-    __device__ static int64_t index(Cursor at) { return at; }
-
-    template <class T>
-    __device__ TokenInput<T> token(Cursor at, int64_t end) const {
-        const int64_t k = at < end ? at : end - 1;
-        const float x = logp[k], y = old[k], z = w[k];
-        const unsigned char m = mask[k];
-        return {has_logp ? static_cast<T>(x) : T(0), has_logp ? static_cast<T>(y) : T(0),
-                has_w ? static_cast<T>(z) : T(1), T(1), at < end && (!has_mask || m != 0)};
-    }
-
-    template <class T, int G>
-    __device__ ObjectiveInput<T, G> objectives(Cursor at, int64_t end, bool valid, int first) const {
-        ObjectiveInput<T, G> x;
-        const float* const from = advantages + (at < end ? at : end - 1) * n + first;
-        float values[G];
-        if constexpr (Vectors && G == 4) {
-            const float4 v = *reinterpret_cast<const float4*>(from);
-            values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
-        } else if constexpr (Vectors && G == 2) {
-            const float2 v = *reinterpret_cast<const float2*>(from);
-            values[0] = v.x, values[1] = v.y;
-        } else {
-            PAMA_UNROLL
-            for (int k = 0; k < G; ++k) values[k] = G < kGroup || first + k < n ? from[k] : 0.0f;
-        }
-        PAMA_UNROLL
-        for (int k = 0; k < G; ++k) {
-            x.advantages[k] = static_cast<T>(values[k]);
-            x.present[k] = valid && (Vectors || G < kGroup || first + k < n);
-        }
-        return x;
-    }
-};
-
 // With Noon a negative advantage counts as 0: as if its factors were 0, or NaN where the token is bad.
 template <class T>
 __device__ inline TokenFactors<T> factors(const ClipIn<T>& clip, bool noon, const TokenInput<T>& x) {

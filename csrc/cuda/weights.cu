@@ -38,10 +38,8 @@ cudaError_t weights_of(const Rows& rows, cudaStream_t stream) {
     }
 }
 
-// FIXED or SCORES, by one thread.
-__global__ void scores_kernel(const Solve batch) {
-    if (threadIdx.x == 0) solve_scores<0>(batch);
-}
+// FIXED or SCORES.
+__global__ void scores_kernel(const __grid_constant__ Solve batch) { solve_scores<0>(batch); }
 
 }  // namespace
 

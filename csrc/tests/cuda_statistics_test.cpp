@@ -33,6 +33,7 @@ struct Case {
     bool bad = false;  // a NaN in one token's log-probability and in one advantage
     double scale = 1;  // of the advantages
     int processors = 3;
+    int offset = 0, mask_offset = 0;  // elements before the first one: alignment
 
     std::string name() const {
         std::string result =
@@ -42,6 +43,7 @@ struct Case {
             add(mask_floats, "mask-floats");
         add(presence, presence_by_token ? "presence-by-token" : "presence"), add(noon, "noon"), add(pairs, "pairs");
         add(row_mean, "row-mean"), add(weighted, "weighted"), add(!logprobs, "no-logprobs"), add(bad, "bad");
+        result += " offsets " + std::to_string(offset) + " " + std::to_string(mask_offset);
         return result + " scale " + std::to_string(scale);
     }
 };
@@ -50,7 +52,8 @@ struct Case {
 struct Data {
     std::vector<int32_t> offsets{0};
     std::vector<float> logp, old, w, advantages, float_mask;
-    std::vector<unsigned char> mask, present;
+    std::vector<unsigned char> mask, present, shifted_mask;
+    std::vector<float> shifted[4];
     cuda::DeviceTokens p;
 
     Data(const Case& given, std::mt19937& random) {
@@ -98,6 +101,23 @@ struct Data {
         };
         p.advantages = by_objective(advantages.data(), Dtype::f32, given.per_sequence);
         if (given.presence) p.objective_mask = by_objective(present.data(), Dtype::u8, !given.presence_by_token);
+        if (given.offset || given.mask_offset) shift(given, tokens, places * n);
+    }
+
+    // Copies that begin `offset` tokens after an aligned address and end with the last one.
+    void shift(const Case& given, int64_t tokens, int64_t advantage_count) {
+        const auto move = [](Array& array, auto& to, int64_t by, int64_t count) {
+            if (!array) return;
+            using T = typename std::decay<decltype(to[0])>::type;
+            to.assign(size(by + count), 0);
+            std::copy_n(static_cast<const T*>(array.data), size(count), to.begin() + by);
+            array.data = to.data() + by;
+        };
+        move(p.logprobs, shifted[0], given.offset, tokens);
+        move(p.old_logprobs, shifted[1], given.offset, tokens);
+        move(p.importance_weights, shifted[2], given.offset, tokens);
+        move(p.advantages, shifted[3], int64_t{given.offset} * p.n, advantage_count);
+        if (p.mask.dtype == Dtype::u8) move(p.mask, shifted_mask, given.mask_offset, tokens);
     }
 
     // Every sum in its plain form; `absolute` receives those of the absolute values.
@@ -208,11 +228,77 @@ void layers() {
     }
 }
 
+// One run of tokens of every length up to several groups of four, at every alignment.
+void runs(std::mt19937& random) {
+    for (int n = 1; n <= 9; ++n) {
+        for (int64_t tokens = 1; tokens <= 70; ++tokens) {
+            Case given;
+            given.rows = 1;
+            given.width = tokens;
+            given.n = n;
+            const auto chance = [&](unsigned of) { return random() % of == 0; };
+            given.offset = static_cast<int>(random() % 4);
+            given.mask_offset = chance(4) ? static_cast<int>(random() % 4) : given.offset;
+            given.masked = !chance(4);
+            given.mask_floats = chance(8);
+            given.pairs = chance(2);
+            given.noon = chance(3);
+            given.weighted = chance(4);
+            given.logprobs = !chance(5);
+            given.bad = chance(10);
+            given.processors = 1 + static_cast<int>(random() % 3);
+            run(given, random);
+        }
+    }
+}
+
+// The weights that the last block solves for, from the sums that it wrote.
+void weights(std::mt19937& random) {
+    for (const int n : {1, 2, 3, 4, 5, 9}) {
+        for (int k = 0; k < 12; ++k) {
+            Case given;
+            given.n = n;
+            given.width = 30;
+            given.per_sequence = k % 2;
+            Data data(given, random);
+            if (k % 3 == 0)  // one objective without a signal
+                for (std::size_t t = 0; t < data.advantages.size(); t += size(n)) data.advantages[t] = 0;
+            std::vector<double> preference(size(n));
+            for (double& p : preference) p = 0.1 + static_cast<double>(random() % 5);
+            const cuda::Plan plan = cuda::statistics_plan(data.p, false, 3);
+            const int64_t total = statistics_size(n, false);
+            std::vector<double> work(size(plan.doubles() + 3 * n), NAN), sums(size(total), NAN);
+            std::vector<double> got(size(2 * n + 1), NAN), wanted(size(2 * n)), space(size(2 * n));
+            cuda::Solve solve;
+            solve.rule = {k % 4 == 3 ? Kind::fixed : Kind::scores, WeightsPer::batch, k % 4 ? 0.1 : 0.0};
+            solve.n = n;
+            solve.sums = sums.data();
+            solve.preference = k % 4 == 1 ? nullptr : preference.data();
+            solve.weights = got.data(), solve.effective = got.data() + n, solve.optimum = got.data() + 2 * n;
+            solve.work = work.data() + plan.doubles();
+            unsigned counter = 0;
+            cuda::statistics(data.p, false, plan, work.data(), &counter, sums.data(), &solve, nullptr);
+            if (!solve.preference) preference.assign(size(n), 1.0 / n);
+            const SolverResult result =
+                batch_weights(sums.data(), n, solve.rule.kind, solve.rule.number, preference.data(), wanted.data(),
+                              wanted.data() + n, space.data());
+            const std::string name = "weights of " + std::to_string(n) + ", case " + std::to_string(k);
+            for (int i = 0; i < n && solve.rule.kind == Kind::scores; ++i)
+                expect(std::fabs(got[size(i)] - wanted[size(i)]) < 1e-9, name);
+            for (int i = n; i < 2 * n; ++i)
+                expect(std::fabs(got[size(i)] - wanted[size(i)]) < 1e-14 * 6, name + " effective");
+            expect(std::fabs(got[size(2 * n)] - result.optimum) <= 1e-9, name + " optimum");
+        }
+    }
+}
+
 }  // namespace
 
 int main() {
     std::mt19937 random(7);
     layers();
+    runs(random);
+    weights(random);
     for (const int n : {1, 2, 3, 4, 5, 8, 9}) {
         for (int k = 0; k < 40; ++k) {
             Case given;

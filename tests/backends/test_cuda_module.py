@@ -84,4 +84,5 @@ def test_no_kernel_spills() -> None:
         if any(kernel in name for kernel in SOLVERS):  # printed only: their solvers take all registers
             continue
         assert local == 0, f"{name} spills on {place}"
-        assert stack == 0, f"{name} has a stack of {stack} bytes on {place}"
+        most = 64 if "flat_kernel" in name else 0  # the frame of a call out of line
+        assert stack <= most, f"{name} has a stack of {stack} bytes on {place}"
