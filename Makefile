@@ -124,7 +124,8 @@ test-triton: $(VENV)/test.stamp
 test-cuda: $(VENV)/test.stamp
 	mkdir -p $(VENV)/emulated
 	PAMA_CUDA_EMULATED=$$($(BIN)/python tests/backends/cuda_emulation.py $(VENV)/emulated) \
-		PYTHONPATH=tests/backends $(PORTABLE) -p cuda_emulation tests/properties tests/backends/test_cuda_emulated.py
+		PYTHONPATH=tests/backends $(PORTABLE) -p cuda_emulation tests/properties tests/backends/test_cuda_emulated.py \
+		tests/backends/test_cuda_sequences.py
 
 test-integrations: $(VENV)-verl/stamp
 	$(VENV)-verl/bin/python -m pytest tests/integrations/test_verl.py tests/integrations/test_verl_trainer.py

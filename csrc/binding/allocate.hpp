@@ -1,4 +1,5 @@
-// New tensors, made from C through DLPack's exchange table where torch has it, else by Python.
+// New tensors, by torch.empty: what DLPack's exchange table allocates is not known to PyTorch's CUDA allocator, so
+// neither record_stream nor CUDA graphs would treat it as their own.
 #pragma once
 
 #include "tensor.hpp"
@@ -6,40 +7,44 @@
 namespace pama {
 namespace binding {
 
-// `make(shape, name of the dtype)` is the way without the table.
 class Allocator {
   public:
-    Allocator(const Tensor& like, py::function make) : make_(std::move(make)) {
-        prototype_ = like.lent;
-        by_table_ = exchange::table() && like.lent.strides;
-    }
+    // On the device of a tensor.
+    explicit Allocator(const py::handle& like) : device_(like.attr("device")) {}
 
-    // `data` receives the memory.
-    py::object operator()(Dtype dtype, int ndim, const int64_t* shape, void** data) {
-        if (!by_table_) return by_python(dtype, ndim, shape, data);
-        const bool floats = dtype == Dtype::f32 || dtype == Dtype::f64 || dtype == Dtype::f16;
-        if (!floats && dtype != Dtype::bf16) throw py::type_error("a new tensor is floating-point");
-        int64_t sizes[kMaxDimensions];
-        for (int d = 0; d < ndim; ++d) sizes[d] = shape[d];
-        prototype_.code = floats ? exchange::kFloat : exchange::kBfloat;
-        prototype_.bits = static_cast<uint8_t>(8 * size_of(dtype));
-        prototype_.shape = sizes;
-        return exchange::make(prototype_, ndim, data);
+    // Of a floating-point dtype; `data` receives the memory.
+    py::object operator()(Dtype dtype, const py::object& shape, void** data) const {
+        PyObject* const arguments[] = {shape.ptr(), dtype_object(dtype), device_.ptr()};
+        PyObject* const made = PyObject_Vectorcall(empty(), arguments, 1, names());
+        if (!made) throw py::error_already_set();
+        auto tensor = py::reinterpret_steal<py::object>(made);
+        Tensor t;
+        read_tensor(tensor, "a result", t);
+        *data = t.data;
+        return tensor;
     }
-    py::object vector(Dtype dtype, int64_t size, void** data) { return (*this)(dtype, 1, &size, data); }
-    py::object scalar(Dtype dtype, void** data) { return (*this)(dtype, 0, nullptr, data); }
+    py::object vector(Dtype dtype, int64_t size, void** data) const {
+        return (*this)(dtype, py::make_tuple(size), data);
+    }
+    py::object scalar(Dtype dtype, void** data) const { return (*this)(dtype, py::tuple(), data); }
 
   private:
-    py::object by_python(Dtype dtype, int ndim, const int64_t* shape, void** data) {
-        py::tuple sizes(static_cast<size_t>(ndim));
-        for (int d = 0; d < ndim; ++d) sizes[static_cast<size_t>(d)] = shape[d];
-        const py::object made = make_(sizes, kDtypeNames[static_cast<int>(dtype)]);
-        *data = reinterpret_cast<void*>(made.attr("data_ptr")().cast<uintptr_t>());
+    static PyObject* dtype_object(Dtype dtype) {  // kept for good, as all that follow
+        static PyObject* known[4] = {};
+        PyObject*& found = known[static_cast<int>(dtype)];
+        if (!found)
+            found = py::object(py::module_::import("torch").attr(kDtypeNames[static_cast<int>(dtype)])).release().ptr();
+        return found;
+    }
+    static PyObject* empty() {
+        static PyObject* const function = py::object(py::module_::import("torch").attr("empty")).release().ptr();
+        return function;
+    }
+    static PyObject* names() {
+        static PyObject* const made = py::make_tuple(py::str("dtype"), py::str("device")).release().ptr();
         return made;
     }
-    exchange::Tensor prototype_;
-    py::function make_;
-    bool by_table_;
+    py::object device_;
 };
 
 }  // namespace binding

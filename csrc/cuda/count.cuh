@@ -43,7 +43,8 @@ __device__ inline unsigned count_valid(const Array& mask, int64_t from, int64_t 
     if (mask.token == 1) {
         const TruthBits bits(mask.dtype);
         const char* const start = static_cast<const char*>(mask.data) + from * bits.bytes;
-        const int64_t lead = static_cast<int64_t>((16 - reinterpret_cast<std::uintptr_t>(start) % 16) % 16) / bits.bytes;
+        const int64_t lead =
+            static_cast<int64_t>((16 - reinterpret_cast<std::uintptr_t>(start) % 16) % 16) / bits.bytes;
         const int64_t before = lead < length ? lead : length, vectors = (length - before) * bits.bytes / 16;
         for (int64_t k = thread; k < before; k += threads) count += load_truth(mask, from + k) ? 1u : 0u;
         const uint4* const words = reinterpret_cast<const uint4*>(start + before * bits.bytes);

@@ -9,7 +9,7 @@
 #include <cuda_runtime.h>
 #define PAMA_SHARED(type, name) __shared__ type name
 #define PAMA_ROLLED _Pragma("unroll 1")
-#define PAMA_NOINLINE __noinline__
+#define PAMA_NOINLINE __noinline__ inline
 #define PAMA_UNROLL_BY(count) PAMA_PRAGMA(unroll count)
 #define PAMA_PRAGMA(text) _Pragma(#text)
 

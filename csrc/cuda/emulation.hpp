@@ -19,7 +19,7 @@
 #define __device__
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define PAMA_NOINLINE
+#define PAMA_NOINLINE inline
 #define PAMA_ROLLED
 #define PAMA_UNROLL_BY(count)
 #define PAMA_SHARED(type, name) \

@@ -18,8 +18,8 @@ Plan statistics_plan(const DeviceTokens& tokens, bool pairs, int multiprocessors
 cudaError_t statistics(const DeviceTokens& tokens, bool pairs, const Plan& plan, double* work, unsigned* counter,
                        double* sums, const Solve* solve, cudaStream_t stream);
 
-// Whether one launch serves advantages per sequence, and how: the inputs and the grid of `sequences`. The grid is part of
-// the result, and follows from the sizes alone. The caller adds work space, the counter and where results go.
+// Whether one launch serves advantages per sequence, and how: the inputs and the grid of `sequences`. The grid is part
+// of the result, and follows from the sizes alone. The caller adds work space, the counter and where results go.
 bool plan_sequences(const DeviceTokens& tokens, bool pairs, int multiprocessors, Sequences& sequences);
 cudaError_t sequences(const Sequences& sequences, cudaStream_t stream);
 

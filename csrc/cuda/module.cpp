@@ -94,11 +94,11 @@ struct Memory {
         : tensor(empty(count)), data(read_doubles(tensor, "memory", count)) {}
 };
 
-// Advantages per sequence in one launch, or None where that does not serve: (combined advantages, weights, optimum, sums,
-// square_sum, row factors), None where not asked for. Without a rule the sums alone, in a tuple. `make`: Allocator's.
+// Advantages per sequence in one launch, or None where that does not serve: (combined advantages, weights, optimum,
+// sums, square_sum, row factors), None where not asked for. Without a rule the sums alone, in a tuple. `make`:
+// Allocator's.
 py::object sequences_of(const py::object& record, const py::object& rule, const py::object& preference,
-                        const py::tuple& asked, const py::object& counter, const py::function& make,
-                        const py::tuple& place) {
+                        const py::tuple& asked, const py::object& counter, const py::tuple& place) {
     const DeviceTokens p = read_tokens(record);
     const Where where(place);
     const bool combined = binding::truth(asked[1]), factors = binding::truth(asked[3]), wide = binding::truth(asked[4]);
@@ -106,11 +106,10 @@ py::object sequences_of(const py::object& record, const py::object& rule, const 
     if (!plan_sequences(p, binding::truth(asked[0]), where.multiprocessors, s)) return py::none();
     s.normalize = binding::truth(asked[2]);
     s.solved = !rule.is_none();
-    Tensor like, zero;
-    binding::read_tensor(record.attr("advantages"), "advantages", like);
+    Tensor zero;
     binding::read_tensor(counter, "counter", zero);
     s.counter = static_cast<unsigned*>(zero.data);
-    binding::Allocator allocate(like, make);
+    const binding::Allocator allocate(record.attr("advantages"));
     const DeviceGuard guard(where.device);
     void* data = nullptr;
     const py::object work = allocate.vector(Dtype::f64, s.work_doubles(), &data);
@@ -138,8 +137,7 @@ py::object sequences_of(const py::object& record, const py::object& rule, const 
         parts[4] = allocate.scalar(Dtype::f64, &data);
         s.square_sum = static_cast<double*>(data);
         if (factors) {
-            const int64_t shape[] = {p.rows, 3};
-            parts[5] = allocate(Dtype::f64, 2, shape, &data);
+            parts[5] = allocate(Dtype::f64, py::make_tuple(p.rows, 3), &data);
             s.row_factors = static_cast<double*>(data);
         }
     }
@@ -275,6 +273,9 @@ PYBIND11_MODULE(_cuda, m) {
         info["cuda"] = std::to_string(kCudaVersion / 1000) + "." + std::to_string(kCudaVersion % 1000 / 10);
         info["architectures"] = PAMA_CUDA_ARCHITECTURES;
         info["emulated"] = kEmulated;
+#if defined(PAMA_CUDA_EMULATION)
+        info["launches"] = emulation::launches;
+#endif
         return info;
     });
     m.def("device_problem", &device_problem);

@@ -35,8 +35,8 @@ struct Solve {
     const double* sums = nullptr;
     const double* preference = nullptr;  // (n); null: uniform
     double *weights = nullptr, *optimum = nullptr, *effective = nullptr;
-    double* work = nullptr;    // solve_doubles(kind, n) of them
-    Array rounded[2] = {};     // weights and optimum in the type of a call's results, where given
+    double* work = nullptr;  // solve_doubles(kind, n) of them
+    Array rounded[2] = {};   // weights and optimum in the type of a call's results, where given
 };
 
 // How the statistics are computed. Sums are added in the order of the blocks, so the grid is part of the result: it

@@ -33,7 +33,11 @@ struct RowFactors {
             PAMA_UNROLL
             for (int k = 0; k < kRowStatistics; ++k) values[k] = factors_are_one(k) ? tokens : 0;
         }
-        if (source.p.aggregation != Aggregation::seq_mean_token_mean || !(tokens > 0)) return;
+        weigh(source.p.aggregation);
+    }
+
+    __device__ void weigh(Aggregation aggregation) {
+        if (aggregation != Aggregation::seq_mean_token_mean || !(tokens > 0)) return;
         const double omega = 1 / tokens;
         PAMA_UNROLL
         for (int k = 0; k < kRowStatistics; ++k) values[k] *= omega;

@@ -4,7 +4,7 @@
 
 #include "../core/weights.hpp"
 #include "count.cuh"
-#include "row_sums.cuh"
+#include "rows.cuh"
 #include "sequences.hpp"
 
 namespace pama {
@@ -14,17 +14,16 @@ constexpr int kSequenceThreads = limited(256);
 constexpr int kSequenceWarps = kSequenceThreads / kWarp;
 constexpr int kItems = 32;  // segments at a time; no fewer than warps
 static_assert(kSequenceWarps <= kItems);
-constexpr int kMostSums = kTotals + kFields * kSequenceObjectives +
-                          kSequenceObjectives * (kSequenceObjectives - 1) +
+constexpr int kMostSums = kTotals + kFields * kSequenceObjectives + kSequenceObjectives * (kSequenceObjectives - 1) +
                           (kPairs - 2) * kSequenceObjectives * kSequenceObjectives;
-constexpr int kMostStatistics = kTotals + kFields * kSequenceObjectives +
-                                kPairs * kSequenceObjectives * kSequenceObjectives;
+constexpr int kMostStatistics =
+    kTotals + kFields * kSequenceObjectives + kPairs * kSequenceObjectives * kSequenceObjectives;
 constexpr int kSolverDoubles = 1600;
+static_assert(kSequenceWarps * kSequenceObjectives * kFields <= kSolverDoubles);
 
 struct Item {
-    double omega, tokens, values[kRowSums];
-    double a[kSequenceObjectives];  // 0 where absent
-    bool here[kSequenceObjectives];
+    RowFactors factors;
+    RowAdvantage x[kSequenceObjectives];
 };
 
 struct SequenceMemory {
@@ -35,59 +34,45 @@ struct SequenceMemory {
     double table[kSequenceThreads], optimum, root;
 };
 
-// --- what a segment contributes ---------------------------------------------------------------------------------------
+// --- what segments contribute
+// -----------------------------------------------------------------------------------------
 
-__device__ inline double kept(double a, bool noon) { return noon && a < 0 ? 0 : a; }
-
-__device__ inline double field_term(const Item& x, int field, int i, bool noon) {
-    const double *const v = x.values, a = x.a[i];
-    const bool down = a < 0, here = x.here[i];
-    const auto bound = [&](int pos, int neg) { return here ? kept(a, noon) * v[down ? neg : pos] : 0; };
-    switch (field) {
-        case kCount:
-            return here ? x.tokens : 0;
-        case kBoundSum:
-            return bound(kRowGradPos, kRowGradNeg);
-        case kBoundSquareSum:
-            return here ? kept(a, noon) * bound(kRowGradPosSquare, kRowGradNegSquare) : 0;
-        case kLogprobSum:
-            return bound(kRowGradPosLogp, kRowGradNegLogp);
-        case kSurrogateSum:
-            return bound(kRowPos, kRowNeg);
-        case kAdvantageSum:
-            return x.tokens * a;
-        case kAdvantageSquareSum:
-            return x.tokens * a * a;
-        case kPositiveCount:
-            return a > 0 ? x.tokens : 0;
-        default:
-            return a > 0 ? v[kRowOffPos] : down && !noon ? v[kRowOffNeg] : 0;
-    }
+__device__ inline double pair_term(const Item& item, int kind, int i, int j, bool noon) {
+    const RowAdvantage &x = item.x[i], &y = item.x[j];
+    if (kind == kBoundProduct) return row_product(item.factors, x, y, noon);
+    const double valid = item.factors.values[kValid];
+    if (kind == kAdvantageProduct) return valid * (x.a * y.a);
+    const double one = x.here ? 1 : 0, value = kind == kPairCount ? one : kind == kPairAdvantage ? x.a : x.a * x.a;
+    return y.here ? valid * value : 0;
 }
 
-__device__ inline double pair_term(const Item& x, int kind, int i, int j, bool noon) {
-    const double a = x.a[i], b = x.a[j];
-    if (kind == kAdvantageProduct) return x.tokens * (a * b);
-    if (kind == kBoundProduct) {
-        const int both = (a < 0) != (b < 0) ? kRowGradProduct : a < 0 ? kRowGradNegSquare : kRowGradPosSquare;
-        return x.here[i] || x.here[j] ? kept(a, noon) * kept(b, noon) * x.values[both] : 0;
+// The fields of every objective over the items of each warp, [warp][objective][field].
+__device__ inline void add_fields(const Terms& t, const Item* items, int count, double* fields) {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+    if (lane >= t.n) return;
+    double sums[kFields] = {};
+    for (int item = warp; item < count; item += warps) {
+        const RowAdvantage& x = items[item].x[lane];
+        add_row(items[item].factors.values, t.noon, x.a, x.here, sums);
     }
-    const double one = x.here[i] ? 1 : 0, value = kind == kPairCount ? one : kind == kPairAdvantage ? a : a * a;
-    return x.here[j] ? x.tokens * value : 0;
+    PAMA_UNROLL
+    for (int f = 0; f < kFields; ++f) fields[(warp * t.n + lane) * kFields + f] = sums[f];
 }
 
-__device__ inline void add_items(const Terms& t, const Item* items, int count, double* sums) {
-    const int n = t.n, triangle = n * (n - 1) / 2;
+__device__ inline void add_items(const Terms& t, const Item* items, int count, double* fields, double* sums) {
+    const int n = t.n, triangle = n * (n - 1) / 2, warps = blockDim.x / kWarp;
+    add_fields(t, items, count, fields);
+    __syncthreads();
     for (int k = threadIdx.x; k < t.size(); k += blockDim.x) {
         double sum = 0;
         const auto add = [&](auto term) {
-            for (int item = 0; item < count; ++item) sum += items[item].omega * term(items[item]);
+            for (int item = 0; item < count; ++item) sum += term(items[item]);
         };
         if (k < kTotals) {
-            add([&](const Item& x) { return k == kTokenCount ? x.tokens : x.values[kRowKl]; });
+            add([&](const Item& x) { return x.factors.values[k == kTokenCount ? kValid : kK3]; });
         } else if (k < t.first_product()) {
             const int field = t.field[(k - kTotals) / n], i = (k - kTotals) % n;
-            add([&](const Item& x) { return field_term(x, field, i, t.noon); });
+            for (int w = 0; w < warps; ++w) sum += fields[(w * n + i) * kFields + field];
         } else if (k < t.first_table()) {
             int pair = (k - t.first_product()) % triangle, i = 0;
             const int kind = t.product[(k - t.first_product()) / triangle];
@@ -102,7 +87,8 @@ __device__ inline void add_items(const Terms& t, const Item* items, int count, d
     }
 }
 
-// --- all statistics from the sums that were added up ------------------------------------------------------------------
+// --- all statistics from the sums that were added up
+// ------------------------------------------------------------------
 
 __device__ inline int found(const signed char* kinds, int count, int kind) {
     for (int k = 0; k < count; ++k)
@@ -136,9 +122,10 @@ __device__ inline double pair_of(const Terms& t, const double* sums, int kind, i
     const int n = t.n, table = found(t.table, t.tables, kind);
     if (table >= 0) return sums[t.first_table() + (table * n + i) * n + j];
     if (kind > kAdvantageProduct)  // every objective is present everywhere
-        return field_of(t, sums, kind == kPairCount       ? kCount
-                                 : kind == kPairAdvantage ? kAdvantageSum
-                                                          : kAdvantageSquareSum,
+        return field_of(t, sums,
+                        kind == kPairCount       ? kCount
+                        : kind == kPairAdvantage ? kAdvantageSum
+                                                 : kAdvantageSquareSum,
                         i);
     if (i == j) return field_of(t, sums, kind == kBoundProduct ? kBoundSquareSum : kAdvantageSquareSum, i);
     const int own = found(t.product, t.products, kind), low = i < j ? i : j, high = i < j ? j : i;
@@ -159,15 +146,8 @@ __device__ inline void write_statistics(const Sequences& s, const double* sums, 
     __syncthreads();
 }
 
-// --- the share of a block ---------------------------------------------------------------------------------------------
-
-__device__ inline void load_item_advantages(const DeviceTokens& p, int64_t row, int i, Item& x) {
-    const bool here =
-        !p.objective_mask || load_truth(p.objective_mask, row * p.objective_mask.row + i * p.objective_mask.objective);
-    const double a = here ? load_number<double>(p.advantages, row * p.advantages.row + i * p.advantages.objective) : 0;
-    x.a[i] = a + 0 * a;
-    x.here[i] = here;
-}
+// --- the share of a block
+// ---------------------------------------------------------------------------------------------
 
 // The valid tokens of sequences, by as many warps as there are for each.
 __device__ inline void count_items(const Sequences& s, int64_t first, int count, SequenceMemory& m, int each) {
@@ -201,8 +181,8 @@ __device__ inline void sum_items(const Sequences& s, int64_t first, int count, S
             add_segment<double, F32>(s.p, row, begin, end, all);
         }
         const double sum = transposed_sums(all, lane);
-        if (lane < kRowSums) m.items[item].values[lane] = sum;
-        if (lane == kRowTokens) m.parts[item] = static_cast<unsigned>(sum);
+        if (lane < kRowStatistics) m.items[item].factors.values[lane] = sum;
+        if (lane == kValid) m.parts[item] = static_cast<unsigned>(sum);
     }
 }
 
@@ -211,23 +191,17 @@ __device__ inline void finish_items(const Sequences& s, int64_t first, int count
     const int n = s.p.n;
     for (int k = threadIdx.x; k < count * n; k += blockDim.x) {
         const int item = k / n, i = k % n;
-        Item& x = m.items[item];
         unsigned tokens = 0;
         for (int part = 0; part < each; ++part) tokens += m.parts[item * each + part];
-        if (tokens == 0) {
-            x.a[i] = 0;
-            x.here[i] = false;
-        }
+        if (tokens == 0) m.items[item].x[i] = {0, false, false};
         if (i != 0) continue;
         s.counts[first + item] = tokens;
-        x.tokens = tokens;
-        x.omega = s.p.aggregation == Aggregation::seq_mean_token_mean && tokens > 0 ? 1 / x.tokens : 1;
-        if (s.factors) continue;
-        for (int v = 0; v < kRowSums; ++v) {
-            const bool none =
-                v == kRowGradPosLogp || v == kRowGradNegLogp || v == kRowKl || v == kRowOffPos || v == kRowOffNeg;
-            x.values[v] = none ? 0 : x.tokens;
-        }
+        RowFactors& f = m.items[item].factors;
+        f.tokens = tokens;
+        PAMA_UNROLL
+        for (int v = 0; v < kRowStatistics; ++v)
+            if (!s.factors) f.values[v] = factors_are_one(v) ? f.tokens : 0;
+        f.weigh(s.p.aggregation);
     }
 }
 
@@ -249,20 +223,21 @@ __device__ inline void add_share(const Sequences& s, SequenceMemory& m) {
     for (int64_t first = begin; first < end; first += kItems) {
         const int count = static_cast<int>(end - first < kItems ? end - first : kItems), n = s.p.n;
         for (int k = threadIdx.x; k < count * n; k += blockDim.x)
-            load_item_advantages(s.p, (first + k / n) / s.segments, k % n, m.items[k / n]);
+            m.items[k / n].x[k % n] = row_advantage(s.p, (first + k / n) / s.segments, k % n, 1);
         const int each = !s.factors && count < kSequenceWarps ? kSequenceWarps / count : 1;
         read_items(s, first, count, m, each);
         __syncthreads();
         finish_items(s, first, count, m, each);
         __syncthreads();
-        add_items(s.terms, m.items, count, m.sums);
+        add_items(s.terms, m.items, count, m.solver, m.sums);
         __syncthreads();
     }
     double* const to = s.partials + block * s.terms.size();
     for (int k = threadIdx.x; k < s.terms.size(); k += blockDim.x) to[k] = m.sums[k];
 }
 
-// --- the last block ---------------------------------------------------------------------------------------------------
+// --- the last block
+// ---------------------------------------------------------------------------------------------------
 
 __device__ inline void add_blocks(const Sequences& s, SequenceMemory& m) {
     const int size = s.terms.size(), threads = blockDim.x, width = size < threads ? size : threads;
@@ -285,12 +260,12 @@ __device__ inline void add_blocks(const Sequences& s, SequenceMemory& m) {
 }
 
 // By one thread. A function of its own: the solvers take all registers that there are.
-__device__ PAMA_NOINLINE inline void solve_weights(const Sequences& s, SequenceMemory& m) {
+__device__ PAMA_NOINLINE void solve_weights(const Sequences& s, SequenceMemory& m) {
     const int n = s.p.n;
     for (int i = 0; i < n; ++i) m.preference[i] = s.preference ? s.preference[i] : 1.0 / n;
-    m.optimum = batch_weights(m.statistics, n, s.rule.kind, s.rule.number, m.preference, m.weights, m.effective,
-                              m.solver)
-                    .optimum;
+    m.optimum =
+        batch_weights(m.statistics, n, s.rule.kind, s.rule.number, m.preference, m.weights, m.effective, m.solver)
+            .optimum;
 }
 
 // Sums of c_i A_i over positive and over negative advantages of a sequence.
@@ -306,13 +281,10 @@ __device__ inline Signed combine_row(const Sequences& s, const SequenceMemory& m
     if (p.aggregation == Aggregation::seq_mean_token_mean) x.omega = 1 / x.tokens;
     double share = p.objective_mask ? 0 : 1;
     for (int i = 0; i < p.n; ++i) {
-        if (p.objective_mask) {
-            if (!load_truth(p.objective_mask, row * p.objective_mask.row + i * p.objective_mask.objective)) continue;
-            share += m.effective[i];
-        }
-        double a = load_number<double>(p.advantages, row * p.advantages.row + i * p.advantages.objective);
-        a += 0 * a;
-        (a < 0 ? x.down : x.up) += m.weights[i] * a;
+        const RowAdvantage own = row_advantage(p, row, i, x.tokens);
+        if (!own.here) continue;
+        if (p.objective_mask) share += m.effective[i];
+        (own.negative ? x.down : x.up) += m.weights[i] * own.a;
     }
     if (p.noon) x.down = 0;
     // Over the preference of the objectives that are present.

@@ -46,16 +46,16 @@ struct Terms {
 struct Sequences {
     DeviceTokens p;
     Terms terms;
-    bool pairs = false, factors = false;  // factors: log-probabilities or importance weights were given
-    int64_t segments = 1, blocks = 1;     // segments of a sequence, which the blocks share out
-    double* partials = nullptr;           // (blocks, terms.size())
+    bool pairs = false, factors = false;             // factors: log-probabilities or importance weights were given
+    int64_t segments = 1, blocks = 1;                // segments of a sequence, which the blocks share out
+    double* partials = nullptr;                      // (blocks, terms.size())
     unsigned *counts = nullptr, *counter = nullptr;  // counts: valid tokens (rows, segments)
     // results
     double* sums = nullptr;
     bool solved = false, normalize = false;
     Rule rule;
-    const double* preference = nullptr;                                    // (n); null: uniform
-    Array weights, optimum, combined;                                      // (n), 0-d, (rows)
+    const double* preference = nullptr;                                          // (n); null: uniform
+    Array weights, optimum, combined;                                            // (n), 0-d, (rows)
     double *effective = nullptr, *square_sum = nullptr, *row_factors = nullptr;  // (n), 0-d, (rows, 3): up, down, omega
 
     int64_t work_doubles() const { return blocks * terms.size() + (p.rows * segments + 1) / 2; }

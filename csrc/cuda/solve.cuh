@@ -2,9 +2,7 @@
 #pragma once
 
 #include "../core/weights.hpp"
-#include "device.cuh"
 #include "load.cuh"
-#include "problem.hpp"
 #include "slots.cuh"
 
 namespace pama {
@@ -40,12 +38,6 @@ __device__ inline int choose_objectives(const Solve& s, double* mass_of_all) {
     __syncthreads();
     *mass_of_all = mass;
     return static_cast<int>(count);
-}
-
-__device__ inline void store_rounded(const Solve& s) {
-    if (!s.rounded[0]) return;
-    for (int i = 0; i < s.n; ++i) store_number(s.rounded[0], i, s.weights[i]);
-    store_number(s.rounded[1], 0, *s.optimum);
 }
 
 // FIXED and SCORES of N objectives, by all threads of a block: what each needs by a thread of its own, then one thread,
@@ -92,7 +84,6 @@ __device__ PAMA_NOINLINE void solve_few_scores(const Solve& s) {
     PAMA_UNROLL
     for (int i = 0; i < N; ++i) s.weights[i] = c[i];
     *s.optimum = optimum;
-    store_rounded(s);
 }
 
 // Of any number, in `work`.
@@ -119,7 +110,13 @@ __device__ PAMA_NOINLINE void solve_many_scores(const Solve& s) {
         optimum = simplex_row(n, a, p, s.rule.number, scale, s.weights);
     }
     *s.optimum = optimum;
-    store_rounded(s);
+}
+
+// By the thread that solved.
+__device__ inline void store_rounded(const Solve& s) {
+    if (threadIdx.x != 0 || !s.rounded[0]) return;
+    for (int i = 0; i < s.n; ++i) store_number(s.rounded[0], i, s.weights[i]);
+    store_number(s.rounded[1], 0, *s.optimum);
 }
 
 // FIXED and SCORES. N > 0: that many objectives, else kGroup or more of them.
@@ -131,6 +128,7 @@ __device__ inline void solve_scores(const Solve& s) {
         solve_few_scores<kGroup>(s);
     else
         solve_many_scores(s);
+    store_rounded(s);
 }
 
 }  // namespace cuda

@@ -7,6 +7,12 @@ from torch import Tensor
 from pama_kernels._call import Rule, Tokens
 
 Memory = Callable[[int], Tensor]
+Batch = tuple[
+    Tensor, Tensor, Tensor
+]  # float64 weights, optimum, preference over the objectives with a signal
+Rounded = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # the same, then weights and optimum in another dtype
+# Combined advantages, weights, optimum, sums, their sum of squares, factors of the loss (B, 3).
+Sequences = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]
 Where = tuple[int, int, int]  # device, its multiprocessors, address of the stream
 
 class NoMemory(ValueError): ...
@@ -20,17 +26,25 @@ def statistics(
     pairs: bool,
     rule: Rule | None,  # FIXED or SCORES: its weights in the same launch
     preference: Tensor | None,
-    results: tuple[Tensor, Tensor, Tensor] | None,
+    results: Batch | Rounded | None,
     counter: Tensor,
     empty: Memory,
     where: Where,
 ) -> Tensor: ...
+def sequences(
+    tokens: Tokens,
+    rule: Rule | None,
+    preference: Tensor | None,
+    asked: tuple[bool, bool, bool, bool, bool],  # pairs, combined, normalize, factors, float64 weights
+    counter: Tensor,
+    where: Where,
+) -> Sequences | None: ...
 def solve(
     sums: Tensor,
     objectives: int,
     rule: Rule,
     preference: Tensor | None,
-    results: tuple[Tensor, Tensor, Tensor],
+    results: Batch | Rounded,
     empty: Memory,
     where: Where,
 ) -> None: ...

@@ -2,8 +2,8 @@
 
 Kernels run on the current stream of the tensors' device, in memory that torch allocates; nothing waits for
 the device. Of `apply` it serves weights per batch: statistics and weights are found here, and with advantages
-per sequence the combined ones too, in one launch; a pass that writes for each token is the next backend's. All
-other weights, and settings that are tensors, are left to that one altogether.
+per sequence the combined ones too, in one launch; a pass that writes for each token is the next backend's.
+All other weights, and settings that are tensors, are left to that one altogether.
 """
 
 from __future__ import annotations
@@ -80,27 +80,18 @@ def _batch(objectives: int, like: Tensor) -> Batch:
 # --- statistics and the weights of a batch ------------------------------------------------------------
 
 
-# Combined advantages, weights, optimum, sums, sum of squares, and (B, 3) factors for the loss.
-Sequences = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]
-
-
 def _sequences(
     tokens: Tokens,
     rule: Rule | None,
     preference: Tensor | None,
     asked: tuple[bool, bool, bool, bool, bool],
-) -> Sequences | None:
+) -> _cuda.Sequences | None:
     """All that advantages per sequence give in one launch; None where that does not serve. `asked`: pairs,
     combined advantages, those normalized, factors for the loss, weights in float64."""
     if not tokens.per_sequence:
         return None
     like = tokens.advantages
-    make = functools.partial(_empty, like.device)
-    return _cuda.sequences(tokens, rule, preference, asked, counter(like.device), make, _where(like))
-
-
-def _empty(device: torch.device, shape: tuple[int, ...], dtype: str) -> Tensor:
-    return torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+    return _cuda.sequences(tokens, rule, preference, asked, counter(like.device), _where(like))
 
 
 def statistics(tokens: Tokens, pairs: bool) -> Tensor:
@@ -113,9 +104,9 @@ def statistics(tokens: Tokens, pairs: bool) -> Tensor:
 
 
 def _statistics_and_weights(
-    tokens: Tokens, rule: Rule, preference: Tensor | None, results: tuple[Tensor, ...], pairs: bool
+    tokens: Tokens, rule: Rule, preference: Tensor | None, results: _cuda.Rounded, pairs: bool
 ) -> Tensor:
-    """Statistics, and the weights of the batch into `results`; of the kinds FIXED and SCORES in one launch."""
+    """Statistics, and weights of the batch into `results`; of the kinds FIXED and SCORES in one launch."""
     like = tokens.advantages
     count, memory, where = counter(like.device), _memory(like), _where(like)
     if rule.kind in (Kind.FIXED, Kind.SCORES):
@@ -187,8 +178,8 @@ def _second_pass(
 
 
 def _dtype_of_results(tokens: Tokens, outputs: Outputs) -> torch.dtype:
-    by_advantages = outputs.advantages or tokens.logprobs is None
-    return result_dtype(tokens.advantages if by_advantages else tokens.logprobs)
+    logprobs = None if outputs.advantages else tokens.logprobs
+    return result_dtype(tokens.advantages if logprobs is None else logprobs)
 
 
 def _loss_and_gradient(tokens: Tokens, outputs: Outputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

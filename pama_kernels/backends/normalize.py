@@ -1,4 +1,4 @@
-"""`normalize`: combined advantages over their root mean square, for backends whose `apply` does not divide."""
+"""`normalize`: combined advantages over their root mean square, where a backend's `apply` does not divide."""
 
 from __future__ import annotations
 

@@ -3,8 +3,9 @@
 
 Each function of a device type is served by the first backend of `BACKENDS` that lists device and function,
 can be imported and is usable there. So a backend may hold a few fast functions and leave the rest to the
-next; and one that serves some calls of a function passes the others on by `find(..., after=its name)`. `PAMA_BACKEND` begins at the backend that it names (PAMA_BACKEND=cuda leaves to triton what cuda lacks);
-that one must then be usable.
+next; one that serves some calls of a function passes the others on by `find(..., after=its name)`.
+`PAMA_BACKEND` begins at the backend that it names (PAMA_BACKEND=cuda leaves to triton what cuda lacks); that
+one must then be usable.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from torch import Tensor
 
 import pama_kernels as pk
 from pama_kernels import reference
-from pama_kernels._validate import check_tokens
 from pama_kernels.backends import registry
 from pama_kernels.rules import record
 
@@ -90,31 +89,6 @@ def test_no_signal_and_nan(rule: Any) -> None:
     assert torch.equal(effective, p)
     assert bool(optimum.isnan())
     assert isinstance(rule, pk.Fixed) or bool(c.isnan().all())
-
-
-@pytest.mark.parametrize("rule", [pk.Fixed(), pk.Pama(bound="scores")], ids=str)
-def test_one_launch_for_statistics_and_weights(rule: Any) -> None:
-    for layout, n in itertools.product(("padded", "per-sequence", "packed"), (1, 2, 3, 4, 6)):
-        problem = make(layout, rows=4, width=40, objectives=n)
-        problem.advantages[..., 0] = 0
-        tokens, _ = check_tokens(
-            problem.advantages,
-            problem.mask,
-            logprobs=problem.logprobs,
-            old_logprobs=problem.old_logprobs,
-            cu_seqlens=problem.cu_seqlens,
-            clip_range=0.2,
-            aggregation="token-mean",
-            noon=False,
-            objective_mask=None,
-            importance_weights=None,
-            dual_clip=None,
-        )
-        for p in _preferences(n):
-            sums, batch = cuda.statistics_and_scores(tokens, record(rule), p)
-            assert torch.equal(sums, cuda.statistics(tokens, False))
-            for x, y in zip(batch, cuda.solve(sums, record(rule), p, n), strict=True):
-                torch.testing.assert_close(x, y, rtol=0, atol=1e-14)
 
 
 # --- many problems ------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The Triton backend: portable GPU kernels (NVIDIA and AMD); on the CPU they run in Triton's interpreter.
 
-`passes.py` has statistics, apply and its second half apply_solved, `rules.py` solve, `simplex.py` weights, `min_norm.py` min_norm and
-upgrad, `advantages.py` gae and group_normalize. Underneath, `tokens.py` reads,
+`passes.py` has statistics, apply and its second half apply_solved, `rules.py` solve, `simplex.py` weights,
+`min_norm.py` min_norm and upgrad, `advantages.py` gae and group_normalize. Underneath, `tokens.py` reads,
 `statistics.py` and `reduce.py` add up,
 `apply.py` is the pass over tokens and `rows.py` the one over sequences; `active_set.py` solves quadratic
 problems.
