@@ -77,7 +77,8 @@ def compile_kernels(
         aggregation: as in `pama_loss`.
         group_size: of `group_normalize`; None where it has `group_ids`.
         merged: weights come from merged statistics: of a `process_group`, or in a `PamaLoss` with momentum.
-        slices: also for tensors that are slices of larger ones, as micro-batches are.
+        slices: also for tensors that are slices of larger ones, as micro-batches are. Where tokens, or the
+            objectives of a token, are not adjacent in memory, kernels are compiled at their first call.
         device: the GPU. On "cpu" there is nothing to compile.
 
     Returns:

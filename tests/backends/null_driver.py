@@ -123,6 +123,19 @@ def calls(sliced: bool) -> Calls:
         part(p.mask, b, t, sliced),
         pairs=True,
     )
+    everything = problems.make(
+        "padded", rows=12, width=402, objectives=4, ref_logprobs=True, importance_weights=True,
+        objective_mask=torch.bool,
+    )  # fmt: skip
+    averaged = pk.PamaLoss(momentum=0.5, aggregation="seq-mean-token-mean", kl_coef=0.1)
+
+    def whole_loss(b: int, t: int) -> Any:
+        x = {name: part(x, b, t, sliced) for name, x in everything.loss_arguments().items() if x is not None}
+        present = everything.objective_mask
+        x["objective_mask"] = present[1 : b + 1] if sliced else present[:b].clone()
+        return averaged(**{**x, "logprobs": x["logprobs"].requires_grad_()})
+
+    found["loss (B, T, N) everything"] = whole_loss
     values = torch.randn(12, 402, 4)
     found["gae"] = lambda b, t: pk.multi_objective_gae(
         part(values, b, t, sliced), part(values, b, t, sliced), part(p.logprobs, b, t, sliced)
@@ -227,6 +240,9 @@ def warmed() -> Iterator[dict[str, Any]]:
         }
         if name == "gae":
             own["mask_dtype"] = torch.float32
+        if "everything" in name:
+            given = ["old_logprobs", "ref_logprobs", "objective_mask", "importance_weights"]
+            own |= {"given": given, "merged": True, "aggregation": "seq-mean-token-mean"}
         launch._variants.clear()
         found = pk.compile_kernels(4, **own, device="cpu")
         known = set(launch._variants)

@@ -163,7 +163,7 @@ class Variant:
         stream = self.stream(self.device)
         enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
         metadata = None
-        if enter.calls or leave.calls:  # a profiler's
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's
             metadata = self.compiled.launch_metadata((programs, 1, 1), stream, *values, *self.constants)
         else:
             enter = leave = None

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pama_kernels._call import Tokens
 
-from .launch import INTERPRETED, aligned, check_memory, number, number_of, power_of_two
+from .launch import ALIGNMENT, INTERPRETED, check_memory, number, number_of, power_of_two
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -106,32 +106,30 @@ def problem(given: Tokens, by_row: bool, without_objectives: bool = False) -> Pr
     ) = given  # fmt: skip
     n = advantages.shape[-1]
     if without_objectives:
-        a = o = _ZERO3
+        own, presence, a, o = None, None, _ZERO3, _ZERO3
     else:
+        own = advantages
         a = objective_strides(advantages, by_sequence)
         o = objective_strides(presence, mask_by_sequence)
         by_row = by_row or by_sequence or (presence is not None and mask_by_sequence)
-    strides = m, p, b, w, r = (
-        _strides(mask), _strides(logprobs), _strides(old), _strides(importance), _strides(ref),
-    )  # fmt: skip
     per_token = mask, logprobs, old, importance, ref
-    flat = not by_row
-    if flat and cu is None:
-        objects = () if without_objectives else ((advantages, a), (presence, o))
-        if rows != 1:
-            given_strides = (*zip(per_token, strides, strict=True), *objects)
-            flat = all(x is None or s[0] == width * s[1] for x, s in given_strides)
-        flat = flat and aligned(*per_token, *(x for x, _ in objects))
+    strides = [_strides(x) for x in per_token]
     total = rows * width if cu is None else width if width >= 0 else 256 * rows
-    unit = all(x is None or s[1] == 1 for x, s in zip(per_token, strides, strict=True))
+    unit, flat, addresses = True, not by_row, 0
+    for x, (row, token) in zip((*per_token, own, presence), (*strides, a[:2], o[:2]), strict=True):
+        if x is not None:
+            unit = unit and (token == 1 or x is own or x is presence)
+            if cu is None:
+                flat = flat and (rows == 1 or row == width * token)
+                addresses |= x.data_ptr()
+    flat = flat and addresses % ALIGNMENT == 0
     if flat and cu is None:
         rows, width = 1, total
         a, o = (0, *a[1:]), (0, *o[1:])
-        m, p, b, w, r = ((0, s[1]) for s in strides)
+        strides = [(0, token) for _, token in strides]
+    arrays = [y for x, s in zip(per_token, strides, strict=True) for y in (x, *s)]
     arguments = (
-        None if without_objectives else advantages, *a, None if without_objectives else presence, *o,
-        mask, *m, logprobs, *p, old, *b, importance, *w, ref, *r,
-        cu, 0 if cu is None else cu.stride(0), rows, width, *number(low),
+        own, *a, presence, *o, *arrays, cu, 0 if cu is None else cu.stride(0), rows, width, *number(low),
         *(_UNCLIPPED if high is None else number(high)), *(_UNCLIPPED if dual is None else number(dual)),
     )  # fmt: skip
     constants = {
