@@ -344,7 +344,7 @@ __device__ inline void write_rows(const Sequences& s, SequenceMemory& m) {
 }
 
 // One kernel for all that may be read, since the solver takes the compiler long.
-__global__ void __launch_bounds__(kSequenceThreads, 1) sequences_kernel(const Sequences s) {
+__global__ void __launch_bounds__(kSequenceThreads, 1) sequences_kernel(const __grid_constant__ Sequences s) {
     PAMA_SHARED(SequenceMemory, m);
     add_share(s, m);
     if (!last_block(s.counter)) return;
