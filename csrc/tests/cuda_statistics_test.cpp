@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/sequences.cu"
 #include "cuda/statistics.cu"
 
 using namespace pama;
@@ -175,18 +176,36 @@ struct Data {
     }
 };
 
+// The statistics by the general kernels, and by that of advantages per sequence where it serves.
+bool launch_statistics(const Data& data, const Case& given, bool by_sequence, std::vector<double>& sums) {
+    unsigned counter = 0;
+    if (by_sequence) {
+        cuda::Sequences s;
+        if (!cuda::plan_sequences(data.p, given.pairs, given.processors, s)) return false;
+        std::vector<double> work(size(s.work_doubles()), NAN);
+        s.set_work(work.data());
+        s.counter = &counter;
+        s.sums = sums.data();
+        cuda::sequences(s, nullptr);
+    } else {
+        const cuda::Plan plan = cuda::statistics_plan(data.p, given.pairs, given.processors);
+        std::vector<double> work(size(plan.doubles()), NAN);
+        cuda::statistics(data.p, given.pairs, plan, work.data(), &counter, sums.data(), nullptr, nullptr);
+    }
+    expect(counter == 0, given.name() + ": the counter is reset");
+    return true;
+}
+
 void run(const Case& given, std::mt19937& random) {
     Data data(given, random);
     std::vector<double> absolute;
     const std::vector<double> wanted = data.sums(given.pairs, absolute);
-    std::vector<double> first;
-    for (const bool wide : {false, true, false}) {
+    std::vector<double> first[2];
+    for (int k = 0; k < 6; ++k) {
+        const bool wide = k % 3 == 1, by_sequence = k >= 3;
         data.p.wide = wide;
-        const cuda::Plan plan = cuda::statistics_plan(data.p, given.pairs, given.processors);
-        std::vector<double> work(size(plan.doubles()), NAN), sums(wanted.size(), NAN);
-        unsigned counter = 0;
-        cuda::statistics(data.p, given.pairs, plan, work.data(), &counter, sums.data(), nullptr, nullptr);
-        expect(counter == 0, given.name() + ": the counter is reset");
+        std::vector<double> sums(wanted.size(), NAN);
+        if (!launch_statistics(data, given, by_sequence, sums)) continue;
         for (std::size_t k = 0; k < wanted.size(); ++k) {
             // A dozen roundings of each term and of up to 32 in one sum; log-ratios lose as much again.
             const double tolerance =
@@ -194,13 +213,15 @@ void run(const Case& given, std::mt19937& random) {
                 (wide ? 1e-14
                       : 1e-7 * static_cast<double>(data.p.tokens()) * (k >= size(total_offset(given.n)) ? 1 : 0));
             const bool same = std::isnan(wanted[k]) ? std::isnan(sums[k]) : std::fabs(sums[k] - wanted[k]) <= tolerance;
-            expect(same, given.name() + (wide ? " wide" : "") + " sum " + std::to_string(k) + " is " +
-                             std::to_string(sums[k]) + ", wanted " + std::to_string(wanted[k]));
+            expect(same, given.name() + (wide ? " wide" : "") + (by_sequence ? " by sequence" : "") + " sum " +
+                             std::to_string(k) + " is " + std::to_string(sums[k]) + ", wanted " +
+                             std::to_string(wanted[k]));
         }
         if (wide) continue;
-        if (!first.empty())  // scheduled in another order: the same bits
-            expect(std::memcmp(first.data(), sums.data(), sizeof(double) * sums.size()) == 0, given.name() + ": bits");
-        first = sums;
+        std::vector<double>& before = first[by_sequence];
+        if (!before.empty())  // scheduled in another order: the same bits
+            expect(std::memcmp(before.data(), sums.data(), sizeof(double) * sums.size()) == 0, given.name() + ": bits");
+        before = sums;
     }
 }
 

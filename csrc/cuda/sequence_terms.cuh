@@ -1,0 +1,115 @@
+// The terms of sequences.hpp: what segments contribute to the sums of a block, and all statistics from these sums.
+#pragma once
+
+#include "rows.cuh"
+#include "sequences.hpp"
+
+namespace pama {
+namespace cuda {
+
+struct Item {
+    RowFactors factors;
+    RowAdvantage x[kSequenceObjectives];
+};
+
+// --- what segments contribute
+// -----------------------------------------------------------------------------------------
+
+__device__ inline double pair_term(const Item& item, int kind, int i, int j, bool noon) {
+    const RowAdvantage &x = item.x[i], &y = item.x[j];
+    if (kind == kBoundProduct) return row_product(item.factors, x, y, noon);
+    const double valid = item.factors.values[kValid];
+    if (kind == kAdvantageProduct) return valid * (x.a * y.a);
+    const double one = x.here ? 1 : 0, value = kind == kPairCount ? one : kind == kPairAdvantage ? x.a : x.a * x.a;
+    return y.here ? valid * value : 0;
+}
+
+// The fields of every objective over the items of each warp, [warp][objective][field].
+__device__ inline void add_fields(const Terms& t, const Item* items, int count, double* fields) {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+    if (lane >= t.n) return;
+    double sums[kFields] = {};
+    for (int item = warp; item < count; item += warps) {
+        const RowAdvantage& x = items[item].x[lane];
+        add_row(items[item].factors.values, t.noon, x.a, x.here, sums);
+    }
+    PAMA_UNROLL
+    for (int f = 0; f < kFields; ++f) fields[(warp * t.n + lane) * kFields + f] = sums[f];
+}
+
+__device__ inline void add_items(const Terms& t, const Item* items, int count, double* fields, double* sums) {
+    const int n = t.n, triangle = n * (n - 1) / 2, warps = blockDim.x / kWarp;
+    add_fields(t, items, count, fields);
+    __syncthreads();
+    for (int k = threadIdx.x; k < t.size(); k += blockDim.x) {
+        double sum = 0;
+        const auto add = [&](auto term) {
+            for (int item = 0; item < count; ++item) sum += term(items[item]);
+        };
+        if (k < kTotals) {
+            add([&](const Item& x) { return x.factors.values[k == kTokenCount ? kValid : kK3]; });
+        } else if (k < t.first_product()) {
+            const int field = t.field[(k - kTotals) / n], i = (k - kTotals) % n;
+            for (int w = 0; w < warps; ++w) sum += fields[(w * n + i) * kFields + field];
+        } else if (k < t.first_table()) {
+            int pair = (k - t.first_product()) % triangle, i = 0;
+            const int kind = t.product[(k - t.first_product()) / triangle];
+            for (; pair >= n - 1 - i; ++i) pair -= n - 1 - i;
+            const int j = i + 1 + pair;
+            add([&](const Item& x) { return pair_term(x, kind, i, j, t.noon); });
+        } else {
+            const int at = k - t.first_table(), kind = t.table[at / (n * n)], i = at / n % n, j = at % n;
+            add([&](const Item& x) { return pair_term(x, kind, i, j, t.noon); });
+        }
+        sums[k] += sum;
+    }
+}
+
+// --- all statistics from the sums that were added up
+// ------------------------------------------------------------------
+
+__device__ inline int found(const signed char* kinds, int count, int kind) {
+    for (int k = 0; k < count; ++k)
+        if (kinds[k] == kind) return k;
+    return -1;
+}
+
+__device__ inline double field_of(const Terms& t, const double* sums, int field, int i) {
+    const int at = found(t.field, t.fields, field);
+    if (at >= 0) return sums[kTotals + at * t.n + i];
+    const auto bound = [&](int from, int otherwise) {
+        const int own = found(t.field, t.fields, from);
+        return sums[kTotals + (own >= 0 ? own : found(t.field, t.fields, otherwise)) * t.n + i];
+    };
+    switch (field) {
+        case kCount:
+            return sums[kTokenCount];
+        case kBoundSquareSum:
+            return bound(kBoundSquareSum, kAdvantageSquareSum);
+        case kBoundSum:
+        case kSurrogateSum:
+            return bound(kBoundSum, kAdvantageSum);
+        case kLogprobSum:
+            return 0 * bound(kBoundSum, kAdvantageSum);
+        default:
+            return 0;  // nothing is clipped
+    }
+}
+
+__device__ inline double pair_of(const Terms& t, const double* sums, int kind, int i, int j) {
+    const int n = t.n, table = found(t.table, t.tables, kind);
+    if (table >= 0) return sums[t.first_table() + (table * n + i) * n + j];
+    if (kind > kAdvantageProduct)  // every objective is present everywhere
+        return field_of(t, sums,
+                        kind == kPairCount       ? kCount
+                        : kind == kPairAdvantage ? kAdvantageSum
+                                                 : kAdvantageSquareSum,
+                        i);
+    if (i == j) return field_of(t, sums, kind == kBoundProduct ? kBoundSquareSum : kAdvantageSquareSum, i);
+    const int own = found(t.product, t.products, kind), low = i < j ? i : j, high = i < j ? j : i;
+    const int product = own >= 0 ? own : 0;  // else bound terms are advantages
+    return sums[t.first_product() + product * (n * (n - 1) / 2) + low * (2 * n - 3 - low) / 2 + high - 1];
+}
+
+}  // namespace cuda
+}  // namespace pama
