@@ -14,32 +14,16 @@ __device__ inline bool choose_objectives(const Solve& s) {
     return effective_preference(s.sums, s.n, s.rule.kind == Kind::gram, s.effective, s.weights, s.effective);
 }
 
-// FIXED and SCORES. N > 0 objectives in registers.
+// Kinds without pairs. N > 0 objectives in registers.
 template <int N>
 __device__ inline void solve_scores(const Solve& s) {
     const int n = N > 0 ? N : s.n;
-    const bool some = choose_objectives(s);
-    if (!some || s.rule.kind == Kind::fixed) {
-        double optimum = 0;
-        for (int i = 0; i < n; ++i) {
-            s.weights[i] = s.effective[i];
-            optimum += some && s.effective[i] != 0 ? s.effective[i] * score(s.sums, n, i) : 0;
-        }
-        *s.optimum = optimum;
-        return;
-    }
+    choose_objectives(s);
     double in_registers[3 * (N > 0 ? N : 1)];
     double *const a = N > 0 ? in_registers : s.work, *const p = a + n, *const c = p + n;
-    double scale = 0;
     PAMA_UNROLL
-    for (int i = 0; i < n; ++i) {
-        a[i] = score(s.sums, n, i);
-        p[i] = s.effective[i];
-        c[i] = s.weights[i];
-        const double moment = c[i] != 0 ? second_moment(s.sums, n, i) : 0;
-        scale = moment > scale || moment != moment ? moment : scale;
-    }
-    *s.optimum = simplex_row<N>(n, a, p, s.rule.number, scale, c);
+    for (int i = 0; i < n; ++i) c[i] = s.weights[i];
+    *s.optimum = batch_vector_weights<N>(s.rule, s.sums, n, s.effective, s.effective, a, p, c);
     PAMA_UNROLL
     for (int i = 0; i < n; ++i) s.weights[i] = c[i];
 }
