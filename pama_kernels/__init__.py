@@ -2,7 +2,7 @@
 
 from importlib import metadata as _metadata
 
-from . import reference
+from . import reference, rules
 from .advantages import (
     CombinedAdvantages,
     combine_advantages,
@@ -11,7 +11,7 @@ from .advantages import (
     multi_objective_gae,
 )
 from .loss import PamaLoss, PamaLossOutput, pama_loss
-from .rules import Fixed, Pama, SoftMin, UPGrad
+from .rules import *  # noqa: F403, what its __all__ lists
 from .statistics import ObjectiveStatistics, objective_statistics
 from .weights import WeightSolution, min_norm_weights, pama_weights, pareto_gap, upgrad_weights
 
@@ -26,10 +26,6 @@ __all__ = [
     "pama_loss",
     "PamaLoss",
     "PamaLossOutput",
-    "Pama",
-    "UPGrad",
-    "Fixed",
-    "SoftMin",
     "pama_weights",
     "min_norm_weights",
     "upgrad_weights",
@@ -42,3 +38,4 @@ __all__ = [
     "masked_whiten",
     "reference",
 ]
+__all__ += rules.__all__

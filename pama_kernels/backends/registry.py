@@ -23,14 +23,17 @@ from torch import Tensor
 
 from pama_kernels._call import Number, Outputs, Results, Rule, Tokens
 
-SOLVERS = ("weights", "weights_out", "min_norm", "min_norm_out", "upgrad", "upgrad_out")
+SOLVERS = ("weights", "min_norm", "upgrad")
 ALL = ("statistics", "solve", "apply", *SOLVERS, "gae", "group_normalize")
 
 Solution = tuple[Tensor, Tensor]  # weights, optimum
 
 
 class Functions(Protocol):
-    """The functions of a backend's module. `preference` None is uniform, else (N,) float64 on the simplex."""
+    """The functions of a backend's module. `preference` None is uniform, else (N,) float64 on the simplex.
+
+    The solvers of many problems write into `result` and `optimum`, contiguous and in `result_dtype`.
+    """
 
     def statistics(self, tokens: Tokens, pairs: bool) -> Tensor: ...
     def solve(
@@ -47,9 +50,6 @@ class Functions(Protocol):
         outputs: Outputs,
     ) -> Results: ...
     def weights(
-        self, scores: Tensor, preference: Tensor | None, regularization: Number, scale: Tensor | None
-    ) -> Solution: ...
-    def weights_out(
         self,
         scores: Tensor,
         preference: Tensor | None,
@@ -58,8 +58,7 @@ class Functions(Protocol):
         result: Tensor,
         optimum: Tensor,
     ) -> None: ...
-    def min_norm(self, gram: Tensor, preference: Tensor | None, regularization: Number) -> Solution: ...
-    def min_norm_out(
+    def min_norm(
         self,
         gram: Tensor,
         preference: Tensor | None,
@@ -67,10 +66,7 @@ class Functions(Protocol):
         result: Tensor,
         optimum: Tensor,
     ) -> None: ...
-    def upgrad(self, gram: Tensor, preference: Tensor | None) -> Solution: ...
-    def upgrad_out(
-        self, gram: Tensor, preference: Tensor | None, result: Tensor, optimum: Tensor
-    ) -> None: ...
+    def upgrad(self, gram: Tensor, preference: Tensor | None, result: Tensor, optimum: Tensor) -> None: ...
     def gae(
         self,
         rewards: Tensor,

@@ -11,24 +11,21 @@ from __future__ import annotations
 
 from .advantages import gae, group_normalize
 from .launch import INTERPRETED
-from .min_norm import min_norm, min_norm_out, upgrad, upgrad_out
+from .min_norm import min_norm, upgrad
 from .passes import apply, statistics
 from .rules import solve
-from .simplex import weights, weights_out
+from .simplex import weights
 
 __all__ = [
     "apply",
     "gae",
     "group_normalize",
     "min_norm",
-    "min_norm_out",
     "solve",
     "statistics",
     "unusable",
     "upgrad",
-    "upgrad_out",
     "weights",
-    "weights_out",
 ]
 
 
