@@ -2,10 +2,10 @@
 
 ``python triton_variants.py compile sm_90 gfx942`` compiles them ahead of time and prints a line of JSON for
 each kernel and variant: registers, spills, shared memory, instructions, barriers, seconds, and whether it is
-hot; ``--all`` takes every kind of variant, else a sample. ``python triton_variants.py launch FOLDER``, where FOLDER holds `no_driver.c` as
-libcuda.so.1, launches the sample through Triton's own launcher, down to a driver that does nothing, and
-prints the kernels of each call; ``lengths FOLDER`` the variants before and after calls of other lengths. A
-process of its own: kernels made for the interpreter can't be compiled.
+hot; ``--all`` takes every kind of variant, else a sample. ``python triton_variants.py launch FOLDER``, where
+FOLDER holds `no_driver.c` as libcuda.so.1, launches the sample through Triton's own launcher, down to a
+driver that does nothing, and prints the kernels of each call; ``lengths FOLDER`` the variants before and
+after calls of other lengths. A process of its own: kernels made for the interpreter can't be compiled.
 """
 
 from __future__ import annotations
