@@ -1,7 +1,7 @@
 """What the compilers made of the GPU kernels, without a GPU: `python benchmarks/gpu_code.py [MODULE]`.
 
-Of the CUDA kernels in MODULE (the built `_cuda`, or a .cubin): registers, instructions in local memory, and machine
-instructions per token of the main loop. Of the Triton kernels, compiled ahead of time: registers, instructions,
+Of the CUDA kernels in MODULE (the built `_cuda`, or a .cubin): registers, and of the main loop instructions
+per token and those in local memory. Of the Triton kernels, compiled ahead of time: registers, instructions,
 barriers, seconds of compilation. Prints a table and writes benchmarks/results/gpu_code.csv.
 """
 

@@ -446,7 +446,7 @@ def cost_of_scores(session: Session, n: int) -> None:
     inner = registry.find("cpu", "weights")
     cost(
         *(session, n, "pama_weights, one row, float32", pk.pama_weights, score_pool(n, POOL)),
-        lambda a: inner.weights(a, None, 0.0, None),
+        lambda a: inner.weights(a, None, 0.0, None, torch.empty_like(a), a.new_empty(())),
     )
 
 
@@ -455,7 +455,7 @@ def cost_of_gram(session: Session, n: int) -> None:
     pool = [torch.from_numpy(m) for m in gram_pool(n, POOL, "regular")]
     cost(
         *(session, n, "min_norm_weights, one matrix, float64", pk.min_norm_weights, pool),
-        lambda m: inner.min_norm(m, None, 0.0),
+        lambda m: inner.min_norm(m, None, 0.0, m.new_empty(m.shape[-1]), m.new_empty(())),
     )
 
 

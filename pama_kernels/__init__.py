@@ -2,7 +2,7 @@
 
 from importlib import metadata as _metadata
 
-from . import reference
+from . import reference, rules
 from ._warmup import CompiledKernels, compile_kernels
 from .advantages import (
     CombinedAdvantages,
@@ -12,7 +12,7 @@ from .advantages import (
     multi_objective_gae,
 )
 from .loss import PamaLoss, PamaLossOutput, pama_loss
-from .rules import Fixed, Pama, SoftMin, UPGrad
+from .rules import *  # noqa: F403, what its __all__ lists
 from .statistics import ObjectiveStatistics, objective_statistics
 from .weights import WeightSolution, min_norm_weights, pama_weights, pareto_gap, upgrad_weights
 
@@ -27,10 +27,6 @@ __all__ = [
     "pama_loss",
     "PamaLoss",
     "PamaLossOutput",
-    "Pama",
-    "UPGrad",
-    "Fixed",
-    "SoftMin",
     "pama_weights",
     "min_norm_weights",
     "upgrad_weights",
@@ -45,3 +41,4 @@ __all__ = [
     "CompiledKernels",
     "reference",
 ]
+__all__ += rules.__all__

@@ -27,6 +27,8 @@ from ._validate import check_choice, check_flag, check_number, check_positive
 if TYPE_CHECKING:
     from .statistics import ObjectiveStatistics
 
+__all__ = ["Fixed", "Pama", "SoftMin", "UPGrad"]  # what the package exports
+
 _WEIGHTS_PER = ("batch", "sequence", "token")
 
 
@@ -109,7 +111,7 @@ CallableRule = Callable[["ObjectiveStatistics"], Tensor]
 Rule = Pama | UPGrad | Fixed | SoftMin | CallableRule
 RuleLike = Rule | str | None
 
-_NAMES: dict[str, Rule] = {"pama": Pama(), "upgrad": UPGrad(), "fixed": Fixed(), "softmin": SoftMin()}
+NAMES: dict[str, Rule] = {"pama": Pama(), "upgrad": UPGrad(), "fixed": Fixed(), "softmin": SoftMin()}
 DEFAULT: Rule = Pama()
 
 
@@ -118,8 +120,8 @@ def resolve_rule(rule: RuleLike) -> Rule:
     if rule is None:
         return DEFAULT
     if isinstance(rule, str):
-        check_choice("rule", rule, tuple(_NAMES))
-        return _NAMES[rule]
+        check_choice("rule", rule, tuple(NAMES))
+        return NAMES[rule]
     if isinstance(rule, (Pama, UPGrad, Fixed, SoftMin)):
         return rule
     if isinstance(rule, type) or not callable(rule):

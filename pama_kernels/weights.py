@@ -75,7 +75,7 @@ def pama_weights(
     if out is None:
         return WeightSolution(*operators.weights(operators.Weights(scores, p, regularization, sizes)))
     _check_out(out, scores.shape, scores.shape[:-1], scores)
-    _backend(scores, "weights_out").weights_out(scores.detach().resolve_neg(), p, regularization, sizes, *out)
+    _backend(scores, "weights").weights(scores.detach().resolve_neg(), p, regularization, sizes, *out)
     return out
 
 
@@ -159,7 +159,7 @@ def min_norm_weights(
     if out is None:
         return WeightSolution(*operators.min_norm(operators.MinNorm(gram, p, regularization)))
     _check_out(out, gram.shape[:-1], gram.shape[:-2], gram)
-    _backend(gram, "min_norm_out").min_norm_out(gram.detach().resolve_neg(), p, regularization, *out)
+    _backend(gram, "min_norm").min_norm(gram.detach().resolve_neg(), p, regularization, *out)
     return out
 
 
@@ -194,7 +194,7 @@ def upgrad_weights(
     if out is None:
         return WeightSolution(*operators.upgrad(operators.UPGrad(gram, p)))
     _check_out(out, gram.shape[:-1], gram.shape[:-2], gram)
-    _backend(gram, "upgrad_out").upgrad_out(gram.detach().resolve_neg(), p, *out)
+    _backend(gram, "upgrad").upgrad(gram.detach().resolve_neg(), p, *out)
     return out
 
 

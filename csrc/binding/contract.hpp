@@ -23,7 +23,9 @@ inline py::dict contract() {
     result["rule"] = names(RuleNames::names);
     result["outputs"] = names(OutputNames::names);
     result["results"] = names(ResultNames::names);
-    result["dtypes"] = names(kDtypeNames);
+    std::vector<std::string> dtypes;
+    for (const DtypeName& known : kDtypes) dtypes.push_back(known.name);
+    result["dtypes"] = dtypes;
     return result;
 }
 

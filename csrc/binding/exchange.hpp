@@ -41,7 +41,6 @@ struct Table {
 };
 
 constexpr int32_t kCpu = 1;
-enum Code : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6 };
 
 inline const Table*& table() {
     static const Table* known = nullptr;

@@ -34,46 +34,26 @@ struct Tensor {
     explicit operator bool() const { return data != nullptr; }
     int64_t size(int dimension) const { return shape[dimension < 0 ? dimension + ndim : dimension]; }
     int64_t stride(int dimension) const { return strides[dimension < 0 ? dimension + ndim : dimension]; }
-    bool is_float() const { return dtype <= Dtype::f16; }
 };
-
-constexpr const char* kDtypeNames[] = {"float32", "float64", "bfloat16", "float16", "uint8",
-                                       "bool",    "int8",    "int16",    "int32",   "int64"};
-constexpr Dtype kDtypes[] = {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16, Dtype::u8,
-                             Dtype::u8,  Dtype::i8,  Dtype::i16,  Dtype::i32, Dtype::i64};
 
 [[noreturn]] inline void refuse_dtype(const char* name, const std::string& found) {
     throw py::type_error(std::string(name) + ": expected a dtype that the kernels read, got " + found);
 }
 
 inline Dtype dtype_of(const exchange::Tensor& t, const char* name) {
-    if (t.code == exchange::kBool && t.bits == 8) return Dtype::u8;
-    if (t.code == exchange::kBfloat && t.bits == 16) return Dtype::bf16;
-    if (t.code == exchange::kUInt && t.bits == 8) return Dtype::u8;
-    if (t.code == exchange::kFloat) {
-        if (t.bits == 32) return Dtype::f32;
-        if (t.bits == 64) return Dtype::f64;
-        if (t.bits == 16) return Dtype::f16;
-    }
-    if (t.code == exchange::kInt) {
-        if (t.bits == 64) return Dtype::i64;
-        if (t.bits == 32) return Dtype::i32;
-        if (t.bits == 16) return Dtype::i16;
-        if (t.bits == 8) return Dtype::i8;
-    }
+    for (const DtypeName& known : kDtypes)
+        if (t.code == known.code && t.bits == known.bits) return known.dtype;
     refuse_dtype(name, "DLPack code " + std::to_string(t.code) + " of " + std::to_string(t.bits) + " bits");
 }
 
 inline Dtype dtype_of(const py::handle& dtype, const char* name) {
     constexpr int count = sizeof kDtypes / sizeof *kDtypes;
-    static PyObject* known[count] = {};
-    if (!known[0]) {
-        const py::module_ torch = py::module_::import("torch");
-        for (int k = count; k-- > 0;)
-            known[k] = py::object(torch.attr(kDtypeNames[k])).release().ptr();  // kept for good
+    static PyObject* objects[count] = {};
+    for (int k = 0; k < count; ++k) {
+        if (!objects[k])  // kept for good
+            objects[k] = py::object(py::module_::import("torch").attr(kDtypes[k].name)).release().ptr();
+        if (dtype.ptr() == objects[k]) return kDtypes[k].dtype;
     }
-    for (int k = 0; k < count; ++k)
-        if (dtype.ptr() == known[k]) return kDtypes[k];
     refuse_dtype(name, py::str(dtype));
 }
 

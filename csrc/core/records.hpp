@@ -13,6 +13,8 @@ namespace pama {
 enum class Kind { given, solved, fixed, scores, gram, upgrad, softmin };
 // Whether `weights` are an argument, and not found by the call itself.
 PAMA_HD constexpr bool weights_known(Kind kind) { return kind == Kind::given || kind == Kind::solved; }
+// Whether the weights come from the N x N statistics.
+PAMA_HD constexpr bool needs_pairs(Kind kind) { return kind == Kind::gram || kind == Kind::upgrad; }
 
 enum class WeightsPer { batch, sequence, token };
 enum class Aggregation { token_mean, seq_mean_token_sum, seq_mean_token_mean };

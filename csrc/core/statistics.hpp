@@ -165,6 +165,11 @@ PAMA_HD inline double score(const double* statistics, int64_t n, int64_t i) {
     return count > 0 ? statistics[kBoundSum * n + i] / count : 0.0;
 }
 
+PAMA_HD inline double advantage_mean(const double* statistics, int64_t n, int64_t i) {
+    const double count = statistics[kCount * n + i];
+    return count > 0 ? statistics[kAdvantageSum * n + i] / count : 0.0;
+}
+
 PAMA_HD inline double second_moment(const double* statistics, int64_t n, int64_t i) {
     const double count = statistics[kCount * n + i];
     return count > 0 ? statistics[kBoundSquareSum * n + i] / count : 0.0;

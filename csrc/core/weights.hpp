@@ -12,21 +12,32 @@
 
 PAMA_BEGIN
 
-// The scalar problem on the scores of one sequence. c (n) receives the weights, a and p (n) are work space; the scale
-// is the largest mean of I^2. Objectives without a token take no part. Returns the optimum a.c. N as in simplex_solve.
-template <int N = 0>
-PAMA_HD inline double statistics_weights(const double* statistics, int given_n, const double* preference,
-                                         double regularization, double* a, double* p, double* c) {
+// The weights of a rule that reads one value of each objective. a: values; p: preference; c: in, 1 where the objective
+// takes part, else 0; out, the weights. a and p are overwritten. scale: of the values' squares. Returns the optimum
+// a.c. N as in simplex_solve.
+// Batch: without the rules that are never solved for the batch.
+template <int N = 0, bool Batch = false>
+PAMA_HD inline double vector_weights(const Rule& rule, int n, double* a, double* p, double scale, double* c) {
+    if constexpr (!Batch) {
+        if (rule.kind == Kind::softmin) return softmin_solve(N > 0 ? N : n, a, p, rule.number, c);
+    }
+    return simplex_row<N>(n, a, p, rule.number, scale, c);
+}
+
+// The same from the statistics of a batch or of a sequence; the scale is the largest mean of I^2. a, p (n): work space.
+template <int N = 0, bool Batch = false>
+PAMA_HD inline double statistics_weights(const Rule& rule, const double* statistics, int given_n,
+                                         const double* preference, double* a, double* p, double* c) {
     const int n = N > 0 ? N : given_n;
     double scale = 0;
+    PAMA_UNROLL
     for (int i = 0; i < n; ++i) {
-        a[i] = score(statistics, n, i);
+        a[i] = !Batch && rule.kind == Kind::softmin ? advantage_mean(statistics, n, i) : score(statistics, n, i);
         p[i] = preference[i];
-        c[i] = statistics[kCount * n + i] > 0 ? 1 : 0;
-        const double moment = second_moment(statistics, n, i);
+        const double moment = c[i] != 0 ? second_moment(statistics, n, i) : 0.0;
         scale = moment > scale || moment != moment ? moment : scale;
     }
-    return simplex_row<N>(n, a, p, regularization, scale, c);
+    return vector_weights<N, Batch>(rule, n, a, p, scale, c);
 }
 
 // The preference over the objectives that have a signal (`part`: 1 or 0), as it is where they have no mass. Whether any
@@ -44,37 +55,38 @@ PAMA_HD inline bool effective_preference(const double* statistics, int n, bool b
     return some;
 }
 
+// The same for the batch: without a signal anywhere, the preference. effective (n): as effective_preference has it.
+template <int N = 0>
+PAMA_HD inline double batch_vector_weights(const Rule& rule, const double* statistics, int given_n,
+                                           const double* preference, const double* effective, double* a, double* p,
+                                           double* c) {
+    const int n = N > 0 ? N : given_n;
+    bool some = false;
+    for (int i = 0; i < n; ++i) some = some || c[i] != 0;
+    if (some && rule.kind != Kind::fixed) return statistics_weights<N, true>(rule, statistics, n, preference, a, p, c);
+    double optimum = 0;
+    for (int i = 0; i < n; ++i) {
+        c[i] = effective[i];
+        if (some && c[i] != 0) optimum += c[i] * score(statistics, n, i);
+    }
+    return optimum;
+}
+
 // Doubles that batch_weights needs.
 PAMA_HD inline std::size_t batch_workspace(int n, Kind kind) {
-    const std::size_t size = n;
-    const bool matrix = kind == Kind::gram || kind == Kind::upgrad;
-    const std::size_t solver = kind == Kind::gram ? min_norm_workspace(n) : upgrad_workspace(n);
-    return 2 * size + (matrix ? size * size + solver : 0);
+    const std::size_t size = n, solver = kind == Kind::gram ? min_norm_workspace(n) : upgrad_workspace(n);
+    return 2 * size + (needs_pairs(kind) ? size * size + solver : 0);
 }
 
 // One set of weights for the batch: c (n), from objectives that have a signal; without any, the preference. `effective`
 // (n): the preference over those. The optimum is a.c, or that of the matrix problem, whose residual comes with it.
-PAMA_HD inline SolverResult batch_weights(const double* statistics, int n, Kind kind, double regularization,
-                                          const double* preference, double* c, double* effective, double* work) {
-    const bool gram = kind == Kind::gram;
+PAMA_HD inline SolverResult batch_weights(const double* statistics, int n, const Rule& rule, const double* preference,
+                                          double* c, double* effective, double* work) {
+    const bool gram = rule.kind == Kind::gram;
     const bool some = effective_preference(statistics, n, gram, preference, c, effective);
     SolverResult result = {0.0, 0.0, SolveStatus::solved, 0};
-    if (!some || kind == Kind::fixed) {
-        for (int i = 0; i < n; ++i) {
-            c[i] = some ? effective[i] : preference[i];
-            if (some && c[i] != 0) result.optimum += c[i] * score(statistics, n, i);
-        }
-        return result;
-    }
-    if (kind == Kind::scores) {
-        double *a = work, *p = work + n, scale = 0;
-        for (int i = 0; i < n; ++i) {
-            a[i] = score(statistics, n, i);
-            p[i] = preference[i];
-            const double moment = c[i] != 0 ? second_moment(statistics, n, i) : 0.0;
-            scale = moment > scale || moment != moment ? moment : scale;
-        }
-        result.optimum = simplex_row(n, a, p, regularization, scale, c);
+    if (!some || !needs_pairs(rule.kind)) {
+        result.optimum = batch_vector_weights(rule, statistics, n, preference, effective, work, work + n, c);
         return result;
     }
     const std::size_t size = n;
@@ -85,7 +97,7 @@ PAMA_HD inline SolverResult batch_weights(const double* statistics, int n, Kind 
         for (int j = 0; j < n; ++j)
             matrix[i * size + j] = gram ? cosine_entry(statistics, n, i, j) : gram_entry(statistics, n, i, j);
     }
-    result = gram ? min_norm_solve(n, matrix, n, 1, preference, present, regularization, c, solver)
+    result = gram ? min_norm_solve(n, matrix, n, 1, preference, present, rule.number, c, solver)
                   : upgrad_solve(n, matrix, n, 1, preference, present, c, solver);
     for (int i = 0; i < n; ++i) c[i] += 0 * result.optimum;  // a NaN shows in every weight
     return result;

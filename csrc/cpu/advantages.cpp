@@ -62,10 +62,10 @@ class Group {
 void multi_objective_gae(const Gae& g, int threads) {
     const int64_t n = g.n;
     const auto value_of = [](const Array& array, int64_t b, int64_t t, int64_t i) {
-        return load_value(array, b * array.row + t * array.token + i * array.objective);
+        return load_number<double>(array, b * array.row + t * array.token + i * array.objective);
     };
     const auto is_set = [](const Array& mask, int64_t b, int64_t t) {
-        return mask && load_value(mask, b * mask.row + t * mask.token, true) != 0;
+        return mask && load_truth(mask, b * mask.row + t * mask.token);
     };
     const bool parallel = g.rows * g.width * n > kParallel;
     for_each_block(g.rows, parallel ? threads : 1, [&](int64_t b) {
@@ -103,7 +103,7 @@ void group_normalize(int64_t groups, const int64_t* group_begin, const int64_t* 
             std::vector<double> values;
             values.reserve(static_cast<size_t>(last - first));
             for (int64_t k = first; k < last; ++k)
-                values.push_back(load_value(rewards, order[k] * rewards.row + i * rewards.objective));
+                values.push_back(load_number<double>(rewards, order[k] * rewards.row + i * rewards.objective));
             Group normalized(std::move(values));
             normalized.normalize(scale, eps);
             for (int64_t k = first; k < last; ++k) store_value(result, order[k] * n + i, normalized[k - first]);

@@ -102,15 +102,9 @@ inline double row_weights(const Pass& pass, int64_t row, const double* sums, dou
     if (pass.known) {
         load_values(pass.weights, row * pass.weights.row, pass.weights.objective, n, false, c);
         for (int i = 0; i < n; ++i) optimum += c[i] * score(sums, n, i);
-    } else if (pass.rule.kind == Kind::softmin) {
-        for (int i = 0; i < n; ++i) {
-            const double count = sums[kCount * n + i];
-            c[i] = count > 0 ? 1 : 0;
-            work[i] = count > 0 ? sums[kAdvantageSum * n + i] / count : 0;
-        }
-        optimum = softmin_solve(n, work, pass.preference, pass.rule.number, c);
     } else {
-        optimum = statistics_weights(sums, n, pass.preference, pass.rule.number, work, work + n, c);
+        for (int i = 0; i < n; ++i) c[i] = sums[kCount * n + i] > 0 ? 1 : 0;
+        optimum = statistics_weights(pass.rule, sums, n, pass.preference, work, work + n, c);
     }
     store_values(pass.outputs.weights, row * n, n, c);
     store_value(pass.outputs.optimum, row, optimum);

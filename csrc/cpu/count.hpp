@@ -48,26 +48,7 @@ inline int64_t count_nonzero(const S* PAMA_RESTRICT source, int64_t stride, int6
 }
 
 inline int64_t count_nonzero(const Array& mask, int64_t offset, int64_t stride, int64_t count) {
-    // The sign of a floating-point zero does not count.
-    switch (mask.dtype) {
-        case Dtype::f32:
-            return count_nonzero<uint32_t>(static_cast<const uint32_t*>(mask.data) + offset, stride, count, 0x7fffffff);
-        case Dtype::i32:
-            return count_nonzero<uint32_t>(static_cast<const uint32_t*>(mask.data) + offset, stride, count, ~0u);
-        case Dtype::f64:
-            return count_nonzero<uint64_t>(static_cast<const uint64_t*>(mask.data) + offset, stride, count,
-                                           ~uint64_t{0} >> 1);
-        case Dtype::i64:
-            return count_nonzero<uint64_t>(static_cast<const uint64_t*>(mask.data) + offset, stride, count,
-                                           ~uint64_t{0});
-        case Dtype::bf16:
-        case Dtype::f16:
-            return count_nonzero<uint16_t>(static_cast<const uint16_t*>(mask.data) + offset, stride, count, 0x7fff);
-        case Dtype::i16:
-            return count_nonzero<uint16_t>(static_cast<const uint16_t*>(mask.data) + offset, stride, count, 0xffff);
-        default:
-            return count_nonzero<uint8_t>(static_cast<const uint8_t*>(mask.data) + offset, stride, count, 0xff);
-    }
+    return with_bits(mask, [&](auto* data, auto bits) { return count_nonzero(data + offset, stride, count, bits); });
 }
 
 PAMA_END

@@ -160,7 +160,7 @@ struct Applied {
         for (int i = 0; i < n; ++i) {
             double weight = count > 0 ? merged[3 + i] / count : pass.preference[i];
             if (pass.known) {
-                weight = load_value(pass.weights, i * pass.weights.objective);
+                weight = load_number<double>(pass.weights, i * pass.weights.objective);
                 optimum += weight * score(sums, n, i);
             }
             store_value(pass.outputs.weights, i, weight);

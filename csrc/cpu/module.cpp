@@ -53,7 +53,7 @@ void solve_of(const py::handle& sums, const py::handle& rule, const py::handle& 
               const py::handle& weights, const py::handle& optimum, const py::handle& effective) {
     const int n = objectives_of(objectives, "objectives");
     const Rule asked = read_rule(rule);
-    const bool pairs = asked.kind == Kind::gram || asked.kind == Kind::upgrad;
+    const bool pairs = needs_pairs(asked.kind);
     Tensor t;
     read_tensor(sums, "sums", t);
     if (t.dtype != Dtype::f64 || t.elements < statistics_size(n, pairs) || t.stride(0) != 1)
@@ -75,7 +75,7 @@ void apply_of(const py::handle& record, const py::handle& rule, const py::handle
     const bool per_row = c.ndim == 2, known = weights_known(how.kind);
     if (known != static_cast<bool>(c))
         throw py::value_error("weights: expected a tensor where the rule solves nothing");
-    if (known && (!c.is_float() || c.ndim < 1 || c.size(-1) != tokens.n || (per_row && c.size(0) != tokens.rows)))
+    if (known && (!is_float(c.dtype) || c.ndim < 1 || c.size(-1) != tokens.n || (per_row && c.size(0) != tokens.rows)))
         throw py::value_error("weights: expected floats of shape (N,) or (B, N)");
     const bool by_row = known ? per_row : how.weights_per == WeightsPer::sequence;
     const Outputs outputs = read_outputs(asked, results, tokens, how, by_row);

@@ -209,9 +209,7 @@ inline void weights_of_row(const Pass& pass, int64_t row, const double* r, const
         work[n + i] = pass.preference[i];
         c[i] = present[i];
     }
-    const double optimum = pass.rule.kind == Kind::softmin
-                               ? softmin_solve(n, work, pass.preference, pass.rule.number, c)
-                               : simplex_row(n, work, work + n, pass.rule.number, -1.0, c);
+    const double optimum = vector_weights(pass.rule, n, work, work + n, -1.0, c);
     if (r[kValid] == 0) return;
     partial.optimum += tokens_weight * optimum;
     for (int i = 0; i < n; ++i) partial.weights[i] += tokens_weight * c[i];

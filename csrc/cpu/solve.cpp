@@ -23,7 +23,7 @@ double solve(const double* sums, const Rule& rule, const double* preference, int
         throw std::invalid_argument("rule: expected one that is solved for the batch");
     const Preference p(preference, n);
     std::vector<double> work(batch_workspace(n, rule.kind));
-    const SolverResult result = batch_weights(sums, n, rule.kind, rule.number, p.data, c, effective, work.data());
+    const SolverResult result = batch_weights(sums, n, rule, p.data, c, effective, work.data());
     if (unsolved(result)) throw_unsolved(-1, result.residual);
     return result.optimum;
 }

@@ -1,7 +1,6 @@
-// Elements of tensors of any dtype, and where a token stands in them.
+// Where a token stands in tensors.
 #pragma once
 
-#include "../core/numbers.hpp"
 #include "device.cuh"
 #include "problem.hpp"
 
@@ -12,57 +11,6 @@ __device__ inline unsigned bits_of(float x) {
     unsigned bits;
     memcpy(&bits, &x, sizeof bits);
     return bits;
-}
-
-template <class T>
-__device__ inline T load_number(const Array& array, int64_t at) {
-    switch (array.dtype) {
-        case Dtype::f64:
-            return static_cast<T>(static_cast<const double*>(array.data)[at]);
-        case Dtype::bf16:
-            return static_cast<T>(bf16_to_float(static_cast<const unsigned short*>(array.data)[at]));
-        case Dtype::f16:
-            return static_cast<T>(f16_to_float(static_cast<const unsigned short*>(array.data)[at]));
-        default:
-            return static_cast<T>(static_cast<const float*>(array.data)[at]);
-    }
-}
-
-__device__ inline void store_number(const Array& to, int64_t at, double value) {
-    switch (to.dtype) {
-        case Dtype::f64:
-            static_cast<double*>(to.data)[at] = value;
-            return;
-        case Dtype::bf16:
-            static_cast<unsigned short*>(to.data)[at] = float_to_bf16(static_cast<float>(value));
-            return;
-        case Dtype::f16:
-            static_cast<unsigned short*>(to.data)[at] = float_to_f16(static_cast<float>(value));
-            return;
-        default:
-            static_cast<float*>(to.data)[at] = static_cast<float>(value);
-    }
-}
-
-// Whether an element is not zero; -0 is.
-__device__ inline bool load_truth(const Array& array, int64_t at) {
-    switch (array.dtype) {
-        case Dtype::f32:
-            return static_cast<const float*>(array.data)[at] != 0;
-        case Dtype::f64:
-            return static_cast<const double*>(array.data)[at] != 0;
-        case Dtype::bf16:
-        case Dtype::f16:
-            return (static_cast<const unsigned short*>(array.data)[at] & 0x7fff) != 0;
-        case Dtype::i16:
-            return static_cast<const int16_t*>(array.data)[at] != 0;
-        case Dtype::i32:
-            return static_cast<const int32_t*>(array.data)[at] != 0;
-        case Dtype::i64:
-            return static_cast<const int64_t*>(array.data)[at] != 0;
-        default:
-            return static_cast<const unsigned char*>(array.data)[at] != 0;
-    }
 }
 
 // How threads go through the tokens, `stride` apart. Made on the host, so that kernels read it as constants.

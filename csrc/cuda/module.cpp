@@ -192,7 +192,7 @@ void solve_of(const py::object& sums, int n, const py::object& rule, const py::o
     Tensor given;
     binding::read_tensor(sums, "statistics", given);
     Solve s = read_solve(rule, n, static_cast<const double*>(given.data), preference, results);
-    const bool pairs = s.rule.kind == Kind::gram || s.rule.kind == Kind::upgrad;
+    const bool pairs = needs_pairs(s.rule.kind);
     if (given.dtype != Dtype::f64 || given.ndim != 1 || given.size(0) < statistics_size(n, pairs))
         throw py::value_error("statistics: expected at least " + std::to_string(statistics_size(n, pairs)) +
                               " float64 sums");

@@ -40,8 +40,8 @@ __device__ inline int choose_objectives(const Solve& s, double* mass_of_all) {
     return static_cast<int>(count);
 }
 
-// FIXED and SCORES of N objectives, by all threads of a block: what each needs by a thread of its own, then one thread,
-// in registers.
+// Kinds without pairs, of N objectives, by all threads of a block: what each needs by a thread of its own, then one
+// thread, in registers.
 template <int N>
 __device__ PAMA_NOINLINE void solve_few_scores(const Solve& s) {
     using Table = double[N][4];
@@ -79,7 +79,7 @@ __device__ PAMA_NOINLINE void solve_few_scores(const Solve& s) {
             optimum += count != 0 && p[i] != 0 ? p[i] * a[i] : 0;
         }
     } else {
-        optimum = simplex_row<N>(N, a, p, s.rule.number, scale, c);
+        optimum = vector_weights<N, true>(s.rule, N, a, p, scale, c);
     }
     PAMA_UNROLL
     for (int i = 0; i < N; ++i) s.weights[i] = c[i];
@@ -87,7 +87,7 @@ __device__ PAMA_NOINLINE void solve_few_scores(const Solve& s) {
 }
 
 // Of any number, in `work`.
-__device__ PAMA_NOINLINE void solve_many_scores(const Solve& s) {
+__device__ PAMA_NOINLINE inline void solve_many_scores(const Solve& s) {
     const int n = s.n;
     double mass;
     const bool some = choose_objectives(s, &mass) > 0;
@@ -107,7 +107,7 @@ __device__ PAMA_NOINLINE void solve_many_scores(const Solve& s) {
         }
     } else {
         for (int i = 0; i < n; ++i) scale = moments[i] > scale || moments[i] != moments[i] ? moments[i] : scale;
-        optimum = simplex_row(n, a, p, s.rule.number, scale, s.weights);
+        optimum = vector_weights<0, true>(s.rule, n, a, p, scale, s.weights);
     }
     *s.optimum = optimum;
 }
@@ -119,7 +119,7 @@ __device__ inline void store_rounded(const Solve& s) {
     store_number(s.rounded[1], 0, *s.optimum);
 }
 
-// FIXED and SCORES. N > 0: that many objectives, else kGroup or more of them.
+// Kinds without pairs. N > 0: that many objectives, else kGroup or more of them.
 template <int N>
 __device__ inline void solve_scores(const Solve& s) {
     if (N > 0)

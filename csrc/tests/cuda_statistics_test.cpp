@@ -300,9 +300,8 @@ void weights(std::mt19937& random) {
             unsigned counter = 0;
             cuda::statistics(data.p, false, plan, work.data(), &counter, sums.data(), &solve, nullptr);
             if (!solve.preference) preference.assign(size(n), 1.0 / n);
-            const SolverResult result =
-                batch_weights(sums.data(), n, solve.rule.kind, solve.rule.number, preference.data(), wanted.data(),
-                              wanted.data() + n, space.data());
+            const SolverResult result = batch_weights(sums.data(), n, solve.rule, preference.data(), wanted.data(),
+                                                      wanted.data() + n, space.data());
             const std::string name = "weights of " + std::to_string(n) + ", case " + std::to_string(k);
             for (int i = 0; i < n && solve.rule.kind == Kind::scores; ++i)
                 expect(std::fabs(got[size(i)] - wanted[size(i)]) < 1e-9, name);

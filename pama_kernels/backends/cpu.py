@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pama_kernels._call import Number, Outputs, Results, Rule, Tokens, result_dtype, statistics_size
+from pama_kernels._call import Number, Outputs, Results, Rule, Tokens, statistics_size
 
 from . import _cpu
+from .native import computed, scale_of_rows
 from .normalize import with_normalize
 from .operators import empty_results
 
@@ -42,22 +43,7 @@ def apply(
     return results
 
 
-def _computed(x: Tensor) -> Tensor:
-    """As the solvers read it: float32 or float64, with one stride through the leading dimensions."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
 def weights(
-    scores: Tensor, preference: Tensor | None, regularization: Number, scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    dtype = result_dtype(scores)
-    result = torch.empty(scores.shape, device="cpu", dtype=dtype)
-    optimum = torch.empty(scores.shape[:-1], device="cpu", dtype=dtype)
-    weights_out(scores, preference, regularization, scale, result, optimum)
-    return result, optimum
-
-
-def weights_out(
     scores: Tensor,
     preference: Tensor | None,
     regularization: Number,
@@ -65,22 +51,14 @@ def weights_out(
     result: Tensor,
     optimum: Tensor,
 ) -> None:
-    source = _computed(scores)
+    source, sizes = computed(scores), scale_of_rows(scale, scores)
     if source.dim() > 2:
         source = source.reshape(-1, source.shape[-1])
-    if scale is not None:
-        scale = scale.double().expand(scores.shape[:-1]).reshape(-1)
     threads = torch.get_num_threads()
-    _cpu.weights(source, preference, float(regularization), scale, result, optimum, threads)
+    _cpu.weights(source, preference, float(regularization), sizes, result, optimum, threads)
 
 
-def min_norm(gram: Tensor, preference: Tensor | None, regularization: Number) -> tuple[Tensor, Tensor]:
-    result, optimum = _empty_solution(gram)
-    min_norm_out(gram, preference, regularization, result, optimum)
-    return result, optimum
-
-
-def min_norm_out(
+def min_norm(
     gram: Tensor, preference: Tensor | None, regularization: Number, result: Tensor, optimum: Tensor
 ) -> None:
     threads = torch.get_num_threads()
@@ -88,26 +66,12 @@ def min_norm_out(
     _check_gram(gram, bad)
 
 
-def upgrad(gram: Tensor, preference: Tensor | None) -> tuple[Tensor, Tensor]:
-    result, optimum = _empty_solution(gram)
-    upgrad_out(gram, preference, result, optimum)
-    return result, optimum
-
-
-def upgrad_out(gram: Tensor, preference: Tensor | None, result: Tensor, optimum: Tensor) -> None:
+def upgrad(gram: Tensor, preference: Tensor | None, result: Tensor, optimum: Tensor) -> None:
     _check_gram(gram, _cpu.upgrad(_matrices(gram), preference, result, optimum, torch.get_num_threads()))
 
 
-def _empty_solution(gram: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = result_dtype(gram)
-    return (
-        torch.empty(gram.shape[:-1], device="cpu", dtype=dtype),
-        torch.empty(gram.shape[:-2], device="cpu", dtype=dtype),
-    )
-
-
 def _matrices(gram: Tensor) -> Tensor:
-    source = _computed(gram)
+    source = computed(gram)
     return source.reshape(-1, *source.shape[-2:]) if source.dim() > 3 else source
 
 

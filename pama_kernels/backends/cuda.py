@@ -28,8 +28,9 @@ from pama_kernels._call import (
 
 from . import _cuda
 from ._counter import counter
+from .native import computed, scale_of_rows
 from .normalize import with_normalize
-from .registry import SOLVED, Solution, find
+from .registry import SOLVED, find
 
 build_info = _cuda.build_info
 if hasattr(Tensor, "__dlpack_c_exchange_api__"):
@@ -201,25 +202,7 @@ def _nothing(name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
 # --- many problems ------------------------------------------------------------------------------------
 
 
-def _computed(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def _results(x: Tensor, dimensions: int) -> Solution:
-    dtype, n = result_dtype(x), x.shape[-1]
-    shape = x.shape[: x.dim() - dimensions]
-    return x.new_empty((*shape, n), dtype=dtype), x.new_empty(shape, dtype=dtype)
-
-
 def weights(
-    scores: Tensor, preference: Tensor | None, regularization: Number, scale: Tensor | None
-) -> Solution:
-    result, optimum = _results(scores, 1)
-    weights_out(scores, preference, regularization, scale, result, optimum)
-    return result, optimum
-
-
-def weights_out(
     scores: Tensor,
     preference: Tensor | None,
     regularization: Number,
@@ -227,33 +210,29 @@ def weights_out(
     result: Tensor,
     optimum: Tensor,
 ) -> None:
-    rows = _computed(scores).reshape(-1, scores.shape[-1])
-    if scale is not None:
-        scale = scale.double().expand(scores.shape[:-1]).reshape(-1)
+    rows, sizes = computed(scores).reshape(-1, scores.shape[-1]), scale_of_rows(scale, scores)
     memory, where = _memory(rows), _where(rows)
-    _cuda.weights(rows, preference, float(regularization), scale, result, optimum, memory, where)
+    _cuda.weights(rows, preference, float(regularization), sizes, result, optimum, memory, where)
 
 
-def min_norm(gram: Tensor, preference: Tensor | None, regularization: Number) -> Solution:
-    result, optimum = _results(gram, 2)
-    min_norm_out(gram, preference, regularization, result, optimum)
-    return result, optimum
+def _matrices(
+    solver: Callable[..., None],
+    gram: Tensor,
+    preference: Tensor | None,
+    regularization: Number,
+    result: Tensor,
+    optimum: Tensor,
+) -> None:
+    matrices = computed(gram).reshape(-1, *gram.shape[-2:])
+    memory, where = _memory(matrices), _where(matrices)
+    solver(matrices, preference, float(regularization), result, optimum, memory, where)
 
 
-def min_norm_out(
+def min_norm(
     gram: Tensor, preference: Tensor | None, regularization: Number, result: Tensor, optimum: Tensor
 ) -> None:
-    matrices = _computed(gram).reshape(-1, *gram.shape[-2:])
-    memory, where = _memory(matrices), _where(matrices)
-    _cuda.min_norm(matrices, preference, float(regularization), result, optimum, memory, where)
+    _matrices(_cuda.min_norm, gram, preference, regularization, result, optimum)
 
 
-def upgrad(gram: Tensor, preference: Tensor | None) -> Solution:
-    result, optimum = _results(gram, 2)
-    upgrad_out(gram, preference, result, optimum)
-    return result, optimum
-
-
-def upgrad_out(gram: Tensor, preference: Tensor | None, result: Tensor, optimum: Tensor) -> None:
-    matrices = _computed(gram).reshape(-1, *gram.shape[-2:])
-    _cuda.upgrad(matrices, preference, 0.0, result, optimum, _memory(matrices), _where(matrices))
+def upgrad(gram: Tensor, preference: Tensor | None, result: Tensor, optimum: Tensor) -> None:
+    _matrices(_cuda.upgrad, gram, preference, 0.0, result, optimum)

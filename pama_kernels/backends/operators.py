@@ -186,21 +186,13 @@ def _fake_apply(tokens: Tokens, rule: Rule, problem: Apply, outputs: Outputs) ->
     return empty_results(tokens, rule, problem.weights, outputs)
 
 
-def _fake_weights(problem: Weights) -> tuple[Tensor, Tensor]:
+def _empty_weights(problem: Weights) -> Solution:
     scores, dtype = problem.scores, result_dtype(problem.scores)
     return scores.new_empty(scores.shape, dtype=dtype), scores.new_empty(scores.shape[:-1], dtype=dtype)
 
 
-def _fake_min_norm(problem: MinNorm) -> tuple[Tensor, Tensor]:
-    return _fake_solution(problem.gram)
-
-
-def _fake_upgrad(problem: UPGrad) -> tuple[Tensor, Tensor]:
-    return _fake_solution(problem.gram)
-
-
-def _fake_solution(gram: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = result_dtype(gram)
+def _empty_solution(problem: MinNorm | UPGrad) -> Solution:
+    gram, dtype = problem.gram, result_dtype(problem.gram)
     return gram.new_empty(gram.shape[:-1], dtype=dtype), gram.new_empty(gram.shape[:-2], dtype=dtype)
 
 
@@ -363,21 +355,26 @@ def _apply(backend: Functions, tokens: Tokens, rule: Rule, problem: Apply, outpu
     return backend.apply(tokens, rule, problem.preference, problem.weights, outputs)
 
 
-def _weights(backend: Functions, p: Weights) -> Solution:
-    return backend.weights(p.scores, p.preference, p.regularization, p.scale)
+def _weights(backend: Functions, problem: Weights) -> Solution:
+    result = _empty_weights(problem)
+    backend.weights(*problem, *result)
+    return result
 
 
-def _min_norm(backend: Functions, p: MinNorm) -> Solution:
-    return backend.min_norm(p.gram, p.preference, p.regularization)
+def _min_norm(backend: Functions, problem: MinNorm) -> Solution:
+    result = _empty_solution(problem)
+    backend.min_norm(*problem, *result)
+    return result
 
 
-def _upgrad(backend: Functions, p: UPGrad) -> Solution:
-    return backend.upgrad(p.gram, p.preference)
+def _upgrad(backend: Functions, problem: UPGrad) -> Solution:
+    result = _empty_solution(problem)
+    backend.upgrad(*problem, *result)
+    return result
 
 
-def _gae(backend: Functions, p: Gae) -> tuple[Tensor, Tensor]:
-    episode = p.mask, p.dones, p.truncated, p.last_values, p.final_values
-    return backend.gae(p.rewards, p.values, *episode, p.gamma, p.lam)
+def _gae(backend: Functions, problem: Gae) -> tuple[Tensor, Tensor]:
+    return backend.gae(*problem)
 
 
 def _group_normalize(backend: Functions, p: GroupNormalize) -> Tensor:
@@ -389,9 +386,9 @@ _SEVEN = "(" + ", ".join("Tensor" for _ in Results._fields) + ")"
 statistics = _Operator("statistics", (Tokens, Statistics), "Tensor", _fake_statistics, _statistics)
 solve = _Operator("solve", (Solve, Rule), "(Tensor, Tensor, Tensor)", _fake_solve, _solve)
 apply = _Operator("apply", (Tokens, Rule, Apply, Outputs), _SEVEN, _fake_apply, _apply, Results)
-weights = _Operator("weights", (Weights,), _PAIR, _fake_weights, _weights)
-min_norm = _Operator("min_norm", (MinNorm,), _PAIR, _fake_min_norm, _min_norm)
-upgrad = _Operator("upgrad", (UPGrad,), _PAIR, _fake_upgrad, _upgrad)
+weights = _Operator("weights", (Weights,), _PAIR, _empty_weights, _weights)
+min_norm = _Operator("min_norm", (MinNorm,), _PAIR, _empty_solution, _min_norm)
+upgrad = _Operator("upgrad", (UPGrad,), _PAIR, _empty_solution, _upgrad)
 gae = _Operator("gae", (Gae,), _PAIR, _fake_gae, _gae)
 group_normalize = _Operator(
     "group_normalize", (GroupNormalize,), "Tensor", _fake_group_normalize, _group_normalize

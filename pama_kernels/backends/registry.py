@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pama_kernels._call import Number, Outputs, Results, Rule, Tokens
 
-SOLVERS = ("weights", "weights_out", "min_norm", "min_norm_out", "upgrad", "upgrad_out")
+SOLVERS = ("weights", "min_norm", "upgrad")
 ALL = ("statistics", "solve", "apply", *SOLVERS, "gae", "group_normalize")
 SOLVED = "apply_solved"  # the half of `apply` that one backend may leave to the next
 
@@ -32,7 +32,10 @@ Solution = tuple[Tensor, Tensor]  # weights, optimum
 
 
 class Functions(Protocol):
-    """The functions of a backend's module. `preference` None is uniform, else (N,) float64 on the simplex."""
+    """The functions of a backend's module. `preference` None is uniform, else (N,) float64 on the simplex.
+
+    The solvers of many problems write into `result` and `optimum`, contiguous and in `result_dtype`.
+    """
 
     def statistics(self, tokens: Tokens, pairs: bool) -> Tensor: ...
     def solve(
@@ -64,9 +67,6 @@ class Functions(Protocol):
         """
 
     def weights(
-        self, scores: Tensor, preference: Tensor | None, regularization: Number, scale: Tensor | None
-    ) -> Solution: ...
-    def weights_out(
         self,
         scores: Tensor,
         preference: Tensor | None,
@@ -75,8 +75,7 @@ class Functions(Protocol):
         result: Tensor,
         optimum: Tensor,
     ) -> None: ...
-    def min_norm(self, gram: Tensor, preference: Tensor | None, regularization: Number) -> Solution: ...
-    def min_norm_out(
+    def min_norm(
         self,
         gram: Tensor,
         preference: Tensor | None,
@@ -84,10 +83,7 @@ class Functions(Protocol):
         result: Tensor,
         optimum: Tensor,
     ) -> None: ...
-    def upgrad(self, gram: Tensor, preference: Tensor | None) -> Solution: ...
-    def upgrad_out(
-        self, gram: Tensor, preference: Tensor | None, result: Tensor, optimum: Tensor
-    ) -> None: ...
+    def upgrad(self, gram: Tensor, preference: Tensor | None, result: Tensor, optimum: Tensor) -> None: ...
     def gae(
         self,
         rewards: Tensor,

@@ -53,6 +53,14 @@ def gram(kind: str, count: int, n: int, scale: float = 1.0) -> Tensor:
 KINDS = ("tall", "wide", "copies", "scales")
 
 
+def solved(solver: Any, dimensions: int, x: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """Weights and optimum of problems that take so many dimensions of x."""
+    shape = x.shape[: x.dim() - dimensions]
+    result, optimum = x.new_empty((*shape, x.shape[-1])), x.new_empty(shape)
+    solver(x, *options, result, optimum)
+    return result, optimum
+
+
 def skewed(n: int) -> Tensor:
     return torch.arange(1, n + 1, dtype=torch.float64) / sum(range(1, n + 1))
 
@@ -64,7 +72,7 @@ def test_min_norm_is_certified(kind: str, n: int) -> None:
         m = gram(kind, 3, n, scale)
         largest = m.diagonal(dim1=-2, dim2=-1).amax(-1)
         for p, regularization in ((None, 0.0), (skewed(n), 0.1)):
-            c, optimum = backend.min_norm(m, p, regularization)
+            c, optimum = solved(backend.min_norm, 2, m, p, regularization)
             assert (c >= 0).all()
             assert ((c.sum(-1) - 1).abs() <= 1e-14 * n).all()
             centre = torch.full((n,), 1 / n, dtype=torch.float64) if p is None else p
@@ -79,7 +87,7 @@ def test_min_norm_is_certified(kind: str, n: int) -> None:
 def test_upgrad_conflicts_with_no_objective(kind: str, n: int) -> None:
     for p in (None, skewed(n)):
         m = gram(kind, 2, n)
-        c, optimum = backend.upgrad(m, p)
+        c, optimum = solved(backend.upgrad, 2, m, p)
         product, root = (m @ c[..., None]).squeeze(-1), m.diagonal(dim1=-2, dim2=-1).sqrt()
         terms = root * (root * c).sum(-1, keepdim=True)  # |M_jk| c_k <= sqrt(M_jj M_kk) c_k
         assert (product >= -1e-11 * terms).all()
@@ -91,7 +99,10 @@ def test_upgrad_conflicts_with_no_objective(kind: str, n: int) -> None:
 
 def test_bits_do_not_depend_on_the_batch_and_a_nan_stays_in_its_matrix() -> None:
     m = torch.cat([gram(kind, 1, 4) for kind in KINDS])
-    for solve in (lambda x: backend.min_norm(x, None, 0.0), lambda x: backend.upgrad(x, None)):
+    for solve in (
+        lambda x: solved(backend.min_norm, 2, x, None, 0.0),
+        lambda x: solved(backend.upgrad, 2, x, None),
+    ):
         alone = torch.stack([solve(x)[0] for x in m])
         bad = m.clone()
         bad[1, 0, 3] = NAN
@@ -106,13 +117,16 @@ def test_without_a_certificate_the_result_is_nan(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(active_set, "ROUNDS_PER_OBJECTIVE", 0)
     monkeypatch.setattr(active_set, "SPARE_ROUNDS", 0)
     m = gram("tall", 2, 5)
-    for c, optimum in (backend.min_norm(m, None, 0.0), backend.upgrad(m, None)):
+    for c, optimum in (solved(backend.min_norm, 2, m, None, 0.0), solved(backend.upgrad, 2, m, None)):
         assert c.isnan().all()
         assert optimum.isnan().all()
 
 
 def test_more_objectives_than_a_tile_holds_are_refused() -> None:
-    for solve in (lambda m: backend.min_norm(m, None, 0.0), lambda m: backend.upgrad(m, None)):
+    for solve in (
+        lambda m: solved(backend.min_norm, 2, m, None, 0.0),
+        lambda m: solved(backend.upgrad, 2, m, None),
+    ):
         with pytest.raises(ValueError, match="gram: expected at most 64 objectives on this backend, got 65"):
             solve(torch.eye(65))
 
@@ -122,7 +136,7 @@ def test_more_objectives_than_a_tile_holds_are_refused() -> None:
 def test_scores_of_any_span_end_on_the_simplex(dtype: torch.dtype, span: float) -> None:
     a = (torch.randn(16, 5, dtype=torch.float64) * span ** -torch.rand(16, 5, dtype=torch.float64)).to(dtype)
     for p, regularization in ((None, 0.0), (skewed(5), 0.0), (None, 0.1)):
-        c, optimum = backend.weights(a, p, regularization, None)
+        c, optimum = solved(backend.weights, 1, a, p, regularization, None)
         assert (c >= 0).all()
         assert ((c.sum(-1) - 1).abs() <= 8 * torch.finfo(dtype).eps).all()
         wanted = reference.pama_weights(a, preference=p, regularization=regularization).optimum

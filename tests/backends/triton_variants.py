@@ -1,8 +1,9 @@
 """The Triton kernels as calls of the public API launch them, for GPUs that are absent.
 
 ``python triton_variants.py compile sm_90 gfx942`` compiles them ahead of time and prints a line of JSON for
-each kernel and variant: registers, spills, shared memory, and whether it is hot; ``--all`` takes every kind
-of variant, else a sample. A process of its own: kernels made for the interpreter can't be compiled.
+each kernel and variant: registers, spills, shared memory, instructions, barriers, seconds, and whether it is
+hot; ``--all`` takes every kind of variant, else a sample. A process of its own: kernels made for the
+interpreter can't be compiled.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,10 @@ def resources(compiled: Any) -> dict[str, int]:
         file.flush()
         command = [_CUOBJDUMP, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [_CUOBJDUMP, "-sass", file.name]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    given["instructions"] = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", code, re.MULTILINE))
+    given["barriers"] = code.count("BAR.SYNC")
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", usage).groups())
     return {"registers": registers, "spills": stack + local, **given}
 
@@ -175,11 +181,13 @@ def compiled(target: str, calls: Calls) -> Iterator[dict[str, Any]]:
     seen: set[str] = set()
 
     def compile_instead(kernel: Any, programs: int, arguments: Any, options: dict[str, Any]) -> None:
+        start = time.perf_counter()
         result = launch.compiled(kernel, arguments, True, options)
+        seconds = round(time.perf_counter() - start, 2)
         if result.hash not in seen:
             seen.add(result.hash)
             kind = {"kernel": kernel.fn.__name__, "target": target, "call": name, "hot": n <= HOT}
-            found.append({**kind, **resources(result)})
+            found.append({**kind, "seconds": seconds, **resources(result)})
 
     launch.run = compile_instead
     for name, n, call in calls:  # noqa: B007, `compile_instead` reads them

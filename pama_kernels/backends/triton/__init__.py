@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from .advantages import gae, group_normalize
 from .launch import INTERPRETED, compile_launches
-from .min_norm import min_norm, min_norm_out, upgrad, upgrad_out
+from .min_norm import min_norm, upgrad
 from .passes import apply, apply_solved, statistics
 from .rules import solve
-from .simplex import weights, weights_out
+from .simplex import weights
 
 __all__ = [
     "apply",
@@ -23,14 +23,11 @@ __all__ = [
     "gae",
     "group_normalize",
     "min_norm",
-    "min_norm_out",
     "solve",
     "statistics",
     "unusable",
     "upgrad",
-    "upgrad_out",
     "weights",
-    "weights_out",
 ]
 
 

@@ -8,12 +8,11 @@ c^(i) = p_i (e_i + v) with v >= 0 minimising 1/2 v'Mv + (M_i)'v.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pama_kernels._call import Number, result_dtype
+from pama_kernels._call import Number
 
 from .active_set import any_of, minimise, multiply
 from .launch import check_memory, launch, number, number_of, power_of_two
@@ -157,29 +156,11 @@ def _solve(
     )  # fmt: skip
 
 
-def _results(gram: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = result_dtype(gram)
-    weights = torch.empty(gram.shape[:-1], dtype=dtype, device=gram.device)
-    return weights, torch.empty(gram.shape[:-2], dtype=dtype, device=gram.device)
-
-
-def min_norm(gram: Tensor, preference: Tensor | None, regularization: Number) -> tuple[Tensor, Tensor]:
-    results = _results(gram)
-    _solve(gram, preference, regularization, *results, False)
-    return results
-
-
-def min_norm_out(
+def min_norm(
     gram: Tensor, preference: Tensor | None, regularization: Number, result: Tensor, optimum: Tensor
 ) -> None:
     _solve(gram, preference, regularization, result, optimum, False)
 
 
-def upgrad(gram: Tensor, preference: Tensor | None) -> tuple[Tensor, Tensor]:
-    results = _results(gram)
-    _solve(gram, preference, 0.0, *results, True)
-    return results
-
-
-def upgrad_out(gram: Tensor, preference: Tensor | None, result: Tensor, optimum: Tensor) -> None:
+def upgrad(gram: Tensor, preference: Tensor | None, result: Tensor, optimum: Tensor) -> None:
     _solve(gram, preference, 0.0, result, optimum, True)

@@ -9,12 +9,11 @@ whatever stands in the others.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pama_kernels._call import Number, result_dtype
+from pama_kernels._call import Number
 
 from .launch import check_memory, launch, number, number_of, power_of_two
 from .tokens import read
@@ -223,16 +222,6 @@ def weights_kernel(
 
 
 def weights(
-    scores: Tensor, preference: Tensor | None, regularization: Number, scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    dtype = result_dtype(scores)
-    result = torch.empty(scores.shape, dtype=dtype, device=scores.device)
-    optimum = torch.empty(scores.shape[:-1], dtype=dtype, device=scores.device)
-    weights_out(scores, preference, regularization, scale, result, optimum)
-    return result, optimum
-
-
-def weights_out(
     scores: Tensor,
     preference: Tensor | None,
     regularization: Number,

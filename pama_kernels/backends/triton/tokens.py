@@ -237,7 +237,7 @@ def part_range(cu, row, width, part, parts, TOKENS: tl.constexpr):
 def read(pointer, here, D: tl.constexpr):
     """Values in D (float32, float64), 0 where not `here`."""
     x = tl.load(pointer, mask=here, other=0.0)
-    if x.dtype == tl.bfloat16 or x.dtype == tl.float16:
+    if x.dtype.primitive_bitwidth < 32:
         x = x.to(tl.float32)  # which the interpreter converts to float64, unlike bfloat16
     return x.to(D)
 
@@ -246,7 +246,7 @@ def read(pointer, here, D: tl.constexpr):
 def truth(pointer, here):
     """Whether a mask of any type is not 0; false where not `here`."""
     x = tl.load(pointer, mask=here, other=0)
-    if x.dtype == tl.bfloat16 or x.dtype == tl.float16:
+    if x.dtype.is_floating() and x.dtype.primitive_bitwidth < 32:
         x = x.to(tl.float32)
     return here & (x != 0)
 
