@@ -32,8 +32,7 @@ class Allocator {
     static PyObject* dtype_object(Dtype dtype) {  // kept for good, as all that follow
         static PyObject* known[4] = {};
         PyObject*& found = known[static_cast<int>(dtype)];
-        if (!found)
-            found = py::object(py::module_::import("torch").attr(kDtypeNames[static_cast<int>(dtype)])).release().ptr();
+        if (!found) found = py::object(py::module_::import("torch").attr(name_of(dtype))).release().ptr();
         return found;
     }
     static PyObject* empty() {

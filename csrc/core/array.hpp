@@ -24,6 +24,12 @@ constexpr DtypeName kDtypes[] = {{"float32", Dtype::f32, kFloat, 32},    {"float
                                  {"int8", Dtype::i8, kInt, 8},           {"int16", Dtype::i16, kInt, 16},
                                  {"int32", Dtype::i32, kInt, 32},        {"int64", Dtype::i64, kInt, 64}};
 
+constexpr const char* name_of(Dtype dtype) {
+    for (const DtypeName& known : kDtypes)
+        if (known.dtype == dtype) return known.name;
+    return "";
+}
+
 PAMA_HD constexpr int64_t size_of(Dtype dtype) {
     switch (dtype) {
         case Dtype::f64:
@@ -117,6 +123,12 @@ PAMA_HD inline T load_number(const Array& array, int64_t at) {
     return with_format(array.dtype, [&](auto format) {
         typedef decltype(format) Format;
         return static_cast<T>(Format::read(static_cast<const typename Format::Stored*>(array.data)[at]));
+    });
+}
+PAMA_HD inline void store_number(const Array& to, int64_t at, double value) {
+    with_format(to.dtype, [&](auto format) {
+        typedef decltype(format) Format;
+        static_cast<typename Format::Stored*>(to.data)[at] = Format::write(value);
     });
 }
 PAMA_HD inline bool load_truth(const Array& array, int64_t at) {

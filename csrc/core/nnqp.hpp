@@ -17,10 +17,11 @@ namespace nnqp {
 
 constexpr int kVectorCount = 19;  // arrays of leading_dimension(n) doubles in the workspace, the integers included
 
-#if defined(__CUDACC__)
-constexpr int kLargestInRegisters = 4;  // more would double the time of the whole CUDA build
-#else
 constexpr int kLargestInRegisters = 8;
+#if defined(__CUDACC__)
+constexpr int kLargestExact = 4;  // from there on padded: each size more would add half a minute to the CUDA build
+#else
+constexpr int kLargestExact = kLargestInRegisters;
 #endif
 
 // Calls visit(integral constant N) with N = n, Smallest <= n <= Largest.
@@ -124,12 +125,16 @@ struct System {
 
     PAMA_HD bool factorise() {
         if (n > kLargestInRegisters) return factorise_gathered();
-        return with_size<1, kLargestInRegisters>(n, [&](auto count) {
+        if (n > kLargestExact) {
+            for (int i = n; i < kLargestInRegisters; ++i) inside[i] = 0;
+            return factorise_registers<kLargestInRegisters>();
+        }
+        return with_size<1, kLargestExact>(n, [&](auto count) {
             constexpr int k = decltype(count)::value;
             return factorise_registers<k>();
         });
     }
-    // n unknowns, those outside the support replaced by the identity.
+    // N >= n unknowns, those outside the support replaced by the identity.
     template <int N>
     PAMA_HD bool factorise_registers() {
         ldlt::Triangle<double, N> h;

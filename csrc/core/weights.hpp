@@ -78,6 +78,23 @@ PAMA_HD inline std::size_t batch_workspace(int n, Kind kind) {
     return 2 * size + (needs_pairs(kind) ? size * size + solver : 0);
 }
 
+PAMA_HD inline double batch_entry(const Rule& rule, const double* statistics, int n, int i, int j) {
+    return rule.kind == Kind::gram ? cosine_entry(statistics, n, i, j) : gram_entry(statistics, n, i, j);
+}
+
+// Of a rule that reads pairs, with a matrix (n, n) of batch_entry. c: in, 1 where the objective takes part, else 0;
+// out, the weights. present (n), solver: work space.
+PAMA_HD inline SolverResult batch_matrix_weights(const Rule& rule, int n, const double* matrix,
+                                                 const double* preference, double* c, unsigned char* present,
+                                                 double* solver) {
+    for (int i = 0; i < n; ++i) present[i] = c[i] != 0;
+    const SolverResult result = rule.kind == Kind::gram
+                                    ? min_norm_solve(n, matrix, n, 1, preference, present, rule.number, c, solver)
+                                    : upgrad_solve(n, matrix, n, 1, preference, present, c, solver);
+    for (int i = 0; i < n; ++i) c[i] += 0 * result.optimum;  // a NaN shows in every weight
+    return result;
+}
+
 // One set of weights for the batch: c (n), from objectives that have a signal; without any, the preference. `effective`
 // (n): the preference over those. The optimum is a.c, or that of the matrix problem, whose residual comes with it.
 PAMA_HD inline SolverResult batch_weights(const double* statistics, int n, const Rule& rule, const double* preference,
@@ -90,17 +107,11 @@ PAMA_HD inline SolverResult batch_weights(const double* statistics, int n, const
         return result;
     }
     const std::size_t size = n;
-    auto* present = reinterpret_cast<unsigned char*>(work);
-    double *matrix = work + 2 * size, *solver = matrix + size * size;
-    for (int i = 0; i < n; ++i) {
-        present[i] = c[i] != 0;
-        for (int j = 0; j < n; ++j)
-            matrix[i * size + j] = gram ? cosine_entry(statistics, n, i, j) : gram_entry(statistics, n, i, j);
-    }
-    result = gram ? min_norm_solve(n, matrix, n, 1, preference, present, rule.number, c, solver)
-                  : upgrad_solve(n, matrix, n, 1, preference, present, c, solver);
-    for (int i = 0; i < n; ++i) c[i] += 0 * result.optimum;  // a NaN shows in every weight
-    return result;
+    double* const matrix = work + 2 * size;
+    for (int i = 0; i < n; ++i)
+        for (int j = 0; j < n; ++j) matrix[i * size + j] = batch_entry(rule, statistics, n, i, j);
+    return batch_matrix_weights(rule, n, matrix, preference, c, reinterpret_cast<unsigned char*>(work),
+                                matrix + size * size);
 }
 
 PAMA_END

@@ -71,8 +71,8 @@ __device__ inline ExactSums exact_sums(const FlatTokens& x, const Clip& clip, bo
 
 // All slots of a group of objectives, or of the products of two, to `row`: the warp goes through its tokens once for
 // each objective, or for each pair.
-__device__ PAMA_NOINLINE inline void add_exact(const FlatTokens& x, const Clip& clip, bool noon, bool pairs,
-                                               int objectives, const Layer& layer, unsigned group, double* row) {
+__device__ PAMA_NOINLINE void add_exact(const FlatTokens& x, const Clip& clip, bool noon, bool pairs, int objectives,
+                                        const Layer& layer, unsigned group, double* row) {
     const bool tile = layer.first != layer.second, writes = threadIdx.x % kWarp == 0;
     const int each = pairs ? objectives * (objectives - 1) / 2 : 0, totals = kFields * objectives;
     int pair = totals + kTotals;  // slots as Slots has them

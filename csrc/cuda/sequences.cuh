@@ -141,8 +141,17 @@ __device__ inline void add_blocks(const Sequences& s, SequenceMemory& m) {
         const int k = first + place;
         double sum = 0;
         if (group < groups && k < size) {
-            PAMA_UNROLL_BY(8)
-            for (int64_t block = group; block < s.blocks; block += groups) sum += __ldcg(s.partials + block * size + k);
+            constexpr int kTogether = 24;  // loads in flight
+            for (int64_t block = group; block < s.blocks; block += kTogether * groups) {
+                double own[kTogether];
+                PAMA_UNROLL
+                for (int u = 0; u < kTogether; ++u) {
+                    const int64_t at = block + u * groups;
+                    own[u] = at < s.blocks ? __ldcg(s.partials + at * size + k) : 0.0;
+                }
+                PAMA_UNROLL
+                for (int u = 0; u < kTogether; ++u) sum += own[u];
+            }
         }
         m.table[threadIdx.x] = sum;
         __syncthreads();
@@ -155,12 +164,30 @@ __device__ inline void add_blocks(const Sequences& s, SequenceMemory& m) {
 }
 
 // By one thread. A function of its own: the solvers take all registers that there are.
-__device__ PAMA_NOINLINE void solve_weights(const Sequences& s, SequenceMemory& m) {
+__device__ PAMA_NOINLINE void solve_matrix(const Sequences& s, SequenceMemory& m) {
     const int n = s.p.n;
-    for (int i = 0; i < n; ++i) m.preference[i] = s.preference ? s.preference[i] : 1.0 / n;
-    m.optimum =
-        batch_weights(m.statistics, n, s.rule.kind, s.rule.number, m.preference, m.weights, m.effective, m.solver)
-            .optimum;
+    double* const matrix = m.solver + n;
+    m.optimum = batch_matrix_weights(s.rule, n, matrix, m.preference, m.weights,
+                                     reinterpret_cast<unsigned char*>(m.solver), matrix + n * n)
+                    .optimum;
+}
+
+__device__ inline void solve_weights(const Sequences& s, SequenceMemory& m) {
+    const int n = s.p.n;
+    const bool pairs = needs_pairs(s.rule.kind);
+    for (int i = threadIdx.x; i < n; i += blockDim.x) m.preference[i] = s.preference ? s.preference[i] : 1.0 / n;
+    if (pairs)
+        for (int k = threadIdx.x; k < n * n; k += blockDim.x)
+            m.solver[n + k] = batch_entry(s.rule, m.statistics, n, k / n, k % n);
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    const bool some =
+        effective_preference(m.statistics, n, s.rule.kind == Kind::gram, m.preference, m.weights, m.effective);
+    if (some && pairs)
+        solve_matrix(s, m);
+    else
+        m.optimum =
+            batch_vector_weights(s.rule, m.statistics, n, m.preference, m.effective, m.solver, m.solver + n, m.weights);
 }
 
 // Sums of c_i A_i over positive and over negative advantages of a sequence.
@@ -246,7 +273,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequences_kernel(const __
     add_blocks(s, m);
     write_statistics(s, m.sums, m.statistics);
     if (!s.solved) return;
-    if (threadIdx.x == 0) solve_weights(s, m);
+    solve_weights(s, m);
     __syncthreads();
     for (int i = threadIdx.x; i < s.p.n; i += blockDim.x) {
         store_number(s.weights, i, m.weights[i]);

@@ -87,7 +87,7 @@ __device__ PAMA_NOINLINE void solve_few_scores(const Solve& s) {
 }
 
 // Of any number, in `work`.
-__device__ PAMA_NOINLINE inline void solve_many_scores(const Solve& s) {
+__device__ PAMA_NOINLINE void solve_many_scores(const Solve& s) {
     const int n = s.n;
     double mass;
     const bool some = choose_objectives(s, &mass) > 0;
