@@ -210,8 +210,10 @@ class PamaMixin:
     def _warn_of_silence(self) -> None:
         """Once, where rewards vary and nothing is learned."""
         assert self.combination is not None
+        if self._silence_known or self.combination.advantages.any():
+            return
         live = self.combination.statistics.signal
-        if self._silence_known or not live.any() or self.combination.advantages.any():
+        if not live.any():
             return
         self._silence_known = True
         names = [name for name, varies in zip(self.objective_names, live.tolist(), strict=True) if varies]

@@ -278,7 +278,7 @@ REPEATED = {
     "functions": (lambda: [constant(1.0, "short"), short], ["short", "short_2"]),
     "instances": (lambda: [Length(1.0), Length(-1.0), vowels], ["Length", "Length_2", "vowels"]),
     "partials": (
-        lambda: [functools.partial(times, 1.0), functools.partial(times, -1.0)],
+        lambda: [functools.partial(times, 1.0), functools.partial(times, 2.0)],
         ["times", "times_2"],
     ),
     "taken": (

@@ -61,6 +61,7 @@ CASES: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:every combined advantage")  # the paper's rule, of 8 completions
 @pytest.mark.parametrize("length", [3, 6])  # 3: as many tokens as objectives
 @pytest.mark.parametrize("case", CASES)
 def test_settings_reach_the_weights(case: str, length: int, tmp_path: Path) -> None:
