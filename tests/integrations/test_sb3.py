@@ -188,6 +188,13 @@ def test_terms_are_weighted_whitened_advantages(rule: Any) -> None:
     assert (terms >= 0).all() == (rule == "paper")
 
 
+def test_two_objectives_get_equal_weights() -> None:
+    for rule in ("pama", "upgrad"):
+        model = trained(rule, env=vectors(count=2))
+        assert model.combination is not None
+        torch.testing.assert_close(model.combination.weights, torch.full((2,), 0.5, dtype=torch.float64))
+
+
 def test_a_function_is_a_rule() -> None:
     model = trained(lambda statistics: torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64))
     assert model.combination is not None
@@ -327,14 +334,16 @@ def test_callbacks_evaluate_and_change_the_preference() -> None:
         def _on_rollout_start(self) -> None:
             self.model.preference = [1.0, float(self.num_timesteps > 0), 0.0]
 
-    evaluation = EvalCallback(vectors(), n_eval_episodes=4, eval_freq=32, verbose=0)
-    model = PamaPPO("MlpPolicy", vectors(), rule="fixed", seed=0, **SMALL)
+    normalized = VecNormalizeObjectives(vectors()), VecNormalizeObjectives(vectors(), training=False)
+    evaluation = EvalCallback(normalized[1], n_eval_episodes=4, eval_freq=32, verbose=0)
+    model = PamaPPO("MlpPolicy", normalized[0], rule="fixed", seed=0, **SMALL)
     model.learn(64, callback=[Schedule(), evaluation])
     assert model.combination is not None
     assert model.combination.weights.tolist() == [1.0, 0.0, 0.0]
     model.learn(64, callback=Schedule(), reset_num_timesteps=False)
     assert model.combination.weights.tolist() == [0.5, 0.5, 0.0]
     assert np.isfinite(evaluation.last_mean_reward)
+    assert (normalized[1].ret_rms.var != 1).all()  # those of the training environments
     assert np.isfinite(evaluate_policy(model, vectors(), n_eval_episodes=4)).all()
 
 
