@@ -44,16 +44,16 @@ GRID = {
     "ent_coef": 0.01,
 }
 TASKS = {
-    "deep-sea-treasure-v0": Task(
-        ("treasure", "time"), 40_000, {"learning_rate": 3e-3, **GRID}, 16, True, 0.99, 1
-    ),
-    "resource-gathering-v0": Task(
-        ("safety", "gold", "gem"), 60_000, {"learning_rate": 3e-3, **GRID}, 16, True, 0.99, 128
-    ),
     "mo-hopper-v5": Task(
         ("forward", "height", "energy"),
         50_000,
         {"learning_rate": 1e-3, "n_steps": 128, "batch_size": 256, "n_epochs": 5, "gamma": 0.99},
+    ),
+    "resource-gathering-v0": Task(
+        ("safety", "gold", "gem"), 60_000, {"learning_rate": 3e-3, **GRID}, 16, True, 0.99, 128
+    ),
+    "deep-sea-treasure-v0": Task(
+        ("treasure", "time"), 40_000, {"learning_rate": 3e-3, **GRID}, 16, True, 0.99, 1
     ),
 }
 

@@ -6,6 +6,7 @@ weights c from a rule; the policy's loss is sum_i c_i times the clipped surrogat
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict, deque
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ from pama_kernels.loss import PamaLoss
 from pama_kernels.rules import RuleLike, noon_of
 from pama_kernels.statistics import objective_statistics
 
-from ._rollout import Combination, combine, make_rule, rollout_metrics
+from ._rollout import Combination, combine, make_rule, only_lengths, rollout_metrics
 from ._sb3_envs import (
     VecNormalizeObjectives,
     VectorReward,
@@ -126,6 +127,12 @@ class PamaPPO(PPO):
         if self.env is not None:
             self._check_objectives(self.env)
         preference_tensor(self.preference, len(self.objective_names), torch.device("cpu"))
+        if only_lengths(self._pama.rule) and len(self.objective_names) > 1:
+            warnings.warn(
+                "rule: without Noon the scores of a rollout's whitened advantages are all 0, so that the "
+                "weights are the preference; use bound='gram'",
+                stacklevel=3,
+            )
         if not issubclass(self.policy_class, ValueHeads):
             raise ValueError(
                 f"policy: expected one of {', '.join(self.policy_aliases)}, or a class with ValueHeads "

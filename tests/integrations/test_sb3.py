@@ -445,6 +445,13 @@ def test_errors_name_the_argument(make: Callable[[], Any], error: type[Exception
         make()
 
 
+def test_scores_of_whitened_advantages_decide_nothing() -> None:
+    with pytest.warns(UserWarning, match="rule: without Noon the scores"):
+        model = trained(pk.Pama(bound="scores"), preference=[1, 1, 2])
+    assert model.combination is not None
+    assert model.combination.weights.tolist() == pytest.approx([0.25, 0.25, 0.5])
+
+
 def test_an_environment_whose_reward_has_another_size() -> None:
     env = VectorReward(gymnasium.wrappers.TransformReward(gymnasium.make("CartPole-v1"), lambda r: [r, r]))
     env.reset(seed=0)

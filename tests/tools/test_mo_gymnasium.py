@@ -23,7 +23,7 @@ import mo_gymnasium_compare as compare  # noqa: E402
 
 sys.path.remove(str(EXAMPLES))
 
-TREASURE, GATHERING, HOPPER = compare.METHODS
+HOPPER, GATHERING, TREASURE = compare.METHODS
 pytestmark = pytest.mark.filterwarnings("ignore:.*precision lowered by casting:UserWarning")
 
 
