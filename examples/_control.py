@@ -33,6 +33,7 @@ class Task:
     one_hot: bool = False
     gamma_of_returns: float = 1.0  # returns are discounted where the known front is
     episodes: int = 16  # of the evaluation
+    worst: tuple[float, ...] | None = None  # returns at 0 of the scale; None: the least of the known front
 
 
 GRID = {
@@ -50,10 +51,21 @@ TASKS = {
         {"learning_rate": 1e-3, "n_steps": 128, "batch_size": 256, "n_epochs": 5, "gamma": 0.99},
     ),
     "resource-gathering-v0": Task(
-        ("safety", "gold", "gem"), 60_000, {"learning_rate": 3e-3, **GRID}, 16, True, 0.99, 128
+        ("safety", "gold", "gem"),
+        60_000,
+        {"learning_rate": 3e-3, **GRID},
+        one_hot=True,
+        gamma_of_returns=0.99,
+        episodes=128,
+        worst=(-1.0, 0.0, 0.0),
     ),
     "deep-sea-treasure-v0": Task(
-        ("treasure", "time"), 40_000, {"learning_rate": 3e-3, **GRID}, 16, True, 0.99, 1
+        ("treasure", "time"),
+        40_000,
+        {"learning_rate": 3e-3, **GRID},
+        one_hot=True,
+        gamma_of_returns=0.99,
+        episodes=1,
     ),
 }
 

@@ -63,12 +63,19 @@ def results(rows: Rows, tasks: Mapping[str, Task]) -> list[Result]:
                 grouped.setdefault(row["method"], {})[int(row["seed"])] = row
         if not grouped:
             continue
+        grouped = {method: grouped[method] for method in sorted(grouped, key=place)}
         known = front(env, task.gamma_of_returns)
         made = Result(env, task.objectives, known, np.zeros(0), np.ones(0), grouped)
         ends = known if known is not None else np.stack([made.returns(method).mean(0) for method in grouped])
-        low, high = ends.min(0), ends.max(0)
+        low, high = ends.min(0) if task.worst is None else np.array(task.worst), ends.max(0)
         found.append(Result(env, task.objectives, known, low, np.where(high > low, high, low + 1), grouped))
     return found
+
+
+def place(method: str) -> tuple[int, str]:
+    """In tables: by hand before found, equal weights last of those by hand."""
+    kinds = (UNTRAINED, "reward", "fixed ", EQUAL, *FOUND)
+    return next(i for i, kind in enumerate(kinds) if method.startswith(kind)), method
 
 
 def label(method: str) -> str:
@@ -93,7 +100,11 @@ def table(rows: Rows, tasks: Mapping[str, Task]) -> str:
         for method, some in result.rows.items():
             returns = result.returns(method)
             cells = "".join(f"{x:10.2f}" for x in returns.mean(0))
-            far = "" if result.known is None else f"{distance(returns, result.known).mean():.2f}"
+            far = (
+                ""
+                if result.known is None
+                else f"{distance(returns, result.known, result.low, result.high).mean():.2f}"
+            )
             balance = "{:.2f} ± {:.2f}".format(*mean_and_interval(result.balance(method).tolist()))
             over = method in (EQUAL, UNTRAINED) or EQUAL not in result.rows
             gain = "" if over else "{:+.2f} ± {:.2f}".format(*result.gain(method, EQUAL))
@@ -102,9 +113,10 @@ def table(rows: Rows, tasks: Mapping[str, Task]) -> str:
             lines.append(f"{label(method):<22}{cells}{far:>8}{balance:>16}{gain:>16}  {weights}")
         lines += hindsight(result)
     lines.append(
-        "\nfront: distance to the nearest point of the known front, in units of its ranges"
-        "\nbalance: the worst objective's return, where 0 and 1 are the ends of the known front, or (robot)"
-        "\n  the lowest and highest mean of the methods; ±: half a 95% interval; over equal: paired by seed"
+        "\nbalance: the worst objective's return, scaled: 1 is the best of the known front, 0 its worst"
+        "\n  (safety: certain death); robot: the highest and the lowest mean of the methods"
+        "\nfront: distance to its nearest point on this scale; ±: half a 95% interval over seeds"
+        "\nover equal: difference in balance, paired by seed"
         "\nweights: mean of the last quarter of the updates"
     )
     return "\n".join(lines)
@@ -151,7 +163,8 @@ def draw(path: Path, rows: Rows, tasks: Mapping[str, Task]) -> None:
         profile(upper, result)
         balances(lower, result)
     figure.suptitle(
-        "Weights by hand against weights found: each objective's return, and the worst one's (balance)",
+        "Weights by hand against weights found: each objective's return (grey: the known front), and below, "
+        "in the same colours, the worst one's",
         x=0.01,
         ha="left",
         color=INK,
@@ -176,14 +189,13 @@ def profile(axis: Axes, result: Result) -> None:
     if result.known is not None:
         for point in scaled(result.known, result.low, result.high):
             axis.plot(places, point, color="#dddddd", lw=5, solid_capstyle="round", zorder=0)
-        axis.plot([], [], color="#dddddd", lw=5, label="known front")
     for method in result.rows:
         heights = scaled(result.returns(method), result.low, result.high).mean(0)
-        axis.plot(places, heights, marker="o", ms=4, label=label(method), **style(result, method))
+        axis.plot(places, heights, marker="o", ms=4, **style(result, method))
     axis.set_xticks(places, result.objectives, color=INK)
     axis.margins(x=0.08)
     scale = "the known front" if result.known is not None else "the methods' means"
-    axis.set(title=result.env, ylabel=f"return, 0 to 1: the range of {scale}")
+    axis.set(title=result.env, ylabel=f"return, scaled by {scale}")
     axis.grid(True, axis="y", linewidth=0.8)
 
 
@@ -196,6 +208,9 @@ def balances(axis: Axes, result: Result) -> None:
         axis.scatter(values, [height] * len(values), s=14, color=colour, alpha=0.45, linewidths=0)
         axis.errorbar(middle, height, xerr=half, fmt="o", ms=7, color=colour, capsize=3, lw=1.8)
     axis.set_yticks(range(len(methods)), [label(method) for method in methods])
+    for text, method in zip(axis.get_yticklabels(), methods, strict=True):
+        text.set_color(style(result, method)["color"])
+    axis.set_xlim(-0.5, 1.5)  # intervals of few seeds are wider
     axis.margins(y=0.08)
     axis.grid(True, axis="x", linewidth=0.8)
     axis.set(xlabel="balance: mean and 95% interval over seeds")

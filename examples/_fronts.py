@@ -25,9 +25,8 @@ def scaled(points: Points, low: Points, high: Points) -> np.ndarray:
     return (np.asarray(points, dtype=float) - low) / (high - low)
 
 
-def distance(points: Points, of_front: np.ndarray) -> np.ndarray:
-    """(P,): to the nearest point of the front, in units of its range in each objective."""
-    low, high = of_front.min(0), of_front.max(0)
+def distance(points: Points, of_front: np.ndarray, low: Points, high: Points) -> np.ndarray:
+    """(P,): to the nearest point of the front, on the scale."""
     difference = scaled(points, low, high)[:, None] - scaled(of_front, low, high)
     return np.linalg.norm(difference, axis=-1).min(1)
 

@@ -30,10 +30,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*precision lowered by casting:U
 # --- scales and intervals ------------------------------------------------------------------------
 
 
-def test_distance_is_to_the_nearest_point_in_units_of_the_front() -> None:
+def test_distance_is_to_the_nearest_point_on_the_scale() -> None:
     front = np.array([[0.0, 20.0], [5.0, 0.0]])
-    np.testing.assert_allclose(_fronts.distance(front, front), 0, atol=1e-12)
-    np.testing.assert_allclose(_fronts.distance([[5.0, 5.0], [0.0, 0.0]], front), [0.25, 1.0])
+    low, high = [0.0, 0.0], [5.0, 20.0]
+    np.testing.assert_allclose(_fronts.distance(front, front, low, high), 0, atol=1e-12)
+    np.testing.assert_allclose(_fronts.distance([[5.0, 5.0], [0.0, 0.0]], front, low, high), [0.25, 1.0])
 
 
 def test_intervals_are_students() -> None:
