@@ -210,7 +210,7 @@ def balances(axis: Axes, result: Result) -> None:
     axis.set_yticks(range(len(methods)), [label(method) for method in methods])
     for text, method in zip(axis.get_yticklabels(), methods, strict=True):
         text.set_color(style(result, method)["color"])
-    axis.set_xlim(-0.5, 1.5)  # intervals of few seeds are wider
+    axis.set(xlim=(-0.5, 1.5), xticks=(-0.5, 0, 0.5, 1, 1.5))  # intervals of few seeds are wider
     axis.margins(y=0.08)
     axis.grid(True, axis="x", linewidth=0.8)
     axis.set(xlabel="balance: mean and 95% interval over seeds")

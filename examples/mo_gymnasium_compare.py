@@ -9,7 +9,7 @@ with one critic ("reward"), which is SB3's PPO. Found: the rules "pama" and "upg
 preference. All methods of a seed share their settings, learning rate and seeds; differences are paired over
 seeds.
 
-    python examples/mo_gymnasium_compare.py            # minutes on two cores; resumes what is there
+    python examples/mo_gymnasium_compare.py            # minutes on two cores; goes on if cut short
     python examples/mo_gymnasium_compare.py --quick    # a minute, to see that it runs
     python examples/mo_gymnasium_compare.py --draw     # picture and table from the file that is there
 """
@@ -96,15 +96,17 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def train_all(runs: list[Run], path: Path, jobs: int) -> None:
-    """Runs what the file does not hold yet, and writes it after each."""
-    rows = read(path) if path.is_file() else []
+    """Writes a second file after each run, from which a study that was cut short goes on; `path` at the end."""
+    unfinished = path.with_suffix(".partial.csv")
+    rows = read(unfinished) if unfinished.is_file() else []
     there = {(row["env"], row["method"], row["seed"]) for row in rows}
     missing = [run for run in runs if (run.env, run.method, run.seed) not in there]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         pending = as_completed([pool.submit(measure, run) for run in missing])
         for done in tqdm(pending, total=len(missing), unit="run", desc="train"):
             rows.append(done.result())
-            write(path, rows)
+            write(unfinished, rows)
+    unfinished.replace(path)
 
 
 def arguments() -> argparse.Namespace:

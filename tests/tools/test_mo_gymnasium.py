@@ -141,12 +141,14 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / "mo_gymnasium.csv"
     runs = [_control.Run(TREASURE, seed=seed, steps=1024) for seed in (0, 1)]
     compare.train_all(runs[:1], path, 1)
-    (kept,) = compare.read(path)
-    compare.write(path, [kept | {"cpu_s": 12345.0}])
+    (first,) = compare.read(path)
+    compare.write(tmp_path / "mo_gymnasium.partial.csv", [first | {"cpu_s": 12345.0}])
     compare.train_all(runs, path, 1)
     rows = compare.read(path)
     assert [row["seed"] for row in rows] == [0, 1]
     assert rows[0]["cpu_s"] == 12345.0
+    compare.train_all(runs[:1], path, 1)  # a finished study is made anew
+    assert compare.read(path)[0]["cpu_s"] < 12345.0
 
 
 def test_the_committed_figures_are_of_the_study(tmp_path: Path) -> None:
