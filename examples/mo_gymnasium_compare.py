@@ -96,8 +96,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def train_all(runs: list[Run], path: Path, jobs: int) -> None:
-    """Writes a second file after each run, from which a study that was cut short goes on; `path` at the end."""
-    unfinished = path.with_suffix(".partial.csv")
+    """Writes a file beside `path` after each run, from which a study cut short goes on, and `path` at the end."""
+    unfinished = path.with_suffix(".csv.unfinished")
     rows = read(unfinished) if unfinished.is_file() else []
     there = {(row["env"], row["method"], row["seed"]) for row in rows}
     missing = [run for run in runs if (run.env, run.method, run.seed) not in there]

@@ -142,7 +142,7 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     runs = [_control.Run(TREASURE, seed=seed, steps=1024) for seed in (0, 1)]
     compare.train_all(runs[:1], path, 1)
     (first,) = compare.read(path)
-    compare.write(tmp_path / "mo_gymnasium.partial.csv", [first | {"cpu_s": 12345.0}])
+    compare.write(tmp_path / "mo_gymnasium.csv.unfinished", [first | {"cpu_s": 12345.0}])
     compare.train_all(runs, path, 1)
     rows = compare.read(path)
     assert [row["seed"] for row in rows] == [0, 1]
