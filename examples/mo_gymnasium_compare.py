@@ -96,7 +96,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def train_all(runs: list[Run], path: Path, jobs: int) -> None:
-    """Writes a file beside `path` after each run, from which a study cut short goes on, and `path` at the end."""
+    """Writes `path` at the end, and until then a file from which a study that was cut short goes on."""
     unfinished = path.with_suffix(".csv.unfinished")
     rows = read(unfinished) if unfinished.is_file() else []
     there = {(row["env"], row["method"], row["seed"]) for row in rows}
