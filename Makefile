@@ -14,7 +14,7 @@ BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(CXX_FILES)
 
 help:
 	@echo 'make demo       align a small language model with three conflicting rewards (4 to 6 minutes)'
-	@echo 'make mo-gym     two control tasks with vector rewards against their known fronts (minutes); mo-gym-quick'
+	@echo 'make mo-gym     three control tasks, reward terms by hand against weights found (minutes); mo-gym-quick'
 	@echo 'make test       lint, types, C++ tests under sanitizers, Python tests; the kernels of all backends'
 	@echo 'make test-full  the same with long fuzzing, slow tests, and the sdist'
 	@echo 'make test-integrations  the tests that need verl, in an environment of its own'

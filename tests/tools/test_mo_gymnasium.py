@@ -1,271 +1,188 @@
-"""The PPO example against a plain PPO written here, its runs, and the fronts that it is measured by."""
+"""The control example: its tasks, evaluation and figures, and a run of it from the command line."""
 
 from __future__ import annotations
 
+import csv
+import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
-from torch import Tensor, nn
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-pytest.importorskip("mo_gymnasium", reason="mo-gymnasium is not installed (pip install 'pama-kernels[gym]')")
+for module in ("mo_gymnasium", "stable_baselines3", "matplotlib"):
+    pytest.importorskip(module, reason=f"{module} is not installed (pip install 'pama-kernels[gym]')")
 sys.path.insert(0, str(EXAMPLES))
+import _control  # noqa: E402
+import _control_report  # noqa: E402
 import _fronts  # noqa: E402
-import mo_gymnasium_ppo as ppo  # noqa: E402
+import mo_gymnasium_compare as compare  # noqa: E402
 
 sys.path.remove(str(EXAMPLES))
 
-TREASURE, RESERVOIR = "deep-sea-treasure-v0", "water-reservoir-v0"
-SMALL: dict[str, Any] = {"num_envs": 4, "rollout": 128, "hidden": 16, "eval_episodes": 8}
+HOPPER, GATHERING, TREASURE = compare.METHODS
+pytestmark = pytest.mark.filterwarnings("ignore:.*precision lowered by casting:UserWarning")
 
 
-@pytest.fixture(params=[TREASURE, RESERVOIR])
-def sampled(request: pytest.FixtureRequest) -> Iterator[tuple[ppo.Agent, ppo.Rollout, ppo.Settings]]:
-    """An agent and 4 x 128 steps of it: some episodes terminate or are truncated within."""
-    s = ppo.settings_for(request.param, **SMALL)
-    envs = ppo.make_envs(s.env, s.num_envs)
-    task = ppo.task_of(s.env)
-    agent = ppo.Agent(envs, task, s.hidden)
-    agent.standardise(ppo.Sampler(envs, agent, task, seed=1)(50).observations.flatten(0, 1))
-    yield agent, ppo.Sampler(envs, agent, task, seed=1)(s.rollout), s
-    envs.close()
+# --- scales and intervals ------------------------------------------------------------------------
 
 
-# --- rollout -------------------------------------------------------------------------------------
+def test_distance_is_to_the_nearest_point_on_the_scale() -> None:
+    front = np.array([[0.0, 20.0], [5.0, 0.0]])
+    low, high = [0.0, 0.0], [5.0, 20.0]
+    np.testing.assert_allclose(_fronts.distance(front, front, low, high), 0, atol=1e-12)
+    np.testing.assert_allclose(_fronts.distance([[5.0, 5.0], [0.0, 0.0]], front, low, high), [0.25, 1.0])
 
 
-def test_resets_are_marked(sampled: tuple[ppo.Agent, ppo.Rollout, ppo.Settings]) -> None:
-    agent, r, s = sampled
-    done = r.terminated | r.truncated
-    assert (r.terminated if s.env == TREASURE else r.truncated).any()
-    torch.testing.assert_close(r.valid[:, 1:], ~done[:, :-1])
-    assert r.valid[:, 0].all()
-    assert (r.rewards[~r.valid] == 0).all()
-    # The step of a reset starts from the episode's last observation: its value is what follows the last step.
-    torch.testing.assert_close(r.next_values[:, :-1], agent.values(r.observations).detach()[:, 1:])
+def test_intervals_are_students() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for count in (2, 3, 5, 15, 30):
+        values = np.random.default_rng(count).normal(size=count).tolist()
+        mean, half = _fronts.mean_and_interval(values)
+        low, high = stats.t.interval(0.95, count - 1, loc=np.mean(values), scale=stats.sem(values))
+        # The table has three digits; beyond it the factor is approximated.
+        assert (mean, half) == pytest.approx(((low + high) / 2, (high - low) / 2), rel=1e-2)
+    assert np.isnan(_fronts.mean_and_interval([1.0])[1])
 
 
-def plain_gae(r: ppo.Rollout, gamma: float, lam: float) -> Tensor:
-    """One environment, objective and step after the other, backwards; 0 where an environment was reset."""
-    out = torch.zeros_like(r.values)
-    envs, steps, objectives = r.values.shape
-    for e in range(envs):
-        for i in range(objectives):
-            running = 0.0
-            for t in reversed(range(steps)):
-                if not r.valid[e, t]:
-                    continue
-                follows = 0.0 if r.terminated[e, t] else float(r.next_values[e, t, i])
-                if r.terminated[e, t] or r.truncated[e, t]:
-                    running = 0.0
-                delta = float(r.rewards[e, t, i]) + gamma * follows - float(r.values[e, t, i])
-                running = delta + gamma * lam * running
-                out[e, t, i] = running
-    return out
+@pytest.mark.parametrize("env", [TREASURE, GATHERING])
+def test_no_point_of_a_known_front_dominates_another(env: str) -> None:
+    front = _fronts.front(env, _control.TASKS[env].gamma_of_returns)
+    assert front is not None
+    assert front.shape[1] == len(_control.TASKS[env].objectives)
+    dominates = (front[:, None] >= front).all(-1) & (front[:, None] > front).any(-1)
+    assert not dominates.any()
 
 
-def in_float64(r: ppo.Rollout) -> ppo.Rollout:
-    return replace(r, **{k: x.double() for k, x in vars(r).items() if x.is_floating_point()})
+def rows_of(balances: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Runs of the first task whose second objective is at its best and whose first has this balance."""
+    front = _fronts.front(TREASURE, 0.99)
+    assert front is not None
+    low, high = front.min(0), front.max(0)
+    return [
+        {"env": TREASURE, "method": method, "seed": float(seed), "steps": 1.0, "cpu_s": 1.0}
+        | {"return_1": low[0] + x * (high[0] - low[0]), "return_2": high[1], "weight_1": 0.5, "weight_2": 0.5}
+        for method, values in balances.items()
+        for seed, x in enumerate(values)
+    ]
 
 
-def test_advantages_are_those_of_a_plain_loop(sampled: tuple[Any, ppo.Rollout, ppo.Settings]) -> None:
-    _, r, s = sampled
-    r = in_float64(r)
-    # Either end at once: the last step is done in one environment, and the reset of another.
-    r.truncated[0, -1], r.terminated[1, -2:], r.valid[1, -1] = True, torch.tensor([True, False]), False
-    r.rewards += torch.randn_like(r.rewards) * r.valid.unsqueeze(-1)
-    advantages, returns = ppo.advantages_of(r, s.gamma, s.lam)
-    torch.testing.assert_close(advantages, plain_gae(r, s.gamma, s.lam), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(returns, (advantages + r.values) * r.valid.unsqueeze(-1))
+def test_gains_are_paired_over_the_seeds_that_both_have() -> None:
+    rows = rows_of({"fixed": [0.1, 0.5, 0.9], "fixed 0.7 0.3": [0.0, 0.1, 0.0], "pama": [0.2, 0.6]})
+    (result,) = _control_report.results(rows, _control.TASKS)
+    np.testing.assert_allclose(result.balance("fixed"), [0.1, 0.5, 0.9])
+    assert result.gain("pama", "fixed") == pytest.approx((0.1, 0.0), abs=1e-9)
+    text = _control_report.table(rows, _control.TASKS)
+    assert "+0.10 ± 0.00" in text
+    assert "in hindsight (fixed, equal): pama +0.10" in text
 
 
-# --- update --------------------------------------------------------------------------------------
+# --- tasks ---------------------------------------------------------------------------------------
 
 
-def plain_update(
-    agent: ppo.Agent, optimiser: torch.optim.Optimizer, r: ppo.Rollout, s: ppo.Settings, noon: bool
-) -> None:
-    """PPO with one reward: clipped surrogate, squared error of the value, entropy."""
-    valid = r.valid.flatten()
-    rows_of = {k: x.flatten(0, 1) for k, x in vars(r).items()}
-    gae = plain_gae(r, s.gamma, s.lam).flatten()
-    returns = gae + r.values.flatten()
-    advantages = (gae - gae[valid].mean()) / gae[valid].std(correction=int(s.rule == "fixed"))
-    if noon:
-        advantages = advantages.clamp(min=0)
-    for _ in range(s.epochs):
-        for chunk in torch.randperm(len(valid)).chunk(s.minibatches):
-            rows = chunk[valid[chunk]]
-            policy = agent.policy(rows_of["observations"][rows])
-            ratio = (policy.log_prob(rows_of["actions"][rows]) - rows_of["logprobs"][rows]).exp()
-            clipped = ratio.clamp(1 - s.clip_range, 1 + s.clip_range)
-            surrogate = torch.minimum(ratio * advantages[rows], clipped * advantages[rows])
-            values = agent.values(rows_of["observations"][rows]).squeeze(-1)
-            loss = -surrogate.mean() + s.value_coef * (values - returns[rows]).square().mean()
-            loss = loss - s.entropy_coef * policy.entropy().mean()
-            optimiser.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(agent.parameters(), s.max_grad_norm)
-            optimiser.step()
+def test_observations_are_one_hot() -> None:
+    env = _control.make(GATHERING)
+    observation, _ = env.reset(seed=0)
+    np.testing.assert_array_equal(np.flatnonzero(observation), [4, 6 + 2, 12, 18])  # (4, 2, 0, 0), levels 6
+    assert env.observation_space.contains(observation)
 
 
-@pytest.mark.parametrize(
-    ("options", "noon"),
-    [
-        ({"rule": "fixed"}, False),
-        ({"rule": "pama"}, False),
-        ({"rule": "upgrad"}, False),
-        ({"rule": "paper"}, True),
-    ],
-    ids=lambda x: " ".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "",
-)
-def test_one_objective_is_plain_ppo(
-    sampled: tuple[ppo.Agent, ppo.Rollout, ppo.Settings], options: dict[str, Any], noon: bool
-) -> None:
-    """The parameters after 8 steps are the same as those of the PPO above; SGD, so that gradients show."""
-    agent, r, s = sampled
-    s = replace(s, epochs=2, minibatches=4, entropy_coef=0.01, **options)
-    agent.critic[-1] = nn.Linear(s.hidden, 1)
-    agent.double()
-    agent.mean, agent.std = agent.mean.double(), agent.std.double()
-    r = in_float64(r)
-    r = replace(r, rewards=r.rewards[..., :1], values=r.values[..., :1], next_values=r.next_values[..., :1])
-    before = {k: x.clone() for k, x in agent.state_dict().items()}
-    reached = []
-    for plain in (True, False):
-        agent.load_state_dict(before)
-        torch.manual_seed(7)
-        optimiser = torch.optim.SGD(agent.parameters(), lr=0.3)
-        if plain:
-            plain_update(agent, optimiser, r, s, noon)
-        else:
-            ppo.update(agent, optimiser, r, s, ppo.weighting_of(s, 1))
-        reached.append({k: x.clone() for k, x in agent.state_dict().items()})
-    moved = max(float((reached[0][k] - before[k]).abs().max()) for k in before if k.startswith("actor"))
-    assert moved > 1e-3
-    # 1e-8 is added to the deviation of the advantages, about 1.
-    torch.testing.assert_close(reached[1], reached[0], rtol=1e-6, atol=1e-7)
+def test_weights_by_hand_are_one_objective() -> None:
+    """With the weights of Gymnasium's Hopper, its own reward, less the bonus that every objective has."""
+    pytest.importorskip("mujoco", reason="mujoco is not installed (pip install 'pama-kernels[gym]')")
+    weighted, own = _control.make(HOPPER, compare.GYMNASIUM), _control.gymnasium.make("Hopper-v5")
+    weighted.reset(seed=0)
+    own.reset(seed=0)
+    action = np.array([0.3, -0.2, 0.1], dtype=np.float32)
+    found, expected = weighted.step(action)[1], own.step(action)[1]
+    assert found == pytest.approx(expected + 1e-3, rel=1e-5)  # 1 + 1e-3 times the bonus of 1
+    model = _control.train(_control.Run(HOPPER, reward=compare.GYMNASIUM, steps=0))
+    assert model.objective_names == ["0"]
 
 
-def test_fixed_weights_are_ppo_on_the_weighted_reward(
-    sampled: tuple[ppo.Agent, ppo.Rollout, ppo.Settings],
-) -> None:
-    """The combined advantage is the standardised GAE of the weighted reward and the weighted value."""
-    _, r, s = sampled
-    s = replace(s, rule="fixed", preference=(0.7, 0.3))
-    r, w = in_float64(r), torch.tensor([0.7, 0.3], dtype=torch.float64)
-    valid = r.valid.flatten()
-    advantages = ppo.normalise(ppo.advantages_of(r, s.gamma, s.lam)[0].flatten(0, 1), valid, s)
-    weighted = {k: (getattr(r, k) @ w).unsqueeze(-1) for k in ("rewards", "values", "next_values")}
-    scalar = plain_gae(replace(r, **weighted), s.gamma, s.lam).flatten()[valid]
-    torch.testing.assert_close((advantages @ w)[valid], (scalar - scalar.mean()) / scalar.std())
+def test_returns_are_those_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy that always goes down finds the first treasure, of 0.7, in one step."""
+    run = _control.Run(TREASURE, steps=0)
+    model = _control.train(run)
+    monkeypatch.setattr(model, "predict", lambda x, deterministic: (np.full(len(x), 1), None))
+    assert _control.evaluate(model, run) == pytest.approx([0.7, -1.0])
+    # To the right, and then down into the second one, of 8.2 after three steps.
+    steps = iter([3, 1, 1])
+    monkeypatch.setattr(model, "predict", lambda x, deterministic: (np.full(len(x), next(steps)), None))
+    assert _control.evaluate(model, run) == pytest.approx([8.2 * 0.99**2, -(1 + 0.99 + 0.99**2)], rel=1e-5)
+
+
+def test_runs_repeat_and_two_objectives_get_equal_weights() -> None:
+    run = _control.Run(TREASURE, steps=2048)
+    first, again, equal = (_control.measure(replace(run, rule=rule)) for rule in ("pama", "pama", "fixed"))
+    for row in (first, again, equal):
+        del row["cpu_s"], row["method"]
+    assert first == again == equal
+    assert first["weight_1"] == first["weight_2"] == 0.5
+    assert first["steps"] == 2048
 
 
 # --- runs ----------------------------------------------------------------------------------------
 
 
-def test_runs_learn_and_repeat() -> None:
-    s = ppo.settings_for(TREASURE, steps=6_000, eval_episodes=64)
-    start = ppo.train(replace(s, steps=1, learning_rate=0.0))[0]
-    scale = torch.tensor(ppo.task_of(TREASURE).scale)
-
-    def score(agent: ppo.Agent) -> float:
-        return float((torch.tensor(ppo.evaluate(agent, s, sampled=True)) / scale).mean())
-
-    for options in ({"rule": "fixed"}, {"rule": "pama"}, {"rule": "paper"}):
-        agent, weights = ppo.train(replace(s, **options))
-        assert score(agent) > score(start) + 0.05, options
-    again, same = ppo.train(replace(s, **options))
-    assert same == weights
-    torch.testing.assert_close(dict(again.state_dict()), dict(agent.state_dict()), rtol=0, atol=0)
-    assert ppo.train(replace(s, seed=1, **options))[1] != weights
+def test_the_study_pairs_all_methods_with_all_seeds() -> None:
+    runs = compare.study(False, 3)
+    assert len({(run.env, run.method, run.seed) for run in runs}) == len(runs)
+    for env, methods in compare.METHODS.items():
+        assert len({run.method for run in runs if run.env == env}) == len(methods)
+    assert {run.steps for run in compare.study(True, 1)} == {0, 4_000}
 
 
-@pytest.mark.parametrize("options", [{"rule": "upgrad"}, {"preference": (1.0, 3.0)}, {"rule": "fixed"}])
-def test_continuous_run(options: dict[str, Any]) -> None:
-    s = ppo.settings_for(RESERVOIR, steps=1_000, **(SMALL | options))
-    reports: list[dict[str, str]] = []
-    agent, weights = ppo.train(s, reports.append)
-    assert len(weights) == len(reports) == ppo.updates_of(s)
-    assert torch.isfinite(torch.tensor([weights[-1], ppo.evaluate(agent, s)])).all()
+def test_a_run_that_was_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # for the worker
+    path = tmp_path / "mo_gymnasium.csv"
+    runs = [_control.Run(TREASURE, seed=seed, steps=1024) for seed in (0, 1)]
+    compare.train_all(runs[:1], path, 1)
+    (first,) = compare.read(path)
+    compare.write(tmp_path / "mo_gymnasium.csv.unfinished", [first | {"cpu_s": 12345.0}])
+    compare.train_all(runs, path, 1)
+    rows = compare.read(path)
+    assert [row["seed"] for row in rows] == [0, 1]
+    assert rows[0]["cpu_s"] == 12345.0
+    compare.train_all(runs[:1], path, 1)  # a finished study is made anew
+    assert compare.read(path)[0]["cpu_s"] < 12345.0
 
 
-def test_an_environment_that_the_example_does_not_know() -> None:
-    agent, weights = ppo.train(ppo.settings_for("fruit-tree-v0", steps=512, **SMALL))
-    assert len(weights[0]) == 6
-    assert agent.critic[-1].out_features == 6
+def test_the_committed_figures_are_of_the_study(tmp_path: Path) -> None:
+    rows = compare.read(EXAMPLES / "results" / "mo_gymnasium.csv")
+    expected = {(run.env, run.method) for run in compare.study(False, 1)}
+    assert {(row["env"], row["method"]) for row in rows} == expected
+    _control_report.draw(tmp_path / "picture.png", rows, _control.TASKS)
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preference", "1"], "preference: expected 2 numbers"),
-        (["--steps", "0"], "steps: expected a positive number, got 0"),
-        (["--minibatches", "9999"], "minibatches: expected at most"),
-        (["--env", "no-such-sea-v0"], "no-such-sea"),
-        (["--env", "CartPole-v1"], "expected an environment of MO-Gymnasium"),
-        (["--rule", "mgda"], "invalid choice"),
-        (["--seed", "-1"], "seed: expected a number of at least 0"),
-        (["--learning-rate", "nan"], "learning_rate: expected a number of at least 0"),
-        (["--gamma", "1.5"], "gamma: expected a number in [0, 1]"),
-        (["--preference", "-1", "2"], "preference: expected non-negative"),
+        (["--seeds", "0"], "seeds: expected a positive number, got 0"),
+        (["--jobs", "-1"], "jobs: expected a positive number, got -1"),
+        (["--draw", "--out", "nowhere"], "--draw: expected nowhere/mo_gymnasium.csv"),
     ],
 )
-def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        ppo.parse(arguments)
-    assert message in capsys.readouterr().err
+def test_bad_options(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mo_gymnasium_compare.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        compare.main()
+    assert message in capsys.readouterr().err + str(stopped.value)
 
 
-def test_options_reach_the_settings() -> None:
-    s = ppo.parse(
-        ["--env", RESERVOIR, "--preference", "1", "3", "--rule", "upgrad", "--lam", "0.5", "--seed", "0"]
-    )
-    assert s == ppo.settings_for(RESERVOIR, preference=(1.0, 3.0), rule="upgrad", lam=0.5)
-    assert (s.gamma, s.steps) == (0.9, 60_000)
-
-
-# --- reference fronts ----------------------------------------------------------------------------
-
-
-def test_measures() -> None:
-    front = torch.tensor([[0.0, 2.0], [1.0, 1.5], [2.0, 0.0]], dtype=torch.float64)
-    torch.testing.assert_close(_fronts.nondominated(torch.cat([front, front, front - 0.1])), front)
-    assert _fronts.distance(front, front).max() < 1e-12
-    assert _fronts.distance(front, [[1.5, 0.75]]).item() < 1e-12
-    assert _fronts.hypervolume(front, front) == pytest.approx(1)
-    assert _fronts.hypervolume(front, front[1:2]) == pytest.approx(
-        0.6 * 0.85 / (0.1 * 1.1 + 0.5 * 0.85 + 0.5 * 0.1)
-    )
-    assert _fronts.hypervolume(front, [[-5.0, 3.0]]) == 0
-
-
-@pytest.mark.parametrize("env", [TREASURE, RESERVOIR])
-def test_fronts_are_concave(env: str) -> None:
-    front = _fronts.FRONTS[env](ppo.settings_for(env).gamma)
-    slopes = front.diff(dim=0)[:, 1] / front.diff(dim=0)[:, 0]
-    assert (slopes < 0).all()
-    assert len(_fronts.nondominated(front)) == len(front)
-    if env == RESERVOIR:  # solutions of weighted problems: on their convex hull
-        assert (slopes.diff() <= 1e-9).all()
-
-
-def test_the_reservoirs_front_is_reached_by_its_policy() -> None:
-    """Without regard to supply everything is released: simulated, within four standard errors."""
-    s = ppo.settings_for(RESERVOIR)
-    envs = ppo.make_envs(RESERVOIR, 64)
-    observation, _ = envs.reset(seed=0)
-    total = torch.zeros(64, 2, dtype=torch.float64)
-    for t in range(100):
-        observation, rewards, *_ = envs.step(observation)
-        total += s.gamma**t * torch.as_tensor(rewards)
-    envs.close()
-    error = total.std(0) / 8
-    # The grid of whole levels: half a unit in each of the 1 / (1 - gamma) steps that count, at the most.
-    end = _fronts.FRONTS[RESERVOIR](s.gamma)[-1]
-    assert ((total.mean(0) - end).abs() < 4 * error).all(), (total.mean(0), end, error)
+@pytest.mark.slow
+def test_quick_from_the_command_line(tmp_path: Path) -> None:
+    pytest.importorskip("mujoco", reason="mujoco is not installed (pip install 'pama-kernels[gym]')")
+    command = [sys.executable, str(EXAMPLES / "mo_gymnasium_compare.py"), "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "mo_gymnasium.csv", newline="", encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == 7
+    for env in compare.METHODS:
+        assert env in done.stdout
