@@ -1,9 +1,9 @@
 """Align a pretrained language model with three conflicting rewards: TRL's GRPO with two names changed.
 
-SmolLM2-135M-Instruct answers complaints to an online shop. Each reply is scored as helpful, friendly and brief
-(customer_service.py), `PamaGRPOTrainer` combines the three, and the run ends after its steps or at a budget of
-KL to the start. Then come replies to complaints held out from training: scores with intervals and all greedy
-replies, before and after.
+SmolLM2-135M-Instruct answers complaints to an online shop. Each reply is scored as helpful, friendly and
+brief (customer_service.py), `PamaGRPOTrainer` combines the three, and the run ends after its steps or at a
+budget of KL to the start. Then come replies to complaints held out from training: scores with intervals and
+all greedy replies, before and after.
 
     python examples/align_language_model.py            # within eight minutes on two cores
     python examples/align_language_model.py --quick    # two minutes, to see that it runs
@@ -30,7 +30,7 @@ import smollm2
 import torch
 import transformers
 from complaints import HELD_OUT, TRAIN
-from customer_service import OBJECTIVES, Rewards, prompt_of
+from customer_service import OBJECTIVES, Judge, Rewards, prompt_of
 from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
@@ -82,7 +82,7 @@ class Float32AdamW(torch.optim.AdamW):
         return loss
 
 
-# --- training -------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 class Follow(TrainerCallback):
@@ -105,7 +105,13 @@ class Follow(TrainerCallback):
             return
         self.clocks.append(self._now())
         wall, cpu, kernels = (b - a for a, b in zip(*self.clocks[-2:], strict=True))
-        row = {"step": state.global_step, "kl": logs["kl"], "step_s": wall, "step_cpu_s": cpu, "kernel_s": kernels}
+        row = {
+            "step": state.global_step,
+            "kl": logs["kl"],
+            "step_s": wall,
+            "step_cpu_s": cpu,
+            "kernel_s": kernels,
+        }
         row["tokens"] = logs["completions/mean_length"]
         for name in OBJECTIVES:
             row[f"reward_{name}"] = logs[f"rewards/{name}/mean"]
@@ -179,7 +185,9 @@ def train(model: Any, tokenizer: Any, rewards: Rewards, s: Settings) -> Follow:
                 disable_tqdm=True,
             ),
             optimizers=(
-                Float32AdamW([p for p in model.parameters() if p.requires_grad], lr=s.learning_rate, weight_decay=0),
+                Float32AdamW(
+                    [p for p in model.parameters() if p.requires_grad], lr=s.learning_rate, weight_decay=0
+                ),
                 None,
             ),
         )
@@ -191,63 +199,7 @@ def train(model: Any, tokenizer: Any, rewards: Rewards, s: Settings) -> Follow:
     return follow
 
 
-# --- held-out complaints --------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def replies(model: Any, tokenizer: Any, complaints: list[str], tokens: int, **sampling: Any) -> list[list[int]]:
-    """Token ids of one reply to each complaint, with the token that ends it."""
-    prompts = [prompt_of(complaint, tokenizer) for complaint in complaints]
-    if tokenizer.chat_template:
-        prompts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
-    batch = tokenizer(
-        prompts,
-        return_tensors="pt",
-        padding=True,
-        padding_side="left",
-        add_special_tokens=not tokenizer.chat_template,
-    ).to(model.device)
-    batch.pop("token_type_ids", None)
-    output = model.generate(**batch, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id, **sampling)
-    rows = output[:, batch["input_ids"].shape[1] :].tolist()
-    ends = ends_of(model, tokenizer)
-    cuts = [next((i for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
-    return [row[: cut + 1] for row, cut in zip(rows, cuts, strict=True)]
-
-
-def ends_of(model: Any, tokenizer: Any) -> set[int]:
-    ids = model.generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
-
-
-def judge(model: Any, tokenizer: Any, rewards: Rewards, s: Settings, pairs: Any) -> dict[str, Any]:
-    """Rewards (complaints, N) of sampled replies, and of the greedy ones, with their text."""
-
-    def score(ids: list[list[int]], each: int) -> tuple[list[str], Tensor]:
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        asked, reference = zip(*(pair for pair in pairs for _ in range(each)), strict=True)
-        columns = [
-            function(completions=texts, completion_ids=ids, complaint=asked, reference=reference)
-            for function in rewards.functions()
-        ]
-        return texts, torch.tensor(columns).T.reshape(len(pairs), each, len(columns)).mean(1)
-
-    complaints = [complaint for complaint, _ in pairs]
-    model.eval()
-    torch.manual_seed(s.seed)
-    repeated = [complaint for complaint in complaints for _ in range(s.judged_replies)]
-    sampling = {"do_sample": True, "temperature": s.temperature, "top_k": 0, "top_p": 1.0}
-    sampled = replies(model, tokenizer, repeated, s.tokens, **sampling)
-    greedy = replies(model, tokenizer, complaints, s.greedy_tokens, do_sample=False)
-    texts, greedy_scores = score(greedy, 1)
-    return {
-        "sampled": score(sampled, s.judged_replies)[1],
-        "greedy": greedy_scores,
-        "replies": [" ".join(text.split()) for text in texts],
-    }
-
-
-# --- main job -------------------------------------------------------------------------------------------------
+# --- main job -------------------------------------------------------------------------------------
 
 
 def arguments() -> argparse.Namespace:
@@ -260,7 +212,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kl-budget", type=float, default=defaults.kl_budget, help="nats per token")
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
     parser.add_argument("--quick", action="store_true", help="two minutes, to see that it runs")
-    parser.add_argument("--out", type=Path, help="folder of demo.json, demo.png, demo.md (default: examples/results)")
+    parser.add_argument(
+        "--out", type=Path, help="folder of demo.json, demo.png, demo.md (default: examples/results)"
+    )
     parser.add_argument("--docs", action="store_true", help="only write README and docs from demo.json")
     options = parser.parse_args()
     if options.steps is not None and options.steps < 1:
@@ -305,15 +259,26 @@ def run(settings: Settings) -> dict[str, Any]:
     dtype = smollm2.best_dtype(device)
     model, tokenizer = smollm2.load(settings.model, dtype, device)
     trained = smollm2.train_top_layers(model, settings.trained_layers)
-    rewards = Rewards(ends_of(model, tokenizer), device)
+    rewards = Rewards(smollm2.ends_of(model, tokenizer), device)
+    judge = Judge(
+        tokenizer,
+        rewards,
+        HELD_OUT,
+        tokens=settings.tokens,
+        greedy_tokens=settings.greedy_tokens,
+        each=settings.judged_replies,
+        temperature=settings.temperature,
+        seed=settings.seed,
+    )
     parameters = sum(p.numel() for p in model.parameters())
     print(
-        f"{settings.model or 'SmolLM2-135M-Instruct'}: {parameters / 1e6:.0f} million parameters, {trained / 1e6:.0f} "
-        f"million of them trained, {dtype} on {device.type}; {len(TRAIN)} complaints, {len(HELD_OUT)} held out"
+        f"{settings.model or 'SmolLM2-135M-Instruct'}: {parameters / 1e6:.0f} million parameters, "
+        f"{trained / 1e6:.0f} million of them trained, {dtype} on {device.type}; "
+        f"{len(TRAIN)} complaints, {len(HELD_OUT)} held out"
     )
-    before = judge(model, tokenizer, rewards, settings, HELD_OUT)
+    before = judge(model)
     follow = train(model, tokenizer, rewards, settings)
-    after = judge(model, tokenizer, rewards, settings, HELD_OUT)
+    after = judge(model)
     rows = follow.rows
     return {
         "settings": asdict(settings),
@@ -330,7 +295,9 @@ def run(settings: Settings) -> dict[str, Any]:
         "table": {kind: report.table(before[kind], after[kind]) for kind in ("sampled", "greedy")},
         "replies": [
             {"complaint": complaint, "before": old, "after": new, "reference": reference}
-            for (complaint, reference), old, new in zip(HELD_OUT, before["replies"], after["replies"], strict=True)
+            for (complaint, reference), old, new in zip(
+                HELD_OUT, before["replies"], after["replies"], strict=True
+            )
         ],
         "steps": rows,
         "kl": rows[-1]["kl"],

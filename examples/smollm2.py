@@ -44,7 +44,7 @@ def best_dtype(device: torch.device) -> torch.dtype:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse large blocks instead of unmapping them, whose pages would be zeroed again at every step."""
+    """Let glibc reuse large blocks: the kernel zeroes new ones page by page, in every step again."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mmap_max, trim_threshold = -4, -1
@@ -121,7 +121,9 @@ def layers_of(model: Any) -> nn.ModuleList:
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == number:
             return module
-    raise ValueError(f"model: expected a list of {number} decoder layers, found none in {type(model).__name__}")
+    raise ValueError(
+        f"model: expected a list of {number} decoder layers, found none in {type(model).__name__}"
+    )
 
 
 def train_top_layers(model: Any, number: int) -> int:
@@ -131,3 +133,29 @@ def train_top_layers(model: Any, number: int) -> int:
     for layer in list(layers)[-number:]:
         layer.requires_grad_(True)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def ends_of(model: Any, tokenizer: Any) -> set[int]:
+    """Token ids that end a reply."""
+    ids = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
+
+
+@torch.no_grad()
+def generate(model: Any, tokenizer: Any, prompts: list[Any], tokens: int, **sampling: Any) -> list[list[int]]:
+    """Token ids of one reply to each prompt (a text, or messages), with the token that ends it."""
+    chat = not isinstance(prompts[0], str)
+    if chat:
+        prompts = [
+            tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            for prompt in prompts
+        ]
+    batch = tokenizer(
+        prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not chat
+    ).to(model.device)
+    batch.pop("token_type_ids", None)
+    output = model.generate(**batch, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id, **sampling)
+    rows = output[:, batch["input_ids"].shape[1] :].tolist()
+    ends = ends_of(model, tokenizer)
+    cuts = [next((i for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
+    return [row[: cut + 1] for row, cut in zip(rows, cuts, strict=True)]
