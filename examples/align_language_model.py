@@ -61,7 +61,7 @@ class Settings:
     kl_coef: float = 0.04
     kl_budget: float = 0.5  # to the start, nats per token: training stops above
     greedy_tokens: int = 64  # the replies that are shown
-    judged_replies: int = 8  # sampled for each held-out complaint
+    judged_replies: int = 4  # sampled for each held-out complaint
 
 
 class Float32AdamW(torch.optim.AdamW):

@@ -26,8 +26,8 @@ from transformers import AutoModel, AutoTokenizer
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 SYSTEM = (
-    "You work for the customer service of an online shop. Answer the customer in one short, friendly "
-    "sentence that says what you will do."
+    "You are a friendly customer service agent of an online shop. Apologize to the customer and say in one "
+    "short sentence what we will do to solve the problem."
 )
 
 OBJECTIVES = ("helpful", "friendly", "brief")
@@ -94,6 +94,7 @@ class Rewards:
         self.vectors = self.embed(list(self.references))
         self.sentiment = SentimentIntensityAnalyzer()
         self.sentiment.lexicon.update(dict.fromkeys(APOLOGIES, 1.5))
+        self.sentiment.lexicon["sure"] = 0.0  # "I'll make sure": no kindness
 
     def functions(self) -> list[Any]:
         return [self.helpful, self.friendly, self.brief]
