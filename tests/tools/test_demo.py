@@ -134,6 +134,13 @@ def test_copied_share() -> None:
     assert copied("Sorry.", "Sorry.") == 0
 
 
+def test_a_reply_speaks_to_the_customer() -> None:
+    impersonal = module("customer_service").impersonal
+    assert impersonal("We'll send you a new one.") == 0
+    assert impersonal("I'll fix it.") == impersonal("Your order is here.") == 0.5
+    assert impersonal("The agent apologized.") == impersonal("Yourself, mine, weird, inputs.") == 1
+
+
 def test_split_is_disjoint() -> None:
     complaints = module("complaints")
     asked = [complaint for complaint, _ in (*complaints.TRAIN, *complaints.HELD_OUT)]
