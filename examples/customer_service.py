@@ -3,7 +3,7 @@
     helpful   about the remedy of this complaint: cosine to its reference reply, less the mean cosine to the
               other training complaints' references (what suits any of them earns nothing), less copying, less
               0.1 each without "I" or "we" and without "you" (a reply speaks to the customer)
-    friendly  compound score of vaderSentiment, in which apologies count as kind, up to 0.7
+    friendly  compound score of vaderSentiment up to 0.4; apologies count as kind, stock phrases as neutral
     brief     8 to 18 words with a proper end
 
 Naming the problem (broken, late, wrong) costs friendliness, being specific costs words, and kind words
@@ -32,9 +32,10 @@ SYSTEM = (
 )
 
 OBJECTIVES = ("helpful", "friendly", "brief")
-KIND_ENOUGH = 0.7  # of VADER's compound score: more would be paid for superlatives
+KIND_ENOUGH = 0.4  # of VADER's compound score, one "so sorry": more would be paid for superlatives
 WORDS = (8, 18)  # a reply with content, and one to read at a glance
 APOLOGIES = ("sorry", "apologize", "apologise", "apology", "apologies")
+STOCK = ("sure", "happy", "help", "helping", "assist", "assisting")  # "I'm happy to help", "I'll make sure"
 
 
 def conversation(complaint: str) -> list[dict[str, str]]:
@@ -104,7 +105,7 @@ class Rewards:
         self.vectors = self.embed(list(self.references))
         self.sentiment = SentimentIntensityAnalyzer()
         self.sentiment.lexicon.update(dict.fromkeys(APOLOGIES, 1.5))
-        self.sentiment.lexicon["sure"] = 0.0  # "I'll make sure": no kindness
+        self.sentiment.lexicon.update(dict.fromkeys(STOCK, 0.0))
 
     def functions(self) -> list[Any]:
         return [self.helpful, self.friendly, self.brief]
