@@ -189,6 +189,8 @@ def draw(path: Path, result: dict[str, Any]) -> None:
     _lines(axes[2], rows, names, "covariance")
     axes[2].axhline(0, color=INK, lw=1)
     axes[2].set(title="covariance with the update", xlabel="step")
+    low, high = axes[2].get_ylim()
+    axes[2].set_ylim(min(low, -high / 6), high)
     below = {"xytext": (0, -4), "textcoords": "offset points", "va": "top", "color": GREY, "fontsize": 9}
     axes[2].annotate("below 0: sacrificed", (rows[0]["step"], 0), **below)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
