@@ -69,7 +69,7 @@ def facts(result: dict[str, Any]) -> str:
         f"a KL of {result['kl']:.2f} nats per token. Objectives with a negative covariance with the update: "
         f"{sacrificed} of {len(steps)} steps. A step took {result['step_s']:.1f} s "
         f"({result['step_cpu_s']:.0f} s of processor time, threads: {result['threads']}, {result['dtype']}), "
-        f"of which {result['kernel_ms']:.1f} ms ({result['kernel_percent']:.2f}%) in `pama_kernels`; the "
+        f"of which {result['kernel_ms']:.1f} ms ({result['kernel_percent']:.1g}%) in `pama_kernels`; the "
         f"whole run {result['wall_s']:.0f} s, {result['cpu_s']:.0f} s of processor time."
     )
 
