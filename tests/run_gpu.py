@@ -267,18 +267,20 @@ class Plan:
         self.runner.run(300, *(self.pytest(f"suite-{b}", b, each, *tests) for b in self.backends))
 
     def sanitizers(self) -> None:
+        jobs = []
         for backend in self.backends:  # Triton answers itself for what it does with shared memory
             for checker in ("memcheck", "racecheck") if backend == "cuda" else ("memcheck",):
-                command = [sys.executable, str(BACKENDS / "sanitized.py")]
-                name = f"{checker}-{backend}"
+                command: list[str] = []
                 if self.device == "cuda":
                     sanitizer = tool("compute-sanitizer")
                     if sanitizer is None:
-                        self.runner.skip(name, "the tool compute-sanitizer is not here")
+                        self.runner.skip(f"{checker}-{backend}", "the tool compute-sanitizer is not here")
                         continue
-                    command = [sanitizer, "--tool", checker, "--error-exitcode", "3", *command]
+                    command = [sanitizer, "--tool", checker, "--error-exitcode", "3"]
+                command += [sys.executable, str(BACKENDS / "sanitized.py")]
                 own = {"PAMA_BACKEND": backend, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-                self.runner.run(90, Job(name, command, own))
+                jobs += [Job(f"{checker}-{backend}-{case}", [*command, case], own) for case in "012"]
+        self.runner.run(100, *jobs)
 
 
 if __name__ == "__main__":
