@@ -277,6 +277,8 @@ class Plan:
                         self.runner.skip(f"{checker}-{backend}", "the tool compute-sanitizer is not here")
                         continue
                     command = [sanitizer, "--tool", checker, "--error-exitcode", "3"]
+                    if checker == "racecheck":
+                        command += ["--kernel-name", "kns=pama"]  # not Triton's
                 command += [sys.executable, str(BACKENDS / "sanitized.py")]
                 own = {"PAMA_BACKEND": backend, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
                 jobs += [Job(f"{checker}-{backend}-{case}", [*command, case], own) for case in "012"]

@@ -12,8 +12,7 @@ struct Item {
     RowAdvantage x[kSequenceObjectives];
 };
 
-// --- what segments contribute
-// -----------------------------------------------------------------------------------------
+// --- what segments contribute ------------------------------------------------------------------------------
 
 __device__ inline double pair_term(const Item& item, int kind, int i, int j, bool noon) {
     const RowAdvantage &x = item.x[i], &y = item.x[j];
@@ -21,7 +20,7 @@ __device__ inline double pair_term(const Item& item, int kind, int i, int j, boo
     const double valid = item.factors.values[kValid];
     if (kind == kAdvantageProduct) return valid * (x.a * y.a);
     const double one = x.here ? 1 : 0, value = kind == kPairCount ? one : kind == kPairAdvantage ? x.a : x.a * x.a;
-    return y.here ? valid * value : 0;
+    return valid * value * (y.here ? 1 : 0);  // a NaN shows whether or not j is present
 }
 
 // The fields of every objective over the items of each warp, [warp][objective][field].
@@ -65,8 +64,7 @@ __device__ inline void add_items(const Terms& t, const Item* items, int count, d
     }
 }
 
-// --- all statistics from the sums that were added up
-// ------------------------------------------------------------------
+// --- all statistics from the sums that were added up -------------------------------------------------------
 
 __device__ inline int found(const signed char* kinds, int count, int kind) {
     for (int k = 0; k < count; ++k)

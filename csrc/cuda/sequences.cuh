@@ -41,8 +41,7 @@ __device__ inline void write_statistics(const Sequences& s, const double* sums, 
     __syncthreads();
 }
 
-// --- the share of a block
-// ---------------------------------------------------------------------------------------------
+// --- the share of a block ----------------------------------------------------------------------------------
 
 // The valid tokens of sequences, by as many warps as there are for each.
 __device__ inline void count_items(const Sequences& s, int64_t first, int count, SequenceMemory& m, int each) {
@@ -131,8 +130,7 @@ __device__ inline void add_share(const Sequences& s, SequenceMemory& m) {
     for (int k = threadIdx.x; k < s.terms.size(); k += blockDim.x) to[k] = m.sums[k];
 }
 
-// --- the last block
-// ---------------------------------------------------------------------------------------------------
+// --- the last block ----------------------------------------------------------------------------------------
 
 __device__ inline void add_blocks(const Sequences& s, SequenceMemory& m) {
     const int size = s.terms.size(), threads = blockDim.x, width = size < threads ? size : threads;

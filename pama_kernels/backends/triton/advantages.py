@@ -84,7 +84,7 @@ def gae_kernel(
     for done_steps in range(0, width, STEPS):
         step = width - 1 - done_steps - place.to(tl.int64)
         valid = step >= 0
-        later = (step + 1 < width) & (place > 0)  # within this chunk
+        later = valid & (step + 1 < width) & (place > 0)  # within this chunk
         if mask is not None:
             own_mask = mask + sequence * m_row
             valid = truth(own_mask + step * m_step, valid)

@@ -58,17 +58,19 @@ _HEAD = tl.constexpr(HEAD)
 
 @triton.jit
 def coefficients(
-    weights, effective, row, here, n: tl.constexpr, N: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr
-):
+    weights, effective, row, inside, here,
+    n: tl.constexpr, N: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
     """c (1 or TOKENS, N) of given or solved weights; SHARE: over the preference of those who are present.
 
-    row: (TOKENS, 1), or 0 where all rows have the same.
+    row, and whether there is one: (TOKENS, 1); 0 and true where all rows have the same.
     """
     i = tl.arange(0, N)[None, :]
-    c = read(weights[0] + row * weights[1] + i * weights[2], i < n, D)
+    some = inside & (i < n)
+    c = read(weights[0] + row * weights[1] + i * weights[2], some, D)
     if SHARE:
         if effective[0] is not None:
-            p = read(effective[0] + row * effective[1] + i, i < n, D)
+            p = read(effective[0] + row * effective[1] + i, some, D)
         else:
             p = tl.where(i < n, tl.full([1, N], 1.0 / n, D), 0.0)
         share = tl.sum(tl.where(here, p, 0.0), axis=1, keep_dims=True)
@@ -267,10 +269,16 @@ def tokens_kernel(
                         if PAIRS:
                             pair_acc = add_token_pairs(pair_acc, terms, terms, share, PRESENT)
                     if WEIGHTS == _BATCH:
-                        up, down = combine(coefficients(c, effective, 0, here, n, N, SHARE, D), a, NOON)
+                        up, down = combine(
+                            coefficients(c, effective, 0, tl.full([1, 1], 1, tl.int1), here, n, N, SHARE, D),
+                            a,
+                            NOON,
+                        )
                     elif WEIGHTS == _ROW:
                         up, down = combine(
-                            coefficients(c, effective, row[:, None], here, n, N, SHARE, D), a, NOON
+                            coefficients(c, effective, row[:, None], inside[:, None], here, n, N, SHARE, D),
+                            a,
+                            NOON,
                         )
                     elif WEIGHTS != _NONE:
                         if WEIGHTS == _SCORES:

@@ -209,7 +209,15 @@ def rows_kernel(
                 best = tl.sum(best, axis=1)
             else:
                 x = coefficients(
-                    c, (effective, 0), row[:, None], here & inside[:, None], n, N, SHARE, tl.float64
+                    c,
+                    (effective, 0),
+                    row[:, None],
+                    inside[:, None],
+                    here & inside[:, None],
+                    n,
+                    N,
+                    SHARE,
+                    tl.float64,
                 )
                 best = tl.zeros([ROWS], tl.float64)
                 if BY_ROW:
