@@ -9,11 +9,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from . import headline, step, tokens
+from . import gpu_report, headline, step, tokens
 from .harness import read
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "docs/performance.md")
+DOCUMENTS = ("README.md", "docs/performance.md", "docs/gpu.md")
 MARKED = re.compile(r"(<!-- benchmark: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, str]
@@ -288,4 +288,5 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "headline": headline_table,
     "milliseconds": milliseconds,
     "step": steps,
+    "gpu": gpu_report.gpu,
 }
