@@ -29,7 +29,7 @@ PEERS = {SCORES: ALONE, SUMS: ALONE, GRAM_LOSS: ONE, SCORES_LOSS: ONE}
 
 
 def gpu(results: Path) -> str:
-    """Both backends, eager PyTorch, and the goal; the share of a policy step, and the wait for compilation."""
+    """Both backends, eager PyTorch and the goal; the share of a policy step, and the wait for compilation."""
     path = results / "gpu.csv"
     rows = read(path)
 
