@@ -1,8 +1,8 @@
-// The supports of a non-negative quadratic problem (nnqp.hpp), searched:
+// Searches for the optimal support of a non-negative quadratic problem (nnqp.hpp), in three steps:
 //
 // 1. Exchange (block principal pivoting): swap every index of the wrong sign (y_i < 0 inside, (Hy - b)_j < 0 outside)
 //    while their number reaches new minima, with kSpareExchanges exceptions: it ends after at most n + 1 +
-//    kSpareExchanges factorisations, after one to six almost always.
+// kSpareExchanges factorisations, and almost always after one to six.
 // 2. Descend, where exchange gave up: Lawson and Hanson's method with block additions. Each addition ends because every
 //    round of it drops an index, and raises b'y, which is twice the descent of the objective and a function of the
 //    support alone: no support returns, and there are finitely many. In floating point too: what counts as a rise is a
@@ -21,8 +21,9 @@
 PAMA_BEGIN
 namespace nnqp {
 
-// Step 1, for one problem or one in each SIMD lane of V. The system solves on its supports (where that is sound, it
-// says), marks the indices of the wrong sign and counts them, and flips the marked. Where it ended at an optimum.
+// Step 1, for one problem or for one problem per SIMD lane of V. The system solves on its current support and reports
+// where that succeeded; it marks and counts the indices of the wrong sign, and moves the marked indices in or out of
+// the support. Returns where the exchange ended at an optimum.
 template <class V, class Searched>
 PAMA_HD inline ldlt::Mask<V> exchange(Searched& s, int unknowns, ldlt::Mask<V> active) {
     const V zero = V{}, one = zero + 1.0;
@@ -45,10 +46,10 @@ PAMA_HD inline ldlt::Mask<V> exchange(Searched& s, int unknowns, ldlt::Mask<V> a
 // The problem supplies
 //   set(ridge)      u, r, b and H_ii with the proximal term about `point` (0: the problem itself)
 //   start()         the first support;   reset(): the first `point`
-//   accept()        from y to `point`;   fall_back(): a point where nothing came out
-//   residual()      of `point`, with nothing added
-//   convex() const  whether the problem itself is strictly convex, so that ties do not matter
-//   kBounded        whether its feasible set is: else a proximal step on an indefinite matrix only leads further away
+//   accept()        copies y to `point`;   fall_back(): the point to use if no step succeeded
+//   residual()      of `point`, without the proximal term
+//   convex() const  whether the problem itself is strictly convex, so that the minimiser is unique
+//   kBounded        whether the feasible set is bounded; if not, proximal steps on an indefinite matrix diverge
 template <class Problem>
 struct ActiveSet : System {
     PAMA_HD double mark() {
@@ -68,8 +69,8 @@ struct ActiveSet : System {
         for (int j = 0; j < n; ++j) inside[j] = inside[j] != 0;
     }
 
-    // From a feasible `point` (y >= 0) with `inside` holding its support, and perhaps more, to the optimum of a support
-    // within. False: without meaningful numbers.
+    // Moves from a feasible `point` (y >= 0), whose support `inside` contains, to the optimum on a subset of `inside`.
+    // Returns false if the numbers are not finite or not meaningful.
     PAMA_HD bool descend_within() {
         while (solve()) {
             double step = 1.0;
@@ -100,7 +101,7 @@ struct ActiveSet : System {
         return false;
     }
 
-    // From the positive part of the last y to the optimum; exchange has left its y and support.
+    // Step 2: moves from the positive part of the y that the exchange ended with to the optimum.
     PAMA_HD bool descend() {
         for (int i = 0; i < n; ++i) point[i] = 0.0;
         for (int a = 0; a < size; ++a)
@@ -135,8 +136,8 @@ struct ActiveSet : System {
         }
     }
 
-    // At an optimum with a regular support: whether no other has the same value. An index outside that could enter at
-    // no cost leaves it unique if the support is regular with it.
+    // At an optimum with a regular support: whether the minimiser is unique. If an index outside the support has a zero
+    // multiplier, the minimiser is still unique if the support with that index added is regular.
     PAMA_HD bool unique() {
         bool tied = false;
         for (int j = 0; j < n; ++j)
@@ -146,7 +147,8 @@ struct ActiveSet : System {
         return solve();
     }
 
-    // The answer into `point`; returns its residual. weight: of the quadratic term that the problem has itself.
+    // Writes the solution to `point` and returns its residual. weight: the coefficient of the problem's own quadratic
+    // regularization.
     PAMA_HD double minimise(double weight, double certified) {
         Problem& self = static_cast<Problem&>(*this);
         strict = true;
@@ -176,8 +178,8 @@ struct ActiveSet : System {
                 self.fall_back();
             residual = self.residual();
             if (residual <= certified) return residual;
-            // Else M is less semidefinite than the ridge makes up for, as after rounding to float32: begin again,
-            // larger.
+            // Otherwise M has a negative eigenvalue larger than the ridge, for example after rounding to float32:
+            // restart with a larger ridge.
             solved = solved && residual <= kProximalGap * metric * (ridge > kRidge ? ridge : kRidge) * (1.0 + weight);
             if (solved && residual < best) {
                 best = residual;
@@ -194,7 +196,7 @@ struct ActiveSet : System {
         return self.residual();
     }
 
-    // Destroys the problem where the residual is above the promised one.
+    // Overwrites the problem's data if the residual is above the promised one.
     PAMA_HD SolveStatus status(double residual) {
         if (residual <= kPromisedResidual) return SolveStatus::solved;
         if (!semidefinite()) return SolveStatus::indefinite;

@@ -1,4 +1,4 @@
-// A tensor as the kernels see it.
+// A strided view of a tensor, as the kernels read and write it.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ enum class Dtype { f32, f64, bf16, f16, u8, i8, i16, i32, i64 };  // first those
 
 PAMA_HD constexpr bool is_float(Dtype dtype) { return dtype <= Dtype::f16; }
 
-// What torch and DLPack (its code and bits) call them.
+// The name of a dtype in torch, and its type code and bits in DLPack.
 struct DtypeName {
     const char* name;
     Dtype dtype;
@@ -101,7 +101,8 @@ PAMA_HD inline auto with_format(Dtype dtype, Visit visit) {
     }
 }
 
-// Calls visit(first of the bits, those that decide whether an element is 0): all, but for the sign of a float.
+// Calls visit(first of the bits, those that decide whether an element is 0): all bits, except the sign bit of a
+// floating-point number.
 template <class Visit>
 PAMA_HD inline auto with_bits(const Array& array, Visit visit) {
     const int sign = is_float(array.dtype) ? 1 : 0;

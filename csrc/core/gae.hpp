@@ -1,5 +1,5 @@
 // Generalised advantage estimation (Schulman et al. 2016, equation 16), backwards over one sequence of one
-// objective. Masked steps are passed over: the value that follows a step is that of the next valid one.
+// objective. Masked steps are skipped: the next value of a step is that of the next valid step.
 #pragma once
 
 #include "config.hpp"
@@ -7,17 +7,17 @@
 PAMA_BEGIN
 
 struct GaeState {
-    double value = 0;      // that follows the step: of the next valid one
-    double advantage = 0;  // its advantage
+    double value = 0;      // value of the next valid step
+    double advantage = 0;  // advantage of the next valid step
 
-    // The episode ends after the step: what follows has this value, 0 at a terminal state.
+    // The episode ends after the step: `following` is the value of the state that follows, 0 at a terminal state.
     PAMA_HD void end(double following) {
         value = following;
         advantage = 0;
     }
 };
 
-// One valid step; afterwards state.advantage is its advantage and state.value its value.
+// Processes one valid step; afterwards `state` holds the advantage and the value of this step.
 PAMA_HD inline void gae_step(double reward, double value, double gamma, double lam, GaeState& state) {
     state.advantage = reward + gamma * state.value - value + gamma * lam * state.advantage;
     state.value = value;

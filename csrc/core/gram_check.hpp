@@ -45,7 +45,7 @@ inline bool is_gram(int n, const T* m, std::ptrdiff_t row, std::ptrdiff_t column
     return symmetric && (largest > 0 ? ldlt::solve(n, p.ld, p.scratch, true) : empty);
 }
 
-// The same for few unknowns, on what is symmetric already.
+// The same for few unknowns; the matrix is symmetric already.
 template <class V, int N>
 inline ldlt::Mask<V> nearly_semidefinite(ldlt::Triangle<V, N> h, V ridge) {
     V inverse[N], floor[N] = {};

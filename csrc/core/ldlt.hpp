@@ -2,7 +2,8 @@
 //
 // Many unknowns, in memory: blocks of four columns, left-looking; while a tile of 4 columns and 8 rows is in registers
 // it takes every update from the columns on its left, is finished, and is stored once. Columns hold L D. Few unknowns,
-// in registers: right-looking and unrolled. Either is several times slower in the other's place.
+// in registers: right-looking and unrolled. Each variant is several times slower than the other one on the other one's
+// problem sizes.
 #pragma once
 
 #include "config.hpp"

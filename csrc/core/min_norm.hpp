@@ -43,7 +43,7 @@ struct Problem : nnqp::ActiveSet<Problem> {
         }
     }
 
-    // Where one Jacobi step from the middle of the simplex leaves a positive weight.
+    // The first support: indices that have a positive weight after one Jacobi step from the centre of the simplex.
     PAMA_HD void start() {
         size = n;
         for (int i = 0; i < n; ++i) {
@@ -69,7 +69,7 @@ struct Problem : nnqp::ActiveSet<Problem> {
             point[support[a]] = y > 0.0 ? y * inverse : 0.0;
         }
     }
-    // For a matrix so far from semidefinite that nothing else came out: the best vertex.
+    // The best vertex, for a matrix so far from semidefinite that no step succeeded.
     PAMA_HD void fall_back() {
         int best = 0;
         for (int i = 0; i < n; ++i) {
@@ -142,13 +142,13 @@ PAMA_HD SolverResult solve_general(int n, const T* gram, std::ptrdiff_t row_stri
         for (; b < s.stride; ++b) row[b] = 0.0;
     }
     bool finite = 0.0 * mass + 0.0 * regularization == 0.0;
-    if (!(finite && s.finite()))  // or beyond the range after scaling, so far from semidefinite
+    if (!(finite && s.finite()))  // or out of range after scaling, because the matrix is far from semidefinite
         for (int i = 0; i < n; ++i)
             for (int j = 0; j < n; ++j)
                 if (!present || (present[i] && present[j])) finite = finite && 0.0 * entry(i, j) == 0.0;
     SolverResult result = {nnqp::kNan, nnqp::kNan, SolveStatus::not_finite, 0};
     if (finite) {
-        // Beyond kLargestRegularization c = p in double, and before it overflows.
+        // Above kLargestRegularization c = p in double precision; the limit avoids an overflow.
         s.weight = (regularization < kLargestRegularization ? regularization : kLargestRegularization) * scale(largest);
         double residual = 0.0;
         if (largest > 0.0) {
@@ -181,10 +181,11 @@ PAMA_HD SolverResult solve_general(int n, const T* gram, std::ptrdiff_t row_stri
 PAMA_HD inline std::size_t min_norm_workspace(int n) { return nnqp::workspace(n); }
 
 // gram: element (i, j) at i * row_stride + j * column_stride; (M + M')/2 is solved. preference: n non-negative numbers
-// (normalised over those present; null or without mass there: uniform). present: null, or 0 for an objective that takes
-// no part: its weight is 0 and its entries are not looked at. Any other NaN or infinity makes weights and optimum NaN.
-// A matrix that is not positive semidefinite gives some point of the simplex. None present, or M = 0: c = p. The
-// residual is Wolfe's gap c'g - min_j g_j, g the gradient, over max_i M_ii (1 + regularization).
+// (normalised over those present; uniform if null or if those sum to 0). present: null, or an array with 0 for each
+// objective that is excluded: its weight is 0 and its entries are ignored, including NaN. Any other NaN or infinity
+// makes weights and optimum NaN. A matrix that is not positive semidefinite gives some point of the simplex. If no
+// objective is present, or M = 0, c = p. The residual is Wolfe's gap c'g - min_j g_j, g the gradient, over max_i M_ii
+// (1 + regularization).
 template <class T>
 PAMA_HD inline SolverResult min_norm_solve(int n, const T* gram, std::ptrdiff_t row_stride,
                                            std::ptrdiff_t column_stride, const double* preference,

@@ -7,7 +7,7 @@ PAMA_BEGIN
 namespace min_norm {
 
 constexpr double kLargestRegularization = 1e100;
-constexpr double kPairSmallest = 1e-140, kPairLargest = 1e140;  // no scaling is needed within
+constexpr double kPairSmallest = 1e-140, kPairLargest = 1e140;  // no scaling is needed between these limits
 
 // With a = M_11, b = M_12, d = M_22 the first weight is s / (s + s'), where s and s' are the descents from the second
 // vertex and from the first, cut off at 0.
@@ -41,7 +41,8 @@ PAMA_HD inline SolverResult solve_pair(double a, double b, double d, double pref
                                        double* first, double* second) {
     const double diagonal = a > d ? a : d;
     const double size = 0.25 * std::fabs(a) + 0.25 * std::fabs(b) + 0.25 * std::fabs(d);
-    // Beyond kLargestRegularization c = p in double, and before it overflows. An infinite one stays not finite.
+    // Above kLargestRegularization c = p in double precision; the limit avoids an overflow. An infinite or NaN
+    // regularization becomes NaN.
     if (!(regularization < kLargestRegularization)) regularization = kLargestRegularization + 0.0 * regularization;
     if ((diagonal > kPairSmallest && size < kPairLargest) || !(size > 0.0) || !(size <= nnqp::kLargestDouble))
         return solve_scaled_pair(a, b, d, preference_first, regularization, first, second);

@@ -1,6 +1,6 @@
-// Min-norm problems of few objectives in registers: the exchange with its certificate, one matrix in each SIMD lane of
-// V or one alone. What needs more than the exchange (a singular support, a tie, a number that is not finite) is left to
-// the general solver.
+// Min-norm problems of few objectives in registers: the exchange with its certificate, one matrix per SIMD lane of V,
+// or a single matrix. Problems that the exchange does not solve (a singular support, a tie, a number that is not
+// finite) are left to the general solver.
 #pragma once
 
 #include <cstddef>
@@ -22,8 +22,8 @@ PAMA_HD inline bool is_small(int n, double regularization) {
     return n >= kSmallestSmall && n <= kLargestSmall && regularization <= 1.0;
 }
 
-// s.m: M, scaled so that 1 <= `largest` < 2, its largest diagonal entry. c: N weights. Where it was solved: the rest of
-// c and optimum means nothing.
+// s.m: M, scaled so that 1 <= `largest` < 2, its largest diagonal entry. c: N weights. Returns where the problem was
+// solved; elsewhere c and optimum are undefined.
 template <class V, int N>
 PAMA_HD inline ldlt::Mask<V> solve_small(nnqp::SmallSystem<V, N>& s, V largest, const double* preference,
                                          double regularization, V* c, V* optimum, V* residual) {
@@ -71,7 +71,7 @@ PAMA_HD inline ldlt::Mask<V> solve_small(nnqp::SmallSystem<V, N>& s, V largest, 
     return optimal & (*residual <= nnqp::kCertified * (1.0 + rho));
 }
 
-// The objectives `index` of one matrix of any scale and type; whether it was solved.
+// Solves for the objectives `index` of one matrix of any scale and type. Returns whether it was solved.
 template <int N, class T>
 PAMA_HD inline bool solve_one(const int* index, const T* gram, std::ptrdiff_t row_stride, std::ptrdiff_t column_stride,
                               const double* preference, double regularization, double* weights, SolverResult* result) {

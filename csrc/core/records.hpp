@@ -1,5 +1,5 @@
-// The records that cross the border between Python and the kernels, and their enumerations: the same as in
-// pama_kernels/_call.py, where the fields are documented. Pointers, sizes and strides in elements.
+// The records that are passed from Python to the kernels, and their enumerations. They mirror pama_kernels/_call.py,
+// where the fields are documented. Sizes and strides are in elements.
 #pragma once
 
 #include <cmath>
@@ -11,9 +11,9 @@
 namespace pama {
 
 enum class Kind { given, solved, fixed, scores, gram, upgrad, softmin };
-// Whether `weights` are an argument, and not found by the call itself.
+// Whether the weights are an argument of the call rather than computed by it.
 PAMA_HD constexpr bool weights_known(Kind kind) { return kind == Kind::given || kind == Kind::solved; }
-// Whether the weights come from the N x N statistics.
+// Whether the rule needs the N x N statistics (pairs).
 PAMA_HD constexpr bool needs_pairs(Kind kind) { return kind == Kind::gram || kind == Kind::upgrad; }
 
 enum class WeightsPer { batch, sequence, token };
@@ -45,8 +45,8 @@ struct Tokens {
 
     int64_t tokens() const { return offsets ? width : rows * width; }
     int64_t begin(int64_t row) const { return offsets ? offsets[row] : row * width; }
-    // Of (B, N) advantages all tokens of a sequence have the same combined one, unless weights solved per token tell
-    // them apart.
+    // Whether there is one combined advantage per sequence: with (B, N) advantages all tokens of a sequence have the
+    // same one, except under weights that are solved per token and depend on the log-probabilities.
     bool one_result_per_row(const Rule& rule) const {
         return per_sequence && !(rule.weights_per == WeightsPer::token && !weights_known(rule.kind) && logprobs);
     }
@@ -54,10 +54,10 @@ struct Tokens {
 
 constexpr double kNoNormalizer = -INFINITY;
 
-// What `apply` is asked for, and where the results go; an absent array was not asked for.
+// The results that `apply` computes and the memory that it writes them to; an absent array is not computed.
 struct Outputs {
     bool pairs = false;
-    double normalizer = kNoNormalizer;  // else replaces the denominator of the loss
+    double normalizer = kNoNormalizer;  // any other value replaces the denominator of the loss
     double kl_coef = 0;
     Array advantages, loss, gradient, weights, optimum;
     double* sums = nullptr;

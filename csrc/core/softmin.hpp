@@ -7,16 +7,17 @@
 
 PAMA_BEGIN
 
-// For one row, or one per SIMD lane. a (n): values; p (n): preference; c (n): in, 1 where an objective takes part, else
-// 0; out, the weights. Nobody takes part: c = p. No preference among those that do: uniform. A NaN or infinity among
-// them makes all NaN. Returns sum c_i a_i.
+// Solves one row, or one row per SIMD lane. a (n): values; p (n): preference; c (n): on input 1 for objectives that are
+// included, else 0; on output the weights. If no objective is included, c = p. If the preferences of the included
+// objectives sum to 0, a uniform preference is used. A NaN or infinity in an included objective makes all weights NaN.
+// Returns sum c_i a_i.
 template <class V>
 PAMA_HD inline V softmin_solve(int n, const V* a, const double* p, double temperature, V* c) {
     typedef typename LaneOf<V>::type T;
     constexpr bool single = sizeof(T) == sizeof(float);
     constexpr double largest = single ? 3e38 : 1.7e308;
     const V zero = V{}, inverse = zero + static_cast<T>(1 / temperature < largest ? 1 / temperature : largest);
-    const V least = zero - T(single ? 87 : 708);  // below it the exponential is no longer exact
+    const V least = zero - T(single ? 87 : 708);  // below this argument the exponential is no longer exact
     V mass = zero, count = zero, poison = zero, low = zero + static_cast<T>(INFINITY);
     for (int i = 0; i < n; ++i) {
         const auto here = c[i] > zero;

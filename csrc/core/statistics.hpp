@@ -34,7 +34,7 @@ enum Pair {
     kPairs
 };
 
-// As pama_kernels/_call.py spells them.
+// The same names as in pama_kernels/_call.py.
 constexpr const char* kFieldNames[kFields] = {
     "count",         "bound_sum",     "bound_square_sum",     "logprob_sum",
     "surrogate_sum", "advantage_sum", "advantage_square_sum", "positive_count",
@@ -43,16 +43,17 @@ constexpr const char* kTotalNames[kTotals] = {"token_count", "kl_sum"};
 constexpr const char* kPairNames[kPairs] = {"bound_product", "advantage_product", "pair_count", "pair_advantage",
                                             "pair_advantage_square"};
 
-// Fields that count tokens; all others are sums of numbers.
+// Whether a field is a token count; all other fields are sums of real values.
 PAMA_HD constexpr bool counts_tokens(int field) { return field == kCount || field >= kPositiveCount; }
 
-// Sums over the valid tokens of one sequence in which no objective appears, so that advantages per sequence cost the
-// same for any number of them. Factors are those of core/token.hpp, with the importance weight.
+// Sums over the valid tokens of one sequence that do not depend on the objectives: with advantages per sequence, the
+// pass over tokens costs the same for any number of objectives. The factors are those of core/token.hpp, multiplied by
+// the importance weight.
 enum RowSum {
     kValid,
     kOffPos,  // tokens without a gradient
     kOffNeg,
-    kRowCounted,  // until here they count tokens
+    kRowCounted,  // the sums before this one are token counts
     kGradPos = kRowCounted,
     kGradNeg,
     kGradPosSquare,
@@ -63,24 +64,25 @@ enum RowSum {
     kPos,
     kNeg,
     kK3,
-    kRowStatistics,  // until here the statistics need them
+    kRowStatistics,  // the statistics need the sums before this one
     kRefKl = kRowStatistics,
     kRowSums
 };
 
-// Where all factors are 1, whether the sum is the number of valid tokens; else it is 0.
+// If all factors are 1, each sum is either the number of valid tokens (true) or 0 (false).
 PAMA_HD constexpr bool factors_are_one(int sum) {
     return sum != kOffPos && sum != kOffNeg && sum != kGradPosLogp && sum != kGradNegLogp && sum < kK3;
 }
 
-// What a token counts as: its weight, and that again where it has no gradient for advantages of either sign, else 0.
+// What one token adds to the counts: `one` is its token weight; off_pos and off_neg are that weight if the token has no
+// gradient for positive or negative advantages, else 0.
 template <class C>
 struct TokenCount {
     C one, off_pos, off_neg;
 };
 
-// Adds one token to the fields of one objective: counts to `counts`, all else, times `omega`, to `sums`. For one token
-// or one per SIMD lane. Returns I.
+// Adds one token, or one token per SIMD lane, to the fields of one objective: counts to `counts`, all other terms,
+// multiplied by `omega`, to `sums`. Returns the bound term I.
 template <class V, class Mask, class C>
 PAMA_HD inline V add_token(const TokenFactors<V>& f, bool noon, V a, Mask here, V omega, const TokenCount<C>& count,
                            V (&sums)[kFields], C (&counts)[kFields]) {
@@ -103,7 +105,7 @@ PAMA_HD inline V add_token(const TokenFactors<V>& f, bool noon, V a, Mask here, 
     return bound;
 }
 
-// Adds one token to the sums of its sequence, those of negative advantages but for Noon.
+// Adds one token to the sums of its sequence. Under Noon, the sums for negative advantages are skipped.
 template <class V, class Mask, class C>
 PAMA_HD inline void add_to_row(const TokenFactors<V>& f, bool noon, Mask valid, C one, V (&sums)[kRowSums],
                                C (&counts)[kRowSums]) {
@@ -124,7 +126,8 @@ PAMA_HD inline void add_to_row(const TokenFactors<V>& f, bool noon, Mask valid, 
     sums[kNeg] += f.neg;
 }
 
-// Adds one sequence to the fields of one objective, from its advantage and the sums `r` times the token weight.
+// Adds one sequence to the fields of one objective. a: the sequence's advantage; r: the sequence's sums, multiplied by
+// its token weight.
 template <class V, class Mask>
 PAMA_HD inline void add_row(const double* r, bool noon, V a, Mask here, V (&sums)[kFields]) {
     const V zero{};
@@ -144,7 +147,8 @@ PAMA_HD inline void add_row(const double* r, bool noon, V a, Mask here, V (&sums
     sums[kClippedCount] += choose(above, zero + r[kOffPos], noon ? zero : choose(below, zero + r[kOffNeg], zero));
 }
 
-// Whether T held the sums of some tokens: float32 squares overflow above 1e19 and vanish below 1e-19.
+// Whether the sums were computed without overflow or underflow in T: squares in float32 overflow above 1e19 and
+// underflow below 1e-19.
 template <class T>
 PAMA_HD inline bool row_in_range(const T (&sums)[kRowSums]) {
     const T tiny = static_cast<T>(0x1p-80);
@@ -175,8 +179,8 @@ PAMA_HD inline double second_moment(const double* statistics, int64_t n, int64_t
     return count > 0 ? statistics[kBoundSquareSum * n + i] / count : 0.0;
 }
 
-// Whether objective i says anything in the batch: its raw advantages are exactly 0 everywhere if and only if none is
-// positive and their sum is 0. `bound`: its bound terms must not all be 0 either. NaN counts.
+// Whether objective i has a signal in the batch, that is a nonzero raw advantage: all raw advantages are exactly 0 if
+// and only if none is positive and their sum is 0. `bound`: also requires a nonzero bound term. NaN is a signal.
 PAMA_HD inline bool has_signal(const double* statistics, int64_t n, int64_t i, bool bound) {
     const bool raw = statistics[kPositiveCount * n + i] > 0 || statistics[kAdvantageSum * n + i] != 0;
     return statistics[kCount * n + i] > 0 && raw && (!bound || statistics[kBoundSquareSum * n + i] != 0);
@@ -191,7 +195,8 @@ PAMA_HD inline double cosine_entry(const double* statistics, int64_t n, int64_t 
     return norms == 0 ? 0.0 : product[i * n + j] / norms;
 }
 
-// M_ij = sum I_i I_j / sqrt(count_i count_j): the mean where all are present, and positive semidefinite always.
+// M_ij = sum I_i I_j / sqrt(count_i count_j): the mean if all objectives are present at every token, and positive
+// semidefinite in every case.
 PAMA_HD inline double gram_entry(const double* statistics, int64_t n, int64_t i, int64_t j) {
     const double counts = statistics[kCount * n + i] * statistics[kCount * n + j];
     const double product = statistics[pair_offset(n, kBoundProduct) + i * n + j];

@@ -1,4 +1,4 @@
-// From statistics to weights: of the whole batch, one sequence or one token.
+// Computes objective weights from statistics: for a batch, a sequence or a token.
 #pragma once
 
 #include <cstddef>
@@ -12,10 +12,10 @@
 
 PAMA_BEGIN
 
-// The weights of a rule that reads one value of each objective. a: values; p: preference; c: in, 1 where the objective
-// takes part, else 0; out, the weights. a and p are overwritten. scale: of the values' squares. Returns the optimum
-// a.c. N as in simplex_solve.
-// Batch: without the rules that are never solved for the batch.
+// Weights of a rule that needs one value per objective (SCORES, SOFTMIN). a: the values; p: the preference; c: on input
+// 1 for objectives that are included, else 0; on output the weights. a and p are overwritten. scale: the factor of the
+// regularization, a square of the values' size. Returns the optimum a.c. N as in simplex_solve. Batch: omits SOFTMIN,
+// which has no weights per batch.
 template <int N = 0, bool Batch = false>
 PAMA_HD inline double vector_weights(const Rule& rule, int n, double* a, double* p, double scale, double* c) {
     if constexpr (!Batch) {
@@ -24,7 +24,8 @@ PAMA_HD inline double vector_weights(const Rule& rule, int n, double* a, double*
     return simplex_row<N>(n, a, p, rule.number, scale, c);
 }
 
-// The same from the statistics of a batch or of a sequence; the scale is the largest mean of I^2. a, p (n): work space.
+// As vector_weights, with the values read from the statistics of a batch or a sequence; the scale is the largest mean
+// of I^2. a, p (n): workspace.
 template <int N = 0, bool Batch = false>
 PAMA_HD inline double statistics_weights(const Rule& rule, const double* statistics, int given_n,
                                          const double* preference, double* a, double* p, double* c) {
@@ -40,8 +41,9 @@ PAMA_HD inline double statistics_weights(const Rule& rule, const double* statist
     return vector_weights<N, Batch>(rule, n, a, p, scale, c);
 }
 
-// The preference over the objectives that have a signal (`part`: 1 or 0), as it is where they have no mass. Whether any
-// has a signal.
+// Restricts the preference to the objectives that have a signal and normalises it to sum 1. If their preferences sum to
+// 0, `effective` is the given preference. part (n): set to 1 for objectives with a signal, else 0. Returns whether any
+// objective has a signal.
 PAMA_HD inline bool effective_preference(const double* statistics, int n, bool bound, const double* preference,
                                          double* part, double* effective) {
     double mass = 0;
@@ -55,7 +57,8 @@ PAMA_HD inline bool effective_preference(const double* statistics, int n, bool b
     return some;
 }
 
-// The same for the batch: without a signal anywhere, the preference. effective (n): as effective_preference has it.
+// Weights of the batch for rules without pair statistics. If no objective has a signal, or the rule is FIXED, the
+// weights are `effective` (n), the result of effective_preference. c (n): on input the `part` of that function.
 template <int N = 0>
 PAMA_HD inline double batch_vector_weights(const Rule& rule, const double* statistics, int given_n,
                                            const double* preference, const double* effective, double* a, double* p,
@@ -72,7 +75,7 @@ PAMA_HD inline double batch_vector_weights(const Rule& rule, const double* stati
     return optimum;
 }
 
-// Doubles that batch_weights needs.
+// Size of the workspace of batch_weights, in doubles.
 PAMA_HD inline std::size_t batch_workspace(int n, Kind kind) {
     const std::size_t size = n, solver = kind == Kind::gram ? min_norm_workspace(n) : upgrad_workspace(n);
     return 2 * size + (needs_pairs(kind) ? size * size + solver : 0);
@@ -82,8 +85,8 @@ PAMA_HD inline double batch_entry(const Rule& rule, const double* statistics, in
     return rule.kind == Kind::gram ? cosine_entry(statistics, n, i, j) : gram_entry(statistics, n, i, j);
 }
 
-// Of a rule that reads pairs, with a matrix (n, n) of batch_entry. c: in, 1 where the objective takes part, else 0;
-// out, the weights. present (n), solver: work space.
+// Weights of a rule that needs pair statistics (GRAM, UPGRAD), given the matrix (n, n) of batch_entry. c: on input 1
+// for objectives that are included, else 0; on output the weights. present (n), solver: workspace.
 PAMA_HD inline SolverResult batch_matrix_weights(const Rule& rule, int n, const double* matrix,
                                                  const double* preference, double* c, unsigned char* present,
                                                  double* solver) {
@@ -91,12 +94,13 @@ PAMA_HD inline SolverResult batch_matrix_weights(const Rule& rule, int n, const 
     const SolverResult result = rule.kind == Kind::gram
                                     ? min_norm_solve(n, matrix, n, 1, preference, present, rule.number, c, solver)
                                     : upgrad_solve(n, matrix, n, 1, preference, present, c, solver);
-    for (int i = 0; i < n; ++i) c[i] += 0 * result.optimum;  // a NaN shows in every weight
+    for (int i = 0; i < n; ++i) c[i] += 0 * result.optimum;  // a NaN optimum makes every weight NaN
     return result;
 }
 
-// One set of weights for the batch: c (n), from objectives that have a signal; without any, the preference. `effective`
-// (n): the preference over those. The optimum is a.c, or that of the matrix problem, whose residual comes with it.
+// Computes the weights c (n) of the batch over the objectives that have a signal; if there are none, c is the
+// preference. effective (n): receives the preference normalised over the objectives with a signal. Returns the optimum
+// a.c or, for rules with pair statistics, the optimum and residual of the matrix problem.
 PAMA_HD inline SolverResult batch_weights(const double* statistics, int n, const Rule& rule, const double* preference,
                                           double* c, double* effective, double* work) {
     const bool gram = rule.kind == Kind::gram;
