@@ -1,5 +1,5 @@
-// New tensors, by torch.empty: what DLPack's exchange table allocates is not known to PyTorch's CUDA allocator, so
-// neither record_stream nor CUDA graphs would treat it as their own.
+// Allocates tensors with torch.empty: memory allocated by DLPack's exchange table is unknown to PyTorch's CUDA
+// allocator, so that record_stream and CUDA graphs would not manage it.
 #pragma once
 
 #include "tensor.hpp"
@@ -29,7 +29,7 @@ class Allocator {
     py::object scalar(Dtype dtype, void** data) const { return (*this)(dtype, py::tuple(), data); }
 
   private:
-    static PyObject* dtype_object(Dtype dtype) {  // kept for good, as all that follow
+    static PyObject* dtype_object(Dtype dtype) {  // never released, like the objects below
         static PyObject* known[4] = {};
         PyObject*& found = known[static_cast<int>(dtype)];
         if (!found) found = py::object(py::module_::import("torch").attr(name_of(dtype))).release().ptr();

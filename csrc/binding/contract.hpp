@@ -1,4 +1,4 @@
-// What the records and enumerations are called here, for a test that Python calls them the same.
+// The names of records and enumerations in C++, for a test that compares them with those in Python.
 #pragma once
 
 #include <string>
@@ -29,7 +29,7 @@ inline py::dict contract() {
     return result;
 }
 
-// What every native module has.
+// Functions that every native module defines.
 inline void define_shared(py::module_& m) {
     const py::object base = py::module_::import("pama_kernels.backends.native").attr("NoMemory");
     py::register_local_exception<NoMemory>(m, "NoMemory", base);

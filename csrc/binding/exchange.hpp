@@ -9,7 +9,7 @@
 namespace pama {
 namespace exchange {
 
-// The layout that DLPack fixes.
+// The memory layout defined by DLPack.
 struct Version {
     uint32_t major, minor;
 };
@@ -47,7 +47,8 @@ inline const Table*& table() {
     return known;
 }
 
-// The capsule torch.Tensor.__dlpack_c_exchange_api__, or None to do without; another major version is not used.
+// The capsule torch.Tensor.__dlpack_c_exchange_api__, or None if it is not available; other major versions are not
+// used.
 inline bool use(const pybind11::object& capsule) {
     table() = nullptr;
     if (capsule.is_none()) return false;
@@ -56,7 +57,7 @@ inline bool use(const pybind11::object& capsule) {
     return table() != nullptr;
 }
 
-// A tensor as it lies; false for anything else.
+// Reads a tensor without a copy; false for other objects.
 inline bool read(PyObject* object, Tensor& out) {
     if (!table()) return false;
     if (table()->from_object(object, &out) != 0) {

@@ -37,7 +37,7 @@ class Record {
         const py::object fields = record.attr("_fields");
         for (int k = 0; k < Names::count; ++k)
             positions()[k] = fields.attr("index")(Names::names[k]).template cast<Py_ssize_t>();
-        Py_INCREF(Py_TYPE(tuple_));  // kept: another type could else have its address
+        Py_INCREF(Py_TYPE(tuple_));  // never released, since another type could get the same address
         type() = Py_TYPE(tuple_);
     }
     PyObject* tuple_;
@@ -91,7 +91,7 @@ struct ResultNames {
                                                  "optimum",    "sums", "square_sum"};
 };
 
-// A number that is read on the host.
+// A number in host memory.
 inline double number(const py::handle& value, double none = std::numeric_limits<double>::quiet_NaN()) {
     if (value.is_none()) return none;
     const double x = PyFloat_AsDouble(value.ptr());
@@ -121,7 +121,7 @@ inline Clip read_clip(const Record<TokenNames>& record) {
                       number(record[TokenNames::dual_clip], none));
 }
 
-// All but the offsets: `packed` receives cu_seqlens, which a device keeps to itself.
+// Reads everything except the offsets: `packed` receives the tensor cu_seqlens, which may be in device memory.
 inline Tokens read_tokens(const py::handle& object, Tensor& packed) {
     const Record<TokenNames> record(object);
     Tokens tokens;
@@ -158,7 +158,8 @@ inline Tokens read_tokens(const py::handle& object, Tensor& packed) {
     return tokens;
 }
 
-// Offsets in host memory as int64, checked: they decide what memory is read. tokens < 0: only they tell.
+// Reads offsets in host memory as int64 and checks them, since kernels compute addresses from them. tokens < 0: the
+// number of tokens is known only from the offsets.
 inline std::vector<int64_t> read_offsets(const Tensor& t, int64_t rows, int64_t tokens) {
     if ((t.dtype != Dtype::i64 && t.dtype != Dtype::i32) || t.ndim != 1 || t.size(0) != rows + 1)
         throw py::value_error("cu_seqlens: expected int32 or int64 offsets of shape (B + 1,)");
@@ -188,7 +189,7 @@ inline double* float64_result(const py::handle& object, const char* name, int64_
     return static_cast<double*>(result.data);
 }
 
-// What is asked for, and where it goes. `by_row`: weights and optimum are per sequence.
+// Reads the requested results and the memory they are written to. `by_row`: weights and optimum are per sequence.
 inline Outputs read_outputs(const py::handle& asked, const py::handle& results, const Tokens& tokens, const Rule& rule,
                             bool by_row) {
     const Record<OutputNames> record(asked);

@@ -1,5 +1,5 @@
-// A torch tensor as the kernels see it, read through DLPack's exchange table where torch has it, else by its
-// attributes.
+// Reads the pointer, dtype, shape and strides of a torch tensor through DLPack's exchange table if torch provides it,
+// else from its Python attributes.
 #pragma once
 
 #include <string>
@@ -12,22 +12,22 @@ namespace binding {
 
 namespace py = pybind11;
 
-// A tensor has elements but no memory of its own.
+// Raised for a tensor that has elements but no memory of its own.
 struct NoMemory : std::invalid_argument {
     using std::invalid_argument::invalid_argument;
 };
 
-constexpr int kMaxDimensions = 64;  // of torch
+constexpr int kMaxDimensions = 64;  // the maximum of torch
 
-// Borrows from the tensor that it was read from.
+// Does not own memory: valid as long as the tensor it was read from.
 struct Tensor {
-    void* data = nullptr;  // never null where the tensor was given
+    void* data = nullptr;  // never null if the argument was given
     Dtype dtype = Dtype::f32;
     int ndim = 0;
     int64_t elements = 0;
     const int64_t *shape = nullptr, *strides = nullptr;
-    exchange::Tensor lent;            // as DLPack gave it; without strides where it did not
-    int64_t own[2 * kMaxDimensions];  // shape and strides, where nothing lends them
+    exchange::Tensor lent;            // filled by DLPack; `strides` is null if DLPack was not used
+    int64_t own[2 * kMaxDimensions];  // storage for shape and strides if DLPack was not used
 
     Tensor() = default;
     Tensor(const Tensor&) = delete;
@@ -50,7 +50,7 @@ inline Dtype dtype_of(const py::handle& dtype, const char* name) {
     constexpr int count = sizeof kDtypes / sizeof *kDtypes;
     static PyObject* objects[count] = {};
     for (int k = 0; k < count; ++k) {
-        if (!objects[k])  // kept for good
+        if (!objects[k])  // never released
             objects[k] = py::object(py::module_::import("torch").attr(kDtypes[k].name)).release().ptr();
         if (dtype.ptr() == objects[k]) return kDtypes[k].dtype;
     }
@@ -71,7 +71,8 @@ inline void read_attributes(const py::handle& object, const char* name, Tensor& 
     out.data = reinterpret_cast<void*>(object.attr("data_ptr")().cast<uintptr_t>());
 }
 
-// `name`: of the argument, for errors. None: not given. A tensor without elements has a pointer that nobody follows.
+// name: the argument, for error messages. None means that the argument was not given. A tensor without elements gets a
+// non-null pointer that is never dereferenced.
 inline void read_tensor(const py::handle& object, const char* name, Tensor& out) {
     exchange::Tensor& t = out.lent;
     out.data = nullptr;
@@ -95,7 +96,7 @@ inline void read_tensor(const py::handle& object, const char* name, Tensor& out)
                        ": expected a tensor with memory of its own, got one without (freed storage or a wrapper)");
 }
 
-// Objectives are counted by an int.
+// Checks the number of objectives, which must fit an int.
 inline int objectives_of(int64_t n, const char* name, int64_t least = 1) {
     if (n < least || n > (1 << 30) - 1)
         throw py::value_error(std::string(name) + ": expected " + std::to_string(least) + " to " +
@@ -103,7 +104,7 @@ inline int objectives_of(int64_t n, const char* name, int64_t least = 1) {
     return static_cast<int>(n);
 }
 
-// A contiguous float64 vector of n, or null where None.
+// A contiguous float64 vector of size n, or null for None.
 inline const double* read_preference(const py::handle& object, int64_t n, const char* name = "preference") {
     if (object.is_none()) return nullptr;
     Tensor t;
@@ -114,7 +115,7 @@ inline const double* read_preference(const py::handle& object, int64_t n, const 
     return static_cast<const double*>(t.data);
 }
 
-// Where a contiguous result goes, which Python has allocated; absent where it has no elements.
+// Reads a contiguous result tensor that Python has allocated; the array is absent if it has no elements.
 inline Array read_result(const py::handle& object, const char* name, int64_t elements = -1) {
     Tensor t;
     read_tensor(object, name, t);
@@ -127,7 +128,8 @@ inline Array read_result(const py::handle& object, const char* name, int64_t ele
     return {t.elements > 0 ? t.data : nullptr, t.dtype, 0, 0, 1};
 }
 
-// The leading dimensions as one: rows, and the stride from one to the next; false where no single stride runs through.
+// Flattens the leading dimensions: number of rows, and the stride between rows. Returns false if no single stride
+// exists.
 inline bool leading_rows(const Tensor& t, int trailing, int64_t& rows, int64_t& stride) {
     rows = 1;
     stride = 0;

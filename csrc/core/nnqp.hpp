@@ -2,8 +2,8 @@
 //
 //     1/2 y'Hy - b'y,    H_ij = M_ij + u_i + u_j + r_i [i = j],
 //
-// here the problem in the caller's workspace, and the linear algebra on one support of it: the optimum there is
-// H_SS y_S = b_S, one factorisation. min_norm.hpp and upgrad.hpp say what M, u, r and b are.
+// This header has the problem, stored in the caller's workspace, and the linear algebra on one support S: the optimum
+// on S solves H_SS y_S = b_S, with one factorisation. min_norm.hpp and upgrad.hpp define M, u, r and b.
 #pragma once
 
 #include <cstddef>
@@ -19,7 +19,7 @@ constexpr int kVectorCount = 19;  // arrays of leading_dimension(n) doubles in t
 
 constexpr int kLargestInRegisters = 8;
 #if defined(__CUDACC__)
-constexpr int kLargestExact = 4;  // from there on padded: each size more would add half a minute to the CUDA build
+constexpr int kLargestExact = 4;  // larger sizes are padded: each exact size adds half a minute to the CUDA build
 #else
 constexpr int kLargestExact = kLargestInRegisters;
 #endif
@@ -32,7 +32,7 @@ PAMA_HD inline auto with_size(int n, Visit visit) {
     return visit(std::integral_constant<int, Largest>{});
 }
 
-// Doubles of the workspace for n unknowns.
+// Size of the workspace for n unknowns, in doubles.
 PAMA_HD inline std::size_t workspace(int n) {
     const std::size_t ld = ldlt::leading_dimension(n), blocks = ldlt::round_up_to_block(n);
     return (n + blocks + kVectorCount) * ld + ldlt::kBlock * blocks;
@@ -50,7 +50,7 @@ struct System {
     double* point;       // the answer; in descend a feasible y
     double* saved;       // descend's best y
     double* kept;        // the best `point` of the proximal steps
-    double* answer;      // what several problems add up to
+    double* answer;      // the sum of the solutions of several problems
     double* unit;        // of each unknown
     double* compact;     // u on the support
     double* ones;        // e on the support, zero-padded
@@ -59,11 +59,11 @@ struct System {
     int* inside;   // 1 in the support
     int size = 0, factorisations = 0, most = 0;
     double value = 0.0, total = 0.0, linear = 0.0;  // b'y, e'y, u'y
-    double fixed_total = 0.0, fixed_terms = 0.0;    // of what b holds, beside total and terms
+    double fixed_total = 0.0, fixed_terms = 0.0;    // contributions of a fixed e_i to total and terms
     double terms = 0.0;                             // sum of H_ii |y_i|
-    double metric = 1.0;                            // the largest r_i of a proximal term, of its ridge
-    bool strict = true;                             // give up on a vanishing pivot,
-    double vanishing = kSingularPivot;              // which is this of H_ii
+    double metric = 1.0;                            // the largest r_i of a proximal term, over its ridge
+    bool strict = true;                             // fail on a pivot at or below
+    double vanishing = kSingularPivot;              // this multiple of H_ii
 
     PAMA_HD void bind(int count, double* workspace) {
         n = count;
@@ -105,8 +105,9 @@ struct System {
 
     PAMA_HD double* row_of(int i) const { return gram + static_cast<std::ptrdiff_t>(i) * stride; }
 
-    // y on the current support. False: strict, and the matrix is singular there; no meaningful numbers came out (only
-    // for a matrix that is not positive semidefinite); or no factorisation is left.
+    // Computes y on the current support. Returns false if the matrix is singular there and the solve is strict, if the
+    // result is not finite (possible only for a matrix that is not positive semidefinite), or if the limit of
+    // factorisations is reached.
     PAMA_HD bool solve() {
         if (factorisations >= most) return false;
         ++factorisations;
@@ -201,7 +202,7 @@ struct System {
         return ldlt::solve(size, rows, scratch, strict);
     }
 
-    // Whether M + 2 kSmallestRidge is clearly positive definite. Destroys the problem.
+    // Whether M + 2 kSmallestRidge is clearly positive definite. Overwrites the problem's data.
     PAMA_HD bool semidefinite() {
         for (int i = 0; i < n; ++i) {
             inside[i] = 1;
@@ -230,7 +231,7 @@ struct System {
         for (; first + 4 * ldlt::kTileRows <= stride; first += 4 * ldlt::kTileRows) multiply_columns<4>(first);
         for (; first < stride; first += ldlt::kTileRows) multiply_columns<1>(first);
     }
-    // M x of a vector in full.
+    // M x of a dense vector x.
     PAMA_HD void multiply(const double* x) {
         size = 0;
         for (int j = 0; j < n; ++j) {
@@ -241,7 +242,7 @@ struct System {
         multiply();
     }
 
-    // (Hy - b)_j outside the support, and the size of the terms that cancel in it.
+    // (Hy - b)_j for an index j outside the support, and the magnitude of the terms that cancel in it.
     PAMA_HD double multiplier(int j) const { return product[j] + linear + shift[j] * total - target[j]; }
     PAMA_HD bool below(int j, double tolerance) const {
         return multiplier(j) < tolerance * (diagonal[j] * (total + fixed_total) + (terms + fixed_terms));
@@ -255,7 +256,7 @@ struct System {
             if (first[j] != second[j]) return false;
         return true;
     }
-    // Identical objectives with equal preference share equally in x.
+    // Averages x over identical objectives with equal preference.
     PAMA_HD void average_duplicates(double* x) {
         for (int i = 0; i < n; ++i) inside[i] = 1;
         for (int i = 0; i < n; ++i) {

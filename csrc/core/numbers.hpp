@@ -1,5 +1,5 @@
 // Arithmetic that is the same on every device: choices between values, the exponential, the half-precision formats.
-// Templates over V serve one number, or one per SIMD lane (a GCC vector type).
+// Templates over V work on one number, or on one number per SIMD lane (a GCC vector type).
 #pragma once
 
 #include <string.h>

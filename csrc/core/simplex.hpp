@@ -2,28 +2,28 @@
 //
 //     minimise over c in the simplex   1/2 (a.c)^2 + rho/2 ||c - p||^2,
 //
-// rho = 0 standing for the limit rho -> 0 (of the optimal points the one nearest p).
+// rho = 0 standing for the limit rho -> 0 (the optimal point that is nearest to p).
 //
 // Stationarity makes c = [p - lambda (a - tau)]_+ with lambda = a.c / rho: the projection on the simplex of
-// a point that moves along a line. Along it the support only shrinks (an index that leaves has a larger a than the
-// mean of those that stay, and that mean falls), and phi(lambda) = a.c is convex and falling. Newton's
-// method on phi(lambda) = rho lambda from lambda = 0 therefore rises monotonically to the root:
+// a point that moves along a line. Along it the support only shrinks (an index that leaves the support has a larger a
+// than the mean over the remaining support, and that mean decreases), and phi(lambda) = a.c is convex and falling.
+// Newton's method on phi(lambda) = rho lambda from lambda = 0 therefore rises monotonically to the root:
 //
 //     on the support S, m = |S|, abar = mean_S a, e = sum_S p - 1,
 //     lambda = (abar + sum_S (a - abar) p) / (rho + sum_S (a - abar)^2)
 //     c_i = p_i - e/m - lambda (a_i - abar),     and every index with a negative weight leaves S.
 //
 // Between two Newton steps lambda is held until no index leaves (Michelot's projection), so no member of the
-// final support can be dropped: at most n departures and n Newton steps, for every finite input. For a
-// uniform p the step may be taken at once in every round: those outside S are then ordered by a, and phi on
-// any S that contains the final support stays below phi.
+// final support can be dropped: at most n departures and n Newton steps, for every finite input. For a uniform p the
+// Newton step may be taken in every round: the indices outside S are then ordered by a, and phi on any S that contains
+// the final support stays below phi.
 //
-// Scores are replaced by their distances from the one that never leaves. So no mean cancels, and lambda, which rounding
-// could turn back, is kept from falling: then every round leaves weights of sum 1, and c is on the simplex whatever the
-// span of the scores. Where they span more than about 1e12 (double), the choice among optimal points is lost to
-// rounding, the optimum is not.
+// Scores are replaced by their distances from the score of the index that never leaves the support, so that the means
+// have no cancellation. Lambda is kept from decreasing by rounding, so the weights have sum 1 after every round and c
+// is on the simplex for any range of scores. If the scores span more than about 1e12 (double), rounding may select
+// another optimal point; the optimum a.c stays accurate.
 //
-// The template serves one problem (V = double) and one problem per SIMD lane (V = a GCC vector type).
+// The template solves one problem (V = double) or one problem per SIMD lane (V = a GCC vector type).
 #pragma once
 
 #include <cmath>
@@ -33,11 +33,12 @@
 
 PAMA_BEGIN
 
-// For rho = 0 and 0 outside the open interval (min a, max a) the answer is exact and no path is needed: a.c is the
-// score nearest 0, and the objectives that have it share the weight. The caller keeps these alone, with scores of 0.
+// For rho = 0, if 0 is outside the open interval (min a, max a), the solution is exact without iteration: a.c is the
+// score nearest 0, and the objectives with that score share the weight. The caller includes only these objectives, with
+// scores of 0.
 //
-// The least sum of squares that has a reciprocal (below, the distances are too small to matter), and two units in the
-// last place of 1.
+// least_spread: the smallest sum of squares that has a finite reciprocal (smaller distances are negligible). rounding:
+// two units in the last place of 1.
 template <class V>
 PAMA_HD constexpr typename LaneOf<V>::type least_spread() {
     typedef typename LaneOf<V>::type T;
@@ -49,14 +50,14 @@ PAMA_HD constexpr typename LaneOf<V>::type rounding() {
     return sizeof(T) == 4 ? static_cast<T>(0x1p-22) : static_cast<T>(0x1p-51);
 }
 
-// a: n scores of a size whose square T holds (the caller rescales), overwritten; p: preference for the objectives that
-// take part, 0 elsewhere; c: in, 1 where an objective takes part and 0 elsewhere; out, the weights. Returns a.c.
-// Uniform: p is 1 / their number and is not read. A compile-time N > 0 unrolls the loops; n is then ignored.
+// a: n scores whose squares are in the range of T (the caller rescales), overwritten; p: preference, 0 for excluded
+// objectives; c: on input 1 for objectives that are included, else 0; on output the weights. Returns a.c. Uniform: p is
+// 1 / their number and is not read. A compile-time N > 0 unrolls the loops; n is then ignored.
 template <class V, int N = 0, bool Uniform = false>
 PAMA_HD inline V simplex_solve(int n, V* PAMA_RESTRICT a, const V* PAMA_RESTRICT p, V rho, V* PAMA_RESTRICT c) {
     const int size = N > 0 ? N : n;
     const V zero = V{}, one = zero + 1;
-    const V huge = zero + 1e30f;  // beside a
+    const V huge = zero + 1e30f;  // relative to a
     const auto none = rho != rho;
 
     V low = huge, high = -huge, at_preference = zero;
@@ -72,7 +73,7 @@ PAMA_HD inline V simplex_solve(int n, V* PAMA_RESTRICT a, const V* PAMA_RESTRICT
 #if defined(__CUDA_ARCH__)
     const int unconditional = 1;
 #else
-    const int unconditional = N > 0 && N <= 4 ? N - 1 : 1;  // rounds without a branch: more than needed change nothing
+    const int unconditional = N > 0 && N <= 4 ? N - 1 : 1;  // rounds without a branch: additional rounds change nothing
 #endif
     for (int round = 1; round <= 2 * size + 2; ++round) {
         V m = zero, sum_a = zero, sum_p = zero;
@@ -99,7 +100,7 @@ PAMA_HD inline V simplex_solve(int n, V* PAMA_RESTRICT a, const V* PAMA_RESTRICT
             left = left | (weight < zero);
         }
         if (round >= unconditional && !any(left | holding)) break;
-        if (!Uniform) holding = left;  // lambda rests until no index leaves
+        if (!Uniform) holding = left;  // lambda is held until no index leaves the support
     }
     V total = zero, optimum = zero;
     for (int i = 0; i < size; ++i) {
@@ -141,9 +142,10 @@ PAMA_HD inline void sort_values(V* v) {
     }
 }
 
-// The same where everyone takes part and p is uniform, for small N: the support is then the scores nearest one end, so
-// all N candidates are tried at once in sorted order, without a loop that waits for its own result. Mean and spread of
-// the k nearest grow with k as Welford's do; the largest k that leaves its last member a weight is the answer.
+// The same if all objectives are included and p is uniform, for small N: the support then consists of the k smallest or
+// the k largest scores, so all N candidate supports are evaluated in sorted order, without a dependent loop. Mean and
+// spread of the first k scores are updated as in Welford's algorithm; the largest k that leaves its last member a
+// weight is the answer.
 template <class V, int N>
 PAMA_HD inline V simplex_sorted(const V* PAMA_RESTRICT a, V rho, V* PAMA_RESTRICT c) {
     const V zero = V{}, one = zero + 1;
@@ -184,11 +186,12 @@ PAMA_HD inline V simplex_sorted(const V* PAMA_RESTRICT a, V rho, V* PAMA_RESTRIC
     return choose(rho == zero, zero, sign * optimum);
 }
 
-constexpr double kLeastRho = 1e-280;  // beside scores of 1: below it is none
+constexpr double kLeastRho = 1e-280;  // for scores of magnitude 1: a smaller rho counts as 0
 
-// One row of any scale, in double. a: scores; p: preference; c: in, 1 where the objective takes part, else 0; out,
-// the weights. a and p are overwritten. scale < 0 stands for max a^2. Returns the optimum a.c.
-// No objective takes part: c = p. A NaN or infinity among those that do: everything is NaN. N as in simplex_solve.
+// Solves one row of any scale, in double. a: scores; p: preference; c: on input 1 for objectives that are included,
+// else 0; on output the weights. a and p are overwritten. scale < 0 stands for max a^2. Returns the optimum a.c. If no
+// objective is included, c = p. A NaN or infinity in an included objective makes all results NaN. N as in
+// simplex_solve.
 template <int N = 0>
 PAMA_HD inline double simplex_row(int given_n, double* PAMA_RESTRICT a, double* PAMA_RESTRICT p, double regularization,
                                   double scale, double* PAMA_RESTRICT c) {

@@ -1,6 +1,6 @@
-// A non-negative quadratic problem (nnqp.hpp) of few unknowns in registers, one in each SIMD lane of V or one alone,
-// and its supports for active_set.hpp. In the same order of operations, so to the same bits, whatever is in other
-// lanes.
+// A non-negative quadratic problem (nnqp.hpp) of few unknowns in registers, one problem per SIMD lane of V or a single
+// problem, and its supports for active_set.hpp. The order of operations does not depend on the other lanes, so a
+// problem gets the same bits in any lane.
 #pragma once
 
 #include "active_set.hpp"

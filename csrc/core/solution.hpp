@@ -1,4 +1,4 @@
-// What the solvers of this directory return, and every number on which they decide.
+// The result type of the solvers in this directory, and all their tolerances and limits.
 #pragma once
 
 #include <cmath>
@@ -14,19 +14,19 @@ enum class SolveStatus : int {
     solved,           // the residual is below kPromisedResidual
     indefinite,       // the matrix is not positive semidefinite: a point of the simplex, optimal for M plus a ridge
     not_finite,       // a NaN or infinity in the input: weights and optimum are NaN
-    iteration_limit,  // above the promise after most_factorisations: weights and optimum are NaN
-    inexact           // above the promise otherwise: weights and optimum are NaN
+    iteration_limit,  // residual above kPromisedResidual after most_factorisations: weights and optimum are NaN
+    inexact           // residual above kPromisedResidual for another reason: weights and optimum are NaN
 };
 
 struct SolverResult {
     double optimum;   // c'Mc, never negative
-    double residual;  // of the optimality conditions, relative; what exactly, each solver says
+    double residual;  // relative violation of the optimality conditions, as defined by each solver
     SolveStatus status;
     int factorisations;
 };
 using MinNormResult = SolverResult;
 
-// Whether the promise was broken: the caller raises, or leaves the NaN.
+// Whether the residual is above kPromisedResidual: the caller raises an error or returns the NaN.
 PAMA_HD inline bool unsolved(const SolverResult& result) {
     return result.status == SolveStatus::iteration_limit || result.status == SolveStatus::inexact;
 }
@@ -51,7 +51,8 @@ constexpr double kProximalGap = 10.0;                        // of the ridge: mo
 constexpr int kProximalSteps = 12;
 constexpr int kSpareExchanges = 2;
 
-// No proof bounds the factorisations of one problem by a polynomial; this is several times what was ever seen.
+// No proof bounds the factorisations of one problem by a polynomial; this limit is several times the largest number
+// observed.
 PAMA_HD constexpr int most_factorisations(int n) { return 100 + 10 * n; }
 
 // The power of two s with 1 <= s x < 2 for normal x > 0 (up to the ends of the exponent range).
@@ -66,7 +67,7 @@ PAMA_HD inline double power_of_two_scale(double x) {
 }
 
 // x -> s x with the power of two s that brings `largest` to [1, 2) (or near, at the ends of the range); subnormal
-// numbers are lifted first, as one factor can't.
+// numbers are scaled in two steps, since one factor does not suffice.
 struct Scale {
     double lift, power;
     PAMA_HD explicit Scale(double largest)

@@ -1,7 +1,8 @@
-// The factors of one token, from loaded values: what core/statistics.hpp sums and the loss is made of.
+// The factors of one token, computed from loaded values. The statistics (core/statistics.hpp) and the loss are built
+// from them.
 //
-// A masked place counts as 0 whatever it holds. A NaN or infinity at a valid place makes the factors of its token, or
-// its own advantage, NaN; so the arithmetic that follows needs no test.
+// Masked values are ignored and count as 0, including NaN. A NaN or infinity at a valid token makes the factors of that
+// token, or that advantage, NaN, so later arithmetic needs no test for it.
 #pragma once
 
 #include "numbers.hpp"
@@ -9,8 +10,8 @@
 
 PAMA_BEGIN
 
-// Factors of the surrogate and of the bound term, times w: for positive advantages and for negative ones. For one token
-// or one per SIMD lane.
+// Factors of the surrogate and of the bound term, multiplied by w, for positive and for negative advantages; for one
+// token or one token per SIMD lane.
 template <class V>
 struct TokenFactors {
     V logp, pos, neg, grad_pos, grad_neg;
@@ -18,7 +19,7 @@ struct TokenFactors {
     decltype(V{} < V{}) off_pos, off_neg;  // no gradient
 };
 
-// Clip in the type of the computation.
+// The clip limits in the type of the computation.
 template <class T>
 struct ClipIn {
     T low, high, dual, log_low, log_high, log_dual;
@@ -53,11 +54,11 @@ PAMA_HD inline TokenFactors<V> token_factors(const ClipIn<T>& clip, Mask valid, 
     f.neg = factor * max_of(min_of(f.ratio, zero + clip.dual), low) + bad;
     f.grad_pos = choose(f.off_pos, zero, factor) + bad;
     f.grad_neg = choose(f.off_neg, zero, factor) + bad;
-    f.kl = k3 + bad;  // k3 is 0 at d = 0, so at masked places
+    f.kl = k3 + bad;  // k3 is 0 at d = 0, hence at masked tokens
     return f;
 }
 
-// The raw advantage as the sums take it: 0 where absent, NaN for infinity.
+// The raw advantage as used in the sums: 0 if the objective is absent, NaN if it is infinite.
 template <class T>
 PAMA_HD inline T raw_advantage(T value, bool present) {
     value = present ? value : T(0);

@@ -1,13 +1,13 @@
 // UPGrad's weights, exactly (Quinton & Rey 2024, arXiv 2406.16232): given a symmetric positive semidefinite M, the Gram
-// matrix of the objectives' gradients, and a preference p, the mean by p of each gradient's projection on the cone of
-// directions in which no objective falls,
+// matrix of the objectives' gradients, and a preference p, the mean, weighted by p, of the projections of the gradients
+// on the cone of directions in which no objective decreases:
 //
-//     c = sum_i c^(i) over its sum,    c^(i) = argmin c'Mc over c >= p_i e_i.
+// c = sum_i c^(i), normalised to sum 1,    c^(i) = argmin c'Mc over c >= p_i e_i.
 //
 // With c^(i) = p_i (e_i + x): minimise over x >= 0: 1/2 x'Mx + (M_i.) x, a problem of nnqp.hpp with u = 0 and b =
-// -M_i., which p_i does not appear in; active_set.hpp solves it. The objectives' scales come out first, as powers of
-// two: with S M S for M, 1 <= (S M S)_ii < 4, and S^-1 c for c nothing else changes, so that an objective is judged by
-// the size of its own gradient.
+// -M_i., which does not depend on p_i; active_set.hpp solves it. The objectives are first scaled by powers of two: M is
+// replaced by S M S with 1 <= (S M S)_ii < 4, and c by S^-1 c. The problem is otherwise unchanged, and tolerances
+// become relative to each objective's own gradient norm.
 //
 // Where a minimiser is not unique, it is the one nearest to p_i e_i (among objectives whose norms span at most
 // kLargestUnit): the proximal term is in the units of M.
@@ -39,15 +39,15 @@ PAMA_HD inline double unit_of(double m, int odd) {
     return std::ldexp(1.0, -(above - (above & 1)) / 2);
 }
 
-// S M S of the objectives that have a gradient.
+// S M S for the objectives with a nonzero gradient.
 struct Problem : nnqp::ActiveSet<Problem> {
     static constexpr bool kBounded = false;
     int own = 0;  // i
 
     PAMA_HD bool convex() const { return false; }
 
-    // The proximal term in the units of M, of which the smallest counts 1: S comes in `unit`.
-    double smallest_unit = 1.0, halved = 1.0;  // M comes times `halved`
+    // The proximal term in the units of M, with the smallest unit scaled to 1; `unit` contains S.
+    double smallest_unit = 1.0, halved = 1.0;  // M is multiplied by `halved`
     PAMA_HD double metric_of(int j) const {
         const double relative = unit[j] / smallest_unit;
         return relative < kLargestUnit ? relative * relative : kLargestUnit * kLargestUnit;
@@ -79,7 +79,7 @@ struct Problem : nnqp::ActiveSet<Problem> {
     }
     PAMA_HD void fall_back() { reset(); }
 
-    // Of x >= 0, g = M (e_i + x) >= 0, x.g = 0, for e_i + x of sum 1.
+    // The violation of x >= 0, g = M (e_i + x) >= 0, x.g = 0, with e_i + x scaled to sum 1.
     PAMA_HD double residual() {
         double sum = 1.0;
         for (int j = 0; j < n; ++j) {
@@ -115,12 +115,12 @@ PAMA_HD inline SolverResult solve_pair(double a, double b, double d, double p, d
 
 constexpr int kSmallestSmall = 3, kLargestSmall = 4;
 
-// solve_all in registers: one exchange for each objective. False where some needs more than that.
+// solve_all in registers: one exchange per objective. Returns false if the exchange does not solve one of them.
 template <int N>
 PAMA_HD inline bool solve_small(const Problem& s, double* answer, SolverResult* result) {
     nnqp::SmallSystem<double, N> x;
     double sum[N], unit[N], preference[N];
-    bool apart = true;  // duplicates are averaged elsewhere
+    bool apart = true;  // no two objectives are identical; duplicates are averaged by the general solver
     PAMA_UNROLL
     for (int i = 0; i < N; ++i) {
         PAMA_UNROLL
@@ -206,7 +206,8 @@ PAMA_HD inline SolverResult solve_all(Problem& s) {
     return result;
 }
 
-// (M + M')/2 in units of the objectives that are present and have a gradient, into s. Whether all present is finite.
+// Writes (M + M')/2, scaled, for the objectives that are present and have a nonzero gradient, to s. Returns whether all
+// entries of present objectives are finite.
 template <class T>
 PAMA_HD bool gather(int n, const T* gram, std::ptrdiff_t row_stride, std::ptrdiff_t column_stride,
                     const double* preference, const unsigned char* present, double share, double* workspace,
@@ -241,7 +242,8 @@ PAMA_HD bool gather(int n, const T* gram, std::ptrdiff_t row_stride, std::ptrdif
             if (!takes_part(j)) continue;
             const double half = 0.5 * s.halved * s.unit[a],
                          own = half * entry(i, j) * s.unit[b] + half * entry(j, i) * s.unit[b];
-            // Cauchy and Schwarz' bound may be broken by rounding to float32, or by more. Of equal rows it is exact.
+            // Rounding to float32, or an invalid matrix, may violate the Cauchy-Schwarz bound. For equal rows it is
+            // exact.
             const double bound = s.diagonal[a] * s.diagonal[b];
             row[b++] = own > kCosine * bound ? bound : own < -kCosine * bound ? -bound : own;
         }
@@ -302,13 +304,13 @@ PAMA_HD SolverResult solve_general(int n, const T* gram, std::ptrdiff_t row_stri
 
 }  // namespace upgrad
 
-// Doubles that upgrad_solve needs for n objectives.
+// Size of the workspace of upgrad_solve for n objectives, in doubles.
 PAMA_HD inline std::size_t upgrad_workspace(int n) { return nnqp::workspace(n); }
 
-// Arguments as those of min_norm_solve; a preference without mass among those present is returned as it is. The optimum
-// is c'Mc of the normalised c. The residual is the largest violation of x >= 0, g = M (e_i + x) >= 0, x.g = 0 over all
-// i, where e_i + x is scaled to sum 1 and M to diagonal entries from 1 to 4: for every j, (Mc^(i))_j lies at most twice
-// the residual times sqrt(M_jj max_k M_kk) sum c^(i) below 0.
+// Arguments as for min_norm_solve; if the preferences of the present objectives sum to 0, the preference is returned
+// unchanged. The optimum is c'Mc of the normalised c. The residual is the largest violation of x >= 0, g = M (e_i + x)
+// >= 0, x.g = 0 over all i, where e_i + x is scaled to sum 1 and M to diagonal entries from 1 to 4: for every j,
+// (Mc^(i))_j lies at most twice the residual times sqrt(M_jj max_k M_kk) sum c^(i) below 0.
 template <class T>
 PAMA_HD inline SolverResult upgrad_solve(int n, const T* gram, std::ptrdiff_t row_stride, std::ptrdiff_t column_stride,
                                          const double* preference, const unsigned char* present, double* weights,
@@ -318,7 +320,7 @@ PAMA_HD inline SolverResult upgrad_solve(int n, const T* gram, std::ptrdiff_t ro
         const double b = 0.5 * gram[column_stride] + 0.5 * gram[row_stride];
         const double mass = preference ? preference[0] + preference[1] : 1.0;
         const double p = preference ? preference[0] / mass : 0.5, q = preference ? preference[1] / mass : 0.5;
-        const nnqp::Scale scale(a > d ? a : d);  // so that any power of two times M takes the same path
+        const nnqp::Scale scale(a > d ? a : d);  // so that M times any power of two gives the same bits
         const double first = scale(a), across = scale(b), second = scale(d);
         if (first > upgrad::kPairSmallest && first < upgrad::kPairLargest && second > upgrad::kPairSmallest &&
             second < upgrad::kPairLargest && std::fabs(across) < upgrad::kPairLargest && p + q > 0.0) {

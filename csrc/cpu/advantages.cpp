@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kParallel = 1 << 14;  // values
 
-// One objective of one group.
+// The normalisation of one objective in one group.
 class Group {
   public:
     explicit Group(std::vector<double> values) : values_(std::move(values)) {
@@ -27,8 +27,9 @@ class Group {
         largest_ = std::fmax(std::fabs(low), std::fabs(high));
     }
 
-    // Minus the mean, over the deviation plus eps where `scale` asks for it; 0 where a reward is missing (NaN). Exactly
-    // 0 where all are equal. An infinity leaves nothing finite.
+    // Subtracts the mean and, if `scale` is set, divides by the standard deviation plus eps. The result is 0 for a
+    // missing reward (NaN), and exactly 0 if all rewards are equal. An infinity makes all other results of the group
+    // NaN.
     void normalize(bool scale, double eps) {
         if (constant_ || !std::isfinite(largest_)) {
             for (double& x : values_) x = std::isnan(x) ? 0.0 : (constant_ ? x - x : NAN);

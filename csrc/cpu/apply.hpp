@@ -1,4 +1,5 @@
-// Weights, combined advantages, loss and gradient with the statistics beside them, over blocks of tokens or rows.
+// Computes weights, combined advantages, loss and gradient, and the statistics in the same pass, for blocks of tokens
+// or rows.
 #pragma once
 
 #include "../core/weights.hpp"
@@ -6,7 +7,7 @@
 
 PAMA_BEGIN
 
-// The sum of squares, in double where T can't hold them.
+// The sum of squares; recomputed in double if the sum in T is out of range.
 template <class T>
 inline double square_sum(const T* x, int64_t count, T sum) {
     const T tiny = static_cast<T>(0x1p-80);
@@ -16,8 +17,9 @@ inline double square_sum(const T* x, int64_t count, T sum) {
     return exact;
 }
 
-// Combined advantages, gradient and loss of one tile, whose tokens have the weight `omega`, with weights `fixed` (n) or
-// each token's own in w.c. `shares` (one per token, or null) multiplies them. NaN weights stay away from masked places.
+// Computes combined advantages, gradient and loss of one tile. omega: the weight of each of its tokens. Objective
+// weights are `fixed` (n) or, if Own, those of each token in w.c; they are multiplied by `shares` (one per token, or
+// null). NaN weights do not affect masked tokens.
 template <bool Noon, bool Own, class T, class V = typename Lanes<T>::V>
 inline void apply_weights(const Pass& pass, const Workspace<T>& w, int64_t first, double omega, const T* fixed,
                           const T* shares, Partial& partial) {
@@ -78,8 +80,9 @@ inline void apply_weights(const Pass& pass, const Workspace<T>& w, int64_t first
     if (outputs.advantages) partial.square += omega * square_sum(combined, tile.padded, result[1]);
 }
 
-// One tile's results. `fixed` (n) serves all its tokens, or null: w.c does. `divisor` (n): the preference that presence
-// divides by, or null.
+// Computes and stores the results of one tile. fixed (n): objective weights of all its tokens, or null to use w.c.
+// divisor (n): the preference; the weights of a token are divided by its sum over the objectives present there. Null:
+// no division.
 template <class T>
 inline void apply_tile(const Pass& pass, Workspace<T>& w, int64_t first, double omega, const T* fixed, const T* divisor,
                        Partial& partial) {
@@ -95,7 +98,7 @@ inline void apply_tile(const Pass& pass, Workspace<T>& w, int64_t first, double 
     if (pass.outputs.gradient) store_values(pass.outputs.gradient, first, w.tile.count, w.gradient);
 }
 
-// The weights of a row from its own sums, and their optimum. c (n); work: 3 n doubles.
+// Computes the weights c (n) of a row from its own sums, or loads given ones. Returns the optimum. work: 3 n doubles.
 inline double row_weights(const Pass& pass, int64_t row, const double* sums, double* c, double* work) {
     const int n = pass.tokens.n;
     double optimum = 0;
@@ -111,7 +114,7 @@ inline double row_weights(const Pass& pass, int64_t row, const double* sums, dou
     return optimum;
 }
 
-// One row: its weights, solved on its own sums or given, then its tokens.
+// Processes one row: its weights, then the results of its tokens.
 template <class T>
 inline void apply_row(const Pass& pass, int64_t row, Workspace<T>& w, Partial& partial) {
     const Tokens& tokens = pass.tokens;

@@ -1,5 +1,5 @@
-// Work in blocks whose number and order depend on the input alone: threads take blocks, and partial sums are added in
-// the order of the blocks. So results are bitwise equal for any number of threads.
+// Splits work into blocks whose number and order depend only on the input: threads take blocks, and partial sums are
+// added in the order of the blocks, so results are bitwise equal for any number of threads.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@ namespace pama {
 
 constexpr int64_t kBlockTokens = 4096, kTileMultiple = 256, kMaxBlocks = 256;
 constexpr int64_t kMaxPartials = 1 << 24;  // doubles
-// A thread that gets less than this (about 100 us) is not worth its parallel region: where the cores are busy, the
-// region ends when the scheduler has found time for everybody, after milliseconds.
+// The minimum work of a thread (about 100 us). Less work does not pay for a parallel region: on busy cores a region
+// ends only when the scheduler has run every thread, which can take milliseconds.
 constexpr int64_t kThreadTokens = 1 << 14;
 
 // Aligned memory for one thread, kept between calls.
@@ -29,7 +29,7 @@ inline void* scratch(int64_t bytes) {
     return memory.get() + (64 - address % 64) % 64;
 }
 
-// `units` tokens or rows, of `tokens` tokens together, in blocks of equal size (a multiple of a tile).
+// Splits `units` tokens or rows, with `tokens` tokens in total, into blocks of equal size (a multiple of a tile).
 struct Blocks {
     int64_t units, tokens, size, count;
     Blocks(int64_t units, int64_t tokens, int64_t multiple, int64_t partial_size = 1) : units(units), tokens(tokens) {

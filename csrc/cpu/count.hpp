@@ -1,4 +1,4 @@
-// How many values of a mask are not 0, as fast as they can be read.
+// Counts the nonzero values of a mask at memory bandwidth.
 #pragma once
 
 #include "simd.hpp"
@@ -28,7 +28,8 @@ inline int64_t sum_lanes(const BytesV& counts) {
 }
 #endif
 
-// S: unsigned integers for the bits of a value; those in `bits` decide. Each lane counts as far as it can.
+// S: an unsigned integer of the size of a value; a value is nonzero if it has a bit in common with `bits`. Each lane
+// counts up to its maximum before the lanes are added.
 template <class S>
 inline int64_t count_nonzero(const S* PAMA_RESTRICT source, int64_t stride, int64_t count, S bits) {
     typedef S V __attribute__((vector_size(PAMA_VECTOR_BYTES)));

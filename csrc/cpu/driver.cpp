@@ -1,4 +1,5 @@
-// The statistics of a batch, and everything that follows from them.
+// The driver of the CPU backend: statistics of a batch, and the weights, advantages, loss and gradient computed from
+// them.
 #include "../core/statistics.hpp"
 #include "plan.hpp"
 #include "values.hpp"
@@ -41,7 +42,7 @@ void complete_pairs(const Tokens& tokens, double* sums) {
 
 namespace {
 
-// Padded sequences without a gap between them are one long sequence, where tokens have the same weight.
+// Padded sequences without a gap between them are treated as one long sequence if all tokens have the same weight.
 Tokens collapsed(Tokens tokens) {
     if (tokens.offsets || tokens.rows == 1) return tokens;
     for (const Array* array : {&tokens.advantages, &tokens.mask, &tokens.objective_mask, &tokens.logprobs,
@@ -62,12 +63,12 @@ void token_statistics(const Tokens& given, const double* omega, bool pairs, doub
     if (pairs) complete_pairs(tokens, out);
 }
 
-// `apply` in the making: first the weights, as far as they are known before the pass, then the pass.
+// The state of one call of `apply`: first the weights that can be computed before the pass over tokens, then the pass.
 struct Applied {
     Pass pass;
     const Preference preference;
     const int threads, n;
-    const bool solved_here;  // one set for the batch
+    const bool solved_here;  // one set of weights for the batch, solved by this call
     double* const sums;
     std::vector<int64_t> counts;
     std::vector<double> omega, rows, c, effective;
@@ -111,7 +112,7 @@ struct Applied {
         pass.preference = effective.data();
     }
 
-    // The factor of every token's loss, but for its weight.
+    // The factor of every token's loss, without the token weight.
     void find_scale() {
         const Outputs& outputs = pass.outputs;
         if (!outputs.loss) return;
@@ -130,7 +131,7 @@ struct Applied {
         return total;
     }
 
-    // Runs work(first, last, partial) over blocks of `units` and writes what follows from the partial sums.
+    // Runs work(first, last, partial) over blocks of `units` and writes the results computed from the partial sums.
     template <class Work>
     void run(int64_t units, int64_t tokens, int64_t multiple, Work work) {
         const int64_t own = n + 3, size = own + (pass.statistics ? statistics_size(n, pass.outputs.pairs) : 0);
@@ -152,7 +153,7 @@ struct Applied {
         if (!solved_here && !pass.by_rows()) report(merged.data());
     }
 
-    // Given weights, or the mean of those per token.
+    // Reports given weights, or the mean of the weights per token.
     void report(const double* merged) {
         const double count = sums[total_offset(n) + kTokenCount];
         double optimum = count > 0 ? merged[1] / count : 0.0;
@@ -183,7 +184,8 @@ struct Applied {
             });
     }
 
-    // One pass over the tokens where weights are known before it, else one for the sums and one for the gradient.
+    // One pass over the tokens if the weights are known before it, otherwise one pass for the sums and one for the
+    // gradient.
     void row_passes() {
         const Kernels& k = kernels();
         const Tokens& tokens = pass.tokens;

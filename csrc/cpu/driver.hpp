@@ -1,4 +1,4 @@
-// Whole calls. Results are bitwise equal for any number of threads.
+// The entry points of the CPU backend. Results are bitwise equal for any number of threads.
 #pragma once
 
 #include <vector>
@@ -10,7 +10,7 @@ namespace pama {
 // The kernels of the best instruction set that this processor has; `name` forces one (null: no change).
 const Kernels& kernels(const char* name = nullptr);
 
-// (n) on the simplex; uniform where none is given.
+// The preference (n) on the simplex; uniform if none is given.
 struct Preference {
     std::vector<double> own;
     const double* data;
@@ -27,20 +27,20 @@ struct Preference {
 
 void statistics(const Tokens& tokens, bool pairs, double* out, int threads);
 
-// Weights of the whole batch from its (possibly merged) statistics, and the preference over the objectives with a
-// signal: c and effective (n). Returns the optimum; throws where there is none within the promised residual.
+// Computes from the (possibly merged) statistics of a batch the weights c (n) and the preference over the objectives
+// with a signal, `effective` (n). Returns the optimum; throws if no solution has a residual below kPromisedResidual.
 double solve(const double* sums, const Rule& rule, const double* preference, int n, double* c, double* effective);
 
-// `weights`: (n) or, `per_row`, (rows, n); absent where the rule is solved here.
+// `weights`: (n) or, `per_row`, (rows, n); absent if this call solves the rule.
 void apply(const Tokens& tokens, const Rule& rule, const double* preference, const Array& weights, bool per_row,
            const Outputs& outputs, int threads);
 
-// Rows of the scalar problem. scores, scale, weights and optimum are float or double alike.
+// Solves the scalar problem for many rows. scores, scale, weights and optimum have one dtype, float or double.
 void weights(long rows, int n, const Array& scores, const double* prior, bool uniform, double regularization,
              const Array& scale, void* weights, void* optimum, int threads);
 
-// Rows of the min-norm problem, and of UPGrad's. They return -1, or the first matrix that is clearly no Gram matrix,
-// and throw where one has no solution within the promised residual.
+// Solve the min-norm problem and UPGrad for many matrices. They return -1, or the index of the first matrix that is
+// clearly not a Gram matrix, and throw if a problem has no solution with a residual below kPromisedResidual.
 int64_t min_norm(const Gram& gram, const double* preference, double regularization, int threads);
 int64_t upgrad(const Gram& gram, const double* preference, int threads);
 // std::runtime_error: "gram: no solution with residual below ..., got ..."; row < 0: of no batch.

@@ -1,4 +1,4 @@
-// The kernels of the best instruction set that this processor has.
+// Selects the kernels of the best instruction set that the processor supports.
 #include <cstring>
 
 #include "driver.hpp"

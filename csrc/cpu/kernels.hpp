@@ -1,4 +1,4 @@
-// The kernels that exist once for each instruction set, and what they read and write. Plain data: pointers, sizes and
+// The kernels that are compiled once per instruction set, and their argument structures: plain data, with sizes and
 // strides in elements.
 #pragma once
 
@@ -17,8 +17,8 @@ struct Pass {
     bool known = false, per_row = false;
     bool divided = false;           // known weights are divided by the preference of the objectives present
     const double* omega = nullptr;  // (rows) token weights; null: 1
-    double scale = 0;               // of every token's loss
-    bool statistics = true;         // else the sums are known
+    double scale = 0;               // factor of every token's loss
+    bool statistics = true;         // false: the statistics are known already
 
     bool by_rows() const { return known ? per_row : rule.weights_per == WeightsPer::sequence; }
     double token_weight(int64_t row) const { return omega ? omega[row] : 1.0; }
@@ -41,7 +41,7 @@ struct RowPass {
     Array gradient;
 };
 
-// Gram matrices (rows, n, n) in float or double, and where the solutions go, in the same type.
+// Gram matrices (rows, n, n) in float or double, and the arrays that receive the solutions, in the same type.
 struct Gram {
     int64_t rows = 0;
     int n = 0;
@@ -49,17 +49,18 @@ struct Gram {
     const void* data = nullptr;
     int64_t batch = 0, row = 0, column = 0;  // strides
     void *weights = nullptr, *optimum = nullptr;
-    bool checked = true;  // refuse what is clearly no Gram matrix
+    bool checked = true;  // reject matrices that are clearly not Gram matrices
 };
 
-// The first matrix of a batch without a solution: clearly no Gram matrix (residual 0), or above the promised residual.
+// The first matrix of a batch without a solution: clearly not a Gram matrix (residual 0), or with a residual above
+// kPromisedResidual.
 struct Refused {
     long row = -1;
     double residual = 0;
     explicit operator bool() const { return row >= 0; }
 };
 
-// At most so many objectives have a row per SIMD lane.
+// The largest number of objectives for which one row per SIMD lane is solved.
 constexpr int kLaneObjectives = 32;
 
 struct Kernels {
@@ -70,15 +71,17 @@ struct Kernels {
     // Statistics of the tokens [first, last). omega: as in Pass.
     void (*statistics)(const Tokens&, const double* omega, bool pairs, int64_t first, int64_t last, double* sums,
                        void* scratch);
-    // Weights, advantages, loss and gradient of the tokens [first, last); of the rows, where weights are by rows.
+    // Weights, advantages, loss and gradient of the tokens [first, last); of the rows [first, last) if weights are per
+    // row.
     void (*apply)(const Pass&, int64_t first, int64_t last, Partial&, void* scratch);
-    // Advantages per sequence. Over the tokens [first, last); `head` receives the sums of a row that began before.
+    // Advantages per sequence. Over the tokens [first, last); `head` receives the sums of a row that begins before
+    // `first`.
     void (*row_pass)(const Tokens&, const RowPass&, int64_t first, int64_t last, double* head);
     // The statistics of the rows [first, last) from their sums.
     void (*row_statistics)(const Tokens&, const double* omega, const double* row_sums, bool pairs, int64_t first,
                            int64_t last, double* sums, void* scratch);
-    // Weights of the rows [first, last) and what follows from them without a look at a token; up and down as in
-    // RowPass. Without row_sums up and down alone, for known weights.
+    // Weights of the rows [first, last), and the results that need no pass over tokens; up and down as in RowPass.
+    // Without row_sums, for known weights, only up and down.
     void (*row_apply)(const Pass&, const double* row_sums, double* up, double* down, int64_t first, int64_t last,
                       Partial&, void* scratch);
     // Rows of the scalar problem: float32 scores, at most kLaneObjectives of them.

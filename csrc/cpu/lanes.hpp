@@ -1,4 +1,4 @@
-// The scalar problem for one row (or token) per SIMD lane.
+// Solves the scalar problem for one row (or token) per SIMD lane.
 #pragma once
 
 #include "../core/simplex.hpp"
@@ -6,7 +6,7 @@
 
 PAMA_BEGIN
 
-// One lane in double, where T does not suffice. row: 3 n doubles.
+// Solves one lane in double, for problems beyond the precision of T. row: 3 n doubles.
 template <class T>
 __attribute__((noinline)) T solve_lane(int n, const T* a, const T* present, long stride, const double* preference,
                                        double regularization, double scale, double* row, T* c) {
@@ -40,9 +40,10 @@ constexpr double weak_regularization() {
     return sizeof(T) == 4 ? 1e-4 : 1e-13;
 }
 
-// Scores of very different size and hardly any regularization: the large one gets a weight near T's rounding, on which
-// the rest depends. These lanes are solved in double: the marked ones, and where `largest` is given, with a score below
-// narrow() of it. Out of line, so that it costs the others no registers. Returns the optima.
+// Solves lanes again in double whose scores differ much in magnitude while the regularization is weak: the weight of
+// the largest score is then near the rounding error of T, and the other weights depend on it. These are the marked
+// lanes and those with a score below narrow() times `largest`. Not inlined, to save registers in the common case.
+// Returns the optima.
 template <class V, class T>
 __attribute__((noinline)) V solve_unsure(int n, const T* a, const T* present, long stride, int lanes,
                                          const double* preference, double regularization, const double* scale,
@@ -62,10 +63,10 @@ __attribute__((noinline)) V solve_unsure(int n, const T* a, const T* present, lo
     return optimum;
 }
 
-// Scores a (n, stride) of `lanes` rows side by side; preference (n). c (n, stride) receives the weights. Returns the
-// optima. `present` (1 or 0, like a) may be null; `scale` (per lane) may be null, then it is max a^2. `non_negative`:
-// no score is negative and there is no regularization. work: 3 n vectors; row: 3 n doubles. A compile-time N > 0 stands
-// for n and keeps what it can in registers.
+// Solves `lanes` rows at once. a (n, stride): scores, with the rows adjacent; preference (n). c (n, stride) receives
+// the weights. Returns the optima. `present` (1 or 0, like a) may be null; `scale` (per lane) may be null, then it is
+// max a^2. `non_negative`: no score is negative and there is no regularization. work: 3 n vectors; row: 3 n doubles. A
+// compile-time N > 0 replaces n and lets the compiler keep values in registers.
 template <class V, int N, class T>
 inline V solve_lanes(int given, const T* a, const T* present, long stride, int lanes, const double* preference,
                      bool uniform, double regularization, bool non_negative, T* c, V* work, double* row,
@@ -86,7 +87,7 @@ inline V solve_lanes(int given, const T* a, const T* present, long stride, int l
             mass += choose(tied, zero + static_cast<T>(preference[i]), zero);
         }
         const V share = reciprocal(ties), shift = (uniform ? share : max_of((one - mass) * share, zero)) + poison;
-        for (int i = 0; i < n; ++i) {  // with the bits that simplex_solve gives
+        for (int i = 0; i < n; ++i) {  // bitwise equal to simplex_solve
             const V kept = uniform ? shift : shift + static_cast<T>(preference[i]);
             store(c + i * stride, choose(load<V>(a + i * stride) == low, kept, poison));
         }
@@ -112,8 +113,8 @@ inline V solve_lanes(int given, const T* a, const T* present, long stride, int l
         poison += zero * x[i];
     }
     const V largest = max_of(-low, high);
-    // A row for which T can't hold rho from 1e-30 to 1e18 of its squares is scaled, exactly, by the power of two of its
-    // largest score; a subnormal one is lifted first.
+    // A row for which rho from 1e-30 to 1e18 times its squares is out of the range of T is scaled, exactly, by a power
+    // of two that follows from its largest score; subnormal scores are scaled up first.
     V unit = one, lift = one, inverse = one, size = largest * largest;
     const auto extreme = (largest > static_cast<T>(1e6)) | ((largest < static_cast<T>(1e-3)) & (largest > zero));
     if (any(extreme)) {
@@ -128,14 +129,13 @@ inline V solve_lanes(int given, const T* a, const T* present, long stride, int l
     const V least = max_of(size, zero + static_cast<T>(1e-6)) * static_cast<T>(1e-30);  // scores of 0: size is 0
     V rho = size * static_cast<T>(regularization);
     if (scale && regularization > 0)
-        for (int k = 0; k < lanes; ++k) {  // in double: a scale is a square
+        for (int k = 0; k < lanes; ++k) {  // in double, since a scale is a square
             const double by = static_cast<double>(lane<T>(lift, k)) * static_cast<double>(lane<T>(inverse, k)),
                          own = regularization * scale[k] * by * by;
             set_lane(poison, k, lane<T>(poison, k) + static_cast<T>(0 * scale[k]));
             set_lane(rho, k, static_cast<T>(own < 1e30 ? own : 1e30));
         }
-    rho = choose(rho < least, zero,
-                 min_of(rho, zero + static_cast<T>(1e30)));  // what T can't tell from none, or from all
+    rho = choose(rho < least, zero, min_of(rho, zero + static_cast<T>(1e30)));  // below: rho = 0 in T; above: c = p
     const auto exact = rho == zero, one_sided = (low >= zero) | (high <= zero);
     const V nearest = choose(low > zero, low, choose(high < zero, high, zero));
     const auto settled = exact & one_sided;
@@ -177,7 +177,7 @@ inline V solve_lanes(int given, const T* a, const T* present, long stride, int l
     return optimum;
 }
 
-// Calls visit(integral constant N) with N = n where `solve_lanes` is to keep all in registers, else with 0.
+// Calls visit(integral constant N) with N = n if `solve_lanes` can keep all values in registers, else with 0.
 template <class Visit>
 inline auto with_lanes_size(int n, Visit visit) {
     switch (n) {
@@ -198,7 +198,7 @@ inline auto with_lanes_size(int n, Visit visit) {
     }
 }
 
-// Rows of N float32 scores, a register's lanes at a time; those that lie side by side are transposed in registers.
+// Solves rows of N float32 scores, one SIMD register of rows at a time; contiguous rows are transposed in registers.
 template <int N>
 inline void weights_rows(long rows, const float* PAMA_RESTRICT scores, long row, long objective,
                          const double* preference, bool uniform, double regularization, const double* scale,
@@ -222,7 +222,7 @@ inline void weights_rows(long rows, const float* PAMA_RESTRICT scores, long row,
                 for (int i = 0; i < N; ++i)
                     reinterpret_cast<float*>(v)[t * N + i] = scores[(at + t) * row + i * objective];
         }
-        FloatV low = {};  // of several rows: a NaN among them leaves it alone
+        FloatV low = {};  // over several rows; a NaN does not change it
         for (int i = 0; i < N; ++i) low = min_of(v[i], low);
         deinterleave<N>(v);
         double size[width];
@@ -244,7 +244,7 @@ inline void weights_rows(long rows, const float* PAMA_RESTRICT scores, long row,
     }
 }
 
-// float32 rows of any number n of objectives, transposed in pieces through memory; N as in `solve_lanes`.
+// Solves float32 rows of any number n of objectives, transposed in pieces through memory; N as in `solve_lanes`.
 template <int N>
 __attribute__((noinline)) void weights_pieces(long rows, int n, const float* scores, long row, long objective,
                                               const double* preference, bool uniform, double regularization,

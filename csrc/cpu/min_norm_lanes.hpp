@@ -1,5 +1,5 @@
-// Small min-norm problems by core/min_norm_small.hpp, one matrix per SIMD lane (V = DoubleV) or one alone (V = double),
-// to the same bits.
+// Small min-norm problems by core/min_norm_small.hpp, one matrix per SIMD lane (V = DoubleV) or a single one (V =
+// double), with bitwise equal results.
 #pragma once
 
 #include "../core/gram_check.hpp"
@@ -34,7 +34,8 @@ inline ldlt::Mask<V> solve_lanes(const V* full, V largest, const double* prefere
 
 }  // namespace min_norm
 
-// Solves `used` matrices from `first` on, as far as they can be solved here: a bit for each that was.
+// Solves those of the `used` matrices from `first` on that need no general solver. Returns a bit mask of the solved
+// ones.
 template <class V, class T>
 inline unsigned min_norm_lanes(const Gram& gram, const double* preference, double regularization, long first,
                                int used) {
@@ -48,7 +49,7 @@ inline unsigned min_norm_lanes(const Gram& gram, const double* preference, doubl
         double diagonal = 0.0;
         for (int i = 0; i < n; ++i)
             diagonal = max_of(static_cast<double>(from[i * (gram.row + gram.column)]), diagonal);
-        const nnqp::Scale scale(diagonal);  // subnormal numbers are left to the general solver
+        const nnqp::Scale scale(diagonal);  // subnormal matrices are left to the general solver
         powers[lane] = diagonal > 0.0 && diagonal <= nnqp::kLargestDouble && scale.lift == 1.0 ? scale.power : 0.0;
         largest[lane] = diagonal * powers[lane];
         double* to = full + lane;

@@ -10,7 +10,7 @@ inline long min_norm_scratch(int n) {
     return static_cast<long>(sizeof(double)) * (static_cast<long>(nnqp::workspace(n)) + n);
 }
 
-// Each matrix by solve(matrix, c), after it was checked; those of which `skip` says so are done already.
+// Checks each matrix and solves it with solve(matrix, c); matrices for which `skip` returns true are solved already.
 template <class T, class Solve>
 inline Refused solve_matrices(const Gram& gram, long first, long last, unsigned skip, double* c, double* workspace,
                               Solve solve) {

@@ -1,5 +1,5 @@
-// The Python module `pama_kernels.backends._cpu`: records and tensors in, errors raised here. Python allocates the
-// results, except on the quick path of the solvers.
+// The Python module `pama_kernels.backends._cpu`: it reads records and tensors and raises the errors. Python allocates
+// the results, except on the fast path of the solvers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,7 +13,7 @@ using namespace pama::binding;
 
 namespace {
 
-// The interpreter is released while a large input runs.
+// Releases the global interpreter lock for large inputs.
 template <class Work>
 void run(int64_t elements, Work work) {
     if (elements > 16384) {
@@ -135,7 +135,7 @@ int64_t upgrad_of(const py::handle& matrices, const py::handle& preference, cons
     return bad;
 }
 
-// Scores (..., N), likewise.
+// Scores (..., N) in float32 or float64 with one stride through the leading dimensions; false for anything else.
 bool read_scores(const Tensor& t, int64_t& rows, int& n, Array& scores) {
     int64_t stride;
     if ((t.dtype != Dtype::f32 && t.dtype != Dtype::f64) || t.ndim < 1 || !leading_rows(t, 1, rows, stride))
@@ -165,8 +165,8 @@ void weights_of(const py::handle& given, const py::handle& preference, double re
     });
 }
 
-// Whole calls of the solvers for what is common: a plain CPU tensor in float32 or float64, the uniform preference, new
-// results. None for everything else: Python then looks closer.
+// The fast path of the solvers for the common case: a plain CPU tensor in float32 or float64, the uniform preference,
+// newly allocated results. Returns None for other inputs, which the Python code then handles.
 bool quick(const py::handle& object, Tensor& t) {
     if (!exchange::table()) return false;
     read_tensor(object, "", t);

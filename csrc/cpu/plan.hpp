@@ -1,4 +1,4 @@
-// What `statistics` and `apply` share: token weights, denominators, the sums of rows.
+// Functions shared by `statistics` and `apply`: token weights, denominators, sums of rows.
 #pragma once
 
 #include <vector>
@@ -9,21 +9,23 @@
 
 namespace pama {
 
-// Valid tokens of each row.
+// Number of valid tokens of each row.
 std::vector<int64_t> count_rows(const Tokens& tokens, int threads);
 
-// One over the valid tokens of each row, 0 where there are none; empty where every token has the weight 1.
+// Token weights of each row: 1 / (number of valid tokens), 0 for a row without valid tokens. Empty if every token has
+// weight 1.
 std::vector<double> token_weights(const Tokens& tokens, const std::vector<int64_t>& counts);
 
-// Where every objective is present everywhere, the pairwise sums follow from the single ones.
+// Computes the pair statistics that follow from the fields if every objective is present at every token.
 void complete_pairs(const Tokens& tokens, double* sums);
 
-// Whether a row's tokens need not be told apart by objective.
+// Whether advantages and presence are the same for all tokens of a row, so that sums per row suffice.
 inline bool by_row_sums(const Tokens& tokens) {
     return tokens.per_sequence && (!tokens.objective_mask || tokens.mask_per_sequence);
 }
 
-// Adds the partial sums of work(first, last, part) over blocks of `units` (tokens or rows) into out (size).
+// Splits `units` (tokens or rows) into blocks, computes partial sums with work(first, last, part) and adds them into
+// out (size).
 template <class Work>
 inline void sum_blocks(int64_t units, int64_t tokens, int64_t multiple, int64_t size, int threads, double* out,
                        Work work) {
@@ -38,7 +40,8 @@ inline void sum_blocks(int64_t units, int64_t tokens, int64_t multiple, int64_t 
     add(parts, blocks.count, size, out);
 }
 
-// Advantages per sequence: the sums of every row (rows, kRowSums), and what else `pass` asks for of its tokens.
+// For advantages per sequence: computes the sums of every row (rows, kRowSums), and the gradient if `pass` contains its
+// inputs.
 std::vector<double> row_sums(const Tokens& tokens, RowPass pass, int threads);
 void row_gradient(const Tokens& tokens, const RowPass& pass, int threads);
 void row_statistics(const Tokens& tokens, const double* omega, const std::vector<double>& rows, bool pairs, double* out,

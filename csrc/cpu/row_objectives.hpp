@@ -1,5 +1,6 @@
-// Advantages per sequence: what follows for every objective from the sums of a row's tokens, in float64. An objective's
-// terms are those sums times its advantage, chosen by sign; 0 times a NaN stays NaN.
+// For advantages per sequence: computes the statistics of every objective, in float64, from the sums over a row's
+// tokens. The terms of an objective are the sums for the sign of its advantage, multiplied by the advantage; 0 times a
+// NaN stays NaN.
 #pragma once
 
 #include "apply.hpp"
@@ -7,8 +8,8 @@
 
 PAMA_BEGIN
 
-// block (n, n) += sum_k x_k y_k', four outer products at a time, where y_k may be another for negative x; of a
-// symmetric sum the upper triangle alone.
+// block (n, n) += sum_k x_k y_k', four outer products at a time. y_k may differ for negative x. Of a symmetric sum,
+// only the upper triangle is computed.
 struct OuterProducts {
     int64_t n;
     bool symmetric;
@@ -43,7 +44,8 @@ struct OuterProducts {
     }
 };
 
-// A row's raw advantages: 0 where absent, NaN for infinity; and which objectives are present.
+// Loads the raw advantages of a row (0 if the objective is absent, NaN for infinity) and the presence of the
+// objectives.
 inline void row_advantages(const Tokens& tokens, int64_t row, double* a, double* present) {
     const int n = tokens.n;
     const Array &given = tokens.advantages, &mask = tokens.objective_mask;
@@ -60,7 +62,8 @@ inline void row_advantages(const Tokens& tokens, int64_t row, double* a, double*
 
 constexpr int64_t kGroupRows = 32;
 
-// A group of rows: advantages and presence (rows, stride), padded to whole vectors, and their sums times token weights.
+// A group of rows: advantages and presence (rows, stride), padded to whole vectors, and the rows' sums, multiplied by
+// the token weights.
 struct RowGroup {
     int64_t n, stride, rows = 0;
     bool noon, masked;
@@ -79,7 +82,7 @@ struct RowGroup {
     double* here(int64_t row) const { return present + row * stride; }
     double* r(int64_t row) const { return sums + row * kRowSums; }
 
-    // Rows without a valid token are left out.
+    // Rows without a valid token are skipped.
     void push(const Tokens& tokens, int64_t row, double omega, const double* row_sums) {
         if (row_sums[kValid] == 0) return;
         row_advantages(tokens, row, a(rows), here(rows));
@@ -126,7 +129,7 @@ inline void push_bound_products(const RowGroup& group, int64_t row, OuterProduct
     const int64_t n = group.n;
     const double *a = group.a(row), *here = group.here(row), *r = group.r(row);
     const double above = r[kGradPosSquare], both = r[kGradBoth], below = r[kGradNegSquare];
-    if (group.masked && above != above) {  // a bad token: all that are present, beside whomever
+    if (group.masked && above != above) {  // a NaN in a token: NaN for every pair with at least one present objective
         for (int64_t i = 0; i < n; ++i)
             for (int64_t j = i; j < n; ++j) products.block[i * n + j] += here[i] + here[j] != 0 ? above : 0.0;
         return;
@@ -143,7 +146,7 @@ inline void push_bound_products(const RowGroup& group, int64_t row, OuterProduct
     products.push();
 }
 
-// products += valid x y', with x squared on request.
+// products += valid x y', with x squared if `squared`.
 inline void push_product(const RowGroup& group, int64_t row, const double* from, const double* to, bool squared,
                          OuterProducts& products) {
     const double valid = group.r(row)[kValid];
@@ -173,7 +176,7 @@ inline void row_statistics(const Tokens& tokens, const double* omega, const doub
             const double *a = group.a(row), *here = group.here(row);
             push_bound_products(group, row, products[kBoundProduct]);
             push_product(group, row, a, a, false, products[kAdvantageProduct]);
-            if (!group.masked) continue;  // the driver fills the rest from the totals
+            if (!group.masked) continue;  // the driver computes the other pair statistics from the fields
             push_product(group, row, here, here, false, products[kPairCount]);
             push_product(group, row, a, here, false, products[kPairAdvantage]);
             push_product(group, row, a, here, true, products[kPairAdvantageSquare]);
@@ -188,7 +191,8 @@ inline void row_statistics(const Tokens& tokens, const double* omega, const doub
     }
 }
 
-// The weights of row `row` into c (n), for its advantages a and who is present; work: 3 n doubles, sums: the row's own.
+// Computes the weights c (n) of one row from its advantages a and the presence of the objectives. work: 3 n doubles;
+// sums: the sums of this row.
 inline void weights_of_row(const Pass& pass, int64_t row, const double* r, const double* a, const double* present,
                            double* c, double* work, double* sums, RowGroup& group, Partial& partial) {
     const Tokens& tokens = pass.tokens;

@@ -1,4 +1,4 @@
-// Advantages per sequence: the passes over the tokens and the objectives of rows.
+// The passes over tokens and over objectives for advantages per sequence.
 #include "plan.hpp"
 
 namespace pama {
@@ -20,7 +20,7 @@ int64_t row_of(const Tokens& tokens, int64_t token) {
 void run(const Tokens& tokens, const RowPass& pass, int threads) {
     const Kernels& k = kernels();
     const Blocks blocks(tokens.tokens(), tokens.tokens(), kChunkMultiple);
-    // A row may end in another block than it begins in: its later pieces are added in order.
+    // A row may span several blocks: the sums of its later parts are added in order.
     std::vector<double> heads(static_cast<size_t>(blocks.count * kRowSums));
     for_each_block(blocks.count, blocks.threads(threads), [&](int64_t block) {
         k.row_pass(tokens, pass, blocks.first(block), blocks.last(block), heads.data() + block * kRowSums);
@@ -55,7 +55,7 @@ void row_gradient(const Tokens& tokens, const RowPass& pass, int threads) { run(
 void row_statistics(const Tokens& tokens, const double* omega, const std::vector<double>& rows, bool pairs, double* out,
                     int threads) {
     const Kernels& k = kernels();
-    // With pairs a block must have more rows than it has sums for each pair.
+    // With pair statistics, a block must have more rows than sums per pair.
     const int64_t n = tokens.n, work = tokens.rows * (pairs ? 8 : n);
     sum_blocks(
         tokens.rows, work, 1, statistics_size(n, pairs), threads, out, [&](int64_t first, int64_t last, double* part) {

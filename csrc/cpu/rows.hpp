@@ -1,4 +1,4 @@
-// Advantages per sequence: the pass over the tokens of rows. No objective appears in it, so it costs the same for any
+// The pass over tokens for advantages per sequence. It does not depend on the objectives, so it costs the same for any
 // number of them.
 #pragma once
 
@@ -8,9 +8,9 @@
 
 PAMA_BEGIN
 
-constexpr int64_t kChunkTokens = 256;  // of float32 sums
+constexpr int64_t kChunkTokens = 256;  // tokens that are summed in float32
 
-// What a chunk of a row reads, as T, padded to whole vectors.
+// The inputs of one chunk of a row, converted to T and padded to whole vectors.
 template <class T>
 struct Chunk {
     int64_t count = 0, padded = 0;
@@ -56,7 +56,7 @@ inline Chunk<T> load_chunk(const Tokens& tokens, bool with_ref, int64_t row, int
     return chunk;
 }
 
-// What the gradient of a row's tokens is made of.
+// The inputs of the gradient for the tokens of one row.
 template <class T>
 struct RowSlope {
     T up = 0, down = 0, by = 0, kl_coef = 0;

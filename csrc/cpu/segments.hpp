@@ -5,7 +5,7 @@
 
 PAMA_BEGIN
 
-// Where the values from one token on lie in memory, and those of each objective.
+// Addresses of the values to prefetch: at(t, i) is the value of token t and objective i, counted from a first token.
 struct Ahead {
     const char* first;
     int64_t token, objective;  // bytes
@@ -19,7 +19,8 @@ inline Ahead ahead(const Tokens& tokens, const Array& array, int64_t token) {
             array.objective * size};
 }
 
-// Of `count` tokens whose objectives lie side by side each objective gets a piece as long as its own values.
+// If the objectives of a token are adjacent in memory, the range of `count` tokens is divided into one contiguous piece
+// per objective, so that the passes over single objectives prefetch all of it.
 inline Ahead in_pieces(Ahead values, int n, int64_t count) {
     if (values.token == n * values.objective) {
         values.token = values.objective;
@@ -51,7 +52,7 @@ inline void for_each_segment(const Tokens& tokens, int64_t first, int64_t count,
         }
         return;
     }
-    int64_t low = 0, high = tokens.rows;  // the last row that begins at or before `first`
+    int64_t low = 0, high = tokens.rows;  // binary search for the last row that begins at or before `first`
     while (high - low > 1) {
         const int64_t middle = (low + high) / 2;
         (tokens.offsets[middle] <= first ? low : high) = middle;
@@ -73,7 +74,8 @@ inline void load_tokens(const Tokens& tokens, const Array& array, int64_t first,
     });
 }
 
-// The values of a tile's tokens as T, where they lie if they lie there as such, else copied to `buffer`.
+// The values of a tile's tokens as T: a pointer to the tensor's memory if it is contiguous and of type T, else a copy
+// in `buffer`.
 template <class T>
 inline const T* token_values(const Tokens& tokens, const Array& array, int64_t first, int64_t count, T* buffer) {
     constexpr Dtype own = sizeof(T) == sizeof(float) ? Dtype::f32 : Dtype::f64;

@@ -7,7 +7,7 @@
 
 PAMA_BEGIN
 
-// Elements Index... of (a, b) side by side.
+// Elements Index... of the concatenation (a, b).
 template <class V, int... Index>
 inline V pick(V a, V b, std::integer_sequence<int, Index...>) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -74,7 +74,7 @@ PAMA_INLINE void add_neighbours(V* v, Lanes lanes, std::integer_sequence<int, K.
      ...);
 }
 
-// The sums over the lanes of N vectors at once: of pairs of neighbours, of pairs of those, and so on. v: work space.
+// The sums over the lanes of N vectors at once: of pairs of neighbours, of pairs of those, and so on. v: workspace.
 template <int N, class V, class T, int Count = N, int Left = sizeof(V) / sizeof(T)>
 PAMA_INLINE void totals(V* v, T* sums) {
     if constexpr (Left > 1) {
@@ -87,8 +87,8 @@ PAMA_INLINE void totals(V* v, T* sums) {
     }
 }
 
-// N contiguous floats of each of `count` rows to N arrays `stride` apart, each vector of them through `change`(vector,
-// first row). Rows are `row` floats apart: N, or any number where a vector holds no more than N.
+// Transposes N contiguous floats of each of `count` rows to N arrays `stride` apart, applying `change`(vector, first
+// row) to each vector. Rows are `row` floats apart: N, or any number if a vector has at most N elements.
 template <int N, class Row, class Change>
 inline void rows_to_columns(const float* PAMA_RESTRICT rows, Row row, long count, float* PAMA_RESTRICT columns,
                             long stride, Change change) {

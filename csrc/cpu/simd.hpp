@@ -21,7 +21,7 @@
 #define PAMA_VECTOR_BYTES 16
 #endif
 
-// Vectors stay in registers only where the code that works on them is in one place.
+// Forces inlining: vectors stay in registers only within one function.
 #define PAMA_INLINE inline __attribute__((always_inline))
 
 PAMA_BEGIN
@@ -93,8 +93,9 @@ inline void store(T* to, V x) {
     memcpy(to, &x, sizeof x);
 }
 
-// Memory that will be read, or written, soon. Asked for a line at a time between two computations, it comes while they
-// run: what the processor guesses by itself does not reach over the work on one tile.
+// Software prefetch for reading (ask) and for writing (ask_to_write). One cache line is prefetched between two
+// computations, so that the memory access overlaps with them; the hardware prefetcher does not look ahead past the work
+// on one tile.
 inline void ask(const void* from) { __builtin_prefetch(from, 0, 2); }
 inline void ask_to_write(const void* to) { __builtin_prefetch(to, 1, 2); }
 

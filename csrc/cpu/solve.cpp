@@ -1,5 +1,6 @@
-// One set of weights for the batch from its statistics. Compiled once, for every processor, without contraction: ranks
-// on different processors get the same bits from the same sums.
+// Computes one set of weights for the batch from its statistics. Compiled once, for the baseline instruction set and
+// without contraction (fused multiply-add), so that ranks on different processors get bitwise equal weights from equal
+// sums.
 #define PAMA_ISA batch
 #include <cstdio>
 #include <stdexcept>

@@ -1,4 +1,4 @@
-// Rows of the scalar problem and of the matrix problems.
+// The batched solvers: many rows of the scalar problem, many matrices of the min-norm problem and UPGrad.
 #include "../core/simplex.hpp"
 #include "blocks.hpp"
 #include "driver.hpp"
@@ -34,7 +34,7 @@ int64_t min_norm(const Gram& gram, const double* preference, double regularizati
 }
 
 int64_t upgrad(const Gram& gram, const double* preference, int threads) {
-    const int64_t work = static_cast<int64_t>(gram.n) * gram.n * gram.n;  // n problems for each matrix
+    const int64_t work = static_cast<int64_t>(gram.n) * gram.n * gram.n;  // UPGrad solves n problems per matrix
     return each_matrix(gram, work, threads, [&](const Kernels& k, int64_t first, int64_t last, void* scratch) {
         return k.upgrad(gram, preference, first, last, scratch);
     });

@@ -1,12 +1,12 @@
-// The statistics of one tile: per objective the masked sums of core/statistics.hpp, in T within the tile and
-// float64 across tiles.
+// The statistics of one tile: the masked sums of core/statistics.hpp for each objective, accumulated in T within a tile
+// and in float64 across tiles.
 #pragma once
 
 #include "tile.hpp"
 
 PAMA_BEGIN
 
-// The fields of one objective over the tile but for kCount. Asks for the next tile on the way.
+// Sums the fields of one objective, except kCount, over the tile. Prefetches the next tile.
 template <bool Noon, bool Present, class T, class V = typename Lanes<T>::V>
 inline void objective_sums(const Tile<T>& tile, const T* a, const T* present, T* bound, int64_t objective, T* sums) {
     const T *logp = tile.logp, *pos = tile.pos, *neg = tile.neg, *grad_pos = tile.grad_pos, *grad_neg = tile.grad_neg,
@@ -30,7 +30,7 @@ inline void objective_sums(const Tile<T>& tile, const T* a, const T* present, T*
     totals<kFields - 1>(s + 1, sums + 1);
 }
 
-// Sums over a tile's tokens of x and y, or of their product.
+// two_totals: the sums of x and of y over the tokens of a tile. dot: the sum of their product.
 template <class T, class V = typename Lanes<T>::V>
 inline void two_totals(const T* x, const T* y, int64_t padded, T* sums) {
     V s[2] = {};
@@ -49,8 +49,8 @@ inline T dot(const T* x, const T* y, int64_t padded) {
     return sum;
 }
 
-// Float32 sums of squares overflow above 1e19 and vanish below 1e-19: such a tile is summed in float64.
-// fields: (kFields, n).
+// Whether the tile must be summed in float64: float32 squares overflow above 1e19 and underflow below 1e-19. fields:
+// (kFields, n).
 inline bool out_of_range(int64_t n, const float* fields, const Tile<float>& tile) {
     unsigned highest = 0;
     for (int64_t k = 0; k < kFields * n; ++k) {
@@ -77,7 +77,8 @@ inline bool out_of_range(int64_t n, const float* fields, const Tile<float>& tile
 }
 inline bool out_of_range(int64_t, const double*, const Tile<double>&) { return false; }
 
-// The fields and totals of the tile, and I in `tile.bound`. Returns false if T's range does not suffice.
+// Computes the fields and totals of the tile, and the bound terms I in `tile.bound`. Returns false if the range of T
+// does not suffice.
 template <class T>
 inline bool objective_fields(const Tokens& tokens, const Tile<T>& tile) {
     const int64_t n = tokens.n;
@@ -95,13 +96,13 @@ inline bool objective_fields(const Tokens& tokens, const Tile<T>& tile) {
     return !out_of_range(n, tile.fields, tile);
 }
 
-// Adds the tile's fields and totals, whose tokens have the weight `omega`, to `sums`.
+// Adds the fields and totals of the tile to `sums`. omega: the weight of each of its tokens.
 template <class T>
 inline void add_fields(const Tokens& tokens, const Tile<T>& tile, double omega, double* sums) {
     for (int64_t k = 0; k < statistics_size(tokens.n, false); ++k) sums[k] += omega * tile.fields[k];
 }
 
-// The pairs, likewise.
+// Adds the pair statistics of the tile to `sums`.
 template <class T>
 inline void add_pairs(const Tokens& tokens, const Tile<T>& tile, double omega, double* sums) {
     const int64_t n = tokens.n, padded = tile.padded;
@@ -116,7 +117,7 @@ inline void add_pairs(const Tokens& tokens, const Tile<T>& tile, double omega, d
     };
     add(kBoundProduct, tile.bound, tile.bound, true);
     add(kAdvantageProduct, tile.advantages, tile.advantages, true);
-    if (!tile.present) return;  // the driver fills the rest from the totals
+    if (!tile.present) return;  // the driver computes the other pair statistics from the fields
     add(kPairCount, tile.present, tile.present, true);
     add(kPairAdvantage, tile.advantages, tile.present, false);
     for (int64_t i = 0; i < n; ++i) {

@@ -1,4 +1,4 @@
-// Blocks of work on threads: OpenMP where it is there, else one after the other.
+// Runs blocks of work on threads with OpenMP, or sequentially if OpenMP is not available.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,7 @@
 
 namespace pama {
 
-// An exception of a block is thrown when all have ended: it may not leave a parallel region.
+// An exception thrown by a block is rethrown when all blocks have ended, since it must not leave a parallel region.
 template <class Work>
 inline void for_each_block(int64_t blocks, int threads, Work work) {
     if (blocks <= 1 || threads <= 1) {

@@ -1,6 +1,6 @@
-// A tile: up to kTileTokens consecutive tokens in the first-level cache, each input a contiguous array of T,
-// the advantages objective by objective. Masked places hold 0. A NaN or infinity makes the factors of its token, or
-// its own advantage, NaN; so the arithmetic that follows needs no test.
+// A tile: up to kTileTokens consecutive tokens in the first-level cache, each input a contiguous array of T; advantages
+// are stored objective by objective. Masked entries are set to 0. A NaN or infinity makes the factors of its token, or
+// its own advantage, NaN, so later arithmetic needs no test for it.
 #pragma once
 
 #include "../core/statistics.hpp"
@@ -12,7 +12,7 @@ PAMA_BEGIN
 
 constexpr int64_t kTileTokens = 256;
 
-// Fewer tokens for many objectives, so that a tile stays in the cache.
+// Tokens per tile: fewer for many objectives, so that a tile fits the cache.
 inline int64_t tile_tokens(int n) {
     int64_t tokens = kTileTokens;
     while (tokens > 16 && tokens * n > 16384) tokens /= 2;
@@ -21,19 +21,19 @@ inline int64_t tile_tokens(int n) {
 
 template <class T>
 struct Tile {
-    int64_t count, padded;  // tokens; and with the zeros that fill the last vector
+    int64_t count, padded;  // tokens; tokens rounded up to whole vectors, with zeros at the end
     T *valid, *logp;
-    T *advantages, *present;             // (n, kTileTokens); present is null where all are
+    T *advantages, *present;             // (n, kTileTokens); present is null if all objectives are present
     T *pos, *neg, *grad_pos, *grad_neg;  // factors of the surrogate and of the bound, times w and mask
     T *off_pos, *off_neg;                // 1 where there is no gradient
     T *ratio, *kl;
     T *ref_kl, *ref_slope;        // the KL penalty to the reference, and its derivative
-    Ahead ahead;                  // the next tile's advantages
-    T *bound, *squares, *fields;  // work space of the sums: I and A'^2 (n, kTileTokens), the sums
+    Ahead ahead;                  // addresses of the next tile's advantages, to prefetch
+    T *bound, *squares, *fields;  // workspace of the sums: I and A'^2 (n, kTileTokens), the sums
 };
 
-// (tokens, objectives) to objective-major. With `valid`, masked places become 0 and infinities NaN on the way. buffer:
-// (n, kTileTokens).
+// Transposes (tokens, objectives) to objective-major order. If `valid` is given, masked entries become 0 and infinities
+// become NaN. buffer: (n, kTileTokens).
 template <class T>
 inline void load_objectives(const Tokens& tokens, const Array& array, int64_t first, int64_t count, bool truth,
                             const T* valid, T* target, T* buffer) {
@@ -122,7 +122,7 @@ inline void store_factors(const Tokens& tokens, const T* logp, const T* old, con
     }
 }
 
-// The KL penalty in place of ref, and its slope.
+// Replaces tile.ref_kl, which contains the reference log-probabilities, by the KL penalty, and computes its derivative.
 template <class T, class V = typename Lanes<T>::V>
 inline void store_ref_terms(const Tile<T> tile) {
     for (int64_t t = 0; t < tile.padded; t += Lanes<T>::count) {
@@ -148,7 +148,7 @@ inline void load_tile(const Tokens& tokens, int64_t first, int64_t count, bool w
 
     T *buffer = arena.take<T>(3 * kTileTokens), *old_buffer = buffer + kTileTokens,
       *w_buffer = old_buffer + kTileTokens;
-    const T *logp = buffer, *old = buffer, *w = valid;  // on-policy the ratio is 1
+    const T *logp = buffer, *old = buffer, *w = valid;  // without old_logprobs the ratio is 1
     if (tokens.logprobs)
         old = logp = token_values(tokens, tokens.logprobs, first, count, buffer);
     else

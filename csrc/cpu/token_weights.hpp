@@ -1,4 +1,4 @@
-// Weights of each token of a tile, and what presence divides by.
+// Objective weights of each token of a tile, and their division by the preference of the objectives present.
 #pragma once
 
 #include "../core/softmin.hpp"
@@ -7,7 +7,7 @@
 
 PAMA_BEGIN
 
-// c(t) of each token (n, kTileTokens) into w.c, and the optima into w.combined.
+// Computes the weights c(t) of each token into w.c (n, kTileTokens), and the optima into w.combined.
 template <class V, int N, class T>
 inline void token_scores(const Pass& pass, Workspace<T>& w) {
     const Tile<T>& tile = w.tile;
@@ -38,7 +38,8 @@ inline void token_softmin(const Pass& pass, Workspace<T>& w) {
     }
 }
 
-// c(t) into w.c, from I in tile.bound or the raw advantages; adds what is reported of them.
+// Computes the weights c(t) into w.c, from the bound terms I in tile.bound or from the raw advantages, and adds weights
+// and optima to the reported means.
 template <class T>
 inline void token_weights(const Pass& pass, Workspace<T>& w, double omega, Partial& partial) {
     const int n = pass.tokens.n;
@@ -52,7 +53,8 @@ inline void token_weights(const Pass& pass, Workspace<T>& w, double omega, Parti
     for (int i = 0; i < n; ++i) partial.weights[i] += omega * dot(w.c + i * kTileTokens, w.tile.valid, w.tile.padded);
 }
 
-// The preference over the objectives that occur in a row (`counts` > 0), uniform where they have no mass.
+// The preference normalised over the objectives that are present in a row (`counts` > 0); uniform over these if their
+// preferences sum to 0.
 inline void row_preference(int n, const double* preference, const double* counts, double* p) {
     double mass = 0, some = 0;
     for (int i = 0; i < n; ++i) {
@@ -62,7 +64,7 @@ inline void row_preference(int n, const double* preference, const double* counts
     for (int i = 0; i < n; ++i) p[i] = counts[i] > 0 ? (mass > 0 ? preference[i] / mass : 1 / some) : 0.0;
 }
 
-// One over the preference p (n) of the objectives present at each token, 0 where they have none.
+// For each token, 1 / (sum of the preferences p (n) of the objectives present there), or 0 if that sum is 0.
 template <class T, class V = typename Lanes<T>::V>
 inline void presence_shares(const Tile<T>& tile, int n, const T* p, T* shares) {
     const V zero{}, one = zero + 1;

@@ -1,11 +1,11 @@
-// The scratch memory of one thread, and tiles that are summed in float64 where float32 can't hold their squares.
+// The scratch memory of one thread, and the float64 summation of tiles whose squares are out of the range of float32.
 #pragma once
 
 #include "sums.hpp"
 
 PAMA_BEGIN
 
-// Tiles in the type of the computation and, for float, in double for what float can't hold.
+// A tile in the type of the computation and, for float, a second one in double for values out of the range of float.
 template <class T>
 struct Workspace {
     Tile<T> tile;
@@ -43,7 +43,8 @@ inline int64_t scratch_size(int n) {
     return 2 * tile_bytes<double>(n) + 8 * doubles + vectors + 64 * 16;
 }
 
-// Calls add(tile) with the fields of w.tile, or of the same tokens in double where T's range does not suffice.
+// Calls add(tile) with the fields of w.tile or, if the range of T does not suffice, with those of the same tokens in
+// double.
 template <class T, class Add>
 inline void with_fields(const Tokens& tokens, Workspace<T>& w, int64_t first, Add add) {
     if (objective_fields(tokens, w.tile)) return add(w.tile);
