@@ -1,4 +1,4 @@
-// Valid tokens of a mask of any dtype, counted 16 bytes at a time.
+// Counts the valid tokens of a mask of any dtype, 16 bytes at a time.
 #pragma once
 
 #include "load.cuh"
@@ -6,10 +6,11 @@
 namespace pama {
 namespace cuda {
 
-// Bits of two neighbouring words of a mask that decide whether its elements are 0: all but the sign of a number.
+// Bit masks, for two neighbouring words of a mask tensor, of the bits that are nonzero for a nonzero element: all bits
+// except the sign bit of a floating-point number.
 struct TruthBits {
     unsigned low, high;
-    int bytes;  // of an element
+    int bytes;  // size of an element
 
     __device__ explicit TruthBits(Dtype dtype) : low(~0u), high(~0u), bytes(static_cast<int>(size_of(dtype))) {
         if (dtype == Dtype::f32) low = high = 0x7fffffffu;
@@ -17,7 +18,7 @@ struct TruthBits {
         if (dtype == Dtype::bf16 || dtype == Dtype::f16) low = high = 0x7fff7fffu;
     }
 
-    // Elements of two words that are not 0.
+    // The number of nonzero elements in two words.
     __device__ unsigned count(unsigned x, unsigned y) const {
         x &= low;
         y &= high;
@@ -36,7 +37,7 @@ struct TruthBits {
     }
 };
 
-// The share of one of `threads` threads in the count of a sequence, whose mask begins at element `from`.
+// The number of valid tokens that one of `threads` threads counts in a sequence whose mask begins at element `from`.
 __device__ inline unsigned count_valid(const Array& mask, int64_t from, int64_t length, int thread, int threads) {
     unsigned count = 0;
     int64_t token = thread;
@@ -59,7 +60,7 @@ __device__ inline unsigned count_valid(const Array& mask, int64_t from, int64_t 
     return count;
 }
 
-// The number of valid tokens of each sequence, a block for each.
+// Counts the valid tokens of each sequence, one block per sequence.
 template <class Counts>
 __global__ void __launch_bounds__(kFewThreads) row_counts_kernel(const DeviceTokens p, Counts* const counts) {
     using Table = unsigned[kFewThreads / kWarp];

@@ -1,4 +1,5 @@
-// What kernels use of CUDA, and how they are launched. With PAMA_CUDA_EMULATION the same sources are plain C++.
+// The CUDA features that the kernels use, and the kernel launch. With PAMA_CUDA_EMULATION the same sources compile as
+// plain C++.
 #pragma once
 
 #include "../core/config.hpp"
@@ -26,16 +27,16 @@ namespace pama {
 
 constexpr int kWarp = 32;
 #if !defined(PAMA_CUDA_THREADS)
-#define PAMA_CUDA_THREADS 1024  // no limit; less where emulated
+#define PAMA_CUDA_THREADS 1024  // no limit in CUDA; smaller in emulation
 #endif
 constexpr int limited(int threads) { return threads < PAMA_CUDA_THREADS ? threads : PAMA_CUDA_THREADS; }
-// Blocks that add up tokens, one to a multiprocessor: few, so that few partial sums are left to the last one. The first
-// leaves a thread 128 registers, the second 255.
+// Threads of the blocks that sum over tokens, one block per multiprocessor: with few blocks, the last block has few
+// partial sums to add. kManyThreads allows 128 registers per thread, kFewThreads 255.
 constexpr int kManyThreads = limited(512), kFewThreads = limited(256);
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// 32 sums over a warp with 31 exchanges: lane k receives the sum of every lane's values[k]. The order is fixed. With
-// fewer than `Count` values the others are 0, and the sums of lanes beyond mean nothing.
+// 32 sums over a warp with 31 exchanges: lane k receives the sum of every lane's values[k]. The order is fixed. If
+// fewer than `Count` values are used, the others are 0, and lanes from Count on receive undefined values.
 template <int Half = kWarp / 2, int Count = kWarp, class T>
 __device__ inline T transposed_sums(T (&values)[kWarp], int lane) {
     const bool upper = lane & Half;
@@ -55,12 +56,12 @@ __device__ inline double warp_sum(double value) {
     return value;
 }
 
-// Whether this is the last block of the grid to come here, told to all its threads. What every block wrote to global
-// memory before is then visible to it. The counter is 0 before and after every launch.
+// Returns, to all threads of the block, whether this is the last block of the grid to call it. All earlier writes of
+// the other blocks to global memory are then visible to this block. The counter is 0 before and after every launch.
 __device__ inline bool last_block(unsigned* counter) {
     PAMA_SHARED(bool, last);
     __syncthreads();
-    if (threadIdx.x == 0) {  // its fences order what the whole block wrote before the barrier and reads after the next
+    if (threadIdx.x == 0) {  // the fences order the block's writes above and its reads below
         __threadfence();
         last = atomicInc(counter, gridDim.x - 1) == gridDim.x - 1;
         __threadfence();

@@ -1,6 +1,6 @@
-// Kernels on the host, to test them where no GPU is: every thread of the grid is a fibre, and who runs next is drawn at
-// random. A missing barrier, a wrong index, or a last block that is not the last then shows without a device; barriers
-// and shuffles that some threads never reach end the program.
+// Runs the kernels on the host, to test them without a GPU: every thread of the grid is a fibre, and the scheduler
+// picks the next one at random. Missing barriers, wrong indices and errors in the detection of the last block then show
+// in tests; a barrier or shuffle that some threads never reach ends the program.
 #pragma once
 
 #include <ucontext.h>
@@ -93,7 +93,7 @@ inline int launches = 0;
 
 inline Block& own_block() { return grid->blocks[grid->current->block_number]; }
 
-// Memory of the block, filled with NaN.
+// Shared memory of the block, initialised with NaN.
 inline void* shared(const void* key, std::size_t bytes) {
     auto& memory = own_block().shared[key];
     if (!memory) {
@@ -105,7 +105,7 @@ inline void* shared(const void* key, std::size_t bytes) {
 
 inline void pause() { swapcontext(&grid->current->context, &grid->scheduler); }
 
-// Waits among those in `waiting` until `all` are there.
+// Waits until `all` threads have reached the barrier `waiting`.
 inline void meet(std::vector<Fibre*>& waiting, std::size_t all) {
     waiting.push_back(grid->current);
     if (waiting.size() == all) {
@@ -120,7 +120,7 @@ inline void entry() {
     grid->current->done = true;
 }
 
-// Every lane's value to every lane: read(slots) after all have come.
+// Exchanges values between all lanes: calls read(slots) when every lane has stored its value.
 template <class T, class Read>
 inline auto exchange(T value, Read read) {
     Fibre& fibre = *grid->current;

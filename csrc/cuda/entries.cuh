@@ -1,4 +1,4 @@
-// Entries of many problems, and where results go.
+// Loads inputs and stores results of batched weight problems.
 #pragma once
 
 #include "device.cuh"

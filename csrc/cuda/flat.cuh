@@ -1,9 +1,10 @@
-// The statistics of one run of float32 tokens, all objectives of a token together, everything present and weighted by
-// 1: what GPUs spend their time on. A thread takes four consecutive tokens at a time, all loads before any use.
+// The statistics of contiguous float32 tokens for the common case: all objectives of a token adjacent in memory and
+// present, token weights of 1. A thread processes four consecutive tokens at a time and issues all loads before the
+// arithmetic.
 //
-// Sums of kFlatChunk tokens in float32 are added over the warp and go to double, one slot to a lane. Where float32 did
-// not hold some sum of a warp, or a number is not finite, the warp starts again in double, out of line
-// (flat_exact.cuh).
+// Float32 sums over kFlatChunk tokens are added over the warp and accumulated in double, one slot per lane. If a sum of
+// a warp overflows or underflows in float32, or a number is not finite, the warp restarts in double, in a function that
+// is not inlined (flat_exact.cuh).
 #pragma once
 
 #include "flat_exact.cuh"
@@ -14,10 +15,10 @@ namespace cuda {
 constexpr int kFlatSteps = 16, kFlatChunk = kTogether * kFlatSteps;  // tokens of a thread
 static_assert(kFlatChunk * kWarp < 0x10000, "counts of a warp's chunk have 16 bits");
 
-// Limits of a token's factors with the clamp of the log-ratio and Noon in them, made on the host.
+// The limits of a token's factors, combined with the clamp of the log-ratio and with Noon; computed on the host.
 struct FlatClip {
     float high, low, dual, log_high, log_low, log_dual, on_neg;
-    unsigned off_neg;  // what a clipped negative advantage adds to the counts
+    unsigned off_neg;  // added to the counts for a clipped negative advantage
 
     FlatClip(const Clip& clip, bool noon) {
         const float limit = static_cast<float>(kMaxLogRatio);
@@ -33,13 +34,13 @@ struct FlatClip {
     }
 };
 
-// A clipped objective counts 0x10000, a positive one 1.
+// Two 16-bit counts in one integer: a clipped objective adds 0x10000, a positive advantage adds 1.
 struct FlatFactors {
     float logp, pos, neg, grad_pos, grad_neg, kl;
     unsigned count_pos, count_neg;
 };
 
-// `poison` becomes NaN where a number is not finite, and the other results then mean nothing.
+// `poison` becomes NaN if a number is not finite; the other results are then undefined.
 template <bool Weighted>
 __device__ inline FlatFactors flat_factors(const FlatClip& clip, bool valid, float logp, float old, float w,
                                            float& poison) {
@@ -58,7 +59,7 @@ __device__ inline FlatFactors flat_factors(const FlatClip& clip, bool valid, flo
     float power;
     memcpy(&power, &bits, sizeof power);
     const float u = power * (r + tail) + power;
-    f.kl = power * tail + ((power - 1.0f) + (power * r - c));  // without cancellation where power is 1
+    f.kl = power * tail + ((power - 1.0f) + (power * r - c));  // without cancellation if power is 1
     const bool off_pos = d > clip.log_high || d<-limit, off_neg = d> clip.log_dual || d < clip.log_low;
     f.pos = fminf(u, clip.high);
     f.neg = fmaxf(fminf(u, clip.dual), clip.low);
@@ -87,7 +88,8 @@ __device__ inline void load_four(float* to, const float* from) {
     to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
 }
 
-// Where all four are tokens, by vectors. Full: one objective after another, token after token.
+// Loads the advantages with vector loads; all four tokens must exist. Full: the advantages of a token are contiguous
+// and at most kGroup.
 template <int G, bool Full>
 __device__ inline void load_advantages(float* to, const FlatTokens& x, int first, unsigned token) {
     constexpr bool together = Full || G < kGroup;
@@ -109,9 +111,9 @@ __device__ inline void gather_advantages(float* to, const FlatTokens& x, int fir
     }
 }
 
-// The group's tokens; those that are not, before the first one or after the last, as masked. Full: log-probabilities of
-// both policies, a mask of bytes and at most kGroup objectives are given, importance weights are not, and all can be
-// loaded by vectors.
+// Loads a group of four tokens; positions before the first token or after the last one count as masked. Full:
+// log-probabilities of both policies, a mask of one-byte elements and at most kGroup objectives are given, importance
+// weights are not, and vector loads are possible for all of them.
 template <int G, bool Full>
 __device__ inline FourTokens<G> load_tokens(const FlatTokens& x, int first, unsigned group) {
     FourTokens<G> t;
@@ -154,7 +156,7 @@ __device__ inline FourTokens<G> load_tokens(const FlatTokens& x, int first, unsi
     return t;
 }
 
-// Sums of a chunk over the warp, into the double of the lane that has the slot.
+// Adds the sums of a chunk over the warp and accumulates them in double, in the lane that owns the slot.
 template <int Count>
 struct LaneTotals {
     static constexpr int kBatches = (Count + kWarp - 1) / kWarp;
@@ -176,7 +178,7 @@ struct LaneTotals {
         for (int b = 0; b < kBatches; ++b) poison += 0 * total[b];
         return poison == 0;
     }
-    // place(k): where sum k goes in the row.
+    // place(k): the position of sum k in the row.
     template <class Place>
     __device__ void store(double* row, int lane, Place place) const {
         PAMA_UNROLL
@@ -185,8 +187,8 @@ struct LaneTotals {
     }
 };
 
-// The sums of a thread in float32: the fields from kBoundSum to kAdvantageSquareSum of each objective, then the
-// products, as Slots has them, then k3.
+// The float32 sums of a thread: the fields from kBoundSum to kAdvantageSquareSum of each objective, then the products
+// in the order of Slots, then k3.
 template <int G, bool Pairs>
 struct FlatSums {
     using S = Slots<G, Pairs>;
@@ -202,16 +204,16 @@ struct FlatSums {
     }
 };
 
-constexpr float kTiny = 0x1p-80f;  // a sum of squares below it may have lost some
+constexpr float kTiny = 0x1p-80f;  // a smaller sum of squares may have lost terms to underflow
 
-// Sums of the fields of a group to `row`, which belongs to the warp.
+// Writes the sums of the fields of a group of objectives to `row`, the row of this warp.
 template <int G, bool Pairs, bool Full>
 __device__ inline bool add_flat(const FlatTokens& x, const FlatClip& clip, int first, unsigned group, double* row) {
     using S = Slots<G, Pairs>;
     using F = FlatSums<G, Pairs>;
     const int lane = threadIdx.x % kWarp;
     LaneTotals<F::kAll> totals;
-    unsigned tokens = 0, positive = 0, clipped = 0;  // the last two of the objective lane % 4
+    unsigned tokens = 0, positive = 0, clipped = 0;  // the last two are for the objective lane % 4
     bool held = true;
     float poison = 0;
     for (unsigned leader = group - lane; leader < x.groups;) {

@@ -1,4 +1,4 @@
-// One run of float32 tokens, and its sums in double for what float32 does not hold.
+// The layout of contiguous float32 tokens, and their sums in double for values out of the range of float32.
 #pragma once
 
 #include "tokens.cuh"
@@ -8,18 +8,18 @@ namespace cuda {
 
 constexpr int kTogether = 4;  // consecutive tokens: a group
 
-// Groups begin at addresses that vectors take: the first one `skip` tokens before the first token. Absent tensors are
-// null.
+// Groups of four tokens begin at addresses that are aligned for vector loads: the first group begins `skip` tokens
+// before the first token. Absent tensors are null.
 struct FlatTokens {
     const float *logp, *old, *w, *advantages;
     Array mask;
-    const unsigned char* mask_bytes;  // of a mask of bytes, a group of which is one aligned word
+    const unsigned char* mask_bytes;  // a mask of one-byte elements, read as one aligned word per group
     bool vectors;                     // logp, old, w and advantages are aligned for vectors
     int n, skip;
     unsigned count, groups, stride;   // tokens; groups; threads of a layer
-    unsigned first_whole, all_whole;  // groups of four tokens: the first one, and their number
+    unsigned first_whole, all_whole;  // groups in which all four tokens exist: the first one, and their number
 
-    // Modulo 2^32: tokens before the first one are beyond the last.
+    // Computed modulo 2^32: positions before the first token become larger than the last one.
     __device__ unsigned token_of(unsigned group) const { return group * kTogether - skip; }
     __device__ bool whole(unsigned group) const { return group - first_whole < all_whole; }
     __device__ unsigned inside(unsigned token) const { return token < count ? token : 0; }
@@ -27,7 +27,7 @@ struct FlatTokens {
 };
 constexpr int64_t kMostFlat = (int64_t{1} << 32) - (int64_t{1} << 20);  // tokens
 
-// The sums of one objective, and its products with another.
+// The sums of one objective, and its products with a second objective.
 struct ExactSums {
     double bound = 0, bound_square = 0, bound_logp = 0, surrogate = 0, advantage = 0, advantage_square = 0;
     double kl = 0, bound_product = 0, advantage_product = 0, tokens = 0, positive = 0, clipped = 0;
@@ -69,13 +69,13 @@ __device__ inline ExactSums exact_sums(const FlatTokens& x, const Clip& clip, bo
     return s;
 }
 
-// All slots of a group of objectives, or of the products of two, to `row`: the warp goes through its tokens once for
-// each objective, or for each pair.
+// Writes all slots of a group of objectives, or of the products of two groups, to `row`. The warp reads its tokens once
+// per objective, or once per pair.
 __device__ PAMA_NOINLINE void add_exact(const FlatTokens& x, const Clip& clip, bool noon, bool pairs, int objectives,
                                         const Layer& layer, unsigned group, double* row) {
     const bool tile = layer.first != layer.second, writes = threadIdx.x % kWarp == 0;
     const int each = pairs ? objectives * (objectives - 1) / 2 : 0, totals = kFields * objectives;
-    int pair = totals + kTotals;  // slots as Slots has them
+    int pair = totals + kTotals;  // slots in the order of Slots
     PAMA_ROLLED
     for (int i = 0; i < objectives; ++i) {
         PAMA_ROLLED

@@ -14,19 +14,20 @@ namespace cuda {
 
 Plan statistics_plan(const DeviceTokens& tokens, bool pairs, int multiprocessors);
 
-// `work`: plan.doubles() of them. With `solve`, whose rule is then FIXED or SCORES, the weights in the same launch.
+// work: plan.doubles() doubles. With `solve`, whose rule must be FIXED or SCORES, the same launch computes the weights.
 cudaError_t statistics(const DeviceTokens& tokens, bool pairs, const Plan& plan, double* work, unsigned* counter,
                        double* sums, const Solve* solve, cudaStream_t stream);
 
-// Whether one launch serves advantages per sequence, and how: the inputs and the grid of `sequences`. The grid is part
-// of the result, and follows from the sizes alone. The caller adds work space, the counter and where results go.
+// Whether one launch can process this call with advantages per sequence; if so, fills the inputs and the grid of
+// `sequences`. The grid determines the order of the sums, so it depends only on the sizes. The caller adds the
+// workspace, the counter and the results.
 bool plan_sequences(const DeviceTokens& tokens, bool pairs, int multiprocessors, Sequences& sequences);
 cudaError_t sequences(const Sequences& sequences, cudaStream_t stream);
 
 int64_t solve_doubles(Kind kind, int n);
 cudaError_t solve(const Solve& solve, cudaStream_t stream);
 
-// Doubles of `work` for one problem of a batch; 0 where none is needed.
+// Size of `work` for one problem of a batch, in doubles; 0 if none is needed.
 int64_t weights_doubles(int n);
 cudaError_t weights(const Rows& rows, cudaStream_t stream);
 int64_t min_norm_doubles(int n);

@@ -1,4 +1,4 @@
-// Where a token stands in tensors.
+// The position of a token in the tensors.
 #pragma once
 
 #include "device.cuh"
@@ -13,7 +13,8 @@ __device__ inline unsigned bits_of(float x) {
     return bits;
 }
 
-// How threads go through the tokens, `stride` apart. Made on the host, so that kernels read it as constants.
+// How a thread iterates over the tokens, `stride` apart. Computed on the host, so that kernels read it from constant
+// memory.
 struct Walk {
     int64_t end = 0, stride = 0, stride_rows = 0, stride_tokens = 0;
     bool find_rows = false;  // packed, and something is per sequence
@@ -28,12 +29,13 @@ struct Walk {
         const bool rows = p.advantages.token == 0 || (p.objective_mask && p.objective_mask.token == 0) || row_weights;
         find_rows = p.starts && rows;
     }
-    // Packed tokens of which no tensor tells the number: -1.
+    // The end of the loop. `end` is -1 for packed tokens if no tensor's shape has the number of tokens; it is then the
+    // last offset.
     __device__ int64_t last(const DeviceTokens& p) const { return end >= 0 ? end : p.starts[p.rows]; }
 };
 
 struct Position {
-    int64_t index, row, token;  // of all tokens; of the array
+    int64_t index, row, token;  // index among all tokens; row and token in the arrays
 
     __device__ void start(const DeviceTokens& p, const Walk& walk, int64_t first, int64_t end) {
         index = token = first;
@@ -56,7 +58,7 @@ struct Position {
         if (walk.find_rows && index < end) find(p);
     }
 
-    // The last row from this one on that begins at or before the token; always one of [0, rows).
+    // Binary search for the last row, from the current one on, that begins at or before the token; always in [0, rows).
     __device__ void find(const DeviceTokens& p) {
         int64_t high = p.rows;
         while (high - row > 1) {

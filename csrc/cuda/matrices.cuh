@@ -1,4 +1,4 @@
-// Many min-norm or UPGrad problems, one matrix to a thread; and that of a batch, from its sums.
+// Solves many min-norm or UPGrad problems, one matrix per thread, or the problem of one batch from its statistics.
 #pragma once
 
 #include "entries.cuh"
@@ -7,7 +7,7 @@
 namespace pama {
 namespace cuda {
 
-// Doubles of one problem: the matrix, the weights, the preference, and the solver's own.
+// Workspace of one problem in doubles: the matrix, the weights, the preference and the solver's workspace.
 template <class Problem>
 PAMA_HD inline int64_t matrix_room(int n) {
     return static_cast<int64_t>(n) * (n + 2) + static_cast<int64_t>(Problem::workspace(n));
@@ -23,8 +23,9 @@ __device__ inline int load_matrix(const Rows& rows, int64_t row, double* matrix,
     return rows.n;
 }
 
-// Of the objectives with a signal, by all threads of the block; 0 where none has, or where the problem has no mass to
-// share out. `position` (n): where each of them is in the matrix.
+// Builds the matrix over the objectives with a signal, with all threads of the block. Returns their number, or 0 if
+// there are none or if the rule needs a positive preference among them and there is none. position (n): the index of
+// each of them in the matrix.
 template <class Problem>
 __device__ inline int batch_matrix(const Solve& s, double* matrix, double* preference, double* position) {
     double mass;
@@ -47,14 +48,14 @@ __device__ inline int batch_matrix(const Solve& s, double* matrix, double* prefe
     return Problem::kNeedsMass && !(mass > 0) ? 0 : count;
 }
 
-// `active` threads of each warp have a matrix, so that few are spread over many warps. With `of_batch` the one matrix
-// is that of `batch`. The only kernel with the solver, which takes the compiler long.
+// `active` threads of each warp solve a matrix, so that few matrices are spread over many warps. With `of_batch` the
+// only matrix is that of `batch`. The solver is compiled in this kernel only, since it takes long to compile.
 template <class Problem>
 __global__ void matrices_kernel(const Rows rows, const int active, const bool of_batch, const Solve batch) {
     const int64_t slot = static_cast<int64_t>(blockIdx.x) * active + threadIdx.x;
     const bool works = static_cast<int>(threadIdx.x) < active && slot < rows.slots;
     const int n = rows.n;
-    if (n == 2 && !of_batch) {  // without work space, in registers
+    if (n == 2 && !of_batch) {  // without workspace, in registers
         if (!works) return;
         double entries[4], c[2], preference[2];
         load_matrix(rows, slot, entries, preference);
@@ -85,7 +86,7 @@ __global__ void matrices_kernel(const Rows rows, const int active, const bool of
 
 template <class Problem>
 inline cudaError_t solve_matrices(const Rows& rows, int multiprocessors, cudaStream_t stream) {
-    constexpr int64_t kWarpsPerProcessor = 16;  // that a batch of matrices is spread over
+    constexpr int64_t kWarpsPerProcessor = 16;  // warps over which a batch of matrices is spread
     if (rows.rows == 0) return cudaSuccess;
     int64_t active = rows.slots / (multiprocessors * kWarpsPerProcessor);
     active = active < 1 ? 1 : active > kWarp ? kWarp : active;

@@ -7,7 +7,7 @@ namespace cuda {
 namespace {
 
 struct MinNorm {
-    static constexpr bool kNeedsMass = false;  // without one it is uniform
+    static constexpr bool kNeedsMass = false;  // if the preferences sum to 0, a uniform preference is used
     PAMA_HD static std::size_t workspace(int n) { return min_norm_workspace(n); }
     __device__ static double entry(const double* sums, int64_t n, int64_t i, int64_t j) {
         return cosine_entry(sums, n, i, j);

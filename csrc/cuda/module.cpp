@@ -1,5 +1,5 @@
-// The Python module `pama_kernels.backends._cuda`: records and device pointers in, errors raised here. Python
-// allocates: `empty(count)` gives float64 memory on the device.
+// The Python module `pama_kernels.backends._cuda`: it reads records and device pointers and raises the errors. Memory
+// is allocated by Python: empty(count) returns a float64 tensor on the device.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -30,7 +30,7 @@ const char* describe(cudaError_t status) { return cudaGetErrorString(status); }
 constexpr bool kEmulated = false;
 constexpr int kCudaVersion = CUDART_VERSION;
 
-// Why no device can be used; empty where one can.
+// The reason why no device can be used; empty if one can.
 std::string device_problem() {
     int count = 0;
     const cudaError_t status = cudaGetDeviceCount(&count);
@@ -38,7 +38,7 @@ std::string device_problem() {
     return count > 0 ? "" : "no CUDA device";
 }
 
-// The device is current for as long as this lives.
+// Makes the device current during the lifetime of the object.
 struct DeviceGuard {
     int before = -1;
     explicit DeviceGuard(int device);
@@ -63,7 +63,7 @@ DeviceGuard::DeviceGuard(int device) {
 }
 #endif
 
-// Where to run: the device, its number of multiprocessors, the address of the stream.
+// The device to run on, its number of multiprocessors, and the address of the stream.
 struct Where {
     int device, multiprocessors;
     cudaStream_t stream;
@@ -86,7 +86,7 @@ double* read_doubles(const py::handle& result, const char* name, int64_t count) 
     return static_cast<double*>(array.data);
 }
 
-// Float64 memory of the device.
+// Float64 device memory.
 struct Memory {
     py::object tensor;
     double* data;
@@ -94,9 +94,9 @@ struct Memory {
         : tensor(empty(count)), data(read_doubles(tensor, "memory", count)) {}
 };
 
-// Advantages per sequence in one launch, or None where that does not serve: (combined advantages, weights, optimum,
-// sums, square_sum, row factors), None where not asked for. Without a rule the sums alone, in a tuple. `make`:
-// Allocator's.
+// Computes a call with advantages per sequence in one launch. Returns (combined advantages, weights, optimum, sums,
+// square_sum, row factors), with None for results that were not requested, or None if one launch cannot process the
+// call. Without a rule, a tuple of the sums only.
 py::object sequences_of(const py::object& record, const py::object& rule, const py::object& preference,
                         const py::tuple& asked, const py::object& counter, const py::tuple& place) {
     const DeviceTokens p = read_tokens(record);
@@ -145,7 +145,8 @@ py::object sequences_of(const py::object& record, const py::object& rule, const 
     return py::make_tuple(parts[0], parts[1], parts[2], parts[3], parts[4], parts[5]);
 }
 
-// Results: weights, optimum, effective preference, in float64; then, where given, the first two rounded.
+// results: weights, optimum and effective preference in float64; then, optionally, weights and optimum in the dtype of
+// the call.
 Solve read_solve(const py::handle& rule, int n, const double* sums, const py::handle& preference,
                  const py::tuple& results) {
     Solve s;
@@ -163,7 +164,7 @@ Solve read_solve(const py::handle& rule, int n, const double* sums, const py::ha
     return s;
 }
 
-// The statistics; with a rule, of the kinds FIXED or SCORES, also the results of solving it.
+// Computes the statistics and, with a rule of kind FIXED or SCORES, its weights.
 py::object statistics_of(const py::object& record, bool pairs, const py::object& rule, const py::object& preference,
                          const py::object& results, const py::object& counter, const py::function& empty,
                          const py::tuple& place) {
@@ -202,7 +203,7 @@ void solve_of(const py::object& sums, int n, const py::object& rule, const py::o
     check(solve(s, where.stream), "solve");
 }
 
-// Scores (rows, n), or matrices (rows, n, n); results contiguous, of their dtype.
+// Scores (rows, n), or matrices (rows, n, n); results are contiguous and of the same dtype.
 Rows read_rows(const py::object& input, int dimensions, const py::object& preference, double regularization,
                const py::object& weights, const py::object& optimum) {
     Tensor t;
@@ -224,9 +225,9 @@ Rows read_rows(const py::object& input, int dimensions, const py::object& prefer
     return rows;
 }
 
-// Room for as many problems at a time as there are, within reason.
+// Allocates workspace for all problems, or for as many as fit in kMost doubles.
 py::object make_room(Rows& rows, int64_t each, const py::function& empty) {
-    constexpr int64_t kMost = 1 << 24;  // doubles, unless one problem needs more
+    constexpr int64_t kMost = 1 << 24;  // maximum in doubles, unless a single problem needs more
     rows.slots = rows.rows;
     if (each == 0) return py::none();
     const int64_t most = kMost / each > 1 ? kMost / each : 1;

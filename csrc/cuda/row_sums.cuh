@@ -1,5 +1,5 @@
-// The sums over the tokens of each sequence (RowSum in core/statistics.hpp). With advantages per sequence every
-// statistic is a sum over sequences of one of these times A_i, A_i^2 or A_i A_j.
+// The sums over the tokens of each sequence (RowSum in core/statistics.hpp). With advantages per sequence, every
+// statistic is a sum over sequences of one of these sums times A_i, A_i^2 or A_i A_j.
 #pragma once
 
 #include "../core/statistics.hpp"
@@ -15,7 +15,7 @@ struct RowSumsTask {
     double* sums;  // [field][segment][row]
 };
 
-// F32: floating-point tensors are float32, the mask one of bytes.
+// F32: all floating-point tensors are float32 and the mask has one-byte elements.
 template <class T, bool F32>
 __device__ inline T row_number(const Array& array, int64_t at) {
     return F32 ? static_cast<T>(static_cast<const float*>(array.data)[at]) : load_number<T>(array, at);
@@ -68,7 +68,7 @@ __device__ inline bool add_segment(const DeviceTokens& p, int64_t row, int64_t f
     return held;
 }
 
-// A warp for each segment of each sequence.
+// One warp per segment of a sequence.
 template <class T, bool F32>
 __global__ void __launch_bounds__(kFewThreads) row_sums_kernel(const RowSumsTask task) {
     const int lane = threadIdx.x % kWarp;

@@ -1,4 +1,5 @@
-// Statistics from the sums of each sequence (row_sums.cuh) and its advantages, in double: a thread adds up sequences.
+// Statistics from the sums of each sequence (row_sums.cuh) and its advantages, in double. Each thread sums over several
+// sequences.
 #pragma once
 
 #include "row_sums.cuh"
@@ -9,12 +10,12 @@ namespace cuda {
 
 struct RowTokens {
     DeviceTokens p;
-    const double* sums;    // as RowSumsTask has them; null: log-probabilities and importance weights were not given
-    const double* counts;  // then the valid tokens of each sequence; null: its length
+    const double* sums;    // as in RowSumsTask; null without log-probabilities and importance weights
+    const double* counts;  // used if `sums` is null: valid tokens of each sequence; null: its length
     int64_t segments, stride;
 };
 
-// The sums over the tokens of one sequence, times its token weight.
+// The sums over the tokens of one sequence, multiplied by its token weight.
 struct RowFactors {
     double tokens, values[kRowStatistics];
 
@@ -45,7 +46,7 @@ struct RowFactors {
 };
 
 struct RowAdvantage {
-    double a;  // 0 where absent or where the sequence has no token
+    double a;  // 0 if the objective is absent or the sequence has no valid token
     bool here, negative;
 };
 
@@ -61,10 +62,10 @@ __device__ inline RowAdvantage row_advantage(const DeviceTokens& p, int64_t row,
     return x;
 }
 
-// The advantage with Noon: of 0 a bad token still makes NaN.
+// The advantage with Noon applied. It stays 0 rather than being skipped, so that a NaN token still gives NaN.
 __device__ inline double kept(const RowAdvantage& x, bool noon) { return noon && x.negative ? 0 : x.a; }
 
-// sum over the sequence's tokens of I_i I_j.
+// The sum of I_i I_j over the tokens of the sequence.
 __device__ inline double row_product(const RowFactors& f, const RowAdvantage& x, const RowAdvantage& y, bool noon) {
     const double both = x.negative == y.negative ? (x.negative ? f.values[kGradNegSquare] : f.values[kGradPosSquare])
                                                  : f.values[kGradBoth];

@@ -1,4 +1,5 @@
-// The terms of sequences.hpp: what segments contribute to the sums of a block, and all statistics from these sums.
+// The terms of sequences.hpp: the contributions of segments to the sums of a block, and the statistics computed from
+// these sums.
 #pragma once
 
 #include "rows.cuh"
@@ -12,7 +13,7 @@ struct Item {
     RowAdvantage x[kSequenceObjectives];
 };
 
-// --- what segments contribute ------------------------------------------------------------------------------
+// --- contributions of segments ------------------------------------------------------------------------------
 
 __device__ inline double pair_term(const Item& item, int kind, int i, int j, bool noon) {
     const RowAdvantage &x = item.x[i], &y = item.x[j];
@@ -20,7 +21,7 @@ __device__ inline double pair_term(const Item& item, int kind, int i, int j, boo
     const double valid = item.factors.values[kValid];
     if (kind == kAdvantageProduct) return valid * (x.a * y.a);
     const double one = x.here ? 1 : 0, value = kind == kPairCount ? one : kind == kPairAdvantage ? x.a : x.a * x.a;
-    return valid * value * (y.here ? 1 : 0);  // a NaN shows whether or not j is present
+    return valid * value * (y.here ? 1 : 0);  // a NaN gives NaN whether or not j is present
 }
 
 // The fields of every objective over the items of each warp, [warp][objective][field].
@@ -90,7 +91,7 @@ __device__ inline double field_of(const Terms& t, const double* sums, int field,
         case kLogprobSum:
             return 0 * bound(kBoundSum, kAdvantageSum);
         default:
-            return 0;  // nothing is clipped
+            return 0;  // no token is clipped
     }
 }
 
@@ -105,7 +106,7 @@ __device__ inline double pair_of(const Terms& t, const double* sums, int kind, i
                         i);
     if (i == j) return field_of(t, sums, kind == kBoundProduct ? kBoundSquareSum : kAdvantageSquareSum, i);
     const int own = found(t.product, t.products, kind), low = i < j ? i : j, high = i < j ? j : i;
-    const int product = own >= 0 ? own : 0;  // else bound terms are advantages
+    const int product = own >= 0 ? own : 0;  // otherwise bound terms equal advantages
     return sums[t.first_product() + product * (n * (n - 1) / 2) + low * (2 * n - 3 - low) / 2 + high - 1];
 }
 

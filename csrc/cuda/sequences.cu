@@ -16,12 +16,12 @@ bool plan_sequences(const DeviceTokens& p, bool pairs, int multiprocessors, Sequ
     const bool factors = p.logprobs || p.importance_weights;
     if (!p.per_sequence || (p.objective_mask && !p.mask_per_sequence)) return false;
     if (p.n > kSequenceObjectives || p.rows < 1 || p.rows > kSequenceRows) return false;
-    const int64_t tokens = p.mask || factors ? p.tokens() : 0;  // that are read
+    const int64_t tokens = p.mask || factors ? p.tokens() : 0;  // tokens that are read
     s.p = p;
     s.terms = Terms::of(p, pairs);
     s.pairs = pairs;
     s.factors = factors;
-    if (factors && p.aggregation != Aggregation::seq_mean_token_mean) {  // whose token weight needs whole sequences
+    if (factors && p.aggregation != Aggregation::seq_mean_token_mean) {  // which needs whole sequences
         const int64_t wanted = 8 * int64_t{multiprocessors} / p.rows, most = tokens / (p.rows * 8 * kWarp);
         s.segments = least(wanted, most);
         s.segments = s.segments < 1 ? 1 : s.segments;

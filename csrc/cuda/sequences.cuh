@@ -1,5 +1,6 @@
-// The kernel of sequences.hpp. Blocks share out the segments of the sequences; each adds up its statistics and writes
-// them to a place of its own. The last block to finish adds these in order, solves, and goes through the sequences.
+// The kernel of sequences.hpp. The segments of the sequences are distributed over the blocks. Each block sums its
+// statistics and writes them to its own partial sums. The last block to finish adds the partial sums in a fixed order,
+// solves for the weights, and writes the results of all sequences.
 #pragma once
 
 #include "../core/weights.hpp"
@@ -11,7 +12,7 @@ namespace cuda {
 
 constexpr int kSequenceThreads = limited(256);
 constexpr int kSequenceWarps = kSequenceThreads / kWarp;
-constexpr int kItems = 32;  // segments at a time; no fewer than warps
+constexpr int kItems = 32;  // segments processed at a time; at least the number of warps
 static_assert(kSequenceWarps <= kItems);
 constexpr int kMostSums = kTotals + kFields * kSequenceObjectives + kSequenceObjectives * (kSequenceObjectives - 1) +
                           (kPairs - 2) * kSequenceObjectives * kSequenceObjectives;
@@ -41,9 +42,9 @@ __device__ inline void write_statistics(const Sequences& s, const double* sums, 
     __syncthreads();
 }
 
-// --- the share of a block ----------------------------------------------------------------------------------
+// --- the segments of one block ----------------------------------------------------------------------------------
 
-// The valid tokens of sequences, by as many warps as there are for each.
+// Counts the valid tokens of sequences, with `each` warps per sequence.
 __device__ inline void count_items(const Sequences& s, int64_t first, int count, SequenceMemory& m, int each) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
     const DeviceTokens& p = s.p;
@@ -60,7 +61,7 @@ __device__ inline void count_items(const Sequences& s, int64_t first, int count,
     }
 }
 
-// The sums over the tokens of segments, a warp for each.
+// Computes the sums over the tokens of segments, one warp per segment.
 template <class T, bool F32>
 __device__ inline void sum_items(const Sequences& s, int64_t first, int count, SequenceMemory& m) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
@@ -80,7 +81,8 @@ __device__ inline void sum_items(const Sequences& s, int64_t first, int count, S
     }
 }
 
-// What only the number of valid tokens says: nothing of a segment without one counts, a NaN neither.
+// Completes the items once their numbers of valid tokens are known. A segment without valid tokens is ignored,
+// including NaN advantages.
 __device__ inline void finish_items(const Sequences& s, int64_t first, int count, SequenceMemory& m, int each) {
     const int n = s.p.n;
     for (int k = threadIdx.x; k < count * n; k += blockDim.x) {
@@ -161,7 +163,7 @@ __device__ inline void add_blocks(const Sequences& s, SequenceMemory& m) {
     }
 }
 
-// By one thread. A function of its own: the solvers take all registers that there are.
+// Runs in one thread. Not inlined, since the solvers use all registers.
 __device__ PAMA_NOINLINE void solve_matrix(const Sequences& s, SequenceMemory& m) {
     const int n = s.p.n;
     double* const matrix = m.solver + n;
@@ -207,7 +209,7 @@ __device__ inline Signed combine_row(const Sequences& s, const SequenceMemory& m
         (own.negative ? x.down : x.up) += m.weights[i] * own.a;
     }
     if (p.noon) x.down = 0;
-    // Over the preference of the objectives that are present.
+    // Divide by the sum of the preferences of the objectives that are present.
     const bool some = share > 0;
     x.up = some ? x.up / share : 0 * x.up;
     x.down = some ? x.down / share : 0 * x.down;
@@ -225,7 +227,8 @@ __device__ inline double block_sum(double value, double* table) {
     return total;
 }
 
-// The root mean square of the combined advantages; 1 where they are 0 up to rounding, since what is left is noise.
+// The root mean square of the combined advantages; 1 if they are 0 up to rounding, since dividing would amplify
+// rounding errors.
 __device__ inline double root_of(const Sequences& s, const SequenceMemory& m, double square) {
     const int n = s.p.n;
     const double tokens = m.sums[kTokenCount], root = std::sqrt(square / (tokens > 0 ? tokens : 1));
@@ -238,7 +241,7 @@ __device__ inline double root_of(const Sequences& s, const SequenceMemory& m, do
     return root <= 32 * rounding * terms ? 1.0 : root;
 }
 
-// What needs the weights: results for each sequence.
+// Writes the results of each sequence, which need the weights.
 __device__ inline void write_rows(const Sequences& s, SequenceMemory& m) {
     if (!s.combined && !s.row_factors) return;
     double squares = 0;
@@ -263,7 +266,7 @@ __device__ inline void write_rows(const Sequences& s, SequenceMemory& m) {
     each([&](int64_t row, const Signed& x) { write(row, x, root); });
 }
 
-// One kernel for all that may be read, since the solver takes the compiler long.
+// One kernel for all input dtypes, since the solver takes long to compile.
 __global__ void __launch_bounds__(kSequenceThreads, 1) sequences_kernel(const __grid_constant__ Sequences s) {
     PAMA_SHARED(SequenceMemory, m);
     add_share(s, m);

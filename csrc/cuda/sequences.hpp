@@ -7,13 +7,13 @@
 namespace pama {
 namespace cuda {
 
-constexpr int kSequenceObjectives = 16;       // at most: the solver works in shared memory
-constexpr int64_t kSequenceRows = 1 << 16;    // at most: what comes after the weights is one block's
-constexpr int64_t kSequenceTokens = 1 << 18;  // to a block, at most, on average
+constexpr int kSequenceObjectives = 16;       // maximum: the solver uses shared memory
+constexpr int64_t kSequenceRows = 1 << 16;    // maximum: one block writes the results of all sequences
+constexpr int64_t kSequenceTokens = 1 << 18;  // maximum average per block
 
-// Which sums a block adds up: the totals, then fields of every objective, products i < j, and tables of all i and j.
-// The other statistics follow from these: without log-probabilities bound terms are advantages, and without an
-// objective mask every objective is counted everywhere.
+// The sums that a block accumulates: the totals, then fields of every objective, products for i < j, and pair fields
+// for all i and j. The other statistics are computed from these: without log-probabilities bound terms equal
+// advantages, and without an objective mask every objective is present at every token.
 struct Terms {
     int n = 0;
     bool noon = false;
@@ -47,7 +47,7 @@ struct Sequences {
     DeviceTokens p;
     Terms terms;
     bool pairs = false, factors = false;             // factors: log-probabilities or importance weights were given
-    int64_t segments = 1, blocks = 1;                // segments of a sequence, which the blocks share out
+    int64_t segments = 1, blocks = 1;                // segments per sequence; blocks that share the segments
     double* partials = nullptr;                      // (blocks, terms.size())
     unsigned *counts = nullptr, *counter = nullptr;  // counts: valid tokens (rows, segments)
     // results

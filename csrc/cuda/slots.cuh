@@ -1,7 +1,8 @@
-// What a thread adds up, the reduction over blocks, and which layers of the grid compute which statistics.
+// The slots that a thread accumulates, the reduction over blocks, and the assignment of statistics to layers of the
+// grid.
 //
 // A layer computes the fields of a group of kGroup objectives and the products within it, or a tile of products of two
-// groups, or, with an objective mask, a tile of one of the pair fields that the products do not give.
+// groups, or, with an objective mask, a tile of one of the pair fields that cannot be computed from the products.
 #pragma once
 
 #include "../core/statistics.hpp"
@@ -24,7 +25,7 @@ PAMA_HD inline int64_t layers_of(int n, bool pairs, bool presence) {
 
 struct Layer {
     int first, second;  // objectives at which the groups begin
-    int kind;           // of a pair field; -1: the fields of a group (first == second), or the products of two
+    int kind;           // the pair field; -1: the fields of a group (first == second), or the products of two groups
 };
 
 PAMA_HD inline Layer layer_at(int64_t index, int n) {
@@ -52,12 +53,12 @@ struct Slots {
     static constexpr int kAll = kProduct + kProductKinds * kEach;
 
     PAMA_HD static constexpr int field(int f, int k) { return f * G + k; }
-    // Of the pair i < j of the group.
+    // The slot of the product of the pair i < j of the group.
     PAMA_HD static constexpr int product(int kind, int i, int j) {
         return kProduct + kind * kEach + i * (2 * G - 3 - i) / 2 + j - 1;
     }
 
-    // The slot as an index of the statistics; -1 where there is no such objective or it is another layer's.
+    // The index of a slot in the statistics; -1 if there is no such objective or another layer computes it.
     PAMA_HD static int64_t index(int slot, int64_t n, int first) {
         if (slot < kTotal) {
             const int64_t i = first + slot % G;
@@ -72,7 +73,7 @@ struct Slots {
     }
 };
 
-// Values of one thread for `Count` slots, in the batches that a warp transposes at once.
+// The values of one thread for `Count` slots, in batches of one warp transposition each.
 template <int Count>
 struct Values {
     static constexpr int kBatches = (Count + kWarp - 1) / kWarp;
@@ -85,8 +86,8 @@ struct Partials {
     int64_t blocks;
 };
 
-// The sums of the block from those of its warps, rows of `width`, to its place; `index(slot)` says where a slot
-// belongs.
+// Adds the sums of the warps of a block, rows of `width`, and writes them to the block's partial sums; index(slot) is
+// the index of a slot in the statistics.
 template <class Index>
 __device__ inline void write_table(const double* table, int width, int count, const Partials& partials, int64_t block,
                                    Index index) {
@@ -100,7 +101,7 @@ __device__ inline void write_table(const double* table, int width, int count, co
     }
 }
 
-// The sums of the block from the values of its threads.
+// Adds the values of the threads of a block and writes them to the block's partial sums.
 template <int Count, class Index>
 __device__ inline void write_block(Values<Count>& values, const Partials& partials, int64_t block, Index index) {
     using Table = double[kFewThreads / kWarp][Count];
@@ -114,14 +115,14 @@ __device__ inline void write_block(Values<Count>& values, const Partials& partia
     write_table(&table[0][0], Count, Count, partials, block, index);
 }
 
-// The last block: partials to sums, four at a time by each warp with all their loads in flight, and what follows from
-// others.
+// Runs in the last block: adds the partial sums, four statistics at a time in each warp with all their loads in flight,
+// and computes the statistics that follow from others.
 __device__ inline void add_partials(const Partials& partials, double* sums, int64_t n, bool pairs, bool presence) {
     constexpr int kSums = 4, kLoads = 5;
     const int64_t lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
     const int64_t fields = statistics_size(n, false), size = statistics_size(n, pairs);
     const int64_t written = pairs && !presence ? pair_offset(n, kProductKinds) : size;
-    const auto each = static_cast<unsigned>(n);  // divisions of 64 bits are slow
+    const auto each = static_cast<unsigned>(n);  // 64-bit divisions are slow
     for (int64_t first = threadIdx.x / kWarp; first < written; first += kSums * warps) {
         double sum[kSums] = {};
         bool wanted[kSums];
@@ -130,7 +131,7 @@ __device__ inline void add_partials(const Partials& partials, double* sums, int6
             const int64_t index = first + u * warps;
             wanted[u] = index < written;
             if (!pairs || index < fields || index >= fields + kProductKinds * n * n) continue;
-            const unsigned row = static_cast<unsigned>(index - fields) / each;  // of one of the matrices
+            const unsigned row = static_cast<unsigned>(index - fields) / each;  // row in one of the matrices
             wanted[u] = wanted[u] && row % each < static_cast<unsigned>(index - fields) - row * each;
         }
         for (int64_t from = lane; from < partials.blocks; from += kLoads * kWarp) {
@@ -163,7 +164,7 @@ __device__ inline void add_partials(const Partials& partials, double* sums, int6
             products[k] = i == j ? sums[kBoundSquareSum * n + i] : products[j * n + i];
             products[n * n + k] = i == j ? sums[kAdvantageSquareSum * n + i] : products[n * n + j * n + i];
         }
-        if (presence) continue;  // else every objective is present everywhere
+        if (presence) continue;  // otherwise every objective is present at every token
         products[kPairCount * n * n + k] = sums[kCount * n + i];
         products[kPairAdvantage * n * n + k] = sums[kAdvantageSum * n + i];
         products[kPairAdvantageSquare * n * n + k] = sums[kAdvantageSquareSum * n + i];

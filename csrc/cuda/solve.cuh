@@ -1,4 +1,4 @@
-// The weights of a batch from its sums.
+// Computes the weights of a batch from its statistics.
 #pragma once
 
 #include "../core/weights.hpp"
@@ -8,7 +8,7 @@
 namespace pama {
 namespace cuda {
 
-// One objective's statistics, in the layout of a single one: core/statistics.hpp reads them with n = 1.
+// The statistics of one objective in the layout of n = 1, for the functions of core/statistics.hpp.
 struct OwnStatistics {
     double field[kFields];
     __device__ OwnStatistics(const double* sums, int n, int i) {
@@ -18,8 +18,9 @@ struct OwnStatistics {
     __device__ bool signal(bool bound) const { return has_signal(field, 1, 0, bound); }
 };
 
-// The preference over the objectives with a signal, to `effective`; 1 for each of these, else 0, to `weights`. By all
-// threads of a block, which must see the sums. Returns how many there are.
+// Writes the preference normalised over the objectives with a signal to `effective`, and 1 for each of these
+// objectives, else 0, to `weights`. Called by all threads of a block, to which the sums must be visible. Returns the
+// number of objectives with a signal.
 __device__ inline int choose_objectives(const Solve& s, double* mass_of_all) {
     for (int i = threadIdx.x; i < s.n; i += blockDim.x) {
         s.weights[i] = OwnStatistics(s.sums, s.n, i).signal(s.rule.kind == Kind::gram) ? 1 : 0;
@@ -40,8 +41,8 @@ __device__ inline int choose_objectives(const Solve& s, double* mass_of_all) {
     return static_cast<int>(count);
 }
 
-// Kinds without pairs, of N objectives, by all threads of a block: what each needs by a thread of its own, then one
-// thread, in registers.
+// Solves rules without pair statistics for N objectives. Called by all threads of a block: one thread per objective
+// reads the statistics, then one thread solves in registers.
 template <int N>
 __device__ PAMA_NOINLINE void solve_few_scores(const Solve& s) {
     using Table = double[N][4];
@@ -86,7 +87,7 @@ __device__ PAMA_NOINLINE void solve_few_scores(const Solve& s) {
     *s.optimum = optimum;
 }
 
-// Of any number, in `work`.
+// The same for any number of objectives, with the workspace `work`.
 __device__ PAMA_NOINLINE void solve_many_scores(const Solve& s) {
     const int n = s.n;
     double mass;
@@ -112,14 +113,14 @@ __device__ PAMA_NOINLINE void solve_many_scores(const Solve& s) {
     *s.optimum = optimum;
 }
 
-// By the thread that solved.
+// Stores the results in the dtype of the call. Done by the thread that solved.
 __device__ inline void store_rounded(const Solve& s) {
     if (threadIdx.x != 0 || !s.rounded[0]) return;
     for (int i = 0; i < s.n; ++i) store_number(s.rounded[0], i, s.weights[i]);
     store_number(s.rounded[1], 0, *s.optimum);
 }
 
-// Kinds without pairs. N > 0: that many objectives, else kGroup or more of them.
+// Solves rules without pair statistics. N > 0: the number of objectives; N = 0: kGroup or more objectives.
 template <int N>
 __device__ inline void solve_scores(const Solve& s) {
     if (N > 0)

@@ -8,7 +8,7 @@ namespace pama {
 namespace cuda {
 namespace {
 
-constexpr int64_t kLeastRow = 16;      // tokens of a sequence, on average, that a warp is worth
+constexpr int64_t kLeastRow = 16;      // minimum average number of tokens per sequence for one warp per sequence
 constexpr int64_t kMostSegments = 32;  // of a sequence
 constexpr int kRowThreads = limited(128);
 
@@ -28,7 +28,7 @@ bool by_row(const DeviceTokens& p) {
     return !has_factors(p) || p.tokens() >= kLeastRow * p.rows;
 }
 
-// Whether the tokens are one run without gaps, of float32.
+// Whether the tokens are contiguous in memory and float32.
 bool flat(const DeviceTokens& p) {
     if (p.per_sequence || p.wide || p.objective_mask || row_mean(p) || p.tokens() > kMostFlat) return false;
     for (const Array* array : {&p.logprobs, &p.old_logprobs, &p.importance_weights, &p.mask, &p.advantages}) {
@@ -40,9 +40,9 @@ bool flat(const DeviceTokens& p) {
     return p.n == 1 || p.advantages.objective == 1;
 }
 
-// Tokens before the first group, so that whatever a group has is aligned for vectors; -1 where nothing makes it so.
+// The number of positions before the first token that makes every group aligned for vector loads; -1 if there is none.
 int skipped(const DeviceTokens& p) {
-    const int64_t n = p.n < kGroup ? p.n : 0;  // advantages of more begin anew with every token
+    const int64_t n = p.n < kGroup ? p.n : 0;  // advantages of kGroup or more objectives are loaded per token
     const auto starts = [](const Array& array, int64_t bytes, unsigned alignment) {
         return !array || aligned(static_cast<const char*>(array.data) - bytes, alignment);
     };
@@ -139,7 +139,7 @@ Plan statistics_plan(const DeviceTokens& p, bool pairs, int multiprocessors) {
         plan.threads = kRowThreads;
     } else if (plan.flat) {
         work = shares(tokens, kTogether);
-        plan.threads = limited(128);  // or more, where every multiprocessor has a block
+        plan.threads = limited(128);  // more threads once every multiprocessor has a block
         while (plan.threads < kManyThreads && plan.threads * multiprocessors < work * plan.layers) plan.threads *= 2;
     }
     if (plan.by_row && has_factors(p) && p.rows > 0) {
@@ -150,7 +150,7 @@ Plan statistics_plan(const DeviceTokens& p, bool pairs, int multiprocessors) {
     } else if (plan.counted) {
         plan.row_doubles = p.rows;
     }
-    // One block to a multiprocessor, or four where layers are many and so uneven to share out.
+    // One block per multiprocessor, or four if there are many layers, which divide unevenly.
     const int64_t most =
         4 * plan.layers > multiprocessors ? shares(4 * multiprocessors, plan.layers) : multiprocessors / plan.layers;
     plan.blocks = smaller(smaller(most, kMostPartials / size), shares(work, plan.threads));

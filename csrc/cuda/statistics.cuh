@@ -1,7 +1,7 @@
-// The statistics of core/statistics.hpp, and where it is asked for the weights of the batch from them, in one launch.
+// Computes the statistics of core/statistics.hpp and, on request, the weights of the batch from them, in one launch.
 //
-// A block adds up its share of the tokens, or of the sequences, for one layer and writes the sums to places of its own;
-// the last block to finish adds these in order and solves.
+// A block sums over its share of the tokens, or of the sequences, for one layer, and writes the sums to its own partial
+// sums; the last block to finish adds all partial sums in a fixed order and solves for the weights.
 #pragma once
 
 #include "flat.cuh"
@@ -26,7 +26,7 @@ template <class Source>
 struct StatisticsTask {
     Source source;
     Clip clip;
-    ClipIn<float> narrow;  // made on the host
+    ClipIn<float> narrow;  // computed on the host
     bool noon;
     Finish finish;
 };
@@ -36,13 +36,15 @@ struct Place {
     int64_t block, thread;
 };
 
-// Layers of one share of the tokens run at about the same time, so that only the first reads them from memory.
+// The layers of one share of the tokens run at about the same time, so that only the first one reads the tokens from
+// memory and the others from the cache.
 __device__ inline Place place(const Finish& finish) {
     const int64_t block = blockIdx.x / finish.layers;
     return {layer_at(blockIdx.x % finish.layers, finish.n), block, block * blockDim.x + threadIdx.x};
 }
 
-// Where the slots of a group belong, and those of tiles of 4 x 4 of the pair fields from `kind` on; -1: nowhere.
+// field_index: the index in the statistics of a slot of a group. tile_index: the same for 4 x 4 tiles of the pair
+// fields from `kind` on. -1: the slot is not stored.
 template <int G, bool Pairs>
 __device__ inline int64_t field_index(const Finish& finish, const Place& at, int slot) {
     using S = Slots<G, Pairs>;
@@ -63,7 +65,7 @@ __device__ inline void write_tiles(Values<Kinds * kGroup * kGroup>& values, cons
     write_block(values, finish.partials, at.block, [&](int slot) { return tile_index(finish, at, kind, slot); });
 }
 
-// N: the number of objectives where it is no more than kGroup, else 0.
+// N: the number of objectives if it is below kGroup, else 0.
 template <int N>
 __device__ inline void finish(const Finish& task) {
     if (!last_block(task.counter)) return;
@@ -107,7 +109,7 @@ struct FlatTask {
     Finish finish;
 };
 
-// G: objectives of a group, all of them where G < kGroup.
+// G: the objectives of a group; G < kGroup is the number of all objectives.
 template <int G, bool Pairs, bool Full>
 __global__ void __launch_bounds__(kManyThreads, 1) flat_kernel(const __grid_constant__ FlatTask task) {
     using S = Slots<G, Pairs>;

@@ -1,8 +1,8 @@
 // Sums over tokens: of the fields of a group of objectives and the products within it, of the products of two groups,
-// and of the pair fields of presence.
+// and of the pair fields that depend on presence.
 //
-// A thread adds at most kChunk tokens in T before they go to double; where T did not hold them, it starts again in
-// double.
+// A thread sums at most kChunk tokens in T before it adds them to double sums; if a sum overflows or underflows in T,
+// the thread restarts in double.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,8 @@ namespace cuda {
 
 constexpr int kChunk = 32;  // tokens
 
-// What a token has beside its advantages; then those of G objectives. Masked: not valid, and any values.
+// TokenInput: the values of a token except its advantages. ObjectiveInput: the advantages of G objectives. A masked
+// token is not valid and may have any values.
 template <class T>
 struct TokenInput {
     T logp, old, w, omega;
@@ -30,12 +31,12 @@ struct ObjectiveInput {
 
 // Tokens of any layout and dtype.
 struct AnyTokens {
-    static constexpr bool kPresence = true;  // or weights of tokens other than 1
+    static constexpr bool kPresence = true;  // presence per objective, or token weights other than 1
     static constexpr int kTogether = 1;
     DeviceTokens p;
     Walk walk;
-    const double* counts;  // valid tokens of each sequence; null: its length, or not asked for
-    bool row_mean;         // omega is 1 over them
+    const double* counts;  // valid tokens of each sequence; null: its length, or unused
+    bool row_mean;         // the token weight omega is 1 / counts
     using Cursor = Position;
 
     __device__ int64_t end() const { return walk.last(p); }
@@ -75,7 +76,7 @@ struct AnyTokens {
     }
 };
 
-// With Noon a negative advantage counts as 0: as if its factors were 0, or NaN where the token is bad.
+// With Noon a negative advantage counts as 0: its factors become 0, or NaN if the token has a NaN.
 template <class T>
 __device__ inline TokenFactors<T> factors(const ClipIn<T>& clip, bool noon, const TokenInput<T>& x) {
     TokenFactors<T> f = token_factors(clip, x.valid, x.logp, x.old, x.w);
@@ -85,7 +86,7 @@ __device__ inline TokenFactors<T> factors(const ClipIn<T>& clip, bool noon, cons
     return f;
 }
 
-// False: T did not hold the sums of some chunk, and `all` is of no use.
+// Returns false if a sum of some chunk overflowed or underflowed in T; `all` is then undefined.
 template <class T, int G, bool Pairs, class Source>
 __device__ inline bool add_tokens(const Source& source, const ClipIn<T>& clip, bool noon, int first, int64_t thread,
                                   Values<Slots<G, Pairs>::kAll>& all) {
@@ -125,7 +126,7 @@ __device__ inline bool add_tokens(const Source& source, const ClipIn<T>& clip, b
                 for (int k = 0; k < G; ++k) {
                     const bool here = input[u].present[k];
                     const T a = raw_advantage(input[u].advantages[k], here);
-                    // Without presence absent is masked, and all factors are 0.
+                    // Without presence only masked tokens are absent, and their factors are 0.
                     const T i = add_token(f, false, a, here || !Source::kPresence, omega, count, sums[k], counts[k]);
                     own[k] = omega * a;
                     bound[k] = omega * i;
@@ -139,7 +140,7 @@ __device__ inline bool add_tokens(const Source& source, const ClipIn<T>& clip, b
                 }
             }
         }
-        // What T holds goes to double. float32 squares overflow above 1e19 and vanish below 1e-19.
+        // Add the sums in T to double sums. float32 squares overflow above 1e19 and underflow below 1e-19.
         T poison = T(0) * kl;
         const T tiny = static_cast<T>(0x1p-80);
         PAMA_UNROLL
@@ -170,15 +171,15 @@ __device__ inline bool add_tokens(const Source& source, const ClipIn<T>& clip, b
         PAMA_UNROLL
         for (int f = 0; f < kFields; ++f) {
             if (!counts_tokens(f)) continue;
-            const bool every = !Source::kPresence && f == kCount;  // all tokens
+            const bool every = !Source::kPresence && f == kCount;  // counts all valid tokens
             all[S::field(f, k)] = static_cast<double>(every ? tokens : counts[k][f]);
         }
     }
     return held || !kChunks;
 }
 
-// Products of two groups of objectives, in double: 16 of bound terms, then 16 of advantages. T need only hold the
-// terms.
+// Products of two groups of objectives, in double: 16 of bound terms, then 16 of advantages. Only the terms, not their
+// products, must be in the range of T.
 template <class T, class Source>
 __device__ inline bool multiply_tokens(const Source& source, const ClipIn<T>& clip, bool noon, const Layer& layer,
                                        int64_t thread, Values<2 * kGroup * kGroup>& all) {
@@ -218,7 +219,7 @@ __device__ inline bool multiply_tokens(const Source& source, const ClipIn<T>& cl
     return held;
 }
 
-// One tile of one pair field of presence: omega times A'_i, A'_i^2 or 1 where j is present.
+// One tile of a pair field that depends on presence: omega times A'_i, A'_i^2 or 1 where j is present.
 template <class Source>
 __device__ inline void pair_tokens(const Source& source, const Layer& layer, int64_t thread,
                                    Values<kGroup * kGroup>& all) {

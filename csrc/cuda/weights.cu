@@ -51,7 +51,7 @@ cudaError_t weights(const Rows& rows, cudaStream_t stream) {
 }
 
 int64_t solve_doubles(Kind kind, int n) {
-    const int size = n > 2 ? n : 3;  // a batch has its matrix in memory always
+    const int size = n > 2 ? n : 3;  // a batch always has its matrix in memory
     return kind == Kind::gram ? min_norm_doubles(size) : kind == Kind::upgrad ? upgrad_doubles(size) : 3 * n;
 }
 

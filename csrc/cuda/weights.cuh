@@ -1,4 +1,4 @@
-// Many scalar problems, one to a thread.
+// Solves many scalar problems, one per thread.
 #pragma once
 
 #include "../core/simplex.hpp"
@@ -9,7 +9,7 @@ namespace cuda {
 
 constexpr int kRowsThreads = limited(128);
 
-// Scores of one row, by a single access where they lie together.
+// Loads the scores of one row, with one vector load if they are contiguous.
 template <class T, int N>
 __device__ inline void load_scores(const Rows& rows, int64_t row, bool vectors, double (&a)[N]) {
     const T* from = static_cast<const T*>(rows.input.data) + row * rows.input.row;
@@ -44,7 +44,7 @@ __device__ inline void store_weights(const Rows& rows, int64_t row, bool vectors
     for (int i = 0; i < N; ++i) to[i] = static_cast<T>(c[i]);
 }
 
-// Exactly N objectives, in registers.
+// For exactly N objectives, in registers.
 template <class T, int N>
 __global__ void weights_kernel(const Rows rows, const bool vectors) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsThreads + threadIdx.x;
@@ -61,7 +61,7 @@ __global__ void weights_kernel(const Rows rows, const bool vectors) {
     store_weights<T, N>(rows, row, vectors, c);
 }
 
-// Any number of objectives, in `work`.
+// For any number of objectives, with the workspace `work`.
 __global__ void weights_kernel(const Rows rows) {
     const int64_t slot = static_cast<int64_t>(blockIdx.x) * kWarp + threadIdx.x;
     if (slot >= rows.slots) return;
