@@ -1,4 +1,5 @@
-"""``python -m pama_kernels``: look at an installation, at rewards before a training, and at a training."""
+"""``python -m pama_kernels``: shows what is installed, analyses rewards before a training run, and plots a
+training run."""
 
 from __future__ import annotations
 

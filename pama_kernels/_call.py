@@ -1,6 +1,6 @@
-"""The records that cross the border between the public functions and a backend, and their enumerations.
+"""The records that the public functions pass to a backend, and their enumerations.
 
-Passed by field, never by position. `csrc/core/records.hpp` spells the same for the native backends;
+Fields are read by name, never by position. `csrc/core/records.hpp` mirrors them for the native backends;
 `tests/test_contract.py` checks that both agree.
 """
 
@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A setting that may change from step to step: a float, or a 0-d tensor that is never read on the host unless
-# it is there.
+# A setting that may change from step to step: a float, or a 0-d tensor. A tensor on a device is never read on
+# the host.
 Number = float | Tensor
 
 
 class Kind(IntEnum):
-    """How the weights of a call come about."""
+    """How the objective weights of a call are computed."""
 
     GIVEN = 0  # the caller's, used as they are
     SOLVED = 1  # one set for the batch, solved elsewhere (all ranks, a running mean, a callable rule)
@@ -65,13 +65,13 @@ PAIRS = (
 
 
 def statistics_size(objectives: int, pairs: bool) -> int:
-    """Numbers in the buffer."""
+    """Number of elements of the buffer of statistics."""
     n = objectives
     return len(FIELDS) * n + len(TOTALS) + (len(PAIRS) * n * n if pairs else 0)
 
 
 class Tokens(NamedTuple):
-    """What a pass over tokens reads. Shapes as `pama_loss` documents them."""
+    """The inputs of a pass over tokens. Shapes as documented in `pama_loss`."""
 
     advantages: Tensor
     mask: Tensor | None
@@ -82,7 +82,7 @@ class Tokens(NamedTuple):
     importance_weights: Tensor | None
     cu_seqlens: Tensor | None
     rows: int  # sequences; 1 where tokens are flat without offsets
-    width: int  # tokens of a padded row; all tokens where flat or packed; -1 where only cu_seqlens tells
+    width: int  # tokens of a padded row; all tokens where flat or packed; -1 where only cu_seqlens has it
     per_sequence: bool  # advantages (B, N)
     mask_per_sequence: bool  # objective_mask (B, N)
     aggregation: int  # Aggregation: it decides the token weights of the statistics
@@ -97,7 +97,7 @@ class Tokens(NamedTuple):
 
     @property
     def wide(self) -> bool:
-        """Whether something is float64, so that all is computed in it."""
+        """Whether any input is float64; the computation is then in float64."""
         for x in (
             self.logprobs,
             self.old_logprobs,
@@ -111,7 +111,8 @@ class Tokens(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """How to weight. `number` is the regularization of SCORES and GRAM, the temperature of SOFTMIN."""
+    """The rule of the weights. `number` is the regularization of SCORES and GRAM, the temperature of
+    SOFTMIN."""
 
     kind: int  # Kind
     weights_per: int  # WeightsPer
@@ -119,19 +120,19 @@ class Rule(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What `apply` is asked for. Weights, optimum and statistics it always gives."""
+    """The results that `apply` computes, in addition to weights, optimum and statistics."""
 
     advantages: bool  # the combined advantages
     loss: bool
     gradient: bool
-    pairs: bool  # the pairs of the statistics too
-    normalize: bool  # the combined advantages over their root mean square
+    pairs: bool  # the pair statistics too
+    normalize: bool  # divide the combined advantages by their root mean square
     normalizer: Number | None  # replaces the denominator of the loss
     kl_coef: Number
 
 
 class Results(NamedTuple):
-    """What `apply` returns; a tensor without elements where it was not asked for."""
+    """The results of `apply`; a result that was not requested is a tensor without elements."""
 
     advantages: Tensor
     loss: Tensor  # 0-d
@@ -148,13 +149,13 @@ def result_dtype(x: Tensor) -> torch.dtype:
 
 
 def gradient_dtype(logprobs: Tensor) -> torch.dtype:
-    """That of logprobs, but for float16: there the backward pass scales before it converts, since gradients
-    below 6e-8 would be 0 before a GradScaler's factor arrives."""
+    """The dtype of logprobs, except for float16, where it is wider: gradients below 6e-8 would underflow
+    before a GradScaler's factor is applied, so the backward pass scales first and converts afterwards."""
     return torch.float32 if logprobs.dtype == torch.float16 else logprobs.dtype
 
 
 def one_result_per_row(tokens: Tokens, rule: Rule) -> bool:
-    """Whether the combined advantages are (B,): all tokens of a sequence have the same."""
+    """Whether the combined advantages are (B,), because they are equal for all tokens of a sequence."""
     solved_by_token = rule.weights_per == WeightsPer.TOKEN and rule.kind not in (Kind.GIVEN, Kind.SOLVED)
     by_token = solved_by_token and tokens.logprobs is not None
     return tokens.per_sequence and not by_token

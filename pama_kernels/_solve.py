@@ -1,4 +1,5 @@
-"""One set of weights for the batch from its statistics: of all ranks, a running mean, or a callable rule."""
+"""Solves one set of weights for the batch from statistics that are merged over ranks or averaged over
+batches, or with a callable rule."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 
 class Solved(NamedTuple):
-    """In float64; `preference` is the one over the objectives with a signal, by which presence divides."""
+    """The solution in float64. `preference` is normalised over the objectives with a signal; with an
+    objective mask, weights are divided by its sum over the objectives present."""
 
     weights: Tensor
     optimum: Tensor
@@ -30,7 +32,8 @@ class Solved(NamedTuple):
 
 @dataclass(frozen=True)
 class AveragedRule:
-    """A rule on other statistics than the batch's, which `average` gives: a running mean's."""
+    """A rule that solves on `average(statistics)`, for example a running mean, instead of the batch's
+    statistics."""
 
     rule: Rule
     average: Callable[[ObjectiveStatistics], ObjectiveStatistics]
@@ -51,7 +54,7 @@ SOLVED = _call.Rule(Kind.SOLVED, WeightsPer.BATCH, 0.0)
 
 
 def solve_batch(statistics: ObjectiveStatistics, rule: Rule, preference: Tensor | None) -> Solved:
-    """The rule's weights; a callable's are taken as they come."""
+    """Solves for the weights of a rule. The weights returned by a callable are used unchanged."""
     if isinstance(rule, AveragedRule):
         return solve_batch(rule.average(statistics), rule.rule, preference)
     asked = record(rule)
@@ -75,7 +78,7 @@ def solve_batch(statistics: ObjectiveStatistics, rule: Rule, preference: Tensor 
 
 
 class BeforeThePass(NamedTuple):
-    """What `apply` is called with, and the statistics and solution where they had to come first."""
+    """The arguments of `apply`, and the statistics and the solution if these were computed before it."""
 
     rule: _call.Rule
     weights: Tensor | None
@@ -92,7 +95,8 @@ def before_the_pass(
     process_group: ProcessGroup | None,
     pairs: bool,
 ) -> BeforeThePass:
-    """Solves what one pass cannot: weights of all ranks of a group, and a callable's."""
+    """Solves for weights that `apply` cannot compute in its own pass: those over all ranks of a process
+    group, and those of a callable rule."""
     asked = record(rule)
     if weights is not None:
         asked = asked._replace(kind=Kind.GIVEN.value)

@@ -1,4 +1,4 @@
-"""The stream that work on a device goes to, and whether it is being captured in a graph."""
+"""The current stream of a device, and whether it is being captured in a graph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def stream_of(device: torch.device) -> int | None:
-    """The current stream of a device; None where there are none."""
+    """The current stream of a device; None for a device without streams."""
     if not _on_gpu(device):
         return None
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -17,13 +17,14 @@ def stream_of(device: torch.device) -> int | None:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether kernels are recorded instead of run. What is then allocated belongs to the graph: it holds
-    nothing before the first replay, and is overwritten by later ones, so it must not be kept."""
+    """Whether kernels are being recorded in a graph instead of run. Memory allocated during a capture belongs
+    to the graph: it is uninitialised before the first replay and overwritten by later ones, so it must not be
+    cached."""
     return _on_gpu(device) and torch.cuda.is_current_stream_capturing()
 
 
 def wait_for(device: torch.device) -> None:
-    """Until all work on the device is done: once, for memory that other streams read too."""
+    """Waits until all work on the device is done. Called once for memory that other streams read as well."""
     if _on_gpu(device):
         torch.cuda.synchronize(device)
 

@@ -1,8 +1,8 @@
-"""Validation at the public edge: every argument's type, dtype, shape, device and range, and the layout of the
+"""Validation of the public functions' arguments (type, dtype, shape, device, range), and the layout of the
 tokens.
 
-What is accepted is decided by ranks, never by sizes that may coincide. No value of a tensor on a device is
-read.
+The layout is determined by the number of dimensions of the tensors, never by sizes that may coincide. Values
+of tensors on a device are never read.
 """
 
 from __future__ import annotations
@@ -56,16 +56,18 @@ def _is_dtensor(x: Tensor) -> bool:
 
 
 def check_memory(name: str, x: Tensor) -> None:
-    """For tensors that torch's own kernels read: they follow the null pointer of freed storage.
+    """Checks a tensor that torch's own kernels will read, since these dereference the null pointer of freed
+    storage.
 
-    A backend looks at its pointers itself.
+    A backend checks the pointers of its own arguments.
     """
     if not traced() and without_memory(x):
         raise ValueError(f"{name}: expected a tensor with memory of its own, got one whose storage was freed")
 
 
 def without_memory(x: Tensor) -> bool:
-    """Whether the storage was freed; not so for wrappers, which bring their own, and tensors of zeros."""
+    """Whether the storage was freed. False for wrapper tensors, which have their own storage, and for tensors
+    of zeros."""
     if type(x) not in (Tensor, torch.nn.Parameter) or x.numel() == 0 or x._is_zerotensor():
         return False
     try:
@@ -94,7 +96,7 @@ def check_shape(name: str, x: Tensor, shape: Sequence[int], as_name: str = "") -
 
 
 def check_float_like(name: str, x: object, like_name: str, like: Tensor, shape: Sequence[int]) -> None:
-    """A floating-point tensor of a shape on the device of another."""
+    """Checks a floating-point tensor that must have the given shape and the device of `like`."""
     check_float(name, x)
     assert isinstance(x, Tensor)
     check_device(name, x, like_name, like)
@@ -118,7 +120,7 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def check_flag(name: str, value: object) -> bool:
-    """True or False, and nothing that Python would convert to one of them."""
+    """Accepts True or False only, not values that Python would convert to bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
     return value
@@ -133,8 +135,8 @@ def check_number(
     exclusive: bool = False,
     infinite: bool = False,
 ) -> Number:
-    """A real number in [low, high] (or above low): a float, or a 0-d tensor, which stays one where it is not
-    on the host or a graph is recorded; its range is then not inspected."""
+    """A real number in [low, high] (or above low): a float, or a 0-d tensor. A tensor on a device, or while a
+    graph is recorded, stays a tensor, and its range is not checked."""
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name}: expected a number or a 0-d tensor, got shape {shape_of(value)}")
@@ -161,7 +163,7 @@ def check_positive(name: str, value: object) -> Number:
 
 
 def clip_bounds(clip_range: object, dual_clip: object = None) -> tuple[Number, Number | None, Number | None]:
-    """(eps_low, eps_high, dual_clip); None for no upper end and no dual clip."""
+    """(eps_low, eps_high, dual_clip); None for no upper limit and no dual clip."""
     low: object = clip_range
     high: object = clip_range
     if isinstance(clip_range, (tuple, list)):
@@ -208,7 +210,8 @@ def traced() -> bool:
 
 
 def check_preference_type(preference: object) -> None:
-    """Several numbers in order: a set has none, and a dictionary would be read by its keys."""
+    """Checks that the preference is a sequence of numbers: a set has no order, and iterating a dictionary
+    gives its keys."""
     if isinstance(preference, (str, bytes, dict, set, frozenset)) or not hasattr(preference, "__len__"):
         raise TypeError(
             "preference: expected a list of numbers, one for each objective, or a tensor, "
@@ -264,7 +267,7 @@ def _filled(shares: tuple[float, ...], device: torch.device) -> Tensor:
         return torch.tensor(shares, dtype=torch.float64, device=device)
     result = torch.empty(len(shares), dtype=torch.float64, device=device)
     for place, value in zip(result.unbind(), shares, strict=True):
-        place.fill_(value)  # a copy from the host would wait for the device
+        place.fill_(value)  # a copy from the host would synchronise with the device
     return result
 
 
@@ -289,7 +292,7 @@ class Layout(NamedTuple):
     """How tokens are arranged: padded (B, T), flat (M,), packed (M,) with offsets, or one per row (B,)."""
 
     rows: int
-    width: int  # tokens of a padded row; of all rows where flat or packed; -1 where only cu_seqlens tells
+    width: int  # tokens of a padded row; of all rows where flat or packed; -1 where only cu_seqlens has it
     objectives: int
     sequences: bool  # rows are sequences (not so where flat)
     packed: bool
@@ -315,7 +318,7 @@ def check_tokens(
     aggregation: str = "token-mean",
     noon: bool = False,
 ) -> tuple[Tokens, Layout]:
-    """Checks all that a pass over tokens reads. `clip_range` None: (1, infinity), which never clips."""
+    """Checks all inputs of a pass over tokens. `clip_range` None: (1, infinity), which never clips."""
     layout = resolve_layout(
         advantages, mask, objective_mask=objective_mask, logprobs=logprobs, old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs, importance_weights=importance_weights, cu_seqlens=cu_seqlens,
@@ -352,7 +355,7 @@ def resolve_layout(
     importance_weights: Any = None,
     cu_seqlens: Any = None,
 ) -> Layout:
-    """Checks types, dtypes, shapes and devices of every tensor together, and tells the layout."""
+    """Checks types, dtypes, shapes and devices of all tensors, and returns the layout."""
     if logprobs is not None:
         check_float("logprobs", logprobs)
     check_float("advantages", advantages)

@@ -32,7 +32,7 @@ OPTIONAL = ("old_logprobs", "ref_logprobs", "objective_mask", "importance_weight
 
 
 class CompiledKernels(NamedTuple):
-    """How many kernels were compiled, or loaded from the disk, that were not there; and how long it took."""
+    """The number of kernels that were compiled or loaded from the disk cache, and the time it took."""
 
     kernels: int
     seconds: float
@@ -55,30 +55,33 @@ def compile_kernels(
     slices: bool = True,
     device: torch.device | str = "cuda",
 ) -> CompiledKernels:
-    """Compiles the Triton kernels that a training run will launch, in parallel: no step waits for a compiler.
+    """Compiles the Triton kernels that a training run will launch, in parallel, so that no step waits for the
+    compiler.
 
-    To be called once, before the first step and before anything is captured in a CUDA graph. The kernels
-    depend on the number of objectives, dtypes, layout, rule and on which tensors are given; not on the number
-    of sequences or tokens, nor on the values of settings. Triton keeps them on disk (`TRITON_CACHE_DIR`), so
-    that later runs load them.
+    Call it once, before the first step and before any CUDA graph is captured. The kernels depend on the
+    number of objectives, dtypes, layout, rule and on which tensors are given; not on the number of sequences
+    or tokens, nor on the values of settings. Triton keeps them on disk (`TRITON_CACHE_DIR`), so that later
+    runs load them.
 
     Args:
         objectives: N.
-        functions: names of those that the run will call. "pama_loss" is compiled with its gradient,
+        functions: names of the functions that the run will call. "pama_loss" is compiled with its gradient,
             "combine_advantages" without log-probabilities.
         layout: "per-sequence" for advantages (B, N), "padded" for (B, T, N), "flat" for (M, N); "packed" or
             "packed-per-sequence" with `cu_seqlens`.
-        rule: one, or several.
-        preference: as the calls will have it.
-        logprobs_dtype, advantages_dtype, mask_dtype: of the tensors; `mask_dtype` None where there is no
-            mask. `advantages_dtype` is also that of rewards and values.
-        given: which optional arguments the calls will have: "old_logprobs" (not so where on-policy),
+        rule: one rule, or several.
+        preference: as in the calls.
+        logprobs_dtype, advantages_dtype, mask_dtype: dtypes of the tensors; `mask_dtype` None where there is
+            no mask. `advantages_dtype` is also that of rewards and values.
+        given: which optional arguments the calls will have: "old_logprobs" (leave it out if on-policy),
             "ref_logprobs" (with a `kl_coef`), "objective_mask", "importance_weights", "normalizer".
         aggregation: as in `pama_loss`.
-        group_size: of `group_normalize`; None where it has `group_ids`.
-        merged: weights come from merged statistics: of a `process_group`, or in a `PamaLoss` with momentum.
-        slices: also for tensors that are slices of larger ones, as micro-batches are. Where tokens, or the
-            objectives of a token, are not adjacent in memory, kernels are compiled at their first call.
+        group_size: of `group_normalize`; None if it is called with `group_ids`.
+        merged: whether weights are solved from merged statistics: with a `process_group`, or in a `PamaLoss`
+            with momentum.
+        slices: also compile for tensors that are slices of larger ones, for example micro-batches. If tokens,
+            or the objectives of a token, are not adjacent in memory, kernels are compiled at their first
+            call.
         device: the GPU. On "cpu" there is nothing to compile.
 
     Returns:
@@ -132,7 +135,7 @@ def _check_dtype(name: str, dtype: object, known: tuple[torch.dtype, ...]) -> No
 
 @dataclass(frozen=True)
 class _Batch:
-    """Tensors of a few tokens, like those of a layout: whole, or slices that begin at any address."""
+    """Small tensors in a given layout: contiguous ones, or slices that begin at an unaligned address."""
 
     objectives: int
     layout: str
@@ -192,7 +195,7 @@ def _token_call(
     settings: dict[str, Any],
     merged: bool,
 ) -> Callable[[], object]:
-    """A call of a function that takes tokens, with those of the tensors that it knows."""
+    """A call of a function that takes tokens, with the optional tensors that the function accepts."""
     x = {**tensors, **settings}
     asked = AveragedRule(rule, lambda statistics: statistics) if merged else rule
     if function == "pama_loss":

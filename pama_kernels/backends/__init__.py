@@ -1,1 +1,1 @@
-"""The backends: `registry` says which one serves a tensor, `operators` how it is called."""
+"""The backends: `registry` selects the backend for a tensor, `operators` calls it."""

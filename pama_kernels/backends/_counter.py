@@ -1,4 +1,4 @@
-"""Zeros by which the blocks of one launch find the last of them."""
+"""Counters with which the blocks of a launch detect the last one to finish."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from torch import Tensor
 
 from pama_kernels import _stream
 
-_COUNTERS = 4096  # to a device
-_APART = 4  # numbers of 4 bytes: Triton compiles a second variant for an address that is no multiple of 16
+_COUNTERS = 4096  # counters per device
+_APART = 4  # int32 stride of 16 bytes: unaligned addresses need a second Triton variant
 _pools: dict[torch.device, Tensor] = {}
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 _captured: dict[torch.device, int] = {}
 
 
 def counter(device: torch.device) -> Tensor:
-    """An int32 zero by which the programs of one launch find the last of them, who sets it back to zero.
+    """An int32 counter, initially 0, with which the programs of a launch detect the last one to finish; that
+    program resets it to 0.
 
-    Launches that may overlap have different ones: there is one for each stream, and one for each launch that
-    is captured in a graph, which may be replayed beside any other.
+    Launches that may overlap use different counters: there is one per stream, and one per launch captured in
+    a graph, since a graph may be replayed concurrently with any other work.
     """
     stream = _stream.stream_of(device)
     if stream is None:
@@ -42,5 +43,5 @@ def _first_of(device: torch.device, stream: int) -> Tensor:
 
 
 def slot(pool: Tensor, index: int) -> Tensor:
-    """The counter of an index, at an address as aligned as the pool's."""
+    """The counter with the given index, at an address with the alignment of the pool."""
     return pool[_APART * index : _APART * index + 1]

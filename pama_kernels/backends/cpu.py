@@ -13,7 +13,8 @@ from .normalize import with_normalize
 from .operators import empty_results
 
 build_info = _cpu.build_info
-# Whole calls in C for the common case: a plain tensor and the uniform preference. None for anything else.
+# The solvers' fast path in C++ for the common case: a plain tensor and the uniform preference. It returns
+# None otherwise.
 quick_weights, quick_min_norm, quick_upgrad = _cpu.quick_weights, _cpu.quick_min_norm, _cpu.quick_upgrad
 if hasattr(Tensor, "__dlpack_c_exchange_api__"):
     _cpu.use_exchange(Tensor.__dlpack_c_exchange_api__)

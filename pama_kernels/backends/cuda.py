@@ -1,9 +1,10 @@
 """The CUDA C++ backend: statistics, the weights of a batch, and the batched solvers.
 
-Kernels run on the current stream of the tensors' device, in memory that torch allocates; nothing waits for
-the device. Of `apply` it serves weights per batch: statistics and weights are found here, and with advantages
-per sequence the combined ones too, in one launch; a pass that writes for each token is the next backend's.
-All other weights, and settings that are tensors, are left to that one altogether.
+Kernels run on the current stream of the tensors' device, in memory that torch allocates; no call synchronises
+with the device. `apply` handles weights per batch: it computes statistics and weights and, with advantages
+per sequence, the combined advantages, in one launch; a pass that writes per-token results is left to the next
+backend. Calls with any other weights, or with settings that are tensors, are passed on to the next backend
+completely.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ Batch = tuple[Tensor, Tensor, Tensor]  # weights, optimum, effective preference
 
 @functools.lru_cache(maxsize=4)
 def unusable(device_type: str) -> str | None:
-    """Why these kernels cannot run on this type of device; None where they can."""
+    """The reason why these kernels cannot run on this type of device, or None."""
     if device_type != "cuda":
         return f"runs on CUDA tensors only, not on {device_type!r}"
     if torch.version.cuda is None:
@@ -87,7 +88,7 @@ def _sequences(
     preference: Tensor | None,
     asked: tuple[bool, bool, bool, bool, bool],
 ) -> _cuda.Sequences | None:
-    """All that advantages per sequence give in one launch; None where that does not serve. `asked`: pairs,
+    """Computes a call with advantages per sequence in one launch; None if one launch cannot. `asked`: pairs,
     combined advantages, those normalized, factors for the loss, weights in float64."""
     if not tokens.per_sequence:
         return None
@@ -107,7 +108,8 @@ def statistics(tokens: Tokens, pairs: bool) -> Tensor:
 def _statistics_and_weights(
     tokens: Tokens, rule: Rule, preference: Tensor | None, results: _cuda.Rounded, pairs: bool
 ) -> Tensor:
-    """Statistics, and weights of the batch into `results`; of the kinds FIXED and SCORES in one launch."""
+    """Computes the statistics, and the weights of the batch into `results`; one launch for the kinds FIXED
+    and SCORES."""
     like = tokens.advantages
     count, memory, where = counter(like.device), _memory(like), _where(like)
     if rule.kind in (Kind.FIXED, Kind.SCORES):
@@ -194,7 +196,7 @@ def _loss_and_gradient(tokens: Tokens, outputs: Outputs, dtype: torch.dtype) -> 
 
 @functools.lru_cache(maxsize=256)
 def _nothing(name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """In the place of a result that was not asked for."""
+    """A placeholder for a result that was not requested."""
     with torch.inference_mode(False):
         return torch.empty(0, dtype=dtype, device=device)
 

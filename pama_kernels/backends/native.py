@@ -1,4 +1,4 @@
-"""What the native modules share."""
+"""Helpers shared by the native backends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class NoMemory(ValueError):
 
 
 def computed(x: Tensor) -> Tensor:
-    """As the solvers read it: float32 or float64."""
+    """The tensor converted to a dtype that the solvers read: float32 or float64."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 

@@ -1,4 +1,4 @@
-"""`normalize`: combined advantages over their root mean square, where a backend's `apply` does not divide."""
+"""`normalize`: divides combined advantages by their root mean square, for backends whose `apply` does not."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Apply = Callable[[Tokens, Rule, Tensor | None, Tensor | None, Outputs], Results]
 
 
 def root_mean_square(square: Tensor, sums: Tensor, n: int, weights: Tensor) -> Tensor:
-    """Of the combined advantages, whose squares add up to `square`; 1 where they are 0 up to rounding, since
-    what is left there is noise."""
+    """The root mean square of the combined advantages, whose squares add up to `square`; 1 if they are 0 up
+    to rounding, since dividing would amplify rounding errors."""
     tokens = sums[len(FIELDS) * n]
     root = (square / tokens.clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
     first = FIELDS.index("advantage_square_sum") * n
@@ -31,7 +31,8 @@ def divided(combined: Tensor, root: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def with_normalize(apply: Apply) -> Apply:
-    """`apply` that divides where `outputs.normalize` asks for it; half types are rounded once, afterwards."""
+    """Wraps `apply` to divide if `outputs.normalize` is set; half-precision types are rounded once, after the
+    division."""
 
     @functools.wraps(apply)
     def call(

@@ -1,8 +1,9 @@
 """The operators `torch.ops.pama.*`: the records of a call as flat arguments, a fake kernel, and dispatch.
 
-In eager mode a call on plain tensors goes straight to the backend. Through the operator goes what torch takes
-apart by itself: recorders (torch.compile, make_fx, torch.jit.trace), tensor subclasses, functorch's wrappers,
-negated views. A `Number` is two arguments of an operator: a float, or a 0-d tensor where the float is None.
+In eager mode a call on plain tensors calls the backend directly. Calls that torch's dispatcher must transform
+go through the operator: tracing (torch.compile, make_fx, torch.jit.trace), tensor subclasses, functorch's
+wrappers, negated views. A `Number` is passed as two arguments of an operator: a float, or None and a 0-d
+tensor.
 """
 
 from __future__ import annotations
@@ -140,8 +141,9 @@ def flat(*records: Any) -> list[Any]:
             elif isinstance(value, Tensor):
                 result += [None, value]
             elif compiling and value is not None:
-                # An operator's float would be a constant of the graph, which then serves no other value; so
-                # would that of torch.full, of which the compiler cannot make an operation on tensors.
+                # A float argument of an operator would become a constant of the graph, which would then be
+                # valid for this value only. torch.full would have the same effect, because the compiler
+                # cannot turn it into an operation on tensors.
                 result += [None, torch.ones((), dtype=torch.float64, device="cpu") * value]
             else:
                 result += [value, None]
@@ -205,16 +207,16 @@ def _fake_group_normalize(problem: GroupNormalize) -> Tensor:
     return problem.rewards.new_empty(problem.rewards.shape)
 
 
-# In the place of results that nobody asked for: an allocation costs as much as a launch.
+# A shared placeholder for results that were not requested: an allocation costs as much as a launch.
 NOTHING = torch.empty(0, device="cpu")
 
 
 def empty_results(tokens: Tokens, rule: Rule, weights: Tensor | None, outputs: Outputs) -> Results:
-    """Memory for what `apply` returns."""
+    """Allocates the results of `apply`."""
     advantages, logprobs = tokens.advantages, tokens.logprobs
     like = advantages if logprobs is None else logprobs
     dtype, n = result_dtype(advantages if outputs.advantages else like), tokens.objectives
-    optimum = torch.empty((), dtype=dtype, device=like.device)  # the others like it: that takes half as long
+    optimum = torch.empty((), dtype=dtype, device=like.device)  # empty_like takes half as long
     square_sum = torch.empty_like(optimum, dtype=torch.float64)
     combined = loss = gradient = NOTHING
     if outputs.advantages:
@@ -236,7 +238,7 @@ def empty_results(tokens: Tokens, rule: Rule, weights: Tensor | None, outputs: O
 
 
 def _without_nothing(results: Results, tokens: Tokens) -> Results:
-    """For an operator, whose results are tensors of their own."""
+    """Replaces shared placeholders by new tensors, since the results of an operator must not share memory."""
     like = tokens.advantages if tokens.logprobs is None else tokens.logprobs
     dtypes = tokens.advantages.dtype, result_dtype(like), gradient_dtype(like)
     made = (
@@ -255,7 +257,7 @@ _R = TypeVar("_R")
 
 
 class _Operator(Generic[_P, _R]):
-    """One operator: called with its records, it goes to the backend or through `torch.ops.pama`."""
+    """One operator. Called with its records, it calls the backend directly or through `torch.ops.pama`."""
 
     def __init__(
         self,
@@ -287,7 +289,7 @@ class _Operator(Generic[_P, _R]):
         _LIBRARY.define(name + _schema(records, returns), tags=(torch.Tag.needs_exact_strides,))
         _LIBRARY.impl(name, run, "CPU")
         _LIBRARY.impl(name, run, "CUDA")
-        # No result has a gradient: that of the loss is put on by `loss._Loss`.
+        # No result has a gradient here; `loss._Loss` attaches that of the loss.
         _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
         torch.library.register_fake(f"pama::{name}", fake_run, lib=_LIBRARY)
         self.operator = getattr(torch.ops.pama, name).default
@@ -305,7 +307,7 @@ class _Operator(Generic[_P, _R]):
         try:
             return self.call(self.backend(records), *records, **none)
         except (NoMemory, RuntimeError) as error:
-            # A wrapped tensor, as torch.vmap and functionalize have: torch takes it apart.
+            # A wrapped tensor, as in torch.vmap and functionalize: the dispatcher unwraps it.
             if not isinstance(error, NoMemory) and not _is_wrapped(str(error)):
                 raise
             return self._through_operator(records)
@@ -399,7 +401,7 @@ group_normalize = _Operator(
 
 
 def _quick(name: str) -> Callable[[Tensor, float], Solution | None]:
-    """The CPU backend's whole call for a plain tensor, or None where that does not serve."""
+    """The CPU backend's fast path for a plain tensor; it returns None for inputs that it does not handle."""
     on_cpu: Any = None
 
     def call(x: Tensor, regularization: float) -> Solution | None:
@@ -417,7 +419,7 @@ def _quick(name: str) -> Callable[[Tensor, float], Solution | None]:
         try:
             solution: Solution | None = on_cpu(x, regularization, torch.get_num_threads())
         except Exception:
-            return None  # the way with checks says what is wrong with which argument
+            return None  # the validating path then raises an error that names the argument
         return solution
 
     return call

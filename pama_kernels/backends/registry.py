@@ -1,11 +1,10 @@
-"""Which implementation serves a tensor: one record for each backend, read by dispatch and by
-`pama_kernels info`.
+"""Selects the backend for a tensor. There is one record per backend; dispatch and the `info` command read it.
 
-Each function of a device type is served by the first backend of `BACKENDS` that lists device and function,
-can be imported and is usable there. So a backend may hold a few fast functions and leave the rest to the
-next; one that serves some calls of a function passes the others on by `find(..., after=its name)`.
-`PAMA_BACKEND` begins at the backend that it names (PAMA_BACKEND=cuda leaves to triton what cuda lacks); that
-one must then be usable.
+For each function and device type, dispatch uses the first backend of `BACKENDS` that lists the device and the
+function, can be imported and is usable there. A backend may therefore implement only some functions, and the
+next backend is used for the others; a backend that handles only some calls of a function passes the others on
+with `find(..., after=its name)`. The environment variable `PAMA_BACKEND` names the first backend to try (with
+PAMA_BACKEND=cuda, triton is still used for functions that cuda lacks); that backend must be usable.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from pama_kernels._call import Number, Outputs, Results, Rule, Tokens
 
 SOLVERS = ("weights", "min_norm", "upgrad")
 ALL = ("statistics", "solve", "apply", *SOLVERS, "gae", "group_normalize")
-SOLVED = "apply_solved"  # the half of `apply` that one backend may leave to the next
+SOLVED = "apply_solved"  # the second pass of `apply`, which a backend may leave to the next one
 
 Solution = tuple[Tensor, Tensor]  # weights, optimum
 
 
 class Functions(Protocol):
-    """The functions of a backend's module. `preference` None is uniform, else (N,) float64 on the simplex.
+    """The functions of a backend's module. `preference` is (N,) float64 on the simplex, or None for uniform.
 
     The solvers of many problems write into `result` and `optimum`, contiguous and in `result_dtype`.
     """
@@ -59,11 +58,15 @@ class Functions(Protocol):
         effective: Tensor | None,
         factors: Tensor | None,
     ) -> None:
-        """The second pass of `apply`, into `results`, which has weights per batch and the statistics.
+        """The second pass of `apply`. Writes into `results`, which has the weights per batch and the
+        statistics.
 
-        effective: the preference over the objectives with a signal (N,), by which an objective mask divides.
-        factors, if there, need no objectives: (B, 3) sum of c_i A_i over positive and over negative
-        advantages of a sequence, and its token weight. `normalize` is not looked at.
+        effective: the preference (N,) normalised over the objectives with a signal; with an objective mask,
+            weights are divided by its sum over the objectives present.
+        factors: optional, (B, 3): for each sequence the sums of c_i A_i over its positive and over its
+            negative advantages, and its token weight; advantages are then not read.
+
+        `normalize` is ignored.
         """
 
     def weights(
@@ -108,7 +111,7 @@ class Backend:
     functions: tuple[str, ...]
     probe: Callable[[ModuleType, str], str]  # details for a device type; raises RuntimeError where unusable
     extension: str | None = None  # the native module that it needs
-    floats_only: bool = False  # leaves settings that are tensors to the next backend
+    floats_only: bool = False  # calls with settings that are tensors go to the next backend
 
 
 def _probe_cpu(module: ModuleType, device_type: str) -> str:
@@ -152,7 +155,7 @@ BACKENDS = (
 
 @functools.lru_cache(maxsize=64)
 def load(name: str, device_type: str) -> ModuleType | str:
-    """The backend's module, or why it cannot serve this type of device."""
+    """The backend's module, or the reason why it cannot be used on this type of device."""
     backend = next(backend for backend in BACKENDS if backend.name == name)
     if device_type not in backend.devices:
         return f"does not serve {device_type!r}"
@@ -165,7 +168,7 @@ def load(name: str, device_type: str) -> ModuleType | str:
 
 
 def built(backend: Backend) -> bool:
-    """Whether it is part of this installation."""
+    """Whether the backend is part of this installation."""
     return importlib.util.find_spec(f"{__package__}.{backend.extension or backend.name}") is not None
 
 
@@ -184,8 +187,8 @@ def candidates(device_type: str) -> tuple[Backend, ...]:
 
 @functools.lru_cache(maxsize=256)
 def find(device_type: str, function: str, tensors: bool = False, after: str = "") -> Functions:
-    """The backend that has this function on this type of device; `tensors`: some setting is a tensor;
-    `after`: behind the backend of this name."""
+    """The first backend that has this function on this type of device. tensors: whether some setting is a
+    tensor. after: only consider backends behind the one with this name."""
     forced = os.environ.get("PAMA_BACKEND")
     reasons = ""
     row = candidates(device_type)

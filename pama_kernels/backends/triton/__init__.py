@@ -1,10 +1,9 @@
 """The Triton backend: portable GPU kernels (NVIDIA and AMD); on the CPU they run in Triton's interpreter.
 
 `passes.py` has statistics, apply and its second half apply_solved, `rules.py` solve, `simplex.py` weights,
-`min_norm.py` min_norm and upgrad, `advantages.py` gae and group_normalize. Underneath, `tokens.py` reads,
-`statistics.py` and `reduce.py` add up,
-`apply.py` is the pass over tokens and `rows.py` the one over sequences; `active_set.py` solves quadratic
-problems.
+`min_norm.py` min_norm and upgrad, `advantages.py` gae and group_normalize. They use `tokens.py`, which loads
+tokens, `statistics.py` and `reduce.py`, which compute sums, `apply.py`, the pass over tokens, `rows.py`, the
+pass over sequences, and `active_set.py`, which solves quadratic problems.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ __all__ = [
 
 
 def unusable(device_type: str) -> str | None:
-    """Why these kernels cannot run on this type of device; None where they can."""
+    """The reason why these kernels cannot run on this type of device, or None."""
     if device_type == "cpu" and not INTERPRETED:
         return "runs on CPU tensors only in Triton's interpreter: set TRITON_INTERPRET=1 before Python starts"
     return None

@@ -1,16 +1,17 @@
-"""Quadratic problems over the simplex and over the positive cone, for P of them at once, by exchange of the
+"""Solves P quadratic problems at once, over the simplex or over the non-negative cone, by exchange of the
 active set.
 
 SIMPLEX:  minimise over c in the simplex  1/2 c'Mc + weight/2 ||c - p||^2
 else:     minimise over v >= 0            1/2 v'Mv - q'v
 
 Both come down to y >= 0 minimising 1/2 y'Hy - r'y with H = M + ue' + eu' + rho I, one factorisation of H on
-a support for each round (csrc/core/min_norm.hpp has the reasons): exchange of all wrong indices, then Lawson
-and Hanson's descent. On the simplex u homogenises (c = y / e'y, r = e); else u = 0. Where the minimiser may
-not be unique, proximal steps with ridge/2 ||c - c_previous||^2 follow, from c_0 = p or v_0 = 0. Rounds and
-steps are limited; whoever has no certificate then, or only one beyond what its ridge allows, has failed.
+a support for each round (derivation: csrc/core/min_norm.hpp): exchange of all indices with the wrong sign,
+then Lawson and Hanson's descent. On the simplex u homogenises (c = y / e'y, r = e); else u = 0. Where the
+minimiser may not be unique, proximal steps with ridge/2 ||c - c_previous||^2 follow, from c_0 = p or v_0 = 0.
+Rounds and steps are limited; a problem fails if its residual is then not certified, or is larger than its
+ridge allows.
 
-Vectors are (P, BLOCK); M is (P, BLOCK, BLOCK) or, the same for all, (1, BLOCK, BLOCK).
+Vectors are (P, BLOCK); M is (P, BLOCK, BLOCK), or (1, BLOCK, BLOCK) if all problems have the same.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ LARGEST = tl.constexpr(1.7e308)
 ROUNDS_PER_OBJECTIVE, SPARE_ROUNDS = tl.constexpr(64), tl.constexpr(256)
 
 EXCHANGE, DESCEND, DONE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-# what a descent was entered by
+# the kind of addition that started a descent
 INITIAL, BLOCKWISE, SINGLE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -53,8 +54,9 @@ def multiply(m, x):
 
 @triton.jit
 def _factor_and_solve(m, inside, shift, rho, r, floor, N, BLOCK: tl.constexpr):
-    """y with H_SS y_S = r_S by LDL', unknowns outside S replaced by those of the identity; 0 outside S. And
-    whether no pivot fell below `floor` of its H_ii; one that does is raised to it."""
+    """Solves H_SS y_S = r_S by LDL', with the unknowns outside S replaced by those of the identity; y is 0
+    outside S. Also returns whether every pivot was at least `floor` times its H_ii; smaller pivots are raised
+    to that."""
     index = tl.arange(0, BLOCK)[None, :]
     row = tl.arange(0, BLOCK)[None, :, None]
     column = tl.arange(0, BLOCK)[None, None, :]
@@ -98,8 +100,8 @@ def _cancelling(diagonal, y, r):
 def _nonnegative(
     m, diagonal, shift, rho, r, present, inside, strict, active, N, BLOCK: tl.constexpr, SIMPLEX: tl.constexpr
 ):
-    """y, whether it is optimal, and whether a multiplier outside its support may be 0. A strict problem is
-    given up where exchange alone does not solve it. Starts from the support `inside`."""
+    """y, whether it is optimal, and whether a multiplier outside its support may be 0. A strict problem fails
+    if exchange alone does not solve it. Starts from the support `inside`."""
     index = tl.arange(0, BLOCK)[None, :]
     count = tl.sum(present.to(tl.int32), 1)
     floor = tl.where(strict, SINGULAR_PIVOT, SMALLEST_PIVOT).to(tl.float64)
@@ -147,7 +149,7 @@ def _nonnegative(
         fewest = tl.where(swap & better, changes, fewest)
         last_chance = gave_up & (strict == 0)
 
-        # descend: y is the optimum of the support, or the way to it leaves the cone
+        # descend: y is the optimum on the support, or the step to it leaves the cone
         descending = mode == DESCEND
         falling = inside & ((y > 0.0) == 0)
         feasible = usable & (any_of(falling) == 0)
@@ -160,7 +162,7 @@ def _nonnegative(
         moved = tl.where(dropped, 0.0, point + length[:, None] * (y - point))
         value = tl.where(feasible, tl.sum(r * y, 1), 0.0)
         rise = value > best
-        one_by_one = arrived & (kind == BLOCKWISE) & (rise == 0)  # the block was no use: its worst alone
+        one_by_one = arrived & (kind == BLOCKWISE) & (rise == 0)  # no rise: add one index
         accepted = arrived & (one_by_one == 0)
         additions = tl.where(accepted, tl.where((kind == INITIAL) | rise, count, additions - 1), additions)
         best = tl.where(accepted & rise, value, best)
@@ -183,7 +185,7 @@ def _nonnegative(
         kind = tl.where(blockwise, BLOCKWISE, kind)
         kind = tl.where(single, SINGLE, kind)
         saved = tl.where(extend[:, None], y, saved)
-        next_point = tl.where(inside & (y > 0.0), y, 0.0)  # the start of a descent, and where it arrived
+        next_point = tl.where(inside & (y > 0.0), y, 0.0)  # the start of a descent, or its end
         point = tl.where((last_chance | extend)[:, None], next_point, point)
         point = tl.where(moving[:, None], moved, point)
         point = tl.where(one_by_one[:, None], saved, point)
@@ -201,7 +203,8 @@ def _nonnegative(
 def _leaders(m, p, present, diagonal, BLOCK: tl.constexpr):
     """The first objective that is identical to each: equal products with a random vector, M_ii and p.
 
-    Rows that differ by rounding alone may count as identical: to share their weight costs no more than that.
+    Rows that differ by rounding errors only may count as identical; sharing their weight changes the
+    objective by rounding errors only.
     """
     index = tl.arange(0, BLOCK)[None, :]
     bits = (index.to(tl.int64) + 1) * 6364136223846793005
@@ -226,10 +229,12 @@ def _shared(point, leader):
 
 @triton.jit
 def minimise(m, diagonal, present, p, q, weight, N, BLOCK: tl.constexpr, SIMPLEX: tl.constexpr):
-    """(c or v, failed) of problems that are finite and scaled to 1 <= max_i M_ii < 2; nobody present: p or 0.
+    """Returns (c or v, failed) of problems that are finite and scaled to 1 <= max_i M_ii < 2. If no objective
+    is present, the result is p or 0.
 
-    present (P, BLOCK): the objectives that take part; M is 0 in rows and columns of others. diagonal: M_ii,
-    p: on the simplex of those present (else 0), weight (P,), q: only of problems over the cone.
+    present (P, BLOCK): the objectives that are included; M is 0 in the rows and columns of others. diagonal:
+    M_ii. p: preference on the simplex of the objectives present, 0 for others. weight: (P,). q: only for
+    problems over the cone.
     """
     index = tl.arange(0, BLOCK)[None, :]
     smallest = tl.min(tl.where(present, diagonal, LARGEST), 1)
@@ -239,7 +244,7 @@ def minimise(m, diagonal, present, p, q, weight, N, BLOCK: tl.constexpr, SIMPLEX
     if SIMPLEX:
         leader = _leaders(m, p, present, diagonal, BLOCK)
         twins = tl.max(tl.max((present & (leader != index)).to(tl.int32), 1), 0) > 0
-        # where one Jacobi step from the middle of the simplex leaves a positive weight
+        # the indices with a positive weight after one Jacobi step from the centre of the simplex
         sums = multiply(m, present.to(tl.float64))
         count = tl.maximum(tl.sum(present.to(tl.int32), 1), 1)
         mean_sum = tl.sum(tl.where(present, sums, 0.0), 1) / count
@@ -292,7 +297,7 @@ def minimise(m, diagonal, present, p, q, weight, N, BLOCK: tl.constexpr, SIMPLEX
         ended = solved | ~strict
         unique = (weight >= RIDGE) | ~tied
         certain = ended & (gap <= certified) & (unique | ~strict)
-        # M is less semidefinite than the ridge makes up for: begin again, with a larger one
+        # M has a negative eigenvalue larger than the ridge: restart with a larger ridge
         allowed = PROXIMAL_GAP * tl.where(ridge > RIDGE, ridge, RIDGE) * (weight + 1.0)
         astray = ended & ~strict & ~(solved & (residual <= allowed))
         at_end = (ended & (step == PROXIMAL_STEPS - 1)) | (astray & (ridge >= LARGEST_RIDGE))

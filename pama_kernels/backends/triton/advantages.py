@@ -16,7 +16,7 @@ from .simplex import power_of_two_of
 from .tokens import read, rounded, truth
 
 _STEPS = 1024  # steps times objectives that a program scans at a time
-_MEMBERS = 1024  # members of a group times objectives, likewise
+_MEMBERS = 1024  # members of a group times objectives that a program processes at a time
 _SMALL = 64  # members of the groups of GRPO
 
 
@@ -65,9 +65,9 @@ def gae_kernel(
 ):  # fmt: skip
     """One sequence, backwards in chunks of STEPS; place 0 of a chunk is its last step.
 
-    A valid step is V -> its value and A -> reward + gamma V - value + gamma lam A, where V and A are those of
-    the valid step that follows; A is 0 where the episode ends, V too, or where truncated the step's final
-    value. A masked step changes neither.
+    A valid step maps (V, A), the value and the advantage of the next valid step, to its own: V -> value, A ->
+    reward + gamma V - value + gamma lam A. Where the episode ends, A is first set to 0, and V to 0 or, if the
+    episode is truncated, to the step's final value. A masked step changes neither.
     """
     tiles = tl.cdiv(n, BLOCK)
     sequence = (tl.program_id(0) // tiles).to(tl.int64)
@@ -169,7 +169,8 @@ def gae(
 
 @triton.jit
 def _members(rewards, row, column, order, ids, own, first, last, objective, n, MEMBERS: tl.constexpr):
-    """Up to MEMBERS rewards from place `first` on, who of them is a member, their rows, whether all are."""
+    """Up to MEMBERS rewards from place `first` on: the values, whether each is a member of the group, their
+    rows, and whether all are members."""
     place = first + tl.arange(0, MEMBERS)
     member = place < last
     at = place
@@ -187,8 +188,9 @@ def group_normalize_kernel(
     size: tl.int64,
     n: tl.constexpr, SCALE: tl.constexpr, MEMBERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One group: `size` rows that stand together; or with ids (sorted, by `order`) those with the id of place
-    program_id(0), if it is the first of them. (x - mean) / (deviation + eps), in units of the largest |x|."""
+    """Normalises one group: `size` adjacent rows or, with ids (sorted by `order`), the rows with the id at
+    place program_id(0), if that place is the first with this id. (x - mean) / (deviation + eps), in units of
+    the largest |x|."""
     tiles = tl.cdiv(n, BLOCK)
     program = (tl.program_id(0) // tiles).to(tl.int64)
     objective = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -263,7 +265,7 @@ def group_normalize(
     check_memory(rewards=rewards, group_ids=group_ids)
     order = ids = None
     groups = rows // group_size
-    if group_ids is not None:  # sorting needs no host, counting the groups would
+    if group_ids is not None:  # sorting needs no host synchronisation; counting the groups would
         ids, order = group_ids.to(torch.int64).sort(stable=True)
         groups = rows
     block = min(power_of_two(n), 16)

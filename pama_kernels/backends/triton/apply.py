@@ -1,5 +1,5 @@
-"""The pass over tokens: statistics, combined advantages, the loss with its gradient, whatever a call asks
-for.
+"""The pass over tokens: computes any of the statistics, the combined advantages, and the loss with its
+gradient.
 
 Abar_t = sum_i c_i(t) A_{i,t} = up_t + down_t;  loss_t = -up_t pos_t - down_t neg_t + kl_coef (e^r - r - 1)
 """
@@ -61,9 +61,10 @@ def coefficients(
     weights, effective, row, inside, here,
     n: tl.constexpr, N: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """c (1 or TOKENS, N) of given or solved weights; SHARE: over the preference of those who are present.
+    """The weights c (1 or TOKENS, N), given or solved. SHARE: divided by the sum of the preferences of the
+    objectives present.
 
-    row, and whether there is one: (TOKENS, 1); 0 and true where all rows have the same.
+    row: (TOKENS, 1), and whether it exists; 0 and true if all rows have the same weights.
     """
     i = tl.arange(0, N)[None, :]
     some = inside & (i < n)
@@ -80,7 +81,7 @@ def coefficients(
 
 @triton.jit
 def combine(c, a, NOON: tl.constexpr):
-    """sum of c_i A_i over positive and over negative advantages, (TOKENS,)."""
+    """The sums of c_i A_i over positive and over negative advantages, (TOKENS,) each."""
     up, down = by_sign(a, NOON)
     return tl.sum(c * up, axis=1), tl.sum(c * down, axis=1)
 
@@ -134,8 +135,8 @@ def report(
     N: tl.constexpr,
     BY_TOKEN: tl.constexpr,
 ):
-    """What is reported of weights that the statistics of the same launch belong to: one set, with a.c; or
-    the means of those of the tokens (preference where there is none)."""
+    """Stores the reported weights and optimum: one set of weights with a.c, or the means over tokens of
+    weights per token (the preference if there are no valid tokens)."""
     i = tl.arange(0, N)
     if BY_TOKEN:
         tokens = tl.load(sums + FIELD_COUNT * n)
@@ -156,7 +157,7 @@ def finish(
     n: tl.constexpr, N: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr, PAIRS: tl.constexpr,
     PRESENT: tl.constexpr, SOLVE: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """The last program adds up the slots, and solves or reports the weights."""
+    """In the last program: adds the slots, and solves for or reports the weights."""
     slots = tl.num_programs(0)
     if is_last(counter, slots):
         if loss is not None:
@@ -373,7 +374,8 @@ class Pass:
 
 def run_tokens(p: Problem, x: Pass) -> None:
     n, present = p.constants["n"], p.arguments[4] is not None
-    # Sums beside the results take registers, and so does the float64 that both signs may want.
+    # Sums need registers in addition to the results, and so does float64, which scores of both signs may
+    # need.
     by_token = x.weights in (SCORES, SOFTMIN)
     signed = x.weights == SCORES and not p.constants["NOON"]
     if x.pairs:
@@ -385,7 +387,7 @@ def run_tokens(p: Problem, x: Pass) -> None:
     stride = slot_size(n, x.statistics, x.pairs, present)
     tiles = -(-p.total // constants["TOKENS"])
     units = tiles if x.row_fields is None else p.rows * x.parts
-    # Programs of a processor share its registers. More of them hide more of the memory's latency.
+    # The programs on one processor share its registers; more programs hide more memory latency.
     simple = p.constants["DENSE"] and p.constants["LAYOUT"] == 0 and x.row_counts is None
     few = by_token or present or x.row_fields is not None
     each = 8 if not x.statistics else 2 if few else 4 if simple and not x.pairs else 3

@@ -1,4 +1,4 @@
-"""What every Triton launch shares."""
+"""Launching of Triton kernels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pama_kernels.backends.native import NoMemory
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 NVIDIA = torch.version.hip is None and not INTERPRETED
-ALIGNMENT = 16  # bytes: what Triton takes a pointer to be a multiple of, or not
+ALIGNMENT = 16  # bytes: Triton specialises a kernel on whether a pointer is a multiple of this
 knobs = triton.knobs.runtime
 
 
@@ -32,7 +32,7 @@ def power_of_two(n: int) -> int:
 
 
 def check_memory(**tensors: Tensor | None) -> None:
-    """Refuses what a kernel would read through a null pointer."""
+    """Raises an error for tensors without memory, which a kernel would read through a null pointer."""
     for name, x in tensors.items():
         if x is None:
             continue
@@ -46,7 +46,7 @@ def check_memory(**tensors: Tensor | None) -> None:
 
 
 def aligned(*tensors: Tensor | None) -> bool:
-    """Whether every address is one that a variant for aligned pointers serves."""
+    """Whether every address is aligned, so that the variant for aligned pointers can be used."""
     addresses = 0
     for x in tensors:
         if x is not None:
@@ -67,7 +67,8 @@ def number(x: Number | None, without: float = 0.0) -> tuple[float, Tensor | None
 
 @triton.jit
 def number_of(value, at):
-    """float64. `value` must be annotated tl.float64 in the kernel, where Triton would take it as float32."""
+    """The setting as float64. `value` must be annotated tl.float64 in the kernel, since Triton would pass it
+    as float32."""
     x = tl.full([], value, tl.float64)
     if at is not None:
         x = tl.load(at)
@@ -79,15 +80,15 @@ def number_of(value, at):
 
 # --- launches ----------------------------------------------------------------------------------------------
 #
-# Triton's own launcher looks at every argument at every call, and compiles a variant for each combination of
-# aligned pointers. Here a kernel has two: every pointer is a multiple of 16 bytes, or none is taken to
-# be one; and only the second where rows have strides of their own (LAYOUT): alignment ends with the first
-# row. Integers are never compiled in. So a variant follows from types, dtypes and constants, and is found in
-# a dictionary from the second call on.
+# Triton's own launcher inspects every argument at every call, and compiles a variant for each combination of
+# aligned pointers. Here a kernel has two variants: for pointers that are all multiples of 16 bytes, and for
+# pointers without assumed alignment. With a row stride (LAYOUT) only the second is used, since rows after the
+# first need not be aligned. Integers are never compiled in. A variant is therefore determined by types,
+# dtypes and constants, and is looked up in a dictionary from the second call on.
 
 
 class _Place(NamedTuple):
-    """What is asked of a device at every launch."""
+    """Properties of a device that every launch needs."""
 
     index: int | None  # None: not a GPU
     processors: int
@@ -103,18 +104,19 @@ def _place_of(device: torch.device) -> _Place:
 def launch(
     kernel: Any, device: torch.device, programs: int, *arguments: Any, each: int = 1, **options: Any
 ) -> None:
-    """Runs so many programs of a kernel on the device and its current stream. All launches go through here.
+    """Runs the given number of programs of a kernel on the current stream of the device. All launches go
+    through this function.
 
-    each: programs that share the registers of a processor; more run at a time where they need fewer.
+    each: number of programs that share the registers of a processor.
     """
     if NVIDIA:
-        # Left to itself, ptxas spills to make room for more programs than there are.
+        # Without a limit, ptxas spills registers to make room for more programs than are launched.
         threads = 32 * options.get("num_warps", 4)
         options["maxnreg"] = min(255, 2**16 // (threads * each) // 8 * 8)
     around: contextlib.AbstractContextManager[Any] | None = None
     index = _place_of(device).index
     if INTERPRETED:
-        around = numpy.errstate(all="ignore")  # its arithmetic is NumPy's, which warns of infinities
+        around = numpy.errstate(all="ignore")  # the interpreter uses NumPy, which warns about infinities
     elif index is not None and index != torch.cuda.current_device():
         around = torch.cuda.device(device)
     if around is None:
@@ -125,7 +127,7 @@ def launch(
 
 
 def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """What `launch` comes down to; ahead-of-time compilation and tests put something else in its place."""
+    """Called by `launch`; ahead-of-time compilation and tests replace it."""
     if INTERPRETED:
         kernel[(programs,)](*arguments, **options)
         return
@@ -138,7 +140,7 @@ def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[st
 
 
 class _Pointer:
-    """Stands for a tensor where a kernel is compiled: aligned or not, of any size."""
+    """Represents a tensor argument when a kernel is compiled: aligned or not, of any size."""
 
     def __init__(self, dtype: torch.dtype, even: bool) -> None:
         self.dtype, self.address = dtype, 0 if even else 8
@@ -174,11 +176,11 @@ class Variant:
 
 
 _variants: dict[Any, Variant] = {}
-_places: dict[int, tuple[int, ...]] = {}  # of the pointers among a kernel's arguments
+_places: dict[int, tuple[int, ...]] = {}  # positions of the pointers among a kernel's arguments
 
 
 def _pointers_of(kernel: Any, count: int) -> tuple[int, ...]:
-    """Places of arguments that are tensors or None: those that have no type of their own."""
+    """Positions of the arguments that are tensors or None: those without a type annotation."""
     annotated = (p.annotation_type or p.do_not_specialize for p in kernel.params[:count])
     return tuple(place for place, known in enumerate(annotated) if not known)
 
@@ -229,10 +231,10 @@ _collected: ContextVar[list[Launch] | None] = ContextVar(
 
 
 def compile_launches(calls: Callable[[], object]) -> int:
-    """Compiles what these calls would launch, as many kernels at a time as there are cores, and loads it; how
-    many were not there.
+    """Compiles and loads the kernels that these calls would launch, in parallel on all cores. Returns how
+    many were not loaded before.
 
-    Nothing is launched: the results of the calls hold anything.
+    No kernel is launched, so the results of the calls are uninitialised.
     """
     if INTERPRETED:
         return 0
@@ -252,6 +254,7 @@ def compile_launches(calls: Callable[[], object]) -> int:
 
 
 def programs(device: torch.device, units: int, each: int = 2) -> int:
-    """Programs for so many tiles or rows: `each` to a processor; a few where there is none."""
+    """The number of programs for `units` tiles or rows: at most `each` per processor of the GPU; a few in the
+    interpreter."""
     most = each * _place_of(device).processors or 3
     return units if 0 < units < most else most if units > 0 else 1

@@ -19,8 +19,8 @@ from .launch import check_memory, launch, number, number_of, power_of_two
 from .simplex import normalised, power_of_two_of, preference_of
 from .tokens import read
 
-MOST = 64  # objectives: a tile of more would spill
-LARGEST_REGULARIZATION = tl.constexpr(1e100)  # beyond it c = p in double, and before it overflows
+MOST = 64  # objectives: larger tiles would spill registers
+LARGEST_REGULARIZATION = tl.constexpr(1e100)  # above it c = p; the limit avoids an overflow
 
 # by objectives (padded): problems to a program, and warps
 _MIN_NORM = {1: (32, 1), 2: (8, 1), 4: (8, 2), 8: (2, 2), 16: (1, 2), 32: (1, 8), 64: (1, 8)}
@@ -55,7 +55,7 @@ def _prepared(m, present, p, BLOCK: tl.constexpr):
 
 @triton.jit
 def _optimum(m, c, scale):
-    """c'Mc, which is never negative but for rounding."""
+    """c'Mc, clamped at 0 since rounding could make it negative."""
     value = tl.sum(c * multiply(m, c), 1) / scale
     return tl.where(value < 0.0, 0.0, value)
 
@@ -63,7 +63,7 @@ def _optimum(m, c, scale):
 @triton.jit
 def min_norm_of(m, present, p, regularization, N, BLOCK: tl.constexpr):
     """c (P, BLOCK) and c'Mc (P,) of M (P, BLOCK, BLOCK); NaN where an entry is not finite, or no solution is
-    certified. Nobody present: p. regularization: a float64 value."""
+    certified. If no objective is present, c = p. regularization: a float64 value."""
     m, scale, own, diagonal, finite, usable = _prepared(m, present, p, BLOCK)
     finite = finite & (0.0 * tl.sum(own, 1) + 0.0 * regularization == 0.0)
     part = present & (usable & finite)[:, None]
@@ -110,14 +110,14 @@ def gram_kernel(
     optimum,
     rows: tl.int64, n: tl.constexpr, PROBLEMS: tl.constexpr, N: tl.constexpr, PROJECTIONS: tl.constexpr,
 ):  # fmt: skip
-    """PROJECTIONS > 0: UPGrad, with so many at a time and one matrix to a program."""
+    """PROJECTIONS > 0: UPGrad, with this many projections at a time and one matrix per program."""
     index = tl.arange(0, N).to(tl.int64)
     problem = tl.program_id(0).to(tl.int64) * PROBLEMS + tl.arange(0, PROBLEMS)
     here = problem < rows
     inside = here[:, None] & (index < n)[None, :]
     entry = index[:, None] * row + index[None, :] * column
     both = (index < n)[:, None] & (index < n)[None, :]
-    if PROBLEMS == 1:  # in two dimensions: so it gets a layout that spills less
+    if PROBLEMS == 1:  # two-dimensional, since that layout spills fewer registers
         m = read(gram + tl.program_id(0).to(tl.int64) * stride + entry, both, tl.float64)[None, :, :]
     else:
         at_entry = (gram + problem * stride)[:, None, None] + entry[None, :, :]

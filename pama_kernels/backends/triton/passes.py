@@ -1,9 +1,9 @@
-"""`statistics` and `apply`: which kernels a call takes, and what they write into.
+"""`statistics` and `apply`: select the kernels of a call and allocate their results.
 
-Weights of the batch: a pass for the statistics, in which the last program solves FIXED and SCORES (GRAM and
-UPGRAD take a launch of their own), then a pass over the tokens. Weights per row: the same, with sums of each
-row. Others: one pass, before which the valid tokens are counted where the loss or the token weights need
-them. Advantages per sequence take `rows.py`, and a pass over the tokens for the loss alone.
+Weights per batch: one pass for the statistics, whose last program solves FIXED and SCORES (GRAM and UPGRAD
+take a separate launch), then one pass over the tokens. Weights per row: the same, with sums per row. Other
+weights: one pass; if the loss or the token weights need the number of valid tokens, it is counted first.
+Advantages per sequence use `rows.py`, and a pass over the tokens only for the loss.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _factorised(given: Tokens) -> bool:
 
 
 class _Call:
-    """A call's pass over all that it needs, by rows or by tokens."""
+    """The passes of one call, over rows or over tokens."""
 
     def __init__(self, given: Tokens, by_token: bool, by_row: bool = False) -> None:
         self.given, self.n, self.device = given, given.objectives, given.advantages.device
@@ -61,7 +61,8 @@ class _Call:
             self.problem = problem(given, by_row or self.row_counts is not None)
 
     def run(self, x: Pass) -> None:
-        """Adds pairs beyond what a pass has registers for."""
+        """Runs the pass, and a separate kernel for the pair statistics if there are too many for
+        registers."""
         pairs = x.pairs
         x.pairs, x.row_counts = pairs and self.n <= PAIRS_IN_REGISTERS, self.row_counts
         if self.rows is not None:
@@ -160,7 +161,7 @@ def first_token_kernel(
 
 
 def _denominator(given: Tokens, outputs: Outputs, sums: Tensor | None) -> tuple[Number, bool]:
-    """What the sum of the tokens' losses is divided by, and whether that is a count."""
+    """The denominator of the loss, and whether it is a count."""
     if outputs.normalizer is not None:
         return outputs.normalizer, False
     if given.aggregation != Aggregation.TOKEN_MEAN:
@@ -203,7 +204,7 @@ def apply(
         reported=results.weights, optimum=results.optimum, sums=results.sums,
         square_sum=results.square_sum,
     )  # fmt: skip
-    solved = batch or (by_row and call.rows is None)  # the statistics come first, and weights in x.c
+    solved = batch or (by_row and call.rows is None)  # statistics come first, and x.c has the weights
     if solved:
         first = x.copy()
         first.weights = NONE
@@ -233,7 +234,7 @@ def apply(
 def apply_solved(
     tokens: Tokens, outputs: Outputs, results: Results, effective: Tensor | None, factors: Tensor | None
 ) -> None:
-    """The second pass alone, with weights per batch and statistics that are in `results`."""
+    """Runs only the second pass; the weights per batch and the statistics are in `results`."""
     check_tokens_memory(tokens)
     tokens = _without_ref(tokens, outputs)
     if factors is not None and not outputs.advantages:
@@ -271,7 +272,7 @@ def _second_pass(call: _Call, x: Pass, rule: Rule, outputs: Outputs, results: Re
         return
     picked = combined
     if combined is not None and one_result_per_row(tokens, rule):
-        # Presence differs in a row: its first valid token decides.
+        # Presence may differ within a row: use that of its first valid token.
         combined = combined.new_empty(tokens.width)
     x.combined = combined
     if outputs.loss:

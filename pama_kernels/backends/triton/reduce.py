@@ -1,8 +1,8 @@
-"""Sums over all programs of a launch: each stores a slot of its own, the last to finish adds them in fixed
-order.
+"""Sums over all programs of a launch: each program stores its partial sums in its own slot, and the last one
+to finish adds the slots in a fixed order.
 
-A slot holds HEAD numbers [loss, optimum, sum of squares], the sum of c (n), then the statistics as the buffer
-has them, but for the pair blocks that follow from the fields.
+A slot has HEAD numbers [loss, optimum, sum of squares], the sum of c (n), then the statistics in the order of
+the buffer, without the pair blocks that can be computed from the fields.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .terms import (
     summed_pairs,
 )
 
-HEAD = 3  # and n
+HEAD = 3  # plus n
 
 
 def slot_size(n: int, statistics: bool, pairs: bool, present: bool) -> int:
@@ -32,7 +32,8 @@ def slot_size(n: int, statistics: bool, pairs: bool, present: bool) -> int:
 
 @triton.jit
 def is_last(counter, slots):
-    """Whether all other programs of the launch have stored their slots; the counter is then as it was."""
+    """Whether all other programs of the launch have stored their slots. The last program resets the
+    counter."""
     tl.debug_barrier()  # every thread's stores come before the program is counted
     last = tl.atomic_add(counter, 1, sem="acq_rel") == slots - 1
     if last:
@@ -55,7 +56,7 @@ def add_to(pointer, x, inside):
 
 @triton.jit
 def store_sums(slot, sums, n: tl.constexpr, N: tl.constexpr):
-    """Adds them over tokens to a slot's fields."""
+    """Sums over tokens, and adds the result to the fields of a slot."""
     i = tl.arange(0, N)
     for field in tl.static_range(FIELD_COUNT):
         add_to(slot + field * n + i, tl.sum(sums[field].to(tl.float64), axis=0), i < n)
@@ -63,12 +64,13 @@ def store_sums(slot, sums, n: tl.constexpr, N: tl.constexpr):
     for total in tl.static_range(TOTAL_COUNT):
         x = tl.sum(sums[FIELD_COUNT + total].to(tl.float64), axis=0)
         add_to(slot + FIELD_COUNT * n + total + one, x[None], one == 0)
-    tl.debug_barrier()  # what is added next may be read by other threads
+    tl.debug_barrier()  # other threads may read what is stored here
 
 
 @triton.jit
 def store_pairs(slot, sums, n: tl.constexpr, N: tl.constexpr, PRESENT: tl.constexpr, SQUARES: tl.constexpr):
-    """The same of its pair blocks; SQUARES: and of their diagonals to the squares among its fields."""
+    """Sums over tokens, and adds the result to the pair blocks of a slot. SQUARES: also adds their diagonals
+    to the fields of squares."""
     to = slot + FIELD_COUNT * n + TOTAL_COUNT
     i = tl.arange(0, N)[:, None]
     j = tl.arange(0, N)[None, :]
@@ -84,7 +86,8 @@ def store_pairs(slot, sums, n: tl.constexpr, N: tl.constexpr, PRESENT: tl.conste
 
 @triton.jit
 def store_pair_tile(partial, slot, sums, i, j, n: tl.constexpr, BLOCK: tl.constexpr, PRESENT: tl.constexpr):
-    """Sums over tokens to a slot that holds pair blocks alone, of the objectives from i and from j on."""
+    """Sums over tokens, and stores the result in a slot that has only pair blocks, for the objectives from i
+    and from j on."""
     many: tl.constexpr = summed_pairs(PRESENT)
     p = (i + tl.arange(0, BLOCK)[:, None]).to(tl.int64)
     q = (j + tl.arange(0, BLOCK)[None, :]).to(tl.int64)
@@ -111,15 +114,15 @@ def added_slots(partial, slots, stride, at, inside, CHUNK: tl.constexpr):
 
 @triton.jit
 def added_number(partial, slots, stride, place):
-    """The same of one element, a scalar."""
+    """The sum of one element over all slots, a scalar."""
     zero = tl.zeros([1], tl.int32)
     return tl.sum(added_slots(partial + place, slots, stride, zero, zero == 0, 128), axis=0)
 
 
 @triton.jit
 def _pair_source(k, n: tl.constexpr, first: tl.constexpr):
-    """Where the number at place k of the pairs stands if everyone is present: among the blocks from `first`
-    on, or, for the last three blocks, in the fields (from 0 on)."""
+    """The source of element k of the pairs if every objective is present: the index in the blocks from
+    `first` on or, for the last three blocks, in the fields (from 0 on)."""
     block = k // (n * n)
     i = k % (n * n) // n
     follows = tl.where(block == 2, i, i + ADVANTAGE_SUM * n)
@@ -131,7 +134,8 @@ def _pair_source(k, n: tl.constexpr, first: tl.constexpr):
 def store_statistics(
     partial, slots, stride, sums, n: tl.constexpr, PAIRS: tl.constexpr, PRESENT: tl.constexpr
 ):
-    """The slots' statistics, added, into the buffer. `partial` points behind the head."""
+    """Adds the statistics of all slots and stores them in the buffer. `partial` points behind the head of a
+    slot."""
     pairs: tl.constexpr = FIELD_COUNT * n + TOTAL_COUNT
     size: tl.constexpr = pairs + PAIR_COUNT * n * n if PAIRS else pairs
     K: tl.constexpr = 64 if size <= 64 else 128
@@ -148,7 +152,8 @@ def store_statistics(
 
 @triton.jit(do_not_specialize=["slots"])
 def add_pairs_kernel(partial, slots, sums, n: tl.constexpr, K: tl.constexpr, PRESENT: tl.constexpr):
-    """The pair blocks of slots that hold nothing else, into a buffer whose fields are there."""
+    """Adds the pair blocks of slots that have nothing else, into a buffer whose fields are computed
+    already."""
     blocks: tl.constexpr = summed_pairs(PRESENT)
     k = tl.program_id(0) * K + tl.arange(0, K)
     value = added_slots(partial, slots, blocks * n * n, k, k < blocks * n * n, 16)

@@ -1,4 +1,4 @@
-"""Advantages per sequence: what the tokens of a row contribute are sums in which no objective appears, see
+"""Advantages per sequence: the tokens of a row contribute sums that do not depend on the objectives, see
 `terms.py`. The loss needs up = sum c_i max(A_i, 0) and down = sum c_i min(A_i, 0) of each row. All in
 float64.
 """
@@ -67,7 +67,8 @@ def row_sums_kernel(
     low: tl.float64, low_at, high: tl.float64, high_at, dual: tl.float64, dual_at, row_sums, parts: tl.int64,
     TOKENS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """(rows * parts, ROW_SUMS); or, PLAIN, (rows * parts, 1): where all factors are 1 the tokens tell all."""
+    """(rows * parts, ROW_SUMS); or, PLAIN, (rows * parts, 1): if all factors are 1, the number of valid
+    tokens suffices."""
     D: tl.constexpr = tl.float64 if WIDE else tl.float32
     mask = (mask, m_row, m_token)
     cu = (cu, cu_step)
@@ -158,8 +159,8 @@ def rows_kernel(
     SHARE: tl.constexpr,
     SOLVE: tl.constexpr, BY_ROW: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Statistics, weights and combined advantages of rows; `row_factors` receives (rows, 3) up, down and
-    omega. BY_ROW: weights and optimum are stored for each row."""
+    """Computes statistics, weights and combined advantages of rows; `row_factors` receives (rows, 3) up, down
+    and omega. BY_ROW: weights and optimum are stored for each row."""
     PRESENT: tl.constexpr = presence is not None
     own = (advantages, a_row, 0, a_objective)
     present = (presence, o_row, 0, o_objective)
@@ -260,7 +261,8 @@ def row_pairs_kernel(
     n: tl.constexpr, ROWS: tl.constexpr, NOON: tl.constexpr, PLAIN: tl.constexpr, OMEGA: tl.constexpr,
     BLOCK: tl.constexpr, PRESENT: tl.constexpr,
 ):  # fmt: skip
-    """The N x N sums of many objectives: a program has a block of them and a share of the rows."""
+    """Computes the N x N sums for many objectives: each program has a block of pairs and a share of the
+    rows."""
     own = (advantages, a_row, 0, a_objective)
     present = (presence, o_row, 0, o_objective)
     cu = (cu, cu_step)
@@ -314,7 +316,7 @@ class Rows:
         }
 
     def run(self, x: Pass, by_row: bool = False) -> None:
-        """`x.row_factors` is written here."""
+        """Runs the pass; writes `x.row_factors`."""
         n, block = self.n, power_of_two(self.n)
         present = self.given.objective_mask is not None
         area = (256 if present else 512) // block**2 if x.pairs else 256 // block
@@ -334,7 +336,7 @@ class Rows:
         )  # fmt: skip
 
     def store_pairs(self, sums: Tensor) -> None:
-        """Writes the N x N blocks of a buffer whose fields are there."""
+        """Writes the N x N blocks of a buffer whose fields are computed already."""
         n, present = self.n, self.given.objective_mask is not None
         count = 8 if present else 16
         slots = pair_slots(self.device, n, -(-self.given.rows // count))

@@ -3,7 +3,7 @@
     FIXED c = p;  SCORES the scalar problem on a_i = mean I_i;  GRAM min-norm on the cosines of I;  UPGRAD on
     its Gram matrix M_ij = sum I_i I_j / sqrt(count_i count_j)
 
-p is the preference over the objectives with a signal; others get no weight.
+p is the preference normalised over the objectives with a signal; the other objectives get weight 0.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GRAM, UPGRAD = tl.constexpr(int(Kind.GRAM)), tl.constexpr(int(Kind.UPGRAD))
 
 @triton.jit
 def ratio(total, count):
-    """Mean over the tokens where present; 0 where there are none."""
+    """total / count, the mean over the tokens where the objective is present; 0 if there are none."""
     return tl.where(count != 0, total / tl.where(count != 0, count, 1.0), 0.0)
 
 

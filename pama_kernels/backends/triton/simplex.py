@@ -3,8 +3,8 @@
     minimise over c in the simplex   1/2 (a.c)^2 + rho/2 ||c - p||^2,   rho = regularization * scale,
 
 rho = 0 standing for the limit rho -> 0. Tiles are (rows, objectives), the latter padded to a power of two;
-`here` is false at padding and at absent objectives. Every row is computed by itself: it gets the same bits
-whatever stands in the others.
+`here` is false at padding and at absent objectives. Rows are independent: a row gets the same bits whatever
+the other rows contain.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pama_kernels._call import Number
 from .launch import check_memory, launch, number, number_of, power_of_two
 from .tokens import read
 
-_TILE = 256  # scores per program: more spills
-_FEW = 64  # rows: one program does not take them all
+_TILE = 256  # scores per program: more would spill registers
+_FEW = 64  # up to this number of rows, a program takes at most 4
 
 
 @triton.jit
@@ -38,8 +38,8 @@ def power_of_two_of(x):
 
 @triton.jit
 def normalised(p, keep):
-    """The preference over those that take part (keep 1, else 0); uniform where it gives none of them any
-    mass."""
+    """The preference normalised over the included objectives (keep 1, else 0); uniform if their preferences
+    sum to 0."""
     p = keep * p
     mass = tl.sum(p, axis=1, keep_dims=True)
     count = tl.maximum(tl.sum(keep, axis=1, keep_dims=True), 1.0)
@@ -57,9 +57,9 @@ def preference_of(preference, n: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _descend(a, p, rho, keep, N: tl.constexpr):
-    """Newton's method along the path of the projection, as csrc/core/simplex.hpp explains it.
+    """Newton's method along the path of the projection, see csrc/core/simplex.hpp.
 
-    a, p, keep (R, N), rho (R, 1); keep is 1 where an objective takes part, else 0, and a is below 4 in size.
+    a, p, keep (R, N), rho (R, 1); keep is 1 for included objectives, else 0, and |a| < 4.
     """
     low = tl.min(tl.where(keep > 0, a, 8.0), axis=1, keep_dims=True)
     high = tl.max(tl.where(keep > 0, a, -8.0), axis=1, keep_dims=True)
@@ -68,7 +68,8 @@ def _descend(a, p, rho, keep, N: tl.constexpr):
     hold = p_low != p_high
     at_p = tl.sum(keep * a * p, axis=1, keep_dims=True)
     nearby = tl.where(at_p >= 0, low, high)
-    # Scores are taken relative to the one that never leaves: exact for near ties, of a large multiplier.
+    # Scores are relative to that of the index that never leaves the support: exact for near ties with a large
+    # multiplier.
     near = tl.where(keep > 0, a - nearby, 0.0)
     multiplier = tl.zeros_like(at_p)
     mean = tl.zeros_like(at_p)
@@ -89,11 +90,11 @@ def _descend(a, p, rho, keep, N: tl.constexpr):
         keep = tl.where(leaves, 0.0, keep)
         left = tl.max(leaves.to(tl.int32), axis=1, keep_dims=True)
         active = tl.max(tl.max(left | holding.to(tl.int32), axis=1), axis=0)
-        holding = (left > 0) & hold  # the multiplier rests until nobody leaves
+        holding = (left > 0) & hold  # the multiplier is held until no index leaves the support
         turn += 1
     weight = p + shift - multiplier * (near - mean)
     c = tl.where((keep > 0) & (weight > 0), weight, 0.0)
-    total = tl.sum(c, axis=1, keep_dims=True)  # 1, but for rounding times the span of the scores
+    total = tl.sum(c, axis=1, keep_dims=True)  # 1 up to rounding times the range of the scores
     c = tl.where(total > 0, c / tl.where(total > 0, total, 1.0), tl.where(keep > 0, normalised(p, keep), 0.0))
     optimum = tl.sum(c * a, axis=1, keep_dims=True)
     return c, tl.where(rho == 0, 0.0, optimum)
@@ -101,11 +102,12 @@ def _descend(a, p, rho, keep, N: tl.constexpr):
 
 @triton.jit
 def _rows(a, p, here, regularization, scale, N: tl.constexpr):
-    """`solve` in the dtype of `a`; and where two signs of very different size want more digits than that."""
+    """`solve` in the dtype of `a`, and in higher precision for rows with scores of both signs and very
+    different magnitude."""
     wide: tl.constexpr = a.dtype == tl.float64
-    least_rho: tl.constexpr = 1e-280 if wide else 1e-30  # beside scores of 1: below it is none
+    least_rho: tl.constexpr = 1e-280 if wide else 1e-30  # for scores of size 1: a smaller rho is 0
     small: tl.constexpr = 1e-200 if wide else 1e-30
-    nothing: tl.constexpr = 1e-150 if wide else 1e-18  # beside a score of 1: squares would vanish
+    nothing: tl.constexpr = 1e-150 if wide else 1e-18  # for scores of size 1: smaller squares underflow
     raised: tl.constexpr = 1.6069380442589903e60 if wide else 1.2676506002282294e30  # 2^200, 2^100
     lowered: tl.constexpr = 1.0 / raised
     spread: tl.constexpr = 0.0 if wide else 1e-3
@@ -119,7 +121,8 @@ def _rows(a, p, here, regularization, scale, N: tl.constexpr):
     count = tl.sum(keep, axis=1, keep_dims=True)
     own = normalised(p, keep)
 
-    # Every row is scaled, exactly, by the power of two of its largest score; subnormal ones are lifted first.
+    # Every row is scaled, exactly, by the power of two of its largest score; subnormal scores are scaled up
+    # first.
     largest = tl.max(tl.abs(a), axis=1, keep_dims=True)
     lift = tl.where(largest < small, tl.full([1, 1], raised, a.dtype), one)
     unlift = tl.where(largest < small, tl.full([1, 1], lowered, a.dtype), one)
@@ -140,7 +143,8 @@ def _rows(a, p, here, regularization, scale, N: tl.constexpr):
     rho = (regularization * tl.where(unusable, 0.0, size)).to(a.dtype)
     rho = tl.where(rho > least_rho, rho, 0.0)
 
-    # With rho = 0 and scores of one sign the answer is exact: who has the score nearest 0 shares the weight.
+    # With rho = 0 and scores of one sign the answer is exact: the objectives with the score nearest 0 share
+    # the weight.
     nearest = tl.where(low > 0, low, tl.where(high < 0, high, 0.0))
     one_sided = ((rho == 0) & ((low >= 0) | (high <= 0))) | (largest == 0)
     keep = tl.where(one_sided & (a != nearest), 0.0, keep)
@@ -164,8 +168,8 @@ def solve(a, p, here, regularization, scale, N: tl.constexpr, ONE_SIGN: tl.const
     """Weights c (R, N) and optima a.c (R, 1) in the dtype of `a`; c is 0 where not `here`.
 
     a (R, N) float32 or float64: scores; p (R, N) or (1, N) float64, 0 at padding; here (R, N) bool;
-    regularization: a float64 value; scale: (R, 1) float64, or None for max a^2. A row where nobody is here
-    gets p, one with a NaN or infinity gets NaN. ONE_SIGN: no row has scores of both signs.
+    regularization: a float64 value; scale: (R, 1) float64, or None for max a^2. A row without included
+    objectives gets p, a row with a NaN or infinity gets NaN. ONE_SIGN: no row has scores of both signs.
     """
     c, optimum, unsure = _rows(a, tl.cast(p, a.dtype), here, regularization, scale, N)
     if a.dtype != tl.float64 and not ONE_SIGN:
@@ -178,7 +182,7 @@ def solve(a, p, here, regularization, scale, N: tl.constexpr, ONE_SIGN: tl.const
 
 @triton.jit
 def solve_scaled(a, moments, p, here, regularization, N: tl.constexpr, ONE_SIGN: tl.constexpr = False):
-    """`solve` with the largest of the moments (R, N) as the scale; NaN where one of them is."""
+    """`solve` with the largest of the moments (R, N) as the scale; NaN if one of them is NaN."""
     scale = tl.max(moments, axis=1, keep_dims=True)
     unusable = tl.max((moments != moments).to(tl.int32), axis=1, keep_dims=True) > 0
     return solve(a, p, here, regularization, tl.where(unusable, float("nan"), scale), N, ONE_SIGN)
@@ -186,7 +190,7 @@ def solve_scaled(a, moments, p, here, regularization, N: tl.constexpr, ONE_SIGN:
 
 @triton.jit
 def softmin(a, p, here, temperature):
-    """c_i proportional to p_i exp(-a_i / temperature) over those that are here, and c.a; arguments as for
+    """c_i proportional to p_i exp(-a_i / temperature) over the included objectives, and c.a; arguments as for
     `solve`."""
     infinity: tl.constexpr = float("inf")
     keep = tl.where(here, tl.full([1, 1], 1.0, a.dtype), 0.0)

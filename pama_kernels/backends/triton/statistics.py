@@ -1,4 +1,5 @@
-"""Sums over tokens beside those of `apply.py`: how many are valid, and the N x N sums of many objectives."""
+"""Sums over tokens that `apply.py` does not compute: the number of valid tokens, and the N x N sums for many
+objectives."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ from .tokens import (
     valid_tokens,
 )
 
-PAIRS_IN_REGISTERS = 8  # objectives whose N x N sums ride along with the others
-_COUNTED = 128 if INTERPRETED else 1024  # tokens at a time, where nothing but the mask is read
+PAIRS_IN_REGISTERS = 8  # up to this number of objectives, the pass over tokens also computes the N x N sums
+_COUNTED = 128 if INTERPRETED else 1024  # tokens at a time if only the mask is read
 _BLOCK = 8  # objectives of a block of pairs
 
 
@@ -40,7 +41,8 @@ def count_kernel(
     counter, TOKENS: tl.constexpr, LAYOUT: tl.constexpr, NARROW: tl.constexpr, UNIT: tl.constexpr,
     BY_ROW: tl.constexpr,
 ):  # fmt: skip
-    """Valid tokens of each row (BY_ROW), or of each program's share of all, which the last adds."""
+    """Counts the valid tokens of each row (BY_ROW), or those of each program's share, which the last program
+    adds."""
     mask = (mask, m_row, m_token)
     cu = (cu, cu_step)
     slots = tl.num_programs(0)
@@ -105,7 +107,8 @@ def pairs_kernel(
     UNIT: tl.constexpr, DENSE: tl.constexpr, NOON: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
     PRESENT: tl.constexpr,
 ):  # fmt: skip
-    """The N x N sums of many objectives: a program has a block of them and a share of the tokens."""
+    """Computes the N x N sums for many objectives: each program has a block of pairs and a share of the
+    tokens."""
     D: tl.constexpr = tl.float64 if WIDE else tl.float32
     clip = clip_of(low, low_at, high, high_at, dual, dual_at)
     own = (advantages, a_row, a_token, a_objective)
@@ -132,7 +135,7 @@ def pairs_kernel(
 
 
 def pair_slots(device: torch.device, n: int, units: int) -> int:
-    """Shares that the tokens are cut into, for each block of pairs."""
+    """The number of shares into which the tokens are divided, for each block of pairs."""
     return max(1, programs(device, units, 4) // (-(-n // _BLOCK)) ** 2)
 
 
@@ -152,7 +155,7 @@ def finish_pairs(partial: Tensor, slots: int, sums: Tensor, n: int, present: boo
 
 
 def store_pairs_of(p: Problem, present: bool, row_counts: Tensor | None, sums: Tensor) -> None:
-    """Writes the N x N blocks of a buffer whose fields are there."""
+    """Writes the N x N blocks of a buffer whose fields are computed already."""
     n = p.constants["n"]
     constants = p.tile(128 if present else 256, _BLOCK)
     slots = pair_slots(p.device, n, -(-p.total // constants["TOKENS"]))

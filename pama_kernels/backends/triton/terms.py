@@ -1,4 +1,5 @@
-"""What one token, or one sequence, adds to the statistics: a new field or row sum is added here alone.
+"""The contribution of one token, or of one sequence, to the statistics. A new field or row sum is added in
+this file only.
 
 Tuples of sums are in the order of `_call.FIELDS`, (TOKENS, N) each, then of `_call.TOTALS`, (TOKENS,). Every
 term is weighted by the token weights of the aggregation: `share` (TOKENS,) float64, or 1 where it is None.
@@ -31,7 +32,8 @@ POSITIVE_COUNT = tl.constexpr(FIELDS.index("positive_count"))
 
 CHUNK = tl.constexpr(32)  # terms that are added in float32
 
-# The sums of a sequence in which no objective appears, as in csrc/core/statistics.hpp: first counts.
+# The sums of a sequence that do not depend on the objectives, as in csrc/core/statistics.hpp: counts come
+# first.
 ROW_SUMS = 13
 VALID, OFF_POS, OFF_NEG, GRAD_POS, GRAD_NEG, GRAD_POS_SQUARE, GRAD_NEG_SQUARE, GRAD_BOTH = map(
     tl.constexpr, range(8)
@@ -59,8 +61,8 @@ def added(x, y, SIZE: tl.constexpr):
 
 @triton.jit
 def no_sums(TOKENS: tl.constexpr, N: tl.constexpr, NARROW: tl.constexpr):
-    """NARROW: at most `CHUNK` terms in float32 with token weights 1, so that float32 holds the sums that are
-    linear in them, and integers the counts. Squares may leave its range."""
+    """NARROW: at most `CHUNK` terms in float32 with token weights 1, so that sums of linear terms are kept in
+    float32 and counts in integers. Squares may leave the range of float32."""
     S: tl.constexpr = tl.float32 if NARROW else tl.float64
     C: tl.constexpr = tl.int32 if NARROW else tl.float64
     s = tl.zeros([TOKENS, N], S)
@@ -71,7 +73,7 @@ def no_sums(TOKENS: tl.constexpr, N: tl.constexpr, NARROW: tl.constexpr):
 
 @triton.jit
 def add_token_terms(sums, factors, terms, share, NOON: tl.constexpr, SQUARES: tl.constexpr):
-    """Without SQUARES these are left out: they are on the diagonals of the pairs."""
+    """Without SQUARES, the sums of squares are left out, since they are the diagonals of the pairs."""
     valid, logp, _, _, _, _, _, off_pos, off_neg, kl = factors
     a, here, bound, surrogate = terms
     S: tl.constexpr = sums[1].dtype
@@ -125,7 +127,7 @@ def add_row_sums(counts, sums, factors):
 
 @triton.constexpr_function
 def factors_are_one(k):
-    """Where all factors are 1, whether the sum of a sequence is the number of its tokens; else it is 0."""
+    """If all factors are 1, sum k of a sequence is either its number of valid tokens (true) or 0 (false)."""
     return k not in (OFF_POS, OFF_NEG, GRAD_POS_LOGP, GRAD_NEG_LOGP, K3)
 
 
@@ -151,12 +153,14 @@ def row_terms(a, here, s, NOON: tl.constexpr):
     )
 
 
-# --- pairs: in the order of `_call.PAIRS`, (TOKENS, N, N) each; the first two alone where all are present ---
+# --- pairs: in the order of `_call.PAIRS`, (TOKENS, N, N) each; only the first two if all objectives are
+# present ---
 
 
 @triton.constexpr_function
 def summed_pairs(present):
-    """N x N blocks that are summed; the others follow from the fields where everyone is present."""
+    """The number of N x N blocks that are summed; the others follow from the fields if every objective is
+    present."""
     return len(PAIRS) if present else 2
 
 
@@ -177,7 +181,7 @@ def _add_pairs(sums, bound, wa, a, b, here, there, PRESENT: tl.constexpr):
 
 @triton.jit
 def add_token_pairs(sums, x, y, share, PRESENT: tl.constexpr):
-    """Of two blocks of objectives on the same tokens."""
+    """Adds the pairs of two blocks of objectives on the same tokens."""
     w = 1.0
     if share is not None:
         w = share[:, None]
@@ -196,7 +200,7 @@ def _finite(x):
 
 @triton.jit
 def add_row_pairs(sums, a, here, b, there, s, NOON: tl.constexpr, PRESENT: tl.constexpr):
-    """Of two blocks of objectives of the same sequences."""
+    """Adds the pairs of two blocks of objectives of the same sequences."""
     u, v = by_sign(a, NOON)
     x, y = by_sign(b, NOON)
     pp, qq, pq = _finite(s[GRAD_POS_SQUARE]), _finite(s[GRAD_NEG_SQUARE]), _finite(s[GRAD_BOTH])

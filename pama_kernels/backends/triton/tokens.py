@@ -1,13 +1,13 @@
-"""Tokens on the device: their tensors, the factors of the surrogate, and each objective's terms.
+"""Loads tokens: the tensors of a call, the factors of the surrogate, and the terms of each objective.
 
     d = logp - old, u = exp(clamp(d, -20, 20)), w the importance weight
     g = w min(min(u, dual) A, clip(u, 1 - eps_low, 1 + eps_high) A) = max(A, 0) pos + min(A, 0) neg
     I = w A where g has a gradient in logp                          = max(A, 0) grad_pos + min(A, 0) grad_neg
 
-An array is the tuple (pointer or None, row stride, token stride[, objective stride]). Tokens are told by row
-and position, tiles of TOKENS x N objectives by `inside`, `objective` and their number n <= N. D is the type
-of the computation. Masked places hold 0; a NaN or infinity makes its own advantage, or the factors of its
-token, NaN.
+An array is the tuple (pointer or None, row stride, token stride[, objective stride]). Tokens are identified
+by row and position, tiles of TOKENS x N objectives by `inside`, `objective` and their number n <= N. D is the
+type of the computation. Masked values are replaced by 0; a NaN or infinity makes its own advantage, or the
+factors of its token, NaN.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from .launch import ALIGNMENT, INTERPRETED, check_memory, number, number_of, pow
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
-# Sizes and strides change from step to step: a kernel that takes the arguments of `Problem` has none
-# compiled in.
+# Sizes and strides change from step to step, so kernels that take the arguments of `Problem` are not
+# specialised on them.
 ANY_SIZE = [
     *(
         "a_row",
@@ -50,14 +50,14 @@ MASK, BEFORE_REF, OFFSETS, FROM_OFFSETS = slice(8, 11), slice(8, 20), slice(23, 
 
 
 class Problem(NamedTuple):
-    """The tensors of a call as the kernels take them."""
+    """The tensors of a call as kernel arguments."""
 
     arguments: tuple[Any, ...]  # from `advantages` to `dual_at`
     constants: dict[str, Any]
     rows: int
     width: int
-    total: int  # tokens, or a guess where only the offsets tell
-    flat: bool  # rows do not matter: the whole is taken as one
+    total: int  # tokens, or an estimate if only the offsets have the number
+    flat: bool  # whether all rows are processed as one
     device: torch.device
 
     def tile(self, area: int, n: int | None = None) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def check_tokens_memory(given: Tokens) -> None:
 
 
 def problem(given: Tokens, by_row: bool, without_objectives: bool = False) -> Problem:
-    """by_row: what the kernel does depends on the row of a token. Else sequences without a gap are taken as
+    """by_row: whether the kernel depends on the row of a token. If not, contiguous sequences are processed as
     one."""
     (
         advantages, mask, presence, logprobs, old, ref, importance, cu, rows, width, by_sequence,
@@ -199,7 +199,7 @@ def locate(at, cu, rows, width, LAYOUT: tl.constexpr, NARROW: tl.constexpr):
 
 @triton.jit
 def tokens_in_all(cu, rows, width, LAYOUT: tl.constexpr):
-    """int64; packed, a negative width leaves it to the last offset."""
+    """int64; Number of tokens as int64; for packed tokens with a negative width, the last offset."""
     total = tl.cast(width, tl.int64)
     if LAYOUT == 1:
         total = total * rows
@@ -211,8 +211,8 @@ def tokens_in_all(cu, rows, width, LAYOUT: tl.constexpr):
 
 @triton.jit
 def row_range(cu, row, width):
-    """First token of a sequence and the one after its last. Offsets are not checked on the device, but
-    nothing outside the tensors is touched."""
+    """First token of a sequence and the one after its last. Offsets are not checked on the device, but no
+    memory outside the tensors is accessed."""
     begin = tl.zeros([], tl.int64)
     end = begin + width
     if cu[0] is not None:
@@ -226,7 +226,7 @@ def row_range(cu, row, width):
 
 @triton.jit
 def part_range(cu, row, width, part, parts, TOKENS: tl.constexpr):
-    """The same of one of the parts that a sequence is cut into."""
+    """First token of one part of a sequence that is divided into `parts`, and the one after its last."""
     begin, end = row_range(cu, row, width)
     length = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), parts), TOKENS) * TOKENS
     begin += part * length
@@ -238,7 +238,7 @@ def read(pointer, here, D: tl.constexpr):
     """Values in D (float32, float64), 0 where not `here`."""
     x = tl.load(pointer, mask=here, other=0.0)
     if x.dtype.primitive_bitwidth < 32:
-        x = x.to(tl.float32)  # which the interpreter converts to float64, unlike bfloat16
+        x = x.to(tl.float32)  # the interpreter can convert it to float64, unlike bfloat16
     return x.to(D)
 
 
@@ -253,7 +253,7 @@ def truth(pointer, here):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """x in dtype. The interpreter would cut the digits off that bfloat16 does not have."""
+    """x in dtype. The interpreter would truncate to bfloat16 instead of rounding."""
     if dtype == tl.bfloat16:
         x = x.to(tl.float32)
         if _INTERPRETED:
@@ -279,7 +279,7 @@ def valid_tokens(mask, row, token, inside, UNIT: tl.constexpr):
 
 @triton.jit
 def _usable(x, valid):
-    """x, 0 where it is masked or not finite; and where it is not finite."""
+    """x with 0 where it is masked or not finite, and whether it is valid but not finite."""
     infinity: tl.constexpr = float("inf")
     x = tl.where(valid, x, 0.0)
     finite = tl.abs(x) < infinity
@@ -350,7 +350,7 @@ def load_advantages(
 
 @triton.jit
 def by_sign(a, NOON: tl.constexpr):
-    """max(A, 0) and, but for Noon, min(A, 0); NaN in both or the first."""
+    """max(A, 0) and min(A, 0), the latter only without Noon. A NaN gives NaN in each."""
     return tl.where(a < 0, 0.0, a), tl.where(a < 0, tl.zeros_like(a) if NOON else a, 0.0)
 
 
