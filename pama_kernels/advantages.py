@@ -1,4 +1,5 @@
-"""From rewards to per-objective advantages, and from those to the one that a trainer uses."""
+"""Computes per-objective advantages from rewards, and combines them to the single advantage that a trainer
+uses."""
 
 from __future__ import annotations
 
@@ -39,12 +40,12 @@ from .statistics import ObjectiveStatistics, result_metrics
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# `combine_advantages` takes the N x N statistics along, for its logs, up to this many objectives.
+# `combine_advantages` computes the N x N statistics, for its metrics, up to this number of objectives.
 PAIRS_UP_TO = 16
 
 
 class CombinedAdvantages(NamedTuple):
-    """What `combine_advantages` returns."""
+    """The result of `combine_advantages`."""
 
     advantages: Tensor
     weights: Tensor
@@ -79,17 +80,16 @@ def combine_advantages(
     cu_seqlens: Tensor | None = None,
     process_group: ProcessGroup | None = None,
 ) -> CombinedAdvantages:
-    """N advantages per token (or sequence) to the one that a trainer already knows what to do with.
+    """Combines N advantages per token (or sequence) to the single advantage that a trainer takes.
 
     The combined advantage is sum_i c_i A_i with the rule's weights c. An objective whose raw advantages are
-    all 0 in the batch (a saturated or constant reward) takes no part in weights per batch. Whiten or
-    group-normalise advantages
-    first: scales that remain act as preferences.
+    all 0 in the batch (a saturated or constant reward) gets no weight from rules with weights per batch.
+    Whiten or group-normalise advantages first: differences of scale that remain act as preferences.
 
     Args:
         advantages: raw advantages A', objectives last: (B, T, N) per token, (B, N) per sequence, or
-            (M, N) flat. Any strides: an (N, B, T) array is passed as ``x.movedim(0, -1)``. Per sequence, the
-            cost per token does not depend on N.
+            (M, N) flat. Any strides: an (N, B, T) array is passed as ``x.movedim(0, -1)``. With advantages
+            per sequence, the cost per token does not depend on N.
         mask: (B, T) or (M,), non-zero at valid tokens. Masked values are ignored, including NaN.
         rule: how the weights are chosen: `Pama`, `UPGrad`, `Fixed`, `SoftMin`, their names in lower case, or
             a function of `ObjectiveStatistics` that returns weights (N,). None: `Pama()`.
@@ -99,28 +99,29 @@ def combine_advantages(
         objective_mask: (B, N), or (M, N) when flat: zero where an objective does not apply. A token's weights
             are divided by the preference of the objectives present there, so that a completion to which one
             objective applies keeps its whole advantage.
-        logprobs, old_logprobs, clip_range: with them the bound term is 0 where the policy has already
-            moved out of the clip range; without them the ratio is 1. Beyond a log ratio of 20 the ratio is
-            clamped.
+        logprobs, old_logprobs, clip_range: with log-probabilities, the bound term is 0 where the policy has
+            already moved out of the clip range; without them the ratio is 1. Beyond a log ratio of 20 the
+            ratio is clamped.
         aggregation: of the loss that follows, as in `pama_loss`; "seq-mean-token-mean" weights every token in
             the statistics by one over the valid tokens of its sequence.
         normalize: divide the result by its root mean square over the batch, as GDPO does.
         cu_seqlens: B + 1 offsets of packed sequences in flat tensors.
         process_group: solve one set of weights over all ranks of the group, by one all-reduce (rules per
-            batch only). All ranks get bitwise equal weights. `normalize` takes a second one where the rule is
-            Noon, or an objective is absent somewhere.
+            batch only). All ranks get bitwise equal weights. `normalize` needs a second all-reduce if the
+            rule has `noon=True` or an `objective_mask` is given.
 
     Returns:
-        `.advantages` in the dtype of the input and its shape less the last axis, 0 where masked ((B, T) or
-        (M,) where weights per token depend on `logprobs`); `.weights` (N,), per sequence (B, N), per
-        token their mean (N,); `.optimum`, the value of a.c or c'Mc; `.statistics`, with the N x N ones
-        for up to 16 objectives; `.metrics(names)`.
+        `.advantages` in the dtype of the input and its shape without the last axis, 0 where masked ((B, T) or
+        (M,) where weights per token depend on `logprobs`); `.weights` (N,), per sequence (B, N), per token
+        their mean (N,); `.optimum`, the value of a.c or c'Mc; `.statistics`, with the N x N ones for up to 16
+        objectives; `.metrics(names)`.
 
     A sequence or batch without a valid token gets the preference as weights and 0 as advantage. A NaN or
     infinity at a valid token makes the weights and advantages that depend on it NaN.
 
-    The trainer's own clipped loss on the result is exactly the PAMA loss with Noon; signed, the two differ
-    only where signs disagree and clipping binds: not at all in a first inner epoch. `pama_loss` is exact.
+    With `noon=True`, the trainer's own clipped loss on the result is exactly the PAMA loss. Otherwise the two
+    differ only at tokens where objectives have advantages of different sign and clipping is active, so not in
+    the first epoch over a rollout. `pama_loss` is exact in all cases.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or range.
@@ -151,7 +152,7 @@ def combine_advantages(
     if weights is not None:
         check_weights(weights, layout, advantages.device)
     asked, given, p, merged, solved = before_the_pass(tokens, rule, p, weights, process_group, pairs)
-    merges = normalize and process_group is not None  # then what it divides by is that of all ranks
+    merges = normalize and process_group is not None  # then the root mean square is over all ranks
     if normalize and advantages.dtype in (torch.float16, torch.bfloat16):
         check_memory("advantages", advantages)
         if merges:
@@ -181,7 +182,7 @@ def combine_advantages(
 
 
 def merged_optimum(merged: ObjectiveStatistics, solved: Solved | None, weights: Tensor) -> Tensor:
-    """The solver's optimum, or a.c of given weights on the merged scores."""
+    """The solver's optimum, or a.c for given weights and the merged scores."""
     value = (merged.scores * weights).sum() if solved is None else solved.optimum
     return value.to(weights.dtype)
 
@@ -189,8 +190,8 @@ def merged_optimum(merged: ObjectiveStatistics, solved: Solved | None, weights: 
 def _merged_square(
     statistics: ObjectiveStatistics, solved: Solved | None, local: bool, square: Tensor, group: ProcessGroup
 ) -> Tensor:
-    """The sum of squares of the combined advantages over all ranks: c'Mc on the merged raw advantages where
-    that is the same, else by a collective of its own."""
+    """The sum of squares of the combined advantages over all ranks: c'Mc on the merged raw advantages if that
+    is equal to it, else by a separate collective."""
     gram = statistics.advantage_gram
     if gram is not None and solved is not None and not local:
         return (solved.weights @ gram @ solved.weights).clamp(min=0) * statistics.token_count
@@ -214,15 +215,15 @@ def multi_objective_gae(
     """Generalised advantage estimation for N value heads at once.
 
     Args:
-        rewards, values: (B, T, N); `values` are those of the state in which the step was taken.
-        mask: (B, T), non-zero where a step counts; masked steps are skipped over: the value that
-            follows a step is that of the next valid one.
+        rewards, values: (B, T, N); `values` are those of the state in which the action was taken.
+        mask: (B, T), non-zero where a step counts; masked steps are skipped: the next value of a step is that
+            of the next valid step.
         gamma, lam: discount and GAE parameter, both in [0, 1]; floats or 0-d tensors.
-        dones: (B, T), non-zero where the episode ends after the step (a terminal state: nothing follows);
+        dones: (B, T), non-zero where the episode ends after the step in a terminal state, whose value is 0;
             ignored where masked.
-        truncated: (B, T), non-zero where the episode is cut off after the step: the advantages of the next
-            episode do not count, but the value of the state that was reached does. Where a step is both, it
-            is done.
+        truncated: (B, T), non-zero where the episode is cut off after the step: the value of the state that
+            was reached is used, but the advantages of the next episode are not. A step that is both done and
+            truncated counts as done.
         last_values: (B, N), the value of the state after the last valid step (0 by default, and where
             that step is done or truncated).
         final_values: (B, T, N), the value of the state after the step where it is truncated; ignored
@@ -266,19 +267,20 @@ def group_normalize(
     scale: bool = True,
     eps: float = 1e-4,
 ) -> Tensor:
-    """Group-relative advantages (GRPO) for each objective by itself.
+    """Group-relative advantages (GRPO), computed separately for each objective.
 
     Args:
         rewards: (B, N), one row per sequence; NaN where an objective does not apply.
-        group_size: rows of a group, which stand together; B is a multiple of it.
-        group_ids: (B,) integers instead: rows with equal ids are a group. With neither, all rows are one.
-        scale: divide by the standard deviation (ddof 1) plus `eps`; else only the mean is taken off.
+        group_size: number of rows per group; the rows of a group are adjacent, and B is a multiple of it.
+        group_ids: (B,) integers, instead of `group_size`: rows with equal ids form a group. With neither, all
+            rows form one group.
+        scale: divide by the standard deviation (ddof 1) plus `eps`; otherwise only the mean is subtracted.
         eps: at least 0.
 
     Returns:
-        (B, N) in the dtype of `rewards`. NaN rewards are left out of mean and deviation and give 0; so
-        do a group of one and a group whose rewards are all equal, exactly. An infinite reward makes its
-        group's objective NaN. Computed in float64.
+        (B, N) in the dtype of `rewards`. NaN rewards are ignored in mean and deviation and give 0. A group of
+        one row, and a group whose rewards are all equal, gives exactly 0. An infinite reward makes the
+        objective NaN in its group. Computed in float64.
 
     Source: Shao et al. 2024 (arXiv 2402.03300), per objective; ddof and eps as in TRL.
     """
@@ -300,7 +302,7 @@ def group_normalize(
         if group_size < 1 or rows % group_size:
             raise ValueError(f"group_size: expected a positive divisor of the {rows} rows, got {group_size}")
         size = int(group_size)
-    number = check_number("eps", eps, 0.0)  # a tensor would have to be read
+    number = check_number("eps", eps, 0.0)  # a tensor is not accepted, since its value would have to be read
     if isinstance(number, Tensor):
         raise TypeError("eps: expected a number, got Tensor")
     scale = check_flag("scale", scale)
@@ -314,14 +316,14 @@ def masked_whiten(
     objective_mask: Tensor | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Each objective to mean 0 and standard deviation 1 (ddof 0) over its valid tokens.
+    """Whitens each objective: mean 0 and standard deviation 1 (ddof 0) over its valid tokens.
 
     Args:
-        advantages: (B, T, N), (B, N) or (M, N), objectives last. Beside a (B, T) mask, (B, N) counts each
-            sequence once per valid token.
+        advantages: (B, T, N), (B, N) or (M, N), objectives last. With a (B, T) mask, (B, N) advantages count
+            once per valid token of the sequence.
         mask: (B, T) or (M,), non-zero at valid tokens; masked values are ignored, including NaN.
         objective_mask: (B, N), or (M, N) when flat: zero where an objective does not apply.
-        process_group: over all ranks of the group, by one all-gather; all ranks use the same numbers.
+        process_group: compute mean and deviation over all ranks of the group, by one all-gather.
 
     Returns:
         The shape and dtype of `advantages`; 0 where masked or absent. An objective that is constant over its
@@ -356,8 +358,9 @@ def masked_whiten(
 
 
 class _Moments(NamedTuple):
-    """(N,) each: a unit of the size of the values, the least and the largest value, the tokens, their mean,
-    and the sum of squares about it, both in the unit, so that no square leaves the range."""
+    """(N,) each: a unit of the magnitude of the values, the smallest and the largest value, the number of
+    tokens, their mean, and the sum of squared deviations from it, both in this unit, so that no square
+    overflows."""
 
     unit: Tensor
     low: Tensor
@@ -368,7 +371,7 @@ class _Moments(NamedTuple):
 
 
 def _moments(x: Tensor, weight: Tensor) -> _Moments:
-    """Of values (K, N) that count `weight` times."""
+    """The moments of values (K, N), each counted `weight` times."""
     absent, infinity = weight == 0, x.new_full((1, x.shape[1]), float("inf"))
     low = torch.cat([torch.where(absent, infinity, x), infinity]).amin(0)
     high = torch.cat([torch.where(absent, -infinity, x), -infinity]).amax(0)
@@ -381,7 +384,7 @@ def _moments(x: Tensor, weight: Tensor) -> _Moments:
 
 
 def _merged(local: _Moments, group: ProcessGroup) -> _Moments:
-    """Over all ranks, by one collective (Chan, Golub & LeVeque 1979)."""
+    """Merges the moments of all ranks, by one collective (Chan, Golub & LeVeque 1979)."""
     mine = torch.stack(local)
     parts = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(parts, mine, group=group)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class PamaLossOutput(NamedTuple):
-    """What `pama_loss` returns; only `loss` is differentiable."""
+    """The result of `pama_loss`; only `loss` is differentiable."""
 
     loss: Tensor
     weights: Tensor
@@ -57,7 +57,8 @@ class PamaLossOutput(NamedTuple):
 
 
 class _FirstDerivative(torch.autograd.Function):
-    """Passes a gradient on; to differentiate it again is an error, where it would pass for a constant."""
+    """Passes a gradient through, and raises an error if it is differentiated again, since it would wrongly be
+    treated as a constant."""
 
     @staticmethod
     def forward(gradient: Tensor, logprobs: Tensor) -> Tensor:
@@ -101,9 +102,9 @@ class _Loss(torch.autograd.Function):
 
 
 class _Attached(torch.autograd.Function):
-    """`_Loss` for eager mode: puts a gradient on results that are there, for a tenth of the cost.
+    """`_Loss` for eager mode: attaches a gradient to finished results, at a tenth of the cost.
 
-    Most of `_Loss` is the binding of its many arguments, which `setup_context` brings along.
+    Most of the cost of `_Loss` is the binding of its many arguments, which `setup_context` causes.
     """
 
     @staticmethod
@@ -133,7 +134,8 @@ def _scaled(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
 
 
 def _is_last_use(grad_loss: Tensor) -> bool:
-    """Whether the saved gradient may be given away: no second backward pass, and no recorder or transform."""
+    """Whether the saved gradient may be overwritten: there is no second backward pass, and no tracing
+    or transform."""
     return not (
         traced()
         or torch._C._functorch.is_legacy_batchedtensor(grad_loss)  # is_grads_batched=True
@@ -151,7 +153,7 @@ def _differentiable(tokens: Tokens, rule: Rule, problem: operators.Apply, output
     if type(logprobs) is not Tensor or traced() or _forward_mode():
         arguments = operators.flat(tokens._replace(logprobs=None), rule, problem, outputs)
         del arguments[_LOGPROBS]
-        if torch.compiler.is_compiling():  # the compiler refuses one tensor in two places
+        if torch.compiler.is_compiling():  # the compiler rejects a tensor that is used in two places
             arguments = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
         return Results(*_Loss.apply(logprobs, *arguments))  # type: ignore[no-untyped-call]
     detached: Any = (*tokens[:_LOGPROBS], logprobs.detach(), *tokens[_LOGPROBS + 1 :])
@@ -160,7 +162,7 @@ def _differentiable(tokens: Tokens, rule: Rule, problem: operators.Apply, output
 
 
 def _forward_mode() -> bool:
-    """Within forward-mode differentiation, which `_Loss` refuses by name."""
+    """Whether forward-mode differentiation is active, for which `_Loss` raises an error."""
     return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
 
 
@@ -187,7 +189,7 @@ def pama_loss(
     cu_seqlens: Tensor | None = None,
     process_group: ProcessGroup | None = None,
 ) -> PamaLossOutput:
-    """The clipped surrogate of N objectives under a rule's weights, with its gradient, in one pass.
+    """The clipped surrogate of N objectives, weighted by a rule, with its gradient, in one fused call.
 
     loss = - agg_t sum_i c_i(t) g_{i,t} + kl_coef * agg_t (e^{r_t} - r_t - 1),  r = ref_logprobs - logprobs,
     g_{i,t} = w_t min(min(u_t, dual_clip) A_{i,t}, clip(u_t, 1 - eps_low, 1 + eps_high) A_{i,t}),
@@ -215,7 +217,7 @@ def pama_loss(
 
     Returns:
         `.loss`, 0-d float32 (float64 for float64 logprobs); `.weights`, `.optimum`, `.statistics` and
-        `.metrics(names)` as `combine_advantages` has them. No valid token: loss and gradient are 0.
+        `.metrics(names)` as `combine_advantages` has them. Without a valid token, loss and gradient are 0.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or range.
@@ -275,26 +277,26 @@ def _normalizer(normalizer: object, logprobs: Tensor) -> Number:
         return check_positive("normalizer", normalizer)
     if normalizer.device.type != "cpu":
         check_device("normalizer", normalizer, "logprobs", logprobs)
-    return check_number("normalizer", normalizer, 0.0)  # 0 where a rank has no valid token
+    return check_number("normalizer", normalizer, 0.0)  # 0 if a rank has no valid token
 
 
 # --- the module ---------------------------------------------------------------------------------------
 
 
 class PamaLoss(nn.Module):
-    """`pama_loss` with its settings held, and weights from a running mean of the statistics on request.
+    """`pama_loss` with stored settings and, optionally, weights from a running mean of the statistics.
 
     Args:
         rule, preference, clip_range, dual_clip, aggregation, kl_coef, process_group: as in `pama_loss`.
-        momentum: 0 solves each batch on its own. In (0, 1), with a rule per batch, the weights come
-            from a bias-corrected running mean of the statistics of all batches so far:
-            m <- momentum m + (1 - momentum) s. Batch weights that follow one noisy batch need not
-            converge; their running mean does (CR-MOGM, Zhou et al. 2022).
+        momentum: 0 solves each batch separately. In (0, 1), with a rule per batch, the weights come from a
+            bias-corrected running mean of the statistics of all batches so far: m <- momentum m + (1 -
+            momentum) s. Weights that are solved on single noisy batches need not converge; weights from a
+            running mean do (CR-MOGM, Zhou et al. 2022).
         objectives: N. The running mean then exists from the start, so that a copy made before the first batch
-            (an averaged model) can follow it. A list as `preference` tells it too.
+            (an averaged model) has it too. Not needed if `preference` is a list.
 
-    The running mean is updated in training mode only, never by a batch with a NaN or infinity in it, and
-    is part of `state_dict()` once its size is known.
+    The running mean is updated in training mode only, never by a batch with a NaN or infinity, and is part of
+    `state_dict()` once N is known.
 
     ``forward(logprobs, old_logprobs, advantages, mask=None, *, weights=None, objective_mask=None,
     importance_weights=None, normalizer=None, ref_logprobs=None, cu_seqlens=None)`` returns a
@@ -392,7 +394,7 @@ class PamaLoss(nn.Module):
         )
 
     def update(self, statistics: ObjectiveStatistics) -> ObjectiveStatistics:
-        """Takes a batch into the running mean (training mode) and returns the bias-corrected mean."""
+        """Adds a batch to the running mean (in training mode) and returns the bias-corrected mean."""
         batch = statistics.buffer
         if self.running_statistics is None or self.batches is None:
             self.running_statistics, self.batches = torch.zeros_like(batch), batch.new_zeros(())
@@ -432,7 +434,7 @@ class PamaLoss(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        """The buffers exist from the first batch on; a checkpoint brings them along."""
+        """Creates the buffers from a checkpoint, since they otherwise exist only after the first batch."""
         names = ("running_statistics", "batches") if self.momentum else ()
         for name in names:
             saved, kept = state_dict.get(prefix + name), getattr(self, name)

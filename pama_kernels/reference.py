@@ -1,7 +1,7 @@
 """The specification of the library: float64, plain PyTorch, obvious rather than fast.
 
 Every backend is tested against this module. The functions have the names and arguments of the public ones
-(but for `out`, `pairs` and `process_group`); they accept any layout of the public API, turn it into dense
+(except `out`, `pairs` and `process_group`); they accept any layout of the public API, turn it into dense
 float64 tensors (sequences, tokens, objectives), and follow the formulas of He & Maghsudi 2025 (arXiv
 2508.07768) line by line. Nothing here avoids a host synchronisation, an allocation or a loop.
 """
@@ -30,7 +30,8 @@ class Solution(NamedTuple):
 
 @dataclass(frozen=True)
 class Statistics:
-    """Sums over valid tokens under the token weights of the aggregation, and what follows from them."""
+    """Sums over valid tokens, weighted by the token weights of the aggregation, and the quantities derived
+    from them."""
 
     count: Tensor  # (N,) each
     bound_sum: Tensor
@@ -80,8 +81,8 @@ def project_on_simplex(v: Tensor) -> Tensor:
 def _solve_scalar(a: Tensor, p: Tensor, rho: float) -> Solution:
     """minimise 1/2 (a.c)^2 + rho/2 ||c - p||^2 over the simplex; rho = 0 is the limit rho -> 0.
 
-    Stationarity makes c(lam) the projection of p - lam a on the simplex, with lam = a.c / rho. Along
-    the path a.c(lam) falls, so lam is found by bisection.
+    Stationarity makes c(lam) the projection of p - lam a on the simplex, with lam = a.c / rho. a.c(lam) is
+    decreasing in lam, so lam is found by bisection.
     """
     low, high = float(a.min()), float(a.max())
     if rho == 0 and not low < 0 < high:
@@ -91,7 +92,7 @@ def _solve_scalar(a: Tensor, p: Tensor, rho: float) -> Solution:
         c[tied] = p[tied] + (1 - p[tied].sum()) / tied.sum()
         return Solution(c, a.new_tensor(s))
     sign = 1.0 if float(a @ p) >= 0 else -1.0
-    away = sign * a - (sign * a).min()  # a shift changes no projection, and keeps p where lam is large
+    away = sign * a - (sign * a).min()  # same projection; keeps the digits of p
 
     def excess(lam: float) -> float:
         return sign * float(a @ project_on_simplex(p - lam * away)) - rho * lam
@@ -111,7 +112,7 @@ def _solve_scalar(a: Tensor, p: Tensor, rho: float) -> Solution:
 def _scalar_problem(
     a: Tensor, p: Tensor, regularization: float, scale: Tensor | None, present: Tensor
 ) -> Solution:
-    """One row: objectives that are absent take no part; scores of any size are first scaled to 1."""
+    """Solves one row. Absent objectives are excluded; scores are first scaled to magnitude 1."""
     if not present.any():
         return Solution(p.clone(), a.new_zeros(()))
     kept, share = a[present], _normalized(p[present])
@@ -134,7 +135,7 @@ def _scalar_problem(
 
 
 def _normalized(p: Tensor) -> Tensor:
-    """Preference over the objectives that take part; uniform where it gives none of them any mass."""
+    """The preference normalised over the included objectives; uniform if their preferences sum to 0."""
     return p / p.sum() if float(p.sum()) > 0 else torch.full_like(p, 1 / len(p))
 
 
@@ -161,7 +162,8 @@ def pama_weights(
     scale: object = None,
     present: Tensor | None = None,
 ) -> Solution:
-    """scores (..., N) -> weights (..., N), optimum (...). `present` (..., N) leaves objectives out."""
+    """scores (..., N) -> weights (..., N), optimum (...). Objectives with `present` (..., N) False are
+    excluded."""
     a = scores.detach().double()
     n, shape = a.shape[-1], tuple(a.shape[:-1])
     p = _preference(preference, n)
@@ -179,7 +181,7 @@ def pama_weights(
 
 
 def _min_norm_problem(m: Tensor, p: Tensor, regularization: float, present: Tensor) -> Solution:
-    """minimise 1/2 c'Mc + rho/2 ||c - p||^2 over the simplex, and of the minimisers the one nearest p.
+    """minimise 1/2 c'Mc + rho/2 ||c - p||^2 over the simplex, choosing the minimiser nearest to p.
 
     With rho = 0 a ridge of 1e-13 stands for the limit rho -> 0. The support is found by Lawson and
     Hanson's method on the equivalent least-squares problem, one index at a time.
@@ -286,7 +288,7 @@ def _non_negative_least_squares(h: Tensor, q: Tensor) -> Tensor:
 
 
 def _upgrad_problem(m: Tensor, p: Tensor, present: Tensor) -> Solution:
-    """c = sum_i c^(i), c^(i) = argmin c'Mc over c >= p_i e_i, over its sum.
+    """c = sum_i c^(i), c^(i) = argmin c'Mc over c >= p_i e_i, normalised to sum 1.
 
     With D = diag(sqrt(M_ii)) and C the cosines, c^(i) = p_i (e_i + d_i D^-1 z), z = argmin 1/2 z'Cz + C_i.z
     over z >= 0, whatever the scales. A ridge of 1e-12 chooses among the minimisers of a singular problem.
@@ -343,7 +345,7 @@ def softmin_weights(
         kept, share, weights = row[mask], _normalized(p[mask]), torch.zeros_like(p)
         if not torch.isfinite(kept).all():
             return Solution(torch.full_like(p, math.nan), row.new_tensor(math.nan))
-        least = kept[share > 0].min()  # of those that can have a weight: else all terms may vanish
+        least = kept[share > 0].min()  # over positive preferences: prevents underflow of all terms
         weights[mask] = _normalized(
             torch.where(share > 0, share * torch.exp((least - kept) / temperature), 0.0)
         )
@@ -403,7 +405,7 @@ def _dense(
         offsets = [int(x) for x in cu_seqlens]
         starts, lengths = offsets[:-1], [b - a for a, b in pairwise(offsets)]
         width = max(lengths, default=0)
-    # Token t of row b stands at position[b, t] of the flat tensors.
+    # Token t of row b is at position[b, t] of the flat tensors.
     position = torch.zeros(rows, width, dtype=torch.long)
     inside = torch.zeros(rows, width, dtype=torch.bool)
     for b, (start, length) in enumerate(zip(starts, lengths, strict=True)):
@@ -428,7 +430,7 @@ def _dense(
         present = present & (per_objective(objective_mask, layout.mask_per_sequence) != 0)
 
     def values(x: Tensor | None) -> Tensor | None:
-        """Float64, with zeros at masked places: these have no influence."""
+        """Converts to float64 and replaces masked values by 0, so that they are ignored."""
         return None if x is None else torch.where(valid, per_token(x).double(), 0.0)
 
     raw = per_objective(advantages.detach(), layout.per_sequence).double()
@@ -514,7 +516,7 @@ def _token_weights(x: _Dense, aggregation: str) -> Tensor:
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """0 / 0 is 0: no token, no score."""
+    """The quotient, with 0 / 0 = 0: without tokens the score is 0."""
     return torch.where(denominator == 0, 0.0, numerator / denominator)
 
 
@@ -535,7 +537,7 @@ def _statistics(x: _Dense, t: _Terms, aggregation: str) -> Statistics:
     mean = _ratio(products(raw, here), pairs)
     second = _ratio(products(raw.square(), here), pairs)
     variance = second - mean.square()
-    variance = torch.where(variance <= 4e-7 * second, 0.0, variance)  # what float32 leaves of a constant
+    variance = torch.where(variance <= 4e-7 * second, 0.0, variance)  # float32 rounding of a constant
     covariance = _ratio(advantage_product, pairs) - mean * mean.T
     norms = bound_product.diagonal().sqrt()
     cosines = _ratio(bound_product, torch.outer(norms, norms))
@@ -627,7 +629,7 @@ def _token_coefficients(
     weights: Tensor | None,
     omega: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """c for every token (B, T, N), and what is reported: weights and optimum."""
+    """The weights of every token (B, T, N), and the reported weights and optimum."""
     rows, width, n = x.advantages.shape
     here = x.present.double()
     counts = here.sum(1)
@@ -640,7 +642,7 @@ def _token_coefficients(
     rule = resolve_rule(rule)
 
     def shared(c: Tensor, p: Tensor) -> Tensor:
-        """c_i over the preference of the objectives that are present at the token."""
+        """c_i divided by the sum of the preferences of the objectives present at the token."""
         return _ratio(here * c, (here * p).sum(-1, keepdim=True))
 
     if not isinstance(rule, (Pama, SoftMin)) or rule.weights_per == "batch":
@@ -681,7 +683,7 @@ def _token_coefficients(
 
 
 def _in_row(p: Tensor, present: Tensor) -> Tensor:
-    """The preference over the objectives that occur in a sequence."""
+    """The preference normalised over the objectives that are present in a sequence."""
     if not present.any():
         return p
     result = torch.zeros_like(p)
@@ -716,7 +718,7 @@ def combine_advantages(
         size = _ratio(statistics.advantage_square_sum, statistics.count).sqrt()
         share = reported.abs().mean(0) if reported.dim() == 2 else reported.abs()
         dtype = torch.float64 if advantages.dtype == torch.float64 else torch.float32
-        noise = 32 * torch.finfo(dtype).eps * (share * size).sum()  # of the arithmetic that this specifies
+        noise = 32 * torch.finfo(dtype).eps * (share * size).sum()  # rounding of the specified arithmetic
         combined = combined if root <= noise else combined / root
     by_token = getattr(rule, "weights_per", "batch") == "token" and weights is None and logprobs is not None
     if not x.layout.per_sequence or by_token:
@@ -828,7 +830,8 @@ def group_normalize(
     scale: bool = True,
     eps: float = 1e-4,
 ) -> Tensor:
-    """(B, N) -> (B, N): minus the group's mean, over its standard deviation (ddof 1) plus eps."""
+    """(B, N) -> (B, N): subtracts the mean of the group and divides by its standard deviation (ddof 1) plus
+    eps."""
     x = rewards.detach().double()
     rows, n = x.shape
     if group_size is not None:

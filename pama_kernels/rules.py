@@ -42,10 +42,10 @@ class Pama:
             Theorem 1 on their means. None: "gram" per batch, "scores" otherwise.
         noon: "no negative", the paper's clamp: advantages below 0 count as 0.
         regularization: pull towards the preference, rho = regularization * r, with r = 1 for cosines and
-            max_i mean(I_i^2) for scores; at least 0. A 0-d tensor where it changes from step to step.
+            max_i mean(I_i^2) for scores; at least 0. May be a 0-d tensor if it changes from step to step.
 
-    Per batch, signed, on whitened advantages and with regularization 0 no objective falls to first order.
-    With two whitened objectives the weights are (1/2, 1/2).
+    With weights per batch, `noon=False`, whitened advantages and regularization 0, no objective decreases to
+    first order. With two whitened objectives the weights are (1/2, 1/2).
 
     Source: He & Maghsudi 2025 (arXiv 2508.07768): the bound in vector form ("gram"), Theorem 1 ("scores").
     """
@@ -67,8 +67,9 @@ class Pama:
 
     @classmethod
     def paper(cls, weights_per: str) -> Pama:
-        """The paper's rule: Noon, scores, no regularization. It leaves open whose weights; "token" is its
-        most literal reading, with the effective advantage max(min_i A_i, 0)."""
+        """The paper's rule: Noon, scores, no regularization. The paper does not say whether weights are per
+        batch, sequence or token; "token" is the most literal reading, with the effective advantage max(min_i
+        A_i, 0)."""
         return cls(weights_per=weights_per, bound="scores", noon=True, regularization=0.0)
 
 
@@ -77,7 +78,7 @@ class UPGrad:
     """The sum of the objectives' projections on the dual cone, on the Gram matrix M of the bound terms.
 
     c = sum_i c^(i), c^(i) the minimiser of c'Mc over c >= p_i e_i, divided by its sum. One set of weights for
-    the batch. (Mc)_j >= 0 for every j, whatever the scales: to first order no objective falls.
+    the batch. (Mc)_j >= 0 for every j and any scales of the rewards: to first order no objective decreases.
 
     Source: Quinton & Rey 2024 (arXiv 2406.16232).
     """
@@ -85,7 +86,8 @@ class UPGrad:
 
 @dataclass(frozen=True)
 class Fixed:
-    """c = p, one set for the batch: MORLHF; with group-normalised rewards GDPO's (arXiv 2601.05242)."""
+    """c = p, one set for the batch: MORLHF; with group-normalised rewards this is GDPO's combination (arXiv
+    2601.05242)."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def resolve_rule(rule: RuleLike) -> Rule:
 
 
 def record(rule: Rule) -> _call.Rule:
-    """The rule as the backends take it; a callable's weights are solved before."""
+    """The record of the rule that backends read; the weights of a callable are computed before the call."""
     if isinstance(rule, Pama):
         kind = Kind.GRAM if rule.bound == "gram" else Kind.SCORES
         return _call.Rule(kind, WeightsPer[rule.weights_per.upper()], rule.regularization)
@@ -152,8 +154,8 @@ def noon_of(rule: Rule) -> bool:
 
 
 def needs_pairs(rule: Rule) -> bool:
-    """Whether the rule reads the N x N statistics; a function may, but for one with an attribute `pairs`
-    False."""
+    """Whether the rule needs the N x N statistics. A function is assumed to need them unless it has an
+    attribute `pairs` that is False."""
     if isinstance(rule, Pama):
         return rule.bound == "gram"
     if isinstance(rule, (Fixed, SoftMin)):

@@ -1,8 +1,9 @@
-"""What the adapters share: a rule from its settings, and the rewards of a rollout to one advantage each.
+"""Functions shared by the adapters: build a rule from settings, and combine the rewards of a rollout to one
+advantage per completion.
 
 A reward belongs to a completion. NaN means that the objective does not apply to it (a reward function
-returned None or NaN): it enters no mean, and the objective takes no part there. An infinite reward is an
-error. All is computed in float64.
+returned None or NaN): it is ignored in all means, and the objective is absent for this completion. An
+infinite reward is an error. All computations are in float64.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pama_kernels.advantages import combine_advantages, group_normalize
 from pama_kernels.rules import DEFAULT, Fixed, Pama, Rule, RuleLike, SoftMin, UPGrad, noon_of, resolve_rule
 from pama_kernels.statistics import ObjectiveStatistics
 
-# Rules by name, and the settings that each has.
+# The rules by name, and the settings of each.
 SETTINGS: dict[str, tuple[str, ...]] = {
     "pama": ("weights_per", "bound", "noon", "regularization"),
     "upgrad": (),
@@ -33,7 +34,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 }
 _CLASSES: dict[str, type] = {"pama": Pama, "upgrad": UPGrad, "fixed": Fixed, "softmin": SoftMin}
 _NAMES = "|".join(("rule", "preference", "momentum", "normalize", *dict.fromkeys(sum(SETTINGS.values(), ()))))
-PAIRS_LOGGED_UP_TO = 8  # objectives; beyond, only the pair that conflicts most
+PAIRS_LOGGED_UP_TO = 8  # objectives; with more, only the pair with the strongest conflict is logged
 
 
 # --- settings ---------------------------------------------------------------------------------------------
@@ -42,7 +43,7 @@ PAIRS_LOGGED_UP_TO = 8  # objectives; beyond, only the pair that conflicts most
 def make_rule(rule: RuleLike, settings: Mapping[str, object]) -> Rule:
     """`rule`: a name, a rule, a function of `ObjectiveStatistics`, or None for the library's default.
 
-    Settings that are None are the rule's own; one that the rule does not have is refused.
+    Settings that are None keep the rule's default. A setting that the rule does not have is an error.
     """
     name = rule if isinstance(rule, str) else None
     if name is not None:
@@ -78,7 +79,8 @@ def only_lengths(rule: Rule) -> bool:
 
 @contextmanager
 def prefixed(prefix: str) -> Iterator[None]:
-    """Settings carry the adapter's prefix in messages: that is how the user knows them."""
+    """Adds the adapter's prefix to the names of settings in error messages, since users set them under that
+    name."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -86,7 +88,7 @@ def prefixed(prefix: str) -> Iterator[None]:
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
-    """A suffix for what is repeated: reward, reward_2, ..."""
+    """Adds a suffix to repeated names: reward, reward_2, ..."""
     result: list[str] = []
     for name in names:
         unique, number = name, 1
@@ -115,8 +117,8 @@ def reward_advantages(
     group_size: int | None = None,
     group_ids: Tensor | None = None,
 ) -> Tensor:
-    """Each objective by itself (B, N): minus the mean of its group, divided by the deviation within the
-    "group", within the "batch", or ("none") not at all."""
+    """Advantages (B, N), separately for each objective: the reward minus the mean of its group, divided by
+    the standard deviation within the "group" or the "batch", or not divided ("none")."""
     check_finite(rewards, names)
     advantages = group_normalize(
         rewards, group_size=group_size, group_ids=group_ids, scale=scale == "group", eps=eps
@@ -129,10 +131,10 @@ def reward_advantages(
 
 
 class Advantages(NamedTuple):
-    """By objective (B, N), 0 where it is absent."""
+    """Advantages per objective (B, N), 0 where the objective is absent."""
 
-    of_rewards: Tensor  # what weights are solved from
-    applied: Tensor  # what they multiply: the same, or with a penalty that every objective bears
+    of_rewards: Tensor  # the weights are solved from these
+    applied: Tensor  # the weights multiply these: the same, or with a penalty subtracted from every objective
 
 
 def leave_one_out(
@@ -144,11 +146,11 @@ def leave_one_out(
     penalty: Tensor | None = None,
     whiten: bool = False,
 ) -> Advantages:
-    """RLOO's, each objective by itself: minus the mean of the others of its group; with `whiten`, divided by
-    the deviation within the batch.
+    """RLOO's advantages, separately for each objective: the reward minus the mean of the other rewards in its
+    group; with `whiten`, divided by the standard deviation within the batch.
 
-    `penalty` (B,) is taken off every reward, after weights are solved: they tell rewards apart, and to them a
-    constant reward minus a penalty would be an objective that varies.
+    `penalty` (B,) is subtracted from every reward, but not from those that the weights are solved from:
+    otherwise a constant reward minus a penalty would look like an objective that varies.
     """
     check_finite(rewards, names)
     here = ~rewards.isnan()
@@ -158,7 +160,7 @@ def leave_one_out(
     if penalty is not None:
         penalised = rewards - penalty[:, None]
         applied = factor * group_normalize(penalised, group_size=group_size, scale=False)
-    if whiten:  # advantages of a group add up to 0: there is no mean to take off
+    if whiten:  # advantages of a group sum to 0, so there is no mean to subtract
         degrees = (here & (number > 1)).sum(0) - 1
         deviation = (applied.square().sum(0) / degrees.clamp(min=1)).sqrt() + eps
         of_rewards, applied = of_rewards / deviation, applied / deviation
@@ -168,8 +170,8 @@ def leave_one_out(
 class Combination(NamedTuple):
     """The combined advantages of a rollout, one row for each completion of all processes.
 
-    `positive` and `negative` are what a loss needs that clips each objective by its own sign, however many
-    objectives there are: sum_i c_i L(A_i) = L(positive) + L(-negative) - L(0).
+    `positive` and `negative` are the inputs of a loss that clips each objective by its own sign, for any
+    number of objectives: sum_i c_i L(A_i) = L(positive) + L(-negative) - L(0).
     """
 
     advantages: Tensor  # (B,), positive - negative
@@ -200,8 +202,8 @@ def combine(
         statistics: of all processes, with pairs.
         rule: from `make_rule`.
         preference: (N,) float64 on the simplex, or None.
-        applied: (B, N), what the weights multiply in place of `advantages`.
-        average: statistics to solve on instead: a running mean.
+        applied: (B, N), multiplied by the weights in place of `advantages`.
+        average: maps `statistics` to those that the weights are solved from, for example a running mean.
         normalize: divide by the root mean square over tokens.
     """
     if getattr(rule, "weights_per", "batch") == "batch":
@@ -233,11 +235,12 @@ def combine(
 
 
 def rollout_metrics(combination: Combination, names: Mapping[int, str], rule: Rule) -> dict[str, float]:
-    """Numbers for a logger, of the objectives in `names`; NaN where there is nothing to say.
+    """Metrics for a logger, for the objectives in `names`; NaN where a metric is undefined.
 
     By objective: ``pama/weight``; ``pama/signal``, 2 where the advantages vary, 1 where the reward is
-    constant in every group, 0 where it is absent; ``pama/covariance`` with the combined advantage, below 0
-    where the step sacrifices the objective; and what the rule solves from. ``pama/conflict`` by pair.
+    constant in every group, 0 where it is absent; ``pama/covariance`` with the combined advantage, negative
+    where the step makes the objective worse to first order; and the statistics that the rule solves from. By
+    pair: ``pama/conflict``.
     """
     statistics, weights = combination.statistics, combination.weights
     absent = statistics.count == 0
@@ -263,7 +266,7 @@ def rollout_metrics(combination: Combination, names: Mapping[int, str], rule: Ru
 
 
 def _conflicts(statistics: ObjectiveStatistics, live: Tensor, names: Mapping[int, str]) -> dict[str, float]:
-    """Correlations of two objectives' advantages; NaN where one is constant or they never meet."""
+    """Correlations of two objectives' advantages; NaN where one is constant or no completion has both."""
     matrix, together = statistics.conflict, statistics._pair("pair_count")
     assert matrix is not None
     assert together is not None
