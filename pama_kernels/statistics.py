@@ -22,7 +22,7 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 class ObjectiveStatistics:
-    """Sums over valid tokens in one float64 buffer, and the figures that follow from them.
+    """Sums over valid tokens in one float64 buffer, and quantities derived from them.
 
     Every sum is weighted by the token weights of the aggregation: 1, or one over the valid tokens of the
     sequence under "seq-mean-token-mean". ``s1 + s2`` merges two micro-batches, ``all_reduce`` merges ranks
@@ -53,7 +53,7 @@ class ObjectiveStatistics:
         return ObjectiveStatistics(self.buffer + other.buffer, self.objectives, self.has_pairs)
 
     def __radd__(self, other: int) -> ObjectiveStatistics:
-        """So that ``sum(parts)`` works."""
+        """Supports ``sum(parts)``."""
         return self if other == 0 else NotImplemented
 
     def all_reduce(self, process_group: ProcessGroup | None = None) -> ObjectiveStatistics:
@@ -80,12 +80,12 @@ class ObjectiveStatistics:
 
     @property
     def count(self) -> Tensor:
-        """Valid tokens where the objective is present, under the token weights (N,)."""
+        """Sum of the token weights over the valid tokens where the objective is present (N,)."""
         return self._field("count")
 
     @property
     def token_count(self) -> Tensor:
-        """Valid tokens under the token weights, 0-d."""
+        """Sum of the token weights over the valid tokens, 0-d."""
         return self.buffer[len(FIELDS) * self.objectives]
 
     @property
@@ -145,7 +145,8 @@ class ObjectiveStatistics:
 
     @property
     def gram(self) -> Tensor | None:
-        """M_ij = sum I_i I_j / sqrt(count_i count_j) (N, N): the mean where all are present."""
+        """M_ij = sum I_i I_j / sqrt(count_i count_j) (N, N): the mean of I_i I_j if all objectives are
+        present at every token."""
         product = self._pair("bound_product")
         if product is None:
             return None
@@ -161,12 +162,12 @@ class ObjectiveStatistics:
         norm = product.diagonal().sqrt()
         cosines = _ratio(product, torch.outer(norm, norm))
         own = torch.eye(self.objectives, dtype=torch.bool, device=cosines.device)
-        return torch.where(own & (cosines > 0), 1.0, cosines)  # exactly, not to a rounding
+        return torch.where(own & (cosines > 0), 1.0, cosines)  # exactly 1, without rounding errors
 
     @property
     def advantage_gram(self) -> Tensor | None:
-        """sum A'_i A'_j / sqrt(count_i count_j) (N, N) of the raw advantages: c'Mc is the mean square of
-        their signed combination where every objective is present everywhere."""
+        """sum A'_i A'_j / sqrt(count_i count_j) (N, N) of the raw advantages: c'Mc is the mean square of the
+        combined advantage without Noon, if every objective is present at every token."""
         product = self._pair("advantage_product")
         if product is None:
             return None
@@ -177,8 +178,8 @@ class ObjectiveStatistics:
     def covariance(self) -> Tensor | None:
         """Covariances of the raw advantages A' over the tokens where both are present (N, N).
 
-        (covariance @ c)_j < 0: to first order, a step on the combination with weights c sacrifices objective
-        j. From raw moments, see `conflict`.
+        (covariance @ c)_j < 0: to first order, a step on the combination with weights c makes objective j
+        worse. Computed from raw moments, see `conflict`.
         """
         moments = self._moments()
         return None if moments is None else moments[0]
@@ -187,8 +188,9 @@ class ObjectiveStatistics:
     def conflict(self) -> Tensor | None:
         """Correlations of the raw advantages A' over the tokens where both are present (N, N).
 
-        Taken before the clamp, which would hide a conflict: -1 where two objectives always disagree.
-        From raw moments: digits are lost where a mean exceeds its deviation 1,000 times (float32 inputs).
+        Computed from advantages before the Noon clamp, which would hide conflicts: -1 if two objectives
+        always disagree. Computed from raw moments: with float32 inputs, precision is lost if a mean exceeds
+        1,000 times its standard deviation.
         """
         moments = self._moments()
         if moments is None:
@@ -197,7 +199,7 @@ class ObjectiveStatistics:
         return _ratio(covariance, variance.sqrt() * variance.T.sqrt()).clamp(-1, 1)
 
     def _moments(self) -> tuple[Tensor, Tensor] | None:
-        """Covariances, and the variance of i over the tokens where j is present too (N, N)."""
+        """Covariances, and the variances of i over the tokens where both i and j are present (N, N)."""
         product, counts = self._pair("advantage_product"), self._pair("pair_count")
         sums, squares = self._pair("pair_advantage"), self._pair("pair_advantage_square")
         if product is None or counts is None or sums is None or squares is None:
@@ -205,7 +207,7 @@ class ObjectiveStatistics:
         mean = _ratio(sums, counts)
         second = _ratio(squares, counts)
         variance = second - mean.square()
-        variance = torch.where(variance <= 4e-7 * second, 0.0, variance)  # what float32 leaves of a constant
+        variance = torch.where(variance <= 4e-7 * second, 0.0, variance)  # float32 rounding of a constant
         return _ratio(product, counts) - mean * mean.T, variance
 
     # --- logging -------------------------------------------------------------------------------------
@@ -213,7 +215,7 @@ class ObjectiveStatistics:
     def metrics(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Named 0-d tensors for a logger: ``pama/score/helpful``, ``pama/conflict/helpful~short`` ...
 
-        `names`: one per objective, "0", "1", ... by default. Nothing is synchronised.
+        `names`: one per objective, "0", "1", ... by default. No device synchronisation.
         """
         labels = objective_names(names, self.objectives)
         metrics = {"pama/approx_kl": self.approx_kl, "pama/tokens": self.token_count}
@@ -281,7 +283,7 @@ def objective_statistics(
         mask: (B, T) or (M,), non-zero at valid tokens; masked values are ignored, including NaN.
         clip_range: eps, or (eps_low, eps_high), of the PPO surrogate.
         noon: keep positive advantages only, A = max(A', 0).
-        dual_clip: upper end of the ratio for negative advantages, above 1 + eps_high.
+        dual_clip: upper limit of the ratio for negative advantages, above 1 + eps_high.
         objective_mask: (B, N) or (M, N), zero where an objective does not apply.
         importance_weights: non-negative factors w of every token.
         aggregation: as in `pama_loss`; "seq-mean-token-mean" weights each token by one over the valid tokens

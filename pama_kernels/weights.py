@@ -45,15 +45,15 @@ def pama_weights(
     Args:
         scores: a, one score per objective (..., N); float32, float64, or a half type (solved in float32).
         preference: p, N non-negative numbers with a positive sum (normalised); uniform by default. On an
-            accelerator it is not inspected: an invalid one gives NaN or points outside the simplex.
+            accelerator it is not validated: an invalid one gives NaN or weights outside the simplex.
         regularization: pull towards the preference, relative to `scale`; at least 0; a float or a 0-d tensor.
         scale: one positive number, or one per row (...); max_i a_i^2 by default.
         out: a solution to write into: contiguous tensors of the result's shapes and dtype.
 
     Returns:
         `weights` (..., N) and `optimum` (...) = a.c. With regularization 0 the optimum is exactly the
-        projection of 0 on [min a, max a], and of the many optimal weights the ones nearest to the preference
-        are returned. Scores that are all 0 give the preference; a NaN or infinity makes its own row NaN.
+        projection of 0 on [min a, max a], and among the optimal weights those nearest to the preference are
+        returned. Scores that are all 0 give the preference; a NaN or infinity makes its own row NaN.
 
     Equal scores with equal preference get equal weights; permuting objectives permutes the weights;
     scaling all scores (and `scale` by the square) by a power of two changes nothing.
@@ -132,7 +132,7 @@ def min_norm_weights(
 
     Args:
         gram: M, symmetric positive semidefinite (..., N, N); any strides; float32 is solved in float64. M may
-            be N full gradients' inner products (MGDA) or `ObjectiveStatistics.gram`.
+            be the inner products of N gradients (MGDA) or `ObjectiveStatistics.gram`.
         preference, regularization, out: as in `pama_weights`.
 
     Returns:
@@ -143,9 +143,9 @@ def min_norm_weights(
         the preference; a NaN or infinity makes its own matrix' result NaN.
 
     Raises:
-        ValueError: on the CPU, a matrix that is clearly not symmetric or not positive semidefinite (by
-            more than a few percent of its largest diagonal entry). Elsewhere such a matrix gives some point
-            of the simplex: (M + M')/2 is solved as far as it goes.
+        ValueError: on the CPU, a matrix that is clearly not symmetric or not positive semidefinite (by more
+            than a few percent of its largest diagonal entry). On other devices such a matrix gives some point
+            of the simplex, computed from (M + M')/2.
 
     Source: the minimum-norm problem of MGDA (Désidéri 2012); certificate: Wolfe 1976.
     """
@@ -168,8 +168,9 @@ def upgrad_weights(
 ) -> WeightSolution:
     """UPGrad's weights for a Gram matrix, exactly.
 
-    c = sum_i c^(i), c^(i) the minimiser of c'Mc over c >= p_i e_i (objective i keeps at least its share, no
-    weight is negative), divided by its sum. With M = JJ', Mc = J(J'c): no objective falls to first order.
+    c = sum_i c^(i), c^(i) the minimiser of c'Mc over c >= p_i e_i (objective i keeps at least its preference,
+    no weight is negative), divided by its sum. With M = JJ', Mc = J(J'c) >= 0: no objective decreases to
+    first order.
 
     Args:
         gram: M, symmetric positive semidefinite (..., N, N); any strides; float32 is solved in float64.
@@ -208,7 +209,7 @@ def _check_gram(gram: Tensor) -> int:
 
 
 def _backend(x: Tensor, function: str) -> Functions:
-    """The backend that writes into given memory, for which there is no operator."""
+    """The backend function that writes into given memory, for which there is no operator."""
     if traced():
         raise RuntimeError("out: expected None while a graph is recorded, got tensors to write into")
     return find(x.device.type, function)
@@ -218,7 +219,7 @@ def pareto_gap(gram: Tensor, weights: Tensor) -> Tensor:
     """Wolfe's gap c'Mc - min_j (Mc)_j of given weights: 0 exactly where c is a min-norm point.
 
     With M the Gram matrix of the objectives' gradients, c'Mc is the squared norm of the combined gradient,
-    and the gap bounds how far it can still fall by another choice of weights.
+    and the gap bounds how much other weights can reduce it.
 
     Args:
         gram: (..., N, N). weights: (..., N) on the simplex.
@@ -239,5 +240,5 @@ def pareto_gap(gram: Tensor, weights: Tensor) -> Tensor:
     check_memory("weights", weights)
     dtype = torch.promote_types(gram.dtype, weights.dtype)
     m, c = gram.detach().to(dtype), weights.detach().to(dtype)
-    product = (m * c.unsqueeze(-2)).sum(-1)  # autocast would take a matmul to bfloat16
+    product = (m * c.unsqueeze(-2)).sum(-1)  # autocast would run a matmul in bfloat16
     return (product * c).sum(-1) - product.amin(-1)

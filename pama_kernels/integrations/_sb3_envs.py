@@ -1,7 +1,8 @@
-"""Vector rewards through Stable-Baselines3's environments, whose interface has one number a step.
+"""Passes vector rewards through Stable-Baselines3's environment interface, which has one scalar reward per
+step.
 
-The reward that SB3 sees is the sum of the objectives. The vector travels beside it, as ``vector_reward`` in
-the step's `info`, so that Monitor, VecEnvs, callbacks and `evaluate_policy` work as they are.
+The reward that SB3 sees is the sum of the objectives. The vector is passed as ``vector_reward`` in the step's
+`info`, so that Monitor, VecEnvs, callbacks and `evaluate_policy` work unchanged.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def make_vec_env(
 
 
 class VectorRewards(VecEnvWrapper):
-    """Rewards (num_envs, N) in the place of their sums: an array, or a tensor on a `device`.
+    """Returns rewards (num_envs, N) instead of their sums: as an array, or as a tensor on a `device`.
 
     Where an episode is truncated, SB3's rollouts add a tensor of values to rewards[i], which a row of an
     array does not allow.

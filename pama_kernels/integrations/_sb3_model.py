@@ -1,4 +1,4 @@
-"""What `PamaPPO` needs of a policy and of a rollout buffer: a value for each objective."""
+"""Mixins that give a policy and a rollout buffer one value per objective, for `PamaPPO`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class ValueHeads:
-    """Put before an `ActorCriticPolicy`: the critic has one output for each of `objectives`."""
+    """Mixin for an `ActorCriticPolicy` (as first base class): the critic has one output per objective."""
 
     def __init__(self, *arguments: Any, objectives: int = 1, **named: Any) -> None:
         self.objectives = objectives
@@ -24,7 +24,7 @@ class ValueHeads:
 
     def _build(self: Any, lr_schedule: Any) -> None:
         super()._build(lr_schedule)  # type: ignore[misc]
-        if self.objectives == 1:  # as it was, with the same random numbers
+        if self.objectives == 1:  # unchanged, with the same random numbers
             return
         self.value_net = nn.Linear(self.value_net.in_features, self.objectives)
         if self.ortho_init:
@@ -48,11 +48,12 @@ class MultiInputValueHeads(ValueHeads, MultiInputActorCriticPolicy):
 
 
 class VectorRollout:
-    """Put before a `RolloutBuffer`: rewards, values, advantages and returns are (n_steps, n_envs, N).
+    """Mixin for a `RolloutBuffer` (as first base class): rewards, values, advantages and returns are
+    (n_steps, n_envs, N).
 
-    Advantages come from SB3's own GAE, for one objective after the other. To the last reward of a truncated
-    episode SB3 adds the discounted value of the state that was reached, which is what `multi_objective_gae`
-    does with `truncated` and `final_values`.
+    Advantages come from SB3's own GAE, called once per objective. To the last reward of a truncated episode
+    SB3 adds the discounted value of the state that was reached, which is what `multi_objective_gae` does with
+    `truncated` and `final_values`.
     """
 
     rewards: Any

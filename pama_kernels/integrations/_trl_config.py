@@ -37,13 +37,14 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig  # noqa: E402
 # Loss types whose loss per token is linear in the advantage on each side of 0, so that two numbers for each
 # completion are enough for any number of objectives.
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
-# Of these, what averages over completions; for the others every token counts the same.
+# Those of these loss types that average over completions; the others weigh every token equally.
 COMPLETION_MEANS = ("grpo", "sapo")
 
 
 @dataclass
 class PamaOptions:
-    """The rule and its settings, before a configuration of TRL. One that is None is the rule's own default.
+    """Mixin for a configuration of TRL: the rule and its settings. A setting that is None keeps the rule's
+    default.
 
     TRL's `reward_weights` are the preference; `pama_preference` is another name for them. A function as
     `pama_rule` takes `ObjectiveStatistics` and returns weights (N,); it is defined at module level, because
@@ -89,7 +90,7 @@ class PamaOptions:
         read_settings(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """A rule that is no name by what identifies it: loggers write JSON."""
+        """Represents a rule object by its name and settings, since loggers write JSON."""
         made: dict[str, Any] = super().to_dict()  # type: ignore[misc]
         if not isinstance(self.pama_rule, (str, type(None))):
             made["pama_rule"] = getattr(self.pama_rule, "__name__", repr(self.pama_rule))
@@ -107,7 +108,7 @@ class PamaOptions:
 
 
 class GRPOOptions(PamaOptions):
-    """The same before `GRPOConfig` and what is derived from it."""
+    """`PamaOptions` for `GRPOConfig` and classes derived from it."""
 
     @classmethod
     def check(cls, args: Any) -> None:

@@ -1,4 +1,4 @@
-"""What PAMA does in TRL's trainers of several reward functions, whichever of them it is."""
+"""The part of the adapter that is common to TRL's trainers with several reward functions."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ from ._rollout import (
 )
 from ._trl_config import PamaOptions, read_settings
 
-# What TRL's adaptive entropy controller changes in each call of the loss.
+# Attributes that TRL's adaptive entropy controller changes in each call of the loss.
 ENTROPY_STATE = ("entropy_coef", "_last_world_entropy", "_entropy_window_stats")
 STATE_FILE = "pama_state.pt"
 
 
 class PamaMixin:
-    """Goes before a trainer of TRL with `_calculate_rewards`, `_generate_and_score_completions` and
-    `_compute_loss`. The methods at the top say what is a trainer's own.
+    """Mixin (first base class) for a trainer of TRL that has `_calculate_rewards`,
+    `_generate_and_score_completions` and `_compute_loss`. Subclasses override the first methods for their
+    trainer.
     """
 
     config: ClassVar[type[PamaOptions]]
@@ -50,22 +51,22 @@ class PamaMixin:
     _logs: Any
     _calculate_rewards: Callable[..., Tensor]
 
-    # --- what is particular to a trainer --------------------------------------------------------------------
+    # --- methods that depend on the trainer -----------------------------------------------------------------
 
     def _objective_advantages(self, rewards: Tensor, group_size: int, output: dict[str, Any]) -> Advantages:
-        """Of (completions of all processes, reward functions), float64 on the CPU."""
+        """Advantages from rewards (completions of all processes, reward functions), float64 on the CPU."""
         raise NotImplementedError
 
     def _completions_count_the_same(self) -> bool:
-        """Whether the loss averages over completions; else every token counts the same."""
+        """Whether the loss averages over completions; otherwise it weighs every token equally."""
         raise NotImplementedError
 
     def _clipping_may_bind(self, output: dict[str, Any]) -> bool:
-        """Whether the loss is not linear in the advantage for all steps over the rollout."""
+        """Whether clipping can make the loss nonlinear in the advantage in some step over the rollout."""
         raise NotImplementedError
 
     def _importance_weights(self, output: dict[str, Any]) -> Tensor | None:
-        """(B, T) or (B, 1), by which the loss weighs tokens whatever their advantage."""
+        """(B, T) or (B, 1), factors by which the loss multiplies tokens independently of the advantage."""
         return None
 
     # --- construction ---------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ class PamaMixin:
         self.combination: Combination | None = None
         self._forward_cache: list[Any] | None = None
         self._silence_known = False
-        if isinstance(reward_funcs, tuple):  # of which TRL takes lists only
+        if isinstance(reward_funcs, tuple):  # TRL accepts lists only
             reward_funcs = list(reward_funcs)
         super().__init__(model, reward_funcs, args, *others, **named)  # type: ignore[call-arg]
         names = self.reward_func_names
@@ -110,7 +111,7 @@ class PamaMixin:
             )
 
     def _preference(self) -> Tensor:
-        """TRL's `reward_weights` as they are now, (N,) on the CPU."""
+        """TRL's current `reward_weights`, (N,) on the CPU."""
         weights = torch.as_tensor(self.reward_weights).detach().cpu().double()
         shape = (len(self.objective_names),)
         if weights.shape != shape or not (weights >= 0).all() or not 0 < float(weights.sum()) < math.inf:
@@ -124,7 +125,7 @@ class PamaMixin:
 
     @contextmanager
     def _recorded_rewards(self) -> Iterator[list[Tensor]]:
-        """What `_calculate_rewards` returns to TRL, after all that subclasses do in it."""
+        """Records what `_calculate_rewards` returns to TRL, including the changes of subclasses."""
         calculate, own = self._calculate_rewards, self.__dict__.get("_calculate_rewards")
         returned: list[Tensor] = []
 
@@ -153,8 +154,8 @@ class PamaMixin:
             mask = mask * output["tool_mask"]
         preference = self._preference()
 
-        # TRL has waited for the device many times by now, and this is little: on the CPU the same kernels
-        # serve every accelerator, in float64.
+        # TRL has synchronised with the device many times by now, and the tensors are small: on the CPU the
+        # same float64 kernels are used for every accelerator.
         rewards = returned[-1].cpu().double()  # (completions of all processes, reward functions)
         size = self.num_generations if mode == "train" else self.num_generations_eval
         advantages, applied = self._objective_advantages(rewards, size, output)
@@ -188,7 +189,7 @@ class PamaMixin:
     ) -> ObjectiveStatistics:
         """Over all processes by one all-reduce: bitwise equal on each."""
         importance = self._importance_weights(output)
-        if importance is None:  # then lengths are all that is needed of the tokens
+        if importance is None:  # then only the numbers of tokens are needed
             tokens = {"cu_seqlens": torch.nn.functional.pad(lengths.cpu().cumsum(0), (1, 0))}
         else:
             tokens = {"mask": mask.cpu(), "importance_weights": importance.cpu().expand(mask.shape)}
@@ -208,7 +209,7 @@ class PamaMixin:
         return ObjectiveStatistics(buffer.cpu(), statistics.objectives, statistics.has_pairs)
 
     def _warn_of_silence(self) -> None:
-        """Once, where rewards vary and nothing is learned."""
+        """Warns once if rewards vary but all combined advantages are 0."""
         assert self.combination is not None
         if self._silence_known or self.combination.advantages.any():
             return
@@ -225,13 +226,14 @@ class PamaMixin:
         )
 
     def _ship(self, output: dict[str, Any], local: slice) -> None:
-        """Where signs disagree and clipping may bind, both sides beside their difference."""
+        """Adds the positive and negative parts to the batch if signs disagree and clipping may be active;
+        `advantages` is their difference."""
         assert self.combination is not None
         _, positive, negative, *_ = self.combination
         device = output["advantages"].device
         sides = [side[local].to(device, torch.float32) for side in (positive, negative)]
         output["advantages"] = sides[0] - sides[1]
-        disagree = bool(((positive > 0) & (negative > 0)).any())  # of all processes: all do the same
+        disagree = bool(((positive > 0) & (negative > 0)).any())  # the same on all processes
         if disagree and self._clipping_may_bind(output):
             output["pama_positive"], output["pama_negative"] = sides
 
@@ -239,7 +241,7 @@ class PamaMixin:
         assert self.combination is not None
         names = {i: name for i, name in enumerate(self.objective_names) if preference[i] > 0}
         for name, value in rollout_metrics(self.combination, names, self._pama.rule).items():
-            self._metrics[mode][name].append(value)  # TRL leaves NaN out of its means
+            self._metrics[mode][name].append(value)  # TRL ignores NaN in its means
         # TRL has logged the advantages that it would have used.
         logged, used = self._logs["advantages"], self.combination.advantages.tolist()
         for _ in range(min(len(used), len(logged))):
@@ -249,10 +251,10 @@ class PamaMixin:
     # --- the loss where signs disagree ----------------------------------------------------------------------
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """TRL's own loss L; with both sides, sum_i c_i L(A_i) = L(P) + L(-Q) - L(0).
+        """TRL's own loss L or, with both parts, sum_i c_i L(A_i) = L(P) + L(-Q) - L(0).
 
-        P = sum_i c_i max(A_i, 0), Q = sum_i c_i max(-A_i, 0): their difference alone would lose what
-        clipping does where signs disagree. L(0) is all that does not depend on advantages: KL, entropy
+        P = sum_i c_i max(A_i, 0), Q = sum_i c_i max(-A_i, 0): their difference would not give the exact
+        clipped loss where signs disagree. L(0) has the terms that do not depend on advantages: KL, entropy
         bonus, auxiliary loss. The model runs once.
         """
         if "pama_positive" not in inputs:
@@ -261,9 +263,9 @@ class PamaMixin:
         advantages, positive, negative = (
             inputs[name] for name in ("advantages", "pama_positive", "pama_negative")
         )
-        if advantages.dim() == 2:  # a subclass made them per token
+        if advantages.dim() == 2:  # a subclass computed advantages per token
             positive, negative = positive[:, None], negative[:, None]
-        ours = advantages == positive - negative  # else a subclass changed it: its loss is TRL's own
+        ours = advantages == positive - negative  # where a subclass changed it, TRL's own loss is used
         positive = torch.where(ours, positive, advantages.clamp(min=0))
         negative = torch.where(ours, negative, advantages.clamp(max=0).neg())
         mode = "train" if self.model.training else "eval"

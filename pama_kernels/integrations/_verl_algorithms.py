@@ -1,4 +1,5 @@
-"""What verl calls: settings, the advantage estimator and the policy loss. Only the loss needs verl."""
+"""The functions that verl calls: the advantage estimator and the policy loss, and their settings. Only the
+loss needs verl."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ EPS = 1e-6  # added to deviations, as verl does
 
 @dataclass(frozen=True)
 class Settings:
-    """``algorithm.pama``: `reward_keys` name the objectives; None is the rule's own default."""
+    """``algorithm.pama``: `reward_keys` name the objectives; None keeps the rule's default."""
 
     reward_keys: tuple[str, ...]
     rule: str | None = None
@@ -35,7 +36,7 @@ class Settings:
     regularization: float | None = None
     temperature: float | None = None
     normalize: bool = False
-    aggregation: str = "token-mean"  # token weights of the statistics: the trainers set the loss's own
+    aggregation: str = "token-mean"  # token weights of the statistics; the trainers set that of the loss
 
     def made(self) -> Rule:
         names = "weights_per", "bound", "noon", "regularization", "temperature"
@@ -72,13 +73,13 @@ def read_settings(algorithm: Any) -> Settings:
 
 
 def _plain(value: Any) -> Any:
-    """A list of any kind (OmegaConf has its own) as a tuple."""
+    """Converts a list (also OmegaConf's type) to a tuple."""
     return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 @dataclass
 class Rollout:
-    """What verl does not pass to an estimator, and what a trainer wants back from it."""
+    """Inputs that verl does not pass to an estimator, and outputs that a trainer reads."""
 
     components: Mapping[str, Any]
     sources: Sequence[int] | None = None  # the row whose reward counts, for each row; itself by default
@@ -106,12 +107,12 @@ def compute_pama_advantage(
             default) divides by the group's deviation.
         index: (bs,) group of each row, verl's ``uid``.
         non_tensor_batch: reward key to (bs,) values, None or NaN where a reward does not apply. verl 0.9.1
-            passes it to its own ``gdpo`` only; in its trainers the components come another way
+            passes it to its own ``gdpo`` only; the trainers of this package pass the components differently
             (_verl_trainers.py).
 
     Returns:
         (advantages, returns), one (bs, T) float32 tensor twice, 0 where masked. One objective without Noon
-        gives what verl's ``grpo`` gives, but 0 for a group of one.
+        gives the same as verl's ``grpo``, except 0 for a group of one.
 
     Raises:
         ValueError, TypeError: settings or reward components are missing or wrong.
@@ -202,8 +203,8 @@ def compute_pama_policy_loss(
     -P min(u, 1 + eps_high) - Q min(max(u, 1 - eps_low), clip_ratio_c).
 
     Args:
-        advantages: (bs, 2 T), P and Q of a token side by side, as the pama trainers send them
-            without Noon; or (bs, T), one advantage per token: the loss is then verl's vanilla loss.
+        advantages: (bs, 2 T), P, then Q, as the pama trainers pass them without Noon; or (bs, T), one
+            advantage per token: the loss is then verl's vanilla loss.
         The others, the aggregation (verl's `agg_loss`) and the metrics are those of the vanilla loss.
     """
     from verl.trainer.ppo.core_algos import agg_loss

@@ -1,4 +1,4 @@
-"""verl's trainers, extended: reward components reach the estimator, wrong settings are refused early."""
+"""Extends verl's trainers: passes reward components to the estimator and checks settings early."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _log = logging.getLogger("pama_kernels.integrations.verl")
 
 
 def check_config(config: Any, carries_components: bool) -> None:
-    """What can be told from verl's configuration before anything is generated."""
+    """Checks verl's configuration before anything is generated."""
     algorithm, actor = config.algorithm, config.actor_rollout_ref.actor
     if algorithm.adv_estimator != NAME:
         raise ValueError(f"algorithm.adv_estimator: expected {NAME!r}, got {algorithm.adv_estimator!r}")
@@ -62,7 +62,7 @@ def check_config(config: Any, carries_components: bool) -> None:
 
 
 def set_aggregation(config: Any) -> None:
-    """Statistics count tokens as the actor's loss does."""
+    """Sets the token weights of the statistics to those of the actor's loss."""
     from omegaconf import open_dict
 
     mode = config.actor_rollout_ref.actor.get("loss_agg_mode", "token-mean")
@@ -71,7 +71,7 @@ def set_aggregation(config: Any) -> None:
 
 
 def final_rows(keys: Sequence[str]) -> list[int]:
-    """For each row the last one of its session: an agent loop may yield several, which share one reward.
+    """For each row the last one of its session: an agent loop may yield several rows, which share one reward.
 
     Keys are verl's ``uid_session_index``.
     """
@@ -83,7 +83,8 @@ def final_rows(keys: Sequence[str]) -> list[int]:
 
 
 class PamaTrainer:
-    """Goes before one of verl's V1 trainers, which give an estimator no reward components."""
+    """Mixin (first base class) for verl's V1 trainers, which do not pass reward components to an
+    estimator."""
 
     mode: str
     parts: dict[str, list[float]] | None = None
@@ -111,7 +112,8 @@ class PamaTrainer:
         return result
 
     def _reward_components(self, batch: Any) -> dict[str, list[Any]]:
-        """What the reward function returned: key to one value per row, None where it left the key out."""
+        """The reward components: for each key one value per row, None where the reward function omitted the
+        key."""
         import transfer_queue as tq
 
         where = {"keys": batch.keys, "partition_id": batch.partition_id}
@@ -128,7 +130,7 @@ class PamaTrainer:
         return {name: [reward.get(name) for reward in returned] for name in names}
 
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        """Without Noon the actor gets both parts of the advantages; everybody else sees their sum."""
+        """Without Noon, passes both parts of the advantages to the actor; all other code gets their sum."""
         if self.parts is None:
             return super()._update_actor(batch, metrics)  # type: ignore[misc]
         import transfer_queue as tq
@@ -160,7 +162,8 @@ def register_trainers(v1: ModuleType) -> None:
 
 
 def extend_older_trainer(ray_trainer: ModuleType) -> None:
-    """Its `compute_advantage` passes `non_tensor_batch` to gdpo alone: for pama it is kept at hand."""
+    """Wraps its `compute_advantage`, which passes `non_tensor_batch` only to gdpo, to make it available to
+    pama."""
     compute = ray_trainer.compute_advantage
 
     @functools.wraps(compute)
@@ -173,7 +176,7 @@ def extend_older_trainer(ray_trainer: ModuleType) -> None:
             data = compute(data, adv_estimator, *arguments, **named)
         finally:
             current_rollout.reset(token)
-        _log.info("%s", rollout.metrics)  # this trainer takes no metrics from an estimator
+        _log.info("%s", rollout.metrics)  # this trainer has no way to log metrics of an estimator
         return data
 
     ray_trainer.compute_advantage = compute_advantage  # type: ignore[attr-defined]

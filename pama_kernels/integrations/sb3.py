@@ -1,7 +1,7 @@
-"""PAMA in Stable-Baselines3: PPO with several rewards, each of them an objective with a critic of its own.
+"""PAMA in Stable-Baselines3: PPO with several rewards; each is an objective with its own critic.
 
-Environments, policies, callbacks, schedules, logging and files remain SB3's. The advantages of a rollout get
-weights c from a rule; the policy's loss is sum_i c_i times the clipped surrogate of objective i.
+Environments, policies, callbacks, schedules, logging and file formats are those of SB3. The advantages of a
+rollout get weights c from a rule; the policy's loss is sum_i c_i times the clipped surrogate of objective i.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from ._sb3_model import (
 
 __all__ = ["PamaPPO", "ValueHeads", "VecNormalizeObjectives", "VectorReward", "make_env", "make_vec_env"]
 
-SHOWN_UP_TO = 30  # characters of a name in SB3's tables on the screen, which refuse to abbreviate two alike
+SHOWN_UP_TO = 30  # characters of a name in SB3's printed tables; equal abbreviations are an error there
 
 
 class PamaPPO(PPO):
@@ -67,10 +67,10 @@ class PamaPPO(PPO):
             callback may change `model.preference`.
         momentum: solve on a running mean of all rollouts' statistics, in [0, 1); rules per rollout only.
 
-    With several objectives, each one's advantages are whitened over the rollout: the scale of a reward has
-    no influence on the policy. The value loss is the mean over objectives. `normalize_advantage` scales
-    the combined advantages of a minibatch to deviation 1 (a root mean square of 1 under Noon). With one
-    objective it is SB3's PPO, bit for bit, whatever the rule, Noon excepted.
+    With several objectives, each one's advantages are whitened over the rollout: the scale of a reward does
+    not affect the policy. The value loss is the mean over objectives. `normalize_advantage` scales the
+    combined advantages of a minibatch to deviation 1 (a root mean square of 1 under Noon). With one objective
+    the result is bitwise equal to SB3's PPO for every rule without Noon.
 
     `objective_names`; `combination`, the `Combination` of the latest rollout. Logged: the mean undiscounted
     return of the last episodes as ``rollout/reward/NAME``, and what `_rollout.rollout_metrics` lists.
@@ -262,7 +262,7 @@ class PamaPPO(PPO):
         self._log_update(loss.item(), clip_range, clip_range_vf)
 
     def _loss(self, data: Any, clip_range: float, clip_range_vf: float | None, logged: Any) -> Tensor:
-        """Of a minibatch of M steps: policy, entropy and N value heads."""
+        """The loss of a minibatch of M steps: policy, entropy and N value heads."""
         discrete = isinstance(self.action_space, spaces.Discrete)
         actions = data.actions.long().flatten() if discrete else data.actions
         values, log_prob, entropy = self.policy.evaluate_actions(data.observations, actions)
@@ -270,7 +270,8 @@ class PamaPPO(PPO):
         terms = self._normalized(data.advantages.reshape(len(log_prob), -1))
         positive, negative = terms.clamp(min=0).sum(1), terms.clamp(max=0).neg().sum(1)
 
-        # A surrogate is linear in the advantage on either side of 0: two terms serve any number of them.
+        # A clipped surrogate is linear in the advantage for each sign, so two terms suffice for any number of
+        # objectives.
         log_ratio = log_prob - data.old_log_prob
         ratio = torch.exp(log_ratio)
         clipped = torch.clamp(ratio, 1 - clip_range, 1 + clip_range)
@@ -291,11 +292,12 @@ class PamaPPO(PPO):
         return loss
 
     def _normalized(self, terms: Tensor) -> Tensor:
-        """The terms c_i A_i (M, N), so that their sum over objectives has mean 0 and deviation 1."""
+        """Normalises the terms c_i A_i (M, N) so that their sum over objectives has mean 0 and standard
+        deviation 1."""
         if not self.normalize_advantage or len(terms) < 2:
             return terms
         combined = terms.sum(1)
-        if noon_of(self._pama.rule):  # a mean taken off would bring back negative advantages
+        if noon_of(self._pama.rule):  # subtracting the mean would create negative advantages again
             return terms / (combined.square().mean().sqrt() + 1e-8)
         means = torch.stack([column.mean() for column in terms.unbind(1)])
         return (terms - means) / (combined.std() + 1e-8)

@@ -1,4 +1,4 @@
-"""PAMA in TRL: `GRPOTrainer` and `RLOOTrainer` with several reward functions, each of them an objective.
+"""PAMA in TRL: `GRPOTrainer` and `RLOOTrainer` with several reward functions; each is an objective.
 
 The trainer keeps its own loss, clipping, KL and everything else. In place of its advantages it gets the
 combined ones, sum_i c_i A_i, with weights c solved once per rollout, over the completions of all processes.
@@ -38,15 +38,15 @@ class PamaGRPOTrainer(PamaMixin, GRPOTrainer):
     """`GRPOTrainer` that combines its reward functions by PAMA instead of by fixed weights.
 
     Takes the arguments of `GRPOTrainer`, with `args` a `PamaGRPOConfig`. Every reward function is an
-    objective. Its rewards are normalised by themselves, in groups, as `scale_rewards` says; completions for
-    which it returns None (or NaN) have no part in it. `reward_weights` are the preference, read at every
-    rollout; a reward of weight 0 is only logged. `_rollout.rollout_metrics` lists what is logged beside TRL's
-    own.
+    objective. The rewards of each function are normalised separately, in groups, according to
+    `scale_rewards`; completions for which it returns None (or NaN) are ignored for this objective.
+    `reward_weights` are the preference, read at every rollout; a reward of weight 0 is only logged.
+    `_rollout.rollout_metrics` lists the additional metrics.
 
     `combination` is the `Combination` of the latest rollout: all processes' completions, on the CPU.
 
-    Subclasses: what `_calculate_rewards` returns is what advantages are made of. A completion whose
-    `output["advantages"]` a subclass changes gets TRL's own loss of the changed advantage.
+    Subclasses: advantages are computed from the return value of `_calculate_rewards`. If a subclass changes
+    `output["advantages"]` of a completion, its loss is TRL's own with the changed advantage.
 
     Raises (all but the last at construction):
         TypeError, ValueError: a setting is wrong, two contradict each other, or an option of TRL would bypass
@@ -72,17 +72,19 @@ class PamaGRPOTrainer(PamaMixin, GRPOTrainer):
         return "old_per_token_logps" in output or self.loss_type == "sapo"
 
     def _importance_weights(self, output: dict[str, Any]) -> Tensor | None:
-        # Corrections for a rollout engine that differs; VESPO has them within its own factor.
+        # Importance weights that correct for a different rollout engine; VESPO includes them in its own
+        # factor.
         return None if self.loss_type == "vespo" else output.get("importance_sampling_ratio")
 
 
 class PamaRLOOTrainer(PamaMixin, RLOOTrainer):
     """`RLOOTrainer` that combines its reward functions by PAMA instead of by fixed weights.
 
-    All that `PamaGRPOTrainer` says holds here, with `args` a `PamaRLOOConfig`. A completion is one action:
-    each counts the same, whatever its length. Every reward has its own leave-one-out baseline;
-    `reward_clip_range` and `normalize_advantages` work for each reward by itself. The KL penalty is taken off
-    every reward, so off the combined advantage, but weights are solved from the rewards without it.
+    As `PamaGRPOTrainer`, with `args` a `PamaRLOOConfig`. A completion is one action: all completions have the
+    same weight, independent of their length. Every reward has its own leave-one-out baseline;
+    `reward_clip_range` and `normalize_advantages` are applied to each reward separately. The KL penalty is
+    subtracted from every reward, and hence from the combined advantage, but weights are solved from the
+    rewards without it.
 
     Source: He & Maghsudi 2025 (arXiv 2508.07768); Ahmadian et al. 2024 (arXiv 2402.14740) for RLOO.
     """

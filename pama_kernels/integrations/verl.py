@@ -1,12 +1,14 @@
-"""PAMA in verl: an advantage estimator, a policy loss, and trainers that bring reward components along.
+"""PAMA in verl: an advantage estimator, a policy loss, and trainers that pass reward components to the
+estimator.
 
-verl loads this module by itself (entry-point group ``verl.plugins``). It registers
+verl loads this module automatically (entry-point group ``verl.plugins``). It registers
 
-- the advantage estimator ``pama``: the components of the reward to one advantage, with weights solved once
-  per rollout in the driver, where all samples are together;
+- the advantage estimator ``pama``: it combines the components of the reward to one advantage, with weights
+  solved once per rollout in the driver process, which has all samples;
 - the policy loss ``pama``, for rules without Noon: each objective is clipped by its own sign;
-- the trainers ``pama_sync``, ``pama_colocate_async`` and ``pama_separate_async``: verl's own, which hand the
-  components to the estimator. verl's older trainer (``trainer.use_v1=false``) needs no other name.
+- the trainers ``pama_sync``, ``pama_colocate_async`` and ``pama_separate_async``: verl's own trainers,
+  extended to pass the components to the estimator. verl's older trainer (``trainer.use_v1=false``) is
+  extended without a new name.
 
 Settings, in ``algorithm.pama``, are `reward_keys` and the rule's: see docs/verl.md.
 """
@@ -39,7 +41,7 @@ _failures: list[str] = []
 
 
 def check(config: Any = None) -> None:
-    """Makes sure that pama is registered with verl, trainers included, and that a configuration can be used.
+    """Checks that pama is registered with verl, including its trainers, and that a configuration can be used.
 
     Args:
         config: verl's whole configuration, as hydra composes it.
@@ -64,7 +66,7 @@ def check(config: Any = None) -> None:
 
 
 def _attempt(action: Callable[[], object]) -> None:
-    """verl logs what goes wrong in a plug-in at DEBUG: say it aloud, and keep it for `check`."""
+    """verl logs errors of a plug-in at level DEBUG only: log them as errors, and keep them for `check`."""
     try:
         action()
     except Exception as error:
@@ -87,7 +89,7 @@ EXTENSIONS: dict[str, Callable[[ModuleType], None]] = {
 
 
 class _AfterImport:
-    """A finder that finds nothing itself, but extends one module after its first import."""
+    """An import finder that extends one module after its first import."""
 
     def __init__(self, name: str, extend: Callable[[ModuleType], None]) -> None:
         self.name, self.extend = name, extend

@@ -1,4 +1,4 @@
-"""What is installed, which backends work on this machine, and why the others do not.
+"""Reports what is installed, which backends work on this machine, and why the others do not.
 
 ``python -m pama_kernels info`` prints it for a person, with ``--json`` for a program;
 :func:`collect` returns it.
@@ -55,7 +55,7 @@ def _probe(backend: registry.Backend, device_type: str) -> tuple[bool, str]:
         return True, backend.probe(module, device_type)
     except RuntimeError as error:
         return False, str(error)
-    except Exception as error:  # it is the answer
+    except Exception as error:  # reported as the reason
         return False, f"{type(error).__name__}: {error}"
 
 

@@ -1,5 +1,5 @@
-"""What several rewards say to each other before a training: which teach, which disagree, what each rule makes
-of them."""
+"""Analyses several rewards before a training run: which ones vary, which ones conflict, and the effect of
+each rule."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SUM = "sum"  # no rule: rewards added up, then normalised in groups
 
 @dataclass(frozen=True)
 class Effect:
-    """What one rule does, in every step (steps, N): NaN where a reward is absent."""
+    """The effect of one rule in every step (steps, N): NaN where a reward is absent."""
 
     weights: Tensor | None  # None: a sum of rewards has none
     covariance: Tensor
@@ -49,7 +49,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect_rewards` finds. Tensors are float64; NaN where there is nothing to say."""
+    """The result of `inspect_rewards`. Tensors are float64; NaN where a value is undefined."""
 
     source: str
     names: list[str]
@@ -62,7 +62,7 @@ class Inspection:
     mean: Tensor  # (N,)
     deviation: Tensor
     applies: Tensor  # share of the completions
-    varies: Tensor  # share of the groups in which the reward applies and is not the same everywhere
+    varies: Tensor  # share of the groups in which the reward applies and is not constant
     together: Tensor  # completions to which both apply (N, N)
     correlation: Tensor  # of the group-normalised rewards (N, N)
     effects: dict[str, Effect]
@@ -81,15 +81,15 @@ def inspect_rewards(
     Args:
         table: one row for each completion.
         rewards: the columns that are rewards; by default every numeric one that is no counter or identifier.
-        group_size: completions of one prompt, which stand together.
+        group_size: number of completions per prompt; those of a prompt are adjacent rows.
         group_column: instead, the column with the prompt or its number; by default one with a usual name.
-        step_column: the column with the training step; by default one with a usual name. The rules solve for
-            each step by itself; without such a column the table is one batch.
+        step_column: the column with the training step; by default one with a usual name. The rules are solved
+            separately for each step; without such a column the table is one batch.
         preference: one number for each reward, as for `combine_advantages`.
 
     Raises:
-        ValueError: a column is missing or not numeric, there are fewer than two rewards, or groups are not
-            what was asked for.
+        ValueError: a column is missing or not numeric, there are fewer than two rewards, or the groups do not
+            match the arguments.
     """
     names = reward_columns(table, rewards, (group_column, step_column))
     values = reward_matrix(table, names)
@@ -220,7 +220,8 @@ def _effects(
 
 
 def _covariance(advantages: Tensor, present: Tensor, combined: Tensor) -> Tensor:
-    """Of each reward's advantages with the combined one, over the completions to which the reward applies."""
+    """The covariance of each reward's advantages with the combined advantage, over the completions to which
+    the reward applies."""
     statistics = objective_statistics(
         None,
         None,

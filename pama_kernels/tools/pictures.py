@@ -1,4 +1,4 @@
-"""What the pictures share, and the picture of an `Inspection`. Needs matplotlib."""
+"""Functions shared by the pictures, and the picture of an `Inspection`. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def matplotlib() -> Any:
 
 
 def check_picture(path: Path) -> None:
-    """Before anything is computed."""
+    """Checks that the picture can be written, before anything is computed."""
     matplotlib()
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"picture: expected a name that ends in {', '.join(FORMATS)}, got {path.name}")
 
 
 def save(figure: Any, path: Path) -> None:
-    """Replaces `path` at once, so that a viewer never reads half a picture."""
+    """Replaces `path` atomically, so that a viewer never reads an incomplete picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, format=path.suffix[1:].lower(), dpi=140, bbox_inches="tight", facecolor="white")
@@ -60,7 +60,7 @@ def save(figure: Any, path: Path) -> None:
 
 
 def diverging() -> Any:
-    """Red below 0, blue above, nearly white between; grey where there is nothing to say."""
+    """Red below 0, blue above, nearly white between; grey where the value is undefined."""
     return _colors(RED, "#fbfbfb", BLUE)
 
 
@@ -90,7 +90,8 @@ def _grid(axes: Any, values: Tensor, columns: Sequence[str], colors: Any, low: f
 
 
 def draw_inspection(found: Inspection, path: Path) -> None:
-    """Three grids over the same rewards: do they agree, their weights, what becomes of them."""
+    """Three grids over the same rewards: their correlations, their weights, and their covariances with the
+    update."""
     package = matplotlib()
     import torch
 

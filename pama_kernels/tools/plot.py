@@ -69,7 +69,7 @@ def draw_run(run: Run, path: Path) -> None:
 
 
 def _note(axes: Any, text: str) -> None:
-    """Between the title and the panel."""
+    """Writes a note between the title and the panel."""
     axes.annotate(
         *(text, (0, 1)),
         xycoords="axes fraction",
@@ -81,7 +81,7 @@ def _note(axes: Any, text: str) -> None:
 
 
 def _name(axes: Any, name: str, signal: Series) -> None:
-    """To the left of its row, with what its signal says."""
+    """Writes the name to the left of its row, with the state of its signal."""
     known = [value for _, value in signal if not math.isnan(value)]
     axes.text(-0.32, 0.62, short_name(name), transform=axes.transAxes, ha="right", weight="bold")
     notes = [
@@ -158,7 +158,7 @@ def _panel(axes: Any, kind: str, points: Series) -> None:
 
 
 def _moving_mean(values: Any) -> Any:
-    """Centred, over a twentieth of the points, fewer at the ends."""
+    """Centred moving mean over a twentieth of the points, over fewer at the ends."""
     half = max(2, len(values) // 40)
     sums = np.cumsum(np.concatenate([[0.0], values]))
     index = np.arange(len(values))
@@ -167,7 +167,7 @@ def _moving_mean(values: Any) -> Any:
 
 
 def _conflicts(axes: Any, run: Run) -> None:
-    """A row for each pair, from the first step to the last: the conflict matrix over training."""
+    """Draws the conflict of the pairs over training: one row per pair, from the first step to the last."""
     steps = sorted({step for points in run.conflict.values() for step, _ in points})
     bins = min(BINS, len(steps))
     edges = np.linspace(0, len(steps), bins + 1).astype(int)
@@ -208,7 +208,7 @@ def _conflicts(axes: Any, run: Run) -> None:
 
 
 def _varies(points: Series) -> bool:
-    """Whether the two ever varied in the same rollout."""
+    """Whether both rewards varied in the same rollout at least once."""
     return not all(math.isnan(value) for _, value in points)
 
 

@@ -67,7 +67,7 @@ def _checked(table: Table) -> Table:
 
 
 def _concatenated(parts: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
-    """A column that a part lacks is empty there."""
+    """Concatenates the parts; a column that a part lacks is empty in its rows."""
     result: dict[str, list[Any]] = {name: [] for part in parts for name in part}
     for part in parts:
         rows = len(next(iter(part.values()), []))
@@ -162,7 +162,8 @@ def number(cell: Any) -> float:
 
 
 def reward_columns(table: Table, asked: Sequence[str] | None, others: Sequence[str | None] = ()) -> list[str]:
-    """The columns that hold rewards: those asked for, or all numbers but counters, ids and `others`."""
+    """The reward columns: the requested ones, or all numeric columns except counters, identifiers and
+    `others`."""
     if asked is not None:
         for i, name in enumerate(asked):
             if name not in table.columns:
@@ -194,7 +195,8 @@ def _may_be_reward(name: str) -> bool:
 
 
 def _numeric(cells: Sequence[Any]) -> bool:
-    """An empty column too: that is how a reward is logged that never applied."""
+    """Whether all cells are numbers. True for an empty column, since a reward that never applied is logged
+    like that."""
     try:
         for cell in cells:
             number(cell)
@@ -221,7 +223,7 @@ def reward_matrix(table: Table, names: Sequence[str]) -> Tensor:
 
 
 def find_column(table: Table, asked: str | None, usual: Sequence[str], argument: str) -> str | None:
-    """The column asked for, or the first one with a usual name."""
+    """The requested column, or the first one with a usual name."""
     if asked is not None:
         if asked not in table.columns:
             raise ValueError(

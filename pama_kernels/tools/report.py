@@ -1,4 +1,4 @@
-"""An `Inspection` as text that needs no documentation."""
+"""Formats an `Inspection` as self-explanatory text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .inspect import SUM, Inspection
 NAME_WIDTH = 24
 REDUNDANT = 0.9  # correlation from which two rewards are called redundant
 CONFLICT = -0.1  # and below which in conflict, if it is also beyond chance
-SMALL = 0.015  # a covariance that counts as 0 although its sign is minus: advantages have deviation 1
+SMALL = 0.015  # a negative covariance of at most this size counts as 0 (advantages have standard deviation 1)
 RARE = 0.1  # share of groups below which a reward is nearly saturated
 MATRIX_UP_TO = 8  # rewards; beyond, the strongest pairs
 
@@ -29,7 +29,7 @@ def two_digits(value: float) -> str:
 
 
 def _marked(value: float) -> str:
-    """An exclamation mark behind what is below 0."""
+    """Formats a number, with an exclamation mark if it is negative."""
     return two_digits(value) + ("!" if value < -SMALL else " ")
 
 
@@ -200,7 +200,7 @@ def _rules(found: Inspection) -> list[str]:
 
 
 def findings(found: Inspection) -> list[str]:
-    """One sentence for each thing that somebody should know."""
+    """One sentence per finding."""
     said = [*_of_rewards(found), *_of_pairs(found), *_of_rules(found)]
     return [f"  - {sentence}" for sentence in said]
 

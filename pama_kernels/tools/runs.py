@@ -1,4 +1,5 @@
-"""What a training logged, as series: TRL's trainer state, TensorBoard's events, Stable-Baselines3's CSV."""
+"""Reads the logged metrics of a training run as series, from TRL's trainer state, TensorBoard's events or
+Stable-Baselines3's CSV."""
 
 from __future__ import annotations
 
@@ -95,7 +96,7 @@ def _run(source: str, unit: str, logged: dict[str, Series], folder: Path) -> Run
 
 
 def _collect(rows: Iterable[tuple[float, dict[str, float]]]) -> dict[str, Series]:
-    """A later value for the same step takes the place of the earlier one."""
+    """Collects series by name; a later value for the same step replaces the earlier one."""
     logged: dict[str, dict[float, float]] = {}
     for step, values in rows:
         for tag, value in values.items():
