@@ -29,7 +29,7 @@ def two_digits(value: float) -> str:
 
 
 def _marked(value: float) -> str:
-    """Formats a number, with an exclamation mark if it is negative."""
+    """Formats a number, with an exclamation mark if it is below -SMALL."""
     return two_digits(value) + ("!" if value < -SMALL else " ")
 
 
