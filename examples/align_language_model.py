@@ -36,7 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-import pama_kernels.integrations.trl as adapter
+from pama_kernels.integrations import _trl_mixin, trl
 from pama_kernels.integrations.trl import PamaGRPOConfig, PamaGRPOTrainer
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -140,15 +140,15 @@ class Follow(TrainerCallback):
 
             return call
 
-        names = ("reward_advantages", "objective_statistics", "combine")
-        own = {name: getattr(adapter, name) for name in names}
+        places = ((trl, "reward_advantages"), (_trl_mixin, "objective_statistics"), (_trl_mixin, "combine"))
+        own = [(module, name, getattr(module, name)) for module, name in places]
         try:
-            for name, function in own.items():
-                setattr(adapter, name, timed(function))
+            for module, name, function in own:
+                setattr(module, name, timed(function))
             yield
         finally:
-            for name, function in own.items():
-                setattr(adapter, name, function)
+            for module, name, function in own:
+                setattr(module, name, function)
 
 
 def train(model: Any, tokenizer: Any, rewards: Rewards, s: Settings) -> Follow:

@@ -379,7 +379,7 @@ def test_a_device_without_a_backend_is_named(name: str) -> None:
     if name in ("pareto_gap", "masked_whiten"):  # plain torch: any device
         function.call(**moved)
         return
-    with pytest.raises(RuntimeError, match=r"no backend.*meta.*pama_kernels\.info"):
+    with pytest.raises(RuntimeError, match=r"no backend.*meta.*pama_kernels info"):
         function.call(**moved)
 
 

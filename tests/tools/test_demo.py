@@ -293,6 +293,20 @@ def test_quick_run_of_a_tiny_model(
         assert low <= high
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_kernels_are_timed_where_the_trainer_calls_them() -> None:
+    """Needs neither model nor embeddings: the adapter's own functions are wrapped, and put back."""
+    from pama_kernels.integrations import _trl_mixin
+
+    follow = module("align_language_model").Follow(1, 1.0)
+    own = _trl_mixin.combine
+    with follow.times_kernels():
+        assert _trl_mixin.combine is not own
+        _trl_mixin.objective_statistics(None, None, torch.randn(4, 2))
+    assert follow.kernel_s > 0
+    assert _trl_mixin.combine is own
+
+
 @needs_sentences
 @pytest.mark.filterwarnings("ignore")
 def test_training_stops_at_the_kl_budget(tiny_folder: Path) -> None:
