@@ -1,14 +1,17 @@
-"""Lets verl 0.9.1 train on a CPU: what its plug-in registries need, loaded by VERL_USE_EXTERNAL_MODULES=verl_cpu.
+"""Lets verl 0.9.1 train on a CPU, by verl's plug-in registries; loaded by VERL_USE_EXTERNAL_MODULES=verl_cpu.
 
-verl knows CUDA, ROCm and NPU platforms, registers its FSDP engine for those devices, and its rollouts are vLLM,
-SGLang and TensorRT-LLM. Here are a platform (`PlatformRegistry`), an engine (`EngineRegistry`: verl's own FSDP
-engine, registered for one more device) and a rollout (`RolloutReplicaRegistry` and a `BaseRollout`) that generates
-with transformers. Trainer, workers, agent loop, reward loop, loss and optimizer are verl's.
+verl knows CUDA, ROCm and NPU platforms, registers its FSDP engine for those devices, and its rollouts are
+vLLM, SGLang and TensorRT-LLM. Here are a platform (`PlatformRegistry`), an engine (`EngineRegistry`: verl's
+own FSDP engine, registered for one more device) and a rollout (`RolloutReplicaRegistry` and a `BaseRollout`)
+that generates with transformers. Trainer, workers, agent loop, reward loop, loss and optimizer are verl's.
 """
 
+# ruff: noqa: E402  The platform is set before what reads it is imported.
 from __future__ import annotations
 
 import os
+import zlib
+from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -75,8 +78,8 @@ class Cpu(PlatformBase):
         return None, None
 
     def communication_backend_name(self) -> str:
-        # verl asks for the backends "cpu:gloo,DEVICE:NAME", which torch refuses where DEVICE is cpu as well; it
-        # keeps a process group that exists.
+        # verl asks for the backends "cpu:gloo,DEVICE:NAME", which torch refuses where DEVICE is cpu as well;
+        # verl keeps a process group that exists.
         if not torch.distributed.is_initialized() and "RANK" in os.environ:
             torch.distributed.init_process_group("gloo")
         return "gloo"
@@ -132,7 +135,7 @@ class Server:
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(1)
-        torch.manual_seed(1)
+        self.asked: Counter[str] = Counter()
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         self.length = response_length
         self.version: int | None = None
@@ -144,6 +147,10 @@ class Server:
     async def generate(
         self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **_: Any
     ) -> TokenOutput:
+        # Requests come in any order: the n-th response to a prompt is the same in every run.
+        request = f"{self.version} {prompt_ids}"
+        self.asked[request] += 1
+        torch.manual_seed(zlib.crc32(f"{request} {self.asked[request]}".encode()))
         prompt = torch.tensor([prompt_ids])
         sampled = sampling_params["temperature"] > 0
         with torch.no_grad():
@@ -157,7 +164,9 @@ class Server:
                 output_scores=True,
             )
         tokens = done.sequences[0, len(prompt_ids) :]
-        logprobs = torch.stack([step[0].log_softmax(-1)[token] for step, token in zip(done.scores, tokens)])
+        logprobs = torch.stack(
+            [step[0].log_softmax(-1)[token] for step, token in zip(done.scores, tokens, strict=True)]
+        )
         return TokenOutput(
             token_ids=tokens.tolist(),
             log_probs=logprobs.tolist(),
@@ -165,10 +174,10 @@ class Server:
             extra_fields={"global_steps": self.version},
         )
 
-    async def sleep(self) -> None:
-        pass
+    async def sleep(self, **_: Any) -> None:
+        """Nothing to free, and no request is ever half done."""
 
-    wake_up = sleep
+    wake_up = abort_all_requests = resume_generation = sleep
 
 
 class Replica(RolloutReplica):
@@ -203,4 +212,5 @@ class Adapter(base.BaseRollout):
 
 
 RolloutReplicaRegistry.register(NAME, lambda: Replica)
+# verl's own table: the worker's side of a rollout has no function to register it
 base._ROLLOUT_REGISTRY[NAME, "async"] = f"{__name__}.{Adapter.__name__}"
