@@ -133,7 +133,7 @@ test-cuda: $(VENV)/test.stamp
 		tests/backends/test_cuda_sequences.py
 
 test-integrations: $(VENV)-verl/stamp
-	$(VENV)-verl/bin/python -m pytest tests/integrations/test_verl.py tests/integrations/test_verl_trainer.py
+	$(VENV)-verl/bin/python -m pytest tests/integrations/test_verl*.py
 
 # TRL's own tests with our trainers in the place of TRL's; TRL_ARGS=CHECKOUT takes its tests from there.
 test-trl: $(VENV)/test.stamp

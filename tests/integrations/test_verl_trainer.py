@@ -1,6 +1,6 @@
 """PAMA's trainers on verl's own data plane: a real TransferQueue, verl's advantage and actor-update code.
 
-Only the model is ours (a table of log-probabilities), and nothing is generated: that takes a GPU.
+Only the model is ours (a table of log-probabilities), and nothing is generated: test_verl_run.py does that.
 """
 
 from __future__ import annotations
