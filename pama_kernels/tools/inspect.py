@@ -159,6 +159,14 @@ def _groups(table: Table, steps: Sequence[Any], size: int | None, column: str | 
                     f"group_size: expected the rows of a group in one step, got rows {start + 1} to "
                     f"{start + size} with steps {', '.join(sorted(map(str, within)))}"
                 )
+        known = find_column(table, None, GROUP_COLUMNS, "group_column")
+        cells = table.columns[known] if known is not None else []
+        for start in range(0, len(cells), size):
+            if len({_key(cell) for cell in cells[start : start + size]}) > 1:
+                raise ValueError(
+                    f"group_size: expected the rows of a group to have the same {known}, got different ones "
+                    f"in rows {start + 1} to {start + size}; without --group-size {known} tells the groups"
+                )
         return torch.arange(table.rows) // size
     column = find_column(table, column, GROUP_COLUMNS, "group_column")
     if column is None:

@@ -143,3 +143,13 @@ def test_missing_packages(
         monkeypatch.setattr(pictures, "check_picture", lambda path: None)
     assert main([command, str(tmp_path / name)]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_group_size_that_contradicts_the_prompt_column_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "interleaved.csv"
+    path.write_text("prompt_id,a,b\n" + "".join(f"{i % 8},{i},{-i * i}\n" for i in range(64)))
+    with pytest.raises(
+        ValueError, match=r"^group_size: .* same prompt_id, got different ones in rows 1 to 8"
+    ):
+        inspect_rewards(read_table(path), group_size=8)
+    assert inspect_rewards(read_table(path)).group_sizes == (8, 8)
