@@ -31,8 +31,6 @@ struct ObjectiveInput {
 
 // Tokens of any layout and dtype.
 struct AnyTokens {
-    static constexpr bool kPresence = true;  // presence per objective, or token weights other than 1
-    static constexpr int kTogether = 1;
     DeviceTokens p;
     Walk walk;
     const double* counts;  // valid tokens of each sequence; null: its length, or unused
@@ -91,53 +89,40 @@ template <class T, int G, bool Pairs, class Source>
 __device__ inline bool add_tokens(const Source& source, const ClipIn<T>& clip, bool noon, int first, int64_t thread,
                                   Values<Slots<G, Pairs>::kAll>& all) {
     using S = Slots<G, Pairs>;
-    constexpr bool kChunks = sizeof(T) < sizeof(double), kIntegers = !Source::kPresence;
-    constexpr int kTogether = kChunks ? Source::kTogether : 1;
-    using Counter = typename std::conditional<kIntegers, unsigned, double>::type;
+    constexpr bool kChunks = sizeof(T) < sizeof(double);
     const int64_t end = source.end();
     typename Source::Cursor at;
     source.start(at, thread, end);
-    Counter counts[G][kFields] = {}, tokens = 0;
+    double counts[G][kFields] = {}, tokens = 0;
     bool held = true;
     do {
         T sums[G][kFields] = {}, products[kProductKinds][S::kEach + 1] = {}, kl = 0;
         T most_advantage[G] = {}, most_bound[G] = {};
         PAMA_ROLLED
-        for (int j = 0; (!kChunks || j < kChunk) && source.index(at) < end; j += kTogether) {
-            TokenInput<T> token[kTogether];
-            ObjectiveInput<T, G> input[kTogether];
+        for (int j = 0; (!kChunks || j < kChunk) && source.index(at) < end; ++j) {
+            const TokenInput<T> x = source.template token<T>(at, end);
+            const ObjectiveInput<T, G> input = source.template objectives<T, G>(at, end, x.valid, first);
+            source.next(at, end);
+            const TokenFactors<T> f = factors(clip, noon, x);
+            const double one = static_cast<double>(x.omega);
+            const TokenCount<double> count{one, f.off_pos ? one : 0.0, f.off_neg ? one : 0.0};
+            kl += x.omega * f.kl;
+            tokens += x.valid ? one : 0.0;
+            T own[G], bound[G];
             PAMA_UNROLL
-            for (int u = 0; u < kTogether; ++u) {
-                token[u] = source.template token<T>(at, end);
-                input[u] = source.template objectives<T, G>(at, end, token[u].valid, first);
-                source.next(at, end);
-            }
-            PAMA_UNROLL
-            for (int u = 0; u < kTogether; ++u) {
-                const TokenInput<T>& x = token[u];
-                const TokenFactors<T> f = factors(clip, noon, x);
-                const T omega = kIntegers ? T(1) : x.omega;
-                const Counter one = static_cast<Counter>(omega);
-                const TokenCount<Counter> count{one, f.off_pos ? one : Counter(0), f.off_neg ? one : Counter(0)};
-                kl += omega * f.kl;
-                tokens += x.valid ? one : Counter(0);
-                T own[G], bound[G];
+            for (int k = 0; k < G; ++k) {
+                const bool here = input.present[k];
+                const T a = raw_advantage(input.advantages[k], here);
+                const T i = add_token(f, false, a, here, x.omega, count, sums[k], counts[k]);
+                own[k] = x.omega * a;
+                bound[k] = x.omega * i;
                 PAMA_UNROLL
-                for (int k = 0; k < G; ++k) {
-                    const bool here = input[u].present[k];
-                    const T a = raw_advantage(input[u].advantages[k], here);
-                    // Without presence only masked tokens are absent, and their factors are 0.
-                    const T i = add_token(f, false, a, here || !Source::kPresence, omega, count, sums[k], counts[k]);
-                    own[k] = omega * a;
-                    bound[k] = omega * i;
-                    PAMA_UNROLL
-                    for (int j = 0; Pairs && j < k; ++j) {
-                        products[kBoundProduct][S::product(0, j, k) - S::kProduct] += bound[j] * i;
-                        products[kAdvantageProduct][S::product(0, j, k) - S::kProduct] += own[j] * a;
-                    }
-                    most_advantage[k] = std::fmax(most_advantage[k], std::fabs(a));
-                    most_bound[k] = std::fmax(most_bound[k], std::fabs(i));
+                for (int other = 0; Pairs && other < k; ++other) {
+                    products[kBoundProduct][S::product(0, other, k) - S::kProduct] += bound[other] * i;
+                    products[kAdvantageProduct][S::product(0, other, k) - S::kProduct] += own[other] * a;
                 }
+                most_advantage[k] = std::fmax(most_advantage[k], std::fabs(a));
+                most_bound[k] = std::fmax(most_bound[k], std::fabs(i));
             }
         }
         // Add the sums in T to double sums. float32 squares overflow above 1e19 and underflow below 1e-19.
@@ -165,14 +150,12 @@ __device__ inline bool add_tokens(const Source& source, const ClipIn<T>& clip, b
         all[S::kTotal + kKlSum] += static_cast<double>(kl);
         held = held && (!kChunks || poison == T(0));
     } while (kChunks && source.index(at) < end);
-    all[S::kTotal + kTokenCount] = static_cast<double>(tokens);
+    all[S::kTotal + kTokenCount] = tokens;
     PAMA_UNROLL
     for (int k = 0; k < G; ++k) {
         PAMA_UNROLL
         for (int f = 0; f < kFields; ++f) {
-            if (!counts_tokens(f)) continue;
-            const bool every = !Source::kPresence && f == kCount;  // counts all valid tokens
-            all[S::field(f, k)] = static_cast<double>(every ? tokens : counts[k][f]);
+            if (counts_tokens(f)) all[S::field(f, k)] = counts[k][f];
         }
     }
     return held || !kChunks;

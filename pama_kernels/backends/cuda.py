@@ -23,14 +23,13 @@ from pama_kernels._call import (
     Rule,
     Tokens,
     WeightsPer,
-    gradient_dtype,
-    result_dtype,
 )
 
 from . import _cuda
 from ._counter import counter
 from .native import computed, scale_of_rows
 from .normalize import with_normalize
+from .operators import NOTHING, dtype_of_results, empty_loss, empty_results
 from .registry import SOLVED, find
 
 build_info = _cuda.build_info
@@ -134,7 +133,7 @@ def apply(
     if weights is not None or rule.weights_per != WeightsPer.BATCH:
         following = find(tokens.advantages.device.type, "apply", after="cuda")
         return following.apply(tokens, rule, preference, weights, outputs)
-    dtype = _dtype_of_results(tokens, outputs)
+    dtype = dtype_of_results(tokens, outputs)
     asked = outputs.pairs, outputs.advantages, outputs.normalize, outputs.loss, dtype is torch.float64
     found = _sequences(tokens, rule, preference, asked)
     if found is None:
@@ -143,10 +142,8 @@ def apply(
     assert c is not None
     assert optimum is not None
     assert square is not None
-    if combined is None:
-        combined = _nothing("combined", tokens.advantages.dtype, c.device)
-    loss, gradient = _loss_and_gradient(tokens, outputs, dtype)
-    results = Results(combined, loss, gradient, c, optimum, sums, square)
+    loss, gradient = empty_loss(tokens, outputs, optimum)
+    results = Results(NOTHING if combined is None else combined, loss, gradient, c, optimum, sums, square)
     if outputs.loss:
         if outputs.advantages:
             outputs = outputs._replace(advantages=False)
@@ -158,17 +155,12 @@ def apply(
 def _apply_by_token(
     tokens: Tokens, rule: Rule, preference: Tensor | None, weights: Tensor | None, outputs: Outputs
 ) -> Results:
-    like, n, dtype = tokens.advantages, tokens.objectives, _dtype_of_results(tokens, outputs)
-    batch = _batch(n, like)
-    c = torch.empty(n, dtype=dtype, device=like.device)
-    optimum = torch.empty((), dtype=dtype, device=like.device)
-    sums = _statistics_and_weights(tokens, rule, preference, (*batch, c, optimum), outputs.pairs)
-    square = torch.empty((), dtype=torch.float64, device=like.device)
-    if outputs.advantages:
-        combined = like.new_empty(like.shape[:-1])
-    else:
-        combined = _nothing("combined", like.dtype, like.device)
-    results = Results(combined, *_loss_and_gradient(tokens, outputs, dtype), c, optimum, sums, square)
+    batch, results = (
+        _batch(tokens.objectives, tokens.advantages),
+        empty_results(tokens, rule, weights, outputs),
+    )
+    rounded = (*batch, results.weights, results.optimum)
+    results = results._replace(sums=_statistics_and_weights(tokens, rule, preference, rounded, outputs.pairs))
     _second_pass(tokens, outputs, results, batch[2], None)
     return results
 
@@ -178,27 +170,6 @@ def _second_pass(
 ) -> None:
     following = find(tokens.advantages.device.type, SOLVED, after="cuda")
     following.apply_solved(tokens, outputs, results, effective, factors)
-
-
-def _dtype_of_results(tokens: Tokens, outputs: Outputs) -> torch.dtype:
-    logprobs = None if outputs.advantages else tokens.logprobs
-    return result_dtype(tokens.advantages if logprobs is None else logprobs)
-
-
-def _loss_and_gradient(tokens: Tokens, outputs: Outputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    like = tokens.advantages if tokens.logprobs is None else tokens.logprobs
-    loss = like.new_empty((), dtype=dtype) if outputs.loss else _nothing("loss", dtype, like.device)
-    kind = gradient_dtype(like)
-    if outputs.gradient:
-        return loss, like.new_empty(like.shape, dtype=kind)
-    return loss, _nothing("gradient", kind, like.device)
-
-
-@functools.lru_cache(maxsize=256)
-def _nothing(name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A placeholder for a result that was not requested."""
-    with torch.inference_mode(False):
-        return torch.empty(0, dtype=dtype, device=device)
 
 
 # --- many problems ------------------------------------------------------------------------------------

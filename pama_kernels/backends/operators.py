@@ -211,24 +211,36 @@ def _fake_group_normalize(problem: GroupNormalize) -> Tensor:
 NOTHING = torch.empty(0, device="cpu")
 
 
+def dtype_of_results(tokens: Tokens, outputs: Outputs) -> torch.dtype:
+    """The dtype of weights, optimum and loss."""
+    logprobs = None if outputs.advantages else tokens.logprobs
+    return result_dtype(tokens.advantages if logprobs is None else logprobs)
+
+
+def empty_loss(tokens: Tokens, outputs: Outputs, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Allocates the loss, like a 0-d tensor, and its gradient."""
+    loss = torch.empty_like(like) if outputs.loss else NOTHING
+    if not outputs.gradient:
+        return loss, NOTHING
+    source = tokens.advantages if tokens.logprobs is None else tokens.logprobs
+    kind = gradient_dtype(source)
+    return loss, torch.empty_like(source, dtype=kind, memory_format=torch.contiguous_format)
+
+
 def empty_results(tokens: Tokens, rule: Rule, weights: Tensor | None, outputs: Outputs) -> Results:
     """Allocates the results of `apply`."""
-    advantages, logprobs = tokens.advantages, tokens.logprobs
-    like = advantages if logprobs is None else logprobs
-    dtype, n = result_dtype(advantages if outputs.advantages else like), tokens.objectives
-    optimum = torch.empty((), dtype=dtype, device=like.device)  # empty_like takes half as long
+    advantages, logprobs, n = tokens.advantages, tokens.logprobs, tokens.objectives
+    dtype = dtype_of_results(tokens, outputs)
+    optimum = torch.empty((), dtype=dtype, device=advantages.device)  # empty_like takes half as long
     square_sum = torch.empty_like(optimum, dtype=torch.float64)
-    combined = loss = gradient = NOTHING
+    combined = NOTHING
     if outputs.advantages:
         shape = advantages.shape[:-1]
         if tokens.per_sequence and not one_result_per_row(tokens, rule):
             assert logprobs is not None
             shape = logprobs.shape
         combined = advantages.new_empty(shape)
-    if outputs.loss:
-        loss = torch.empty_like(optimum)
-    if outputs.gradient:
-        gradient = torch.empty_like(like, dtype=gradient_dtype(like), memory_format=torch.contiguous_format)
+    loss, gradient = empty_loss(tokens, outputs, optimum)
     if weights_by_row(rule, weights):
         given, optimum = optimum.new_empty(tokens.rows, n), optimum.new_empty(tokens.rows)
     else:
