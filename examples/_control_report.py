@@ -14,9 +14,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from _control import Task
 from _fronts import distance, front, mean_and_interval, scaled
+from _style import INK, STYLE
 from matplotlib.axes import Axes
 
-INK, GREY = "#222222", "#8a8a8a"
 FOUND = {"pama": "#0a6ebd", "upgrad": "#c2456b"}
 EQUAL, UNTRAINED = "fixed", "untrained"
 Rows = list[dict[str, Any]]
@@ -141,20 +141,7 @@ def hindsight(result: Result) -> list[str]:
 
 
 def draw(path: Path, rows: Rows, tasks: Mapping[str, Task]) -> None:
-    plt.rcParams.update(
-        {
-            "font.size": 10,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.edgecolor": GREY,
-            "axes.labelcolor": INK,
-            "axes.titlelocation": "left",
-            "axes.titleweight": "bold",
-            "xtick.color": GREY,
-            "ytick.color": INK,
-            "grid.color": "#e8e8e8",
-        }
-    )
+    plt.rcParams.update({**STYLE, "ytick.color": INK})
     found = results(rows, tasks)
     figure, axes = plt.subplots(
         2, len(found), figsize=(4.6 * len(found), 8.4), layout="constrained", squeeze=False

@@ -13,12 +13,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from _style import GREY, INK, STYLE
 from matplotlib.axes import Axes
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {"README.md": 3, "docs/examples.md": None}  # how many of the held-out complaints, the first ones
-INK, GREY = "#222222", "#8a8a8a"
 COLOURS = ("#0a6ebd", "#c2456b", "#3c8d5a")
 COLUMNS = ("before", "after", "gain")
 
@@ -153,21 +153,7 @@ def write_docs(folder: Path, root: Path = ROOT) -> None:
 
 def draw(path: Path, result: dict[str, Any]) -> None:
     """Rewards, weights, and the covariance of each objective with the update, over the steps."""
-    plt.rcParams.update(
-        {
-            "font.size": 10,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.edgecolor": GREY,
-            "axes.labelcolor": INK,
-            "axes.titlesize": 11,
-            "axes.titleweight": "bold",
-            "axes.titlelocation": "left",
-            "xtick.color": GREY,
-            "ytick.color": GREY,
-            "grid.color": "#e8e8e8",
-        }
-    )
+    plt.rcParams.update({**STYLE, "axes.titlesize": 11})
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.9), layout="constrained")
     name = result["settings"]["model"] or "SmolLM2-135M-Instruct"
     figure.suptitle(
