@@ -38,9 +38,9 @@ from transformers import TrainerCallback
 
 from pama_kernels.integrations import _trl_mixin, trl
 from pama_kernels.integrations.trl import PamaGRPOConfig, PamaGRPOTrainer
+from pama_kernels.rules import NAMES
 
 RESULTS = Path(__file__).resolve().parent / "results"
-RULES = ("pama", "upgrad", "fixed", "softmin")
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def arguments() -> argparse.Namespace:
     defaults = Settings()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="name or folder of a causal model (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--rule", choices=RULES, help="default: the library's")
+    parser.add_argument("--rule", choices=tuple(NAMES), help="default: the library's")
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--steps", type=int, help=f"at most (default: {defaults.steps})")
     parser.add_argument("--kl-budget", type=float, default=defaults.kl_budget, help="nats per token")

@@ -21,7 +21,17 @@ from torch import Tensor
 from pama_kernels._solve import AveragedRule, solve_batch
 from pama_kernels._validate import check_choice
 from pama_kernels.advantages import combine_advantages, group_normalize
-from pama_kernels.rules import DEFAULT, Fixed, Pama, Rule, RuleLike, SoftMin, UPGrad, noon_of, resolve_rule
+from pama_kernels.rules import (
+    DEFAULT,
+    NAMES,
+    Pama,
+    Rule,
+    RuleLike,
+    SoftMin,
+    UPGrad,
+    noon_of,
+    resolve_rule,
+)
 from pama_kernels.statistics import ObjectiveStatistics
 
 # The rules by name, and the settings of each.
@@ -32,7 +42,6 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "softmin": ("weights_per", "temperature"),
     "paper": ("weights_per",),
 }
-_CLASSES: dict[str, type] = {"pama": Pama, "upgrad": UPGrad, "fixed": Fixed, "softmin": SoftMin}
 _NAMES = "|".join(("rule", "preference", "momentum", "normalize", *dict.fromkeys(sum(SETTINGS.values(), ()))))
 PAIRS_LOGGED_UP_TO = 8  # objectives; with more, only the pair with the strongest conflict is logged
 
@@ -49,7 +58,7 @@ def make_rule(rule: RuleLike, settings: Mapping[str, object]) -> Rule:
     if name is not None:
         check_choice("rule", name, tuple(SETTINGS))
     elif rule is None:
-        name = next(name for name, kind in _CLASSES.items() if isinstance(DEFAULT, kind))
+        name = next(name for name, known in NAMES.items() if isinstance(DEFAULT, type(known)))
     given = {key: value for key, value in settings.items() if value is not None}
     for key, value in given.items():
         if key not in SETTINGS.get(name or "", ()):
@@ -66,7 +75,8 @@ def make_rule(rule: RuleLike, settings: Mapping[str, object]) -> Rule:
             )
         made = Pama.paper(str(given["weights_per"]))
     else:
-        made = _CLASSES[name](**given)
+        kind: Callable[..., Rule] = type(NAMES[name])
+        made = kind(**given)
     if isinstance(made, (Pama, SoftMin)) and made.weights_per == "token":
         made = replace(made, weights_per="sequence")  # all tokens of a completion have the same advantages
     return made
