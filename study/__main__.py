@@ -1,9 +1,10 @@
-"""python -m study [PART ...] [--quick] [--report] [--out DIR] [--docs]
+"""python -m study [PART ...] [--quick] [--out FOLDER]   |   python -m study report
 
-Does PAMA align, and whose weights should it use? Every run leaves a CSV under DIR and is not repeated
-while it is there: stop at any time, start again, and it goes on. Parts: sweep (problems with a known
-front), theory (Theorems 1 and 2), language (a small language model); then the report: tables and pictures
-in DIR, with --docs also in docs/study.md and docs/images.
+Which rule for the weights? Parts: bandits, words, grpo (every rule at the same seeds and learning rates),
+theory (the theorems, and what is known of the rules), pretrained (a pretrained language model),
+sentiment_length (the paper's experiment in small). Each leaves one file of figures, FOLDER/<part>.csv.gz, run by
+run: stop at any time, start again, and it goes on. `report` writes the tables and pictures of docs/study.md
+and docs/study_appendix.md from the committed figures.
 """
 
 from __future__ import annotations
@@ -14,43 +15,46 @@ import sys
 import tempfile
 from pathlib import Path
 
-PARTS = ("sweep", "theory", "language")
+SIMULATED = ("bandits", "words", "grpo")
+PARTS = (*SIMULATED, "theory", "pretrained", "sentiment_length")
+HERE = Path(__file__).parent
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m study", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument(
-        "--quick", action="store_true", help="small: to see that it runs, in a folder of its own"
+        "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}, all by default; or report"
     )
-    parser.add_argument("--report", action="store_true", help="only draw and write what the logs say")
+    parser.add_argument("--quick", action="store_true", help="small, in a temporary folder: does it run?")
     parser.add_argument(
-        "--docs", action="store_true", help="only fill the documentation's tables and pictures"
+        "--out",
+        type=Path,
+        help="folder of the figures (default: study/local; the committed ones are in study/results)",
     )
-    parser.add_argument("--out", type=Path, help="folder of the logs (default: study/local)")
     arguments = parser.parse_args()
-    unknown = set(arguments.parts) - set(PARTS)
+    unknown = set(arguments.parts) - {*PARTS, "report"}
     if unknown:
-        parser.error(f"unknown part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; expected {', '.join(PARTS)} or report")
+    if "report" in arguments.parts:
+        from . import report
+
+        report.write(arguments.out or HERE / "results")
+        return
 
     import torch
 
     torch.set_num_threads(1)
-    quick = arguments.quick
-    out = arguments.out or (
-        Path(tempfile.gettempdir()) / "pama-study" if quick else Path(__file__).parent / "local"
-    )
-    report_only = arguments.report or arguments.docs
-    if not report_only:
-        for part in arguments.parts or PARTS:
-            module = importlib.import_module(f"{__package__}.{part}")
-            module.run(out / part, module.QUICK if quick else module.Budget())
-    if report_only or not arguments.parts:
-        from . import report
+    temporary = Path(tempfile.gettempdir()) / "pama-study"
+    folder = arguments.out or (temporary if arguments.quick else HERE / "local")
+    for part in arguments.parts or PARTS:
+        if part in SIMULATED:
+            from . import sweep
 
-        report.write(out, in_docs=arguments.docs)
+            sweep.run(part, folder / f"{part}.csv.gz", arguments.quick)
+        else:
+            importlib.import_module(f"{__package__}.{part}").run(folder, arguments.quick)
 
 
 if __name__ == "__main__":

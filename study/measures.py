@@ -1,4 +1,4 @@
-"""What the study measures: hypervolume, distance to a known front, stationarity, confidence intervals."""
+"""Intervals, paired differences, and what the theorems' experiments need: fronts and min-norm points."""
 
 from __future__ import annotations
 
@@ -14,32 +14,23 @@ from scipy.stats import t as student
 Array = NDArray[np.float64]
 
 
+def interval(values: Sequence[float] | Array) -> tuple[float, float]:
+    """Mean, and half the width of its 95% confidence interval (Student's t); NaN of fewer than two values."""
+    x = np.asarray(values, dtype=float)
+    if len(x) < 2:
+        return float(x.mean()) if len(x) else math.nan, math.nan
+    return float(x.mean()), float(student.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
+
+
+mean_interval = interval  # the name that other modules use
+
+
 def nondominated(points: ArrayLike) -> Array:
     """The points (K, N) that no other one weakly dominates, each once."""
     p = np.unique(np.asarray(points, dtype=float), axis=0)
     at_least = (p[:, None, :] >= p[None, :, :]).all(-1)
     better = (p[:, None, :] > p[None, :, :]).any(-1)
     return p[~(at_least & better).any(0)]
-
-
-def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
-    """Volume that is dominated by points (K, N) and dominates the reference point (N,). Exact, by slices."""
-    p = np.atleast_2d(np.asarray(points, dtype=float)) - np.asarray(reference, dtype=float)
-    return _volume(p[(p > 0).all(1)])
-
-
-def _volume(p: Array) -> float:
-    if not len(p):
-        return 0.0
-    if p.shape[1] == 1:
-        return float(p.max())
-    p = p[np.argsort(-p[:, -1])]  # from the top: between two heights, the points above count
-    heights = np.append(p[:, -1], 0.0)
-    volume = 0.0
-    for k in range(len(p)):
-        if heights[k] > heights[k + 1]:
-            volume += (heights[k] - heights[k + 1]) * _volume(nondominated(p[: k + 1, :-1]))
-    return volume
 
 
 def improvable(value: ArrayLike, vertices: ArrayLike) -> float:
@@ -64,20 +55,6 @@ def improvable(value: ArrayLike, vertices: ArrayLike) -> float:
     return float(-solution.fun)
 
 
-def front_of_two(vertices: ArrayLike) -> Array:
-    """The Pareto front of conv(vertices) (K, 2): its corners from left to right."""
-    corners: list[Array] = []
-    for point in sorted(nondominated(vertices), key=lambda q: q[0]):
-        while len(corners) > 1 and _turn(corners[-2], corners[-1], point) >= 0:
-            corners.pop()
-        corners.append(point)
-    return np.array(corners)
-
-
-def _turn(a: Array, b: Array, c: Array) -> float:
-    return float((b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0]))
-
-
 def min_norm(gram: ArrayLike) -> tuple[float, Array]:
     """min |sum_i c_i g_i| over the simplex, and c, from the Gram matrix (N, N): by quadprog, not by us."""
     g = np.asarray(gram, dtype=float)
@@ -92,11 +69,3 @@ def min_norm(gram: ArrayLike) -> tuple[float, Array]:
     c = np.clip(c, 0, None)
     c /= c.sum()
     return math.sqrt(max(float(c @ g @ c), 0.0) * top), c
-
-
-def mean_interval(values: Sequence[float] | Array) -> tuple[float, float]:
-    """Mean, and half the width of its 95% confidence interval (Student's t over seeds)."""
-    x = np.asarray(values, dtype=float)
-    if len(x) < 2:
-        return float(x.mean()), math.nan
-    return float(x.mean()), float(student.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))

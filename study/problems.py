@@ -1,285 +1,237 @@
-"""Problems of the broad sweep whose exact rewards, gradients and Pareto fronts are known.
+"""Simulated problems with exactly known rewards: bandits, and GRPO with groups of 8 and Bernoulli rewards.
 
-Each holds S independent runs (seeds) at once; tensors have the runs as their first axis.
+A run is one seed at one learning rate; all runs of a rule are trained at once, with the runs as the first
+axis R of every tensor (rate by rate, seed by seed within a rate). Random numbers are drawn for each seed and
+repeated over the rates, and are the same for every rule.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 import pama_kernels as pk
 
-from .measures import Array, nondominated
-
 
 class Batch(NamedTuple):
-    """What a policy did: `index` finds the log-probabilities (S, B, T) again."""
+    """One rollout of every run: B samples, for words of T tokens each."""
 
-    index: Tensor
-    old_logprobs: Tensor
-    advantages: Tensor  # (S, B, T, N), raw or whitened
-    mask: Tensor
-
-
-def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
-    """Each objective of each run (S, B, T, N) to mean 0 and deviation 1 over its valid tokens."""
-    return torch.stack([pk.masked_whiten(a, m) for a, m in zip(advantages, mask, strict=True)])
+    advantages: Tensor  # (R, B, N) or (R, B, T, N), normalised for each objective
+    raw: Tensor  # the same, centred but not scaled
+    variances: Tensor  # (R, B, N): the variance of the rewards in the sample's group
+    mask: Tensor | None = None  # (R, B, T)
+    present: Tensor | None = None  # (B, N), the same for every run: which rewards apply
 
 
-class Bandit:
-    """A softmax policy over K arms; an arm pays its row of `means` (S, K, N), plus noise.
-
-    What a policy can reach is the convex hull of the arms, so its Pareto front is known exactly.
-    """
-
-    batch = 64
-
-    def __init__(
-        self, means: Tensor, noise: str = "", scales: tuple[float, ...] = (), white: bool = True
-    ) -> None:
-        self.means, self.noise, self.white = means, noise, white
-        self.scales = means.new_tensor(scales or (1.0,) * means.shape[2])
-        self.logits = torch.zeros(means.shape[:2], requires_grad=True)
-        self.parameters = [self.logits]
-        self.representation: Tensor | None = None
-
-    @property
-    def objectives(self) -> int:
-        return self.means.shape[2]
-
-    def vertices(self, run: int) -> Array:
-        return nondominated(self.means[run].double().numpy())
-
-    def exact(self) -> Tensor:
-        """Expected rewards (S, N) in their own units, without the scales."""
-        return torch.einsum("sk,skn->sn", self.logits.softmax(-1), self.means)
-
-    def logprobs(self, batch: Batch) -> Tensor:
-        return self.logits.log_softmax(-1).gather(1, batch.index).unsqueeze(-1)
-
-    @torch.no_grad()
-    def rollout(self, generator: torch.Generator) -> Batch:
-        runs, _, n = self.means.shape
-        arms = torch.multinomial(self.logits.softmax(-1), self.batch, True, generator=generator)
-        rewards = self.means.gather(1, arms.unsqueeze(-1).expand(runs, self.batch, n))
-        if self.noise == "bernoulli":
-            rewards = (torch.rand(rewards.shape, generator=generator) < rewards).float()
-        elif self.noise == "normal":
-            rewards = rewards + torch.randn(rewards.shape, generator=generator)
-        rewards = (rewards * self.scales).unsqueeze(2)
-        mask = torch.ones(runs, self.batch, 1)
-        advantages = whiten(rewards, mask) if self.white else rewards - rewards.mean(1, keepdim=True)
-        index = Batch(arms, mask, advantages, mask)
-        return index._replace(old_logprobs=self.logprobs(index))
-
-    def fit_values(self, batch: Batch) -> None:
-        """The mean of the batch is the baseline: nothing to fit."""
-
-
-def sphere(runs: int, objectives: int, arms: int = 32, seed: int = 0) -> Tensor:
-    """Arms in random directions; a third at distance 1 from 0, so efficient, the others nearer."""
-    generator = torch.Generator().manual_seed(1000 * objectives + seed)
-    direction = -torch.rand(runs, arms, objectives, generator=generator).log()
-    direction = (direction / direction.sum(-1, keepdim=True)).sqrt()
-    radius = 0.1 + 0.7 * torch.rand(runs, arms, 1, generator=generator)
-    radius[:, : arms // 3] = 1.0
-    return radius * direction
-
-
-class Sequences:
-    """Words of a vocabulary of 8, up to 12 of them, written by a network of one hidden layer.
-
-    The policy sees the position and the last word. Rewards: information, the sum of the worths of the
-    distinct words used (falling, 1/k, so that the front is curved); conciseness, 1 - length / 12; tone, a
-    mean of the words' tones, where the most informative words have the lowest. The value heads are tables.
-    """
-
-    words, longest, hidden, batch = 8, 12, 16, 64
-
-    def __init__(
-        self, runs: int, objectives: int, scales: tuple[float, ...] = (), white: bool = True, seed: int = 0
-    ) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        v, length, h = self.words, self.longest, self.hidden
-        self.runs, self.objectives, self.white = runs, objectives, white
-        self.scales = torch.tensor(scales or (1.0,) * objectives)
-        self.worth = 1 / torch.arange(1.0, v + 1)
-        self.worth /= self.worth.sum()
-        self.tone = torch.linspace(-1, 1, v)
-
-        def normal(*shape: int, scale: float) -> Tensor:
-            return (scale * torch.randn(runs, *shape, generator=generator)).requires_grad_()
-
-        self.previous, self.position = normal(v + 1, h, scale=0.5), normal(length, h, scale=0.5)
-        self.out, self.bias = normal(h, v + 1, scale=0.3), normal(v + 1, scale=0.0)
-        self.parameters = [self.previous, self.position, self.out, self.bias]
-        self.representation: Tensor | None = None
-        self.values = torch.zeros(runs, length * (v + 1), objectives)
-        self._front: Array | None = None
-
-    def log_policy(self) -> Tensor:
-        """(S, positions, last word, next word) log-probabilities; the last next word ends the sequence."""
-        hidden = torch.tanh(self.position.unsqueeze(2) + self.previous.unsqueeze(1))
-        self.representation = hidden
-        return (hidden @ self.out.unsqueeze(1) + self.bias[:, None, None]).log_softmax(-1)
-
-    def logprobs(self, batch: Batch) -> Tensor:
-        flat = self.log_policy().flatten(1)
-        return flat.gather(1, batch.index.flatten(1)).view(batch.mask.shape) * batch.mask
-
-    def score(self, words: Tensor, mask: Tensor) -> Tensor:
-        """(..., N) of words (..., T), where those of mask (..., T) were written and `self.words` ends."""
-        used = (words[..., None] == torch.arange(self.words)) & mask.bool()[..., None]
-        length = used.sum((-1, -2))
-        tones = (used.sum(-2) * self.tone).sum(-1) / self.longest
-        rewards = ((used.any(-2) * self.worth).sum(-1), 1 - length / self.longest, (1 + tones) / 2)
-        return torch.stack(rewards[: self.objectives], -1)
-
-    @torch.no_grad()
-    def rollout(self, generator: torch.Generator) -> Batch:
-        s, b, v = self.runs, self.batch, self.words
-        table = self.log_policy()
-        last = torch.full((s, b), v)
-        alive = torch.ones(s, b)
-        words, contexts, masks = [], [], []
-        for t in range(self.longest):
-            p = table[:, t].exp().gather(1, last.unsqueeze(-1).expand(s, b, v + 1))
-            # A uniform number against the cumulative sum.
-            x = torch.rand(s, b, 1, generator=generator)
-            chosen = (p.cumsum(-1) < x).sum(-1).clamp(max=v)
-            contexts.append(t * (v + 1) + last)
-            words.append(chosen)
-            masks.append(alive)
-            alive = alive * (chosen < v)
-            last = torch.where(chosen < v, chosen, last)
-        actions, context, mask = torch.stack(words, 2), torch.stack(contexts, 2), torch.stack(masks, 2)
-        index = context * (v + 1) + actions
-        old = table.flatten(1).gather(1, index.flatten(1)).view(s, b, -1) * mask
-        rewards = torch.zeros(s, b, self.longest, self.objectives)
-        final = mask.sum(-1).long() - 1
-        at = final[..., None, None].expand(s, b, 1, self.objectives)
-        rewards.scatter_(2, at, (self.score(actions, mask) * self.scales).unsqueeze(2))
-        n = self.objectives
-        row = context.flatten(1).unsqueeze(-1).expand(s, b * self.longest, n)
-        values = self.values.gather(1, row).view(rewards.shape)
-        flat = [x.flatten(0, 1) for x in (rewards, values, mask)]
-        advantages, returns = pk.multi_objective_gae(*flat, gamma=1.0, lam=0.95)
-        advantages = advantages.view(rewards.shape)
-        self._returns, self._row = returns.view(s, -1, n), row
-        if self.white:
-            advantages = whiten(advantages, mask)
-        return Batch(index, old, advantages, mask)
-
-    def fit_values(self, batch: Batch) -> None:
-        """Moves every visited table entry half way to the mean of its returns."""
-        m = batch.mask.flatten(1).unsqueeze(-1)
-        total = torch.zeros_like(self.values).scatter_add_(1, self._row, self._returns * m)
-        count = torch.zeros_like(self.values).scatter_add_(1, self._row, m.expand_as(self._returns))
-        self.values += torch.where(count > 0, 0.5 * (total / count.clamp(min=1) - self.values), 0.0)
-
-    def exact(self) -> Tensor:
-        """Expected rewards (S, N) of the policy, differentiable: by passing probabilities forward.
-
-        The chance that a word is never used is that of ending in the same process without it.
-        """
-        s, v = self.runs, self.words
-        policy = self.log_policy().exp()
-        start = torch.zeros(v + 1)
-        start[v] = 1
-        alive = start.expand(s, v + 1)
-        without = start.expand(s, v, v + 1)  # (S, word left out, last word)
-        allowed = 1 - torch.eye(v)
-        never: Tensor = torch.zeros(s, v)
-        length, tone = torch.zeros(s), torch.zeros(s)
-        for t in range(self.longest):
-            step = torch.einsum("sp,spk->sk", alive, policy[:, t])
-            steps = torch.einsum("swp,spk->swk", without, policy[:, t])
-            never = never + steps[..., v]
-            length = length + step[:, :v].sum(-1)
-            tone = tone + (step[:, :v] * self.tone).sum(-1)
-            alive = torch.cat([step[:, :v], torch.zeros(s, 1)], 1)
-            without = torch.cat([steps[..., :v] * allowed, torch.zeros(s, v, 1)], 2)
-        never = never + without.sum(-1)
-        rewards = (
-            ((1 - never) * self.worth).sum(-1),
-            1 - length / self.longest,
-            (1 + tone / self.longest) / 2,
-        )
-        return torch.stack(rewards[: self.objectives], -1)
-
-    def vertices(self, run: int = 0) -> Array:
-        """The same for all runs."""
-        if self._front is None:
-            self._front = nondominated(self._best())
-        return self._front
-
-    def _best(self) -> list[tuple[float, ...]]:
-        """Best rewards of every set of words at every length: all further copies are of the best tone."""
-        points = []
-        for size in range(self.words + 1):
-            for chosen in itertools.combinations(range(self.words), size):
-                some = torch.tensor(chosen, dtype=torch.long)
-                worth, tone = float(self.worth[some].sum()), float(self.tone[some].sum())
-                best = float(self.tone[some].max()) if size else 0.0
-                for length in range(size, self.longest + 1 if size else 1):
-                    total = tone + (length - size) * best
-                    point = (worth, 1 - length / self.longest, (1 + total / self.longest) / 2)
-                    points.append(point[: self.objectives])
-        return points
-
-
-Problem = Bandit | Sequences
-
-
-class Spec(NamedTuple):
-    """A problem by its name: what it is made of."""
-
-    kind: str
+class Problem(Protocol):
     objectives: int
-    options: Mapping[str, object] = MappingProxyType({})
-    grids: bool = False  # preferences on a grid, too
+    runs: int
+
+    def rollout(self) -> Batch: ...
+
+    def update(self, combined: Tensor) -> None:
+        """The optimiser's steps on combined advantages (R, B) or (R, B, T) of the last rollout."""
+
+    def normalise(self, combined: Tensor) -> Tensor:
+        """Combined raw advantages of the last rollout, normalised as one reward's would be."""
+
+    def batch_gram(self) -> Tensor:
+        """(R, N, N) of the parameter gradients of the last rollout's objectives: batch MGDA's."""
+
+    def block_gram(self) -> Tensor:
+        """(R, N, N) of the gradients by the shared representation, sample by sample: MGDA-UB's."""
+
+    def exact_gram(self) -> Tensor:
+        """(R, N, N) of the gradients of the expected rewards, in the scale of the advantages."""
+
+    def value(self) -> tuple[Tensor, Tensor]:
+        """Expected rewards (R, N), and KL to the start policy in nats a sequence (R,)."""
 
 
-SPECS = {
-    "three-arms": Spec("three-arms", 2),
-    "bandit-2": Spec("sphere", 2, grids=True),
-    "bandit-3": Spec("sphere", 3),
-    "bandit-4": Spec("sphere", 4),
-    "bandit-8": Spec("sphere", 8),
-    "bandit-16": Spec("sphere", 16),
-    "bandit-2-noisy": Spec("sphere", 2, {"noise": "normal"}),
-    "bandit-2-raw": Spec("sphere", 2, {"white": False}),
-    "bandit-2-raw-10": Spec("sphere", 2, {"white": False, "scales": (10.0, 1.0)}),
-    "bandit-2-raw-100": Spec("sphere", 2, {"white": False, "scales": (100.0, 1.0)}),
-    "bandit-dead": Spec("dead", 3),
-    "bandit-solved": Spec("solved", 3, {"noise": "bernoulli"}),
-    "words-2": Spec("words", 2, grids=True),
-    "words-3": Spec("words", 3),
-    "words-2-raw": Spec("words", 2, {"white": False}),
-    "words-2-raw-10": Spec("words", 2, {"white": False, "scales": (10.0, 1.0)}),
-    "words-2-raw-100": Spec("words", 2, {"white": False, "scales": (100.0, 1.0)}),
-}
+class Adam:
+    """Adam with its own learning rate for each run."""
+
+    def __init__(self, parameters: Sequence[Tensor], rates: Tensor) -> None:
+        self.parameters, self.rates, self.steps = parameters, rates, 0
+        self.first = [torch.zeros_like(x) for x in parameters]
+        self.second = [torch.zeros_like(x) for x in parameters]
+
+    @torch.no_grad()
+    def ascend(self, gradients: Sequence[Tensor]) -> None:
+        self.steps += 1
+        one, two = 1 - 0.9**self.steps, 1 - 0.999**self.steps
+        for x, m, v, g in zip(self.parameters, self.first, self.second, gradients, strict=True):
+            m.lerp_(g, 0.1)
+            v.lerp_(g.square(), 0.001)
+            rate = self.rates.view(-1, *(1,) * (x.dim() - 1))
+            x += rate * (m / one) / ((v / two).sqrt() + 1e-8)
 
 
-def build(name: str, runs: int, seed: int = 0) -> Problem:
-    """S runs of a problem; `seed` draws its arms or its first parameters."""
-    kind, n, options = SPECS[name][:3]
-    if kind == "words":
-        return Sequences(runs, n, seed=seed, **options)  # type: ignore[arg-type]
-    if kind == "three-arms":
-        means = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]).expand(runs, 3, 2)
-    elif kind == "dead":  # the third objective pays the same everywhere
-        means = torch.cat([sphere(runs, 2, seed=seed), torch.full((runs, 32, 1), 0.5)], 2)
-    elif kind == "solved":  # nearly every arm succeeds in the third
-        generator = torch.Generator().manual_seed(seed)
-        third = 0.95 + 0.05 * torch.rand(runs, 32, 1, generator=generator)
-        means = torch.cat([sphere(runs, 2, seed=seed), third], 2)
-    else:
-        means = sphere(runs, n, seed=seed)
-    return Bandit(means.contiguous(), **options)  # type: ignore[arg-type]
+@dataclass(frozen=True)
+class Answers:
+    """What a problem of prompts and answers is made of.
+
+    Every prompt has `answers` possible ones. A reward of an answer is a Bernoulli variable whose logit is
+    linear in the prompt's features, with pairwise `correlation` between the objectives; the offset is such
+    that the start policy, uniform, has the success rates `start`. 1.0 is a saturated reward.
+    """
+
+    start: tuple[float, ...]
+    correlation: float = 0.0
+    spread: float = 2.0  # deviation of the logits over answers
+    same: tuple[int, int] | None = None  # (i, j): reward j is reward i once more
+    tasks: tuple[tuple[int, ...], ...] = ()  # objective i exists only at prompts p with p % len(tasks) in it
+    answers: int = 16
+    features: int = 4
+    prompts: int = 48
+    drawn: int = 16  # prompts of a step
+    group: int = 8
+
+    def tables(self, seeds: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Success rates (S, P, K, N) and features (S, P, D), the first of which is 1."""
+        n = len(self.start)
+        x = torch.randn(seeds, self.prompts, self.features, generator=generator)
+        x[..., 0] = 1.0
+        x /= x.norm(dim=-1, keepdim=True)
+        base = torch.randn(seeds, self.features, self.answers, n, generator=generator)
+        mixing = torch.full((n, n), self.correlation).fill_diagonal_(1.0)
+        base = base @ torch.linalg.cholesky(mixing).mT
+        logits = self.spread * torch.einsum("spd,sdkn->spkn", x, base)
+        low, high = torch.full((seeds, n), -30.0), torch.full((seeds, n), 30.0)
+        for _ in range(60):  # bisection for the offsets
+            middle = (low + high) / 2
+            above = (logits + middle[:, None, None]).sigmoid().mean((1, 2)) > torch.tensor(self.start)
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        success = (logits + low[:, None, None]).sigmoid()
+        success[..., torch.tensor(self.start) == 1.0] = 1.0
+        if self.same:
+            success[..., self.same[1]] = success[..., self.same[0]]
+        return success, x
+
+
+@dataclass(frozen=True)
+class Bandit:
+    """A bandit of 32 arms in random directions of N objectives, a third of them efficient."""
+
+    objectives: int
+    noise: float = 0.0  # deviation of normal noise on the rewards
+    scales: tuple[float, ...] = ()  # of the rewards in training; measured without
+    answers: int = 32
+    group: int = 64
+    drawn: int = 1
+
+    def tables(self, seeds: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Mean rewards (S, 1, K, N), and one constant feature."""
+        n = self.objectives
+        direction = -torch.rand(seeds, self.answers, n, generator=generator).log()
+        direction = (direction / direction.sum(-1, keepdim=True)).sqrt()
+        radius = 0.1 + 0.7 * torch.rand(seeds, self.answers, 1, generator=generator)
+        radius[:, : self.answers // 3] = 1.0
+        return (radius * direction).unsqueeze(1), torch.ones(seeds, 1, 1)
+
+
+class Softmax:
+    """A softmax policy, linear in the features of the prompts, on tables of rewards."""
+
+    def __init__(self, spec: Answers | Bandit, seeds: int, rates: Sequence[float]) -> None:
+        self.spec, self.seeds, self.repeats = spec, seeds, len(rates)
+        self.generator = torch.Generator().manual_seed(0)
+        self.table, self.features = (self._repeat(x) for x in spec.tables(seeds, self.generator))
+        self.runs, self.prompts, self.answers, self.objectives = self.table.shape
+        self.weights = torch.zeros(self.runs, self.features.shape[-1], self.answers)
+        self.adam = Adam([self.weights], torch.tensor(rates).repeat_interleave(seeds))
+        self.present = torch.ones(self.prompts, self.objectives)
+        if isinstance(spec, Answers) and spec.tasks:
+            task = torch.arange(self.prompts) % len(spec.tasks)
+            for i in range(self.objectives):
+                self.present[:, i] = torch.tensor([float(i in spec.tasks[t]) for t in task])
+
+    def _repeat(self, x: Tensor) -> Tensor:
+        return x.repeat(self.repeats, *(1,) * (x.dim() - 1))
+
+    def _uniform(self, *shape: int) -> Tensor:
+        return self._repeat(torch.rand(self.seeds, *shape, generator=self.generator))
+
+    def _policy(self, prompts: Tensor | None = None) -> Tensor:
+        x = self.features if prompts is None else self.features[:, prompts]
+        return torch.einsum("rpd,rdk->rpk", x, self.weights).softmax(-1)
+
+    def rollout(self) -> Batch:
+        spec, n = self.spec, self.objectives
+        p, g = spec.drawn, spec.group
+        self.drawn = torch.randperm(self.prompts, generator=self.generator)[:p]
+        self.policy = self._policy(self.drawn)
+        chosen = self.policy.cumsum(-1).unsqueeze(2) < self._uniform(p, g, 1)
+        self.chosen = chosen.sum(-1).clamp(max=self.answers - 1)  # (R, p, G)
+        at = self.chosen.unsqueeze(-1).expand(*self.chosen.shape, n)
+        rewards = self.table[:, self.drawn].gather(2, at)
+        if isinstance(spec, Answers):
+            coins = self._uniform(p, g, n)
+            if spec.same:
+                coins[..., spec.same[1]] = coins[..., spec.same[0]]
+            rewards = (coins < rewards).float()
+        else:
+            if spec.noise:
+                normal = torch.randn(self.seeds, p, g, n, generator=self.generator)
+                rewards = rewards + spec.noise * self._repeat(normal)
+            if spec.scales:
+                rewards = rewards * torch.tensor(spec.scales)
+        present = self.present[self.drawn].repeat_interleave(g, 0)
+        flat = rewards.flatten(1, 2).masked_fill(present == 0, torch.nan).flatten(0, 1)
+        shape = self.runs, p * g, n
+        self.advantages = pk.group_normalize(flat, group_size=g).view(shape)
+        raw = pk.group_normalize(flat, group_size=g, scale=False).view(shape)
+        variances = raw.view(self.runs, p, g, n).square().mean(2, keepdim=True).expand(-1, -1, g, -1)
+        self.deviation = raw.square().mean(1).sqrt()
+        absent = None if bool(present.all()) else present
+        return Batch(self.advantages, raw, variances.flatten(1, 2), present=absent)
+
+    def normalise(self, combined: Tensor) -> Tensor:
+        flat = combined.reshape(-1, 1)
+        return pk.group_normalize(flat, group_size=self.spec.group).view_as(combined)
+
+    def _gradients(self, advantages: Tensor) -> Tensor:
+        """(R, D, K, M) of advantages (R, B, M): means over the batch of A grad log pi."""
+        grouped = advantages.view(self.runs, *self.chosen.shape[1:], -1)
+        taken = torch.zeros(*self.policy.shape, grouped.shape[-1])
+        taken.scatter_add_(2, self.chosen.unsqueeze(-1).expand_as(grouped), grouped)
+        score = taken - self.policy.unsqueeze(-1) * grouped.sum(2).unsqueeze(2)
+        return torch.einsum("rpd,rpkm->rdkm", self.features[:, self.drawn], score) / advantages.shape[1]
+
+    def update(self, combined: Tensor) -> None:
+        """One step a rollout, as GRPO takes it by default: the ratio is 1 and nothing is clipped."""
+        self.adam.ascend([self._gradients(combined.unsqueeze(-1))[..., 0]])
+
+    def batch_gram(self) -> Tensor:
+        return gram(self._gradients(self.advantages))
+
+    def block_gram(self) -> Tensor:
+        """The representation is the logits of a sample: |e_a - pi|^2 = 1 - 2 pi_a + |pi|^2."""
+        square = 1 - 2 * self.policy.gather(2, self.chosen) + self.policy.square().sum(-1, keepdim=True)
+        weighted = self.advantages * square.flatten(1).unsqueeze(-1)
+        return torch.einsum("rbi,rbj->rij", weighted.double(), self.advantages.double())
+
+    def exact_gram(self) -> Tensor:
+        policy = self._policy()
+        centred = self.table - torch.einsum("rpk,rpkn->rpn", policy, self.table).unsqueeze(2)
+        score = policy.unsqueeze(-1) * centred * self.present[:, None]
+        exact = gram(torch.einsum("rpd,rpkm->rdkm", self.features, score))
+        scale = self.deviation.clamp(min=1e-6).double()
+        return exact / (scale.unsqueeze(1) * scale.unsqueeze(2))
+
+    def value(self) -> tuple[Tensor, Tensor]:
+        policy = self._policy()
+        each = torch.einsum("rpk,rpkn->rpn", policy, self.table)
+        rewards = (each * self.present).sum(1) / self.present.sum(0)
+        kl = (policy * (policy.clamp(min=1e-12) * self.answers).log()).sum(-1).mean(1)
+        return rewards, kl
+
+
+def gram(gradients: Tensor) -> Tensor:
+    """(R, N, N) in float64 of gradients (R, ..., N)."""
+    flat = gradients.flatten(1, -2).double()
+    return flat.mT @ flat

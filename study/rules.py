@@ -1,128 +1,142 @@
-"""The rules that the study compares, and their losses for several independent runs at once.
-
-A run is one seed. Tensors have the runs as their first axis: log-probabilities and masks are (S, B, T),
-advantages (S, B, T, N). Every run is one call of the library; only MGDA's gradients are taken for all runs
-together.
-"""
+"""The rules that the study compares. Every rule turns N advantages into one, by the library's call."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import pama_kernels as pk
 
+from .problems import Batch, Problem
+
 
 @dataclass(frozen=True)
 class Rule:
-    """One way to turn N advantages into one policy loss.
+    """`rule` makes a library rule (a new one for each run, as some have a state); `given` computes weights
+    (R, N) or (R, B, N) outside of it. `raw`: on advantages that are centred but not scaled."""
 
-    `gradients`: "mgda" takes the min-norm weights of the N full gradients, "mgda-ub" those of the
-    gradients by the shared representation, in place of what `rule` would choose.
-    """
-
-    name: str
     label: str
-    rule: pk.Pama | pk.UPGrad | pk.Fixed | pk.SoftMin
-    gradients: str = ""
-    preference: tuple[float, ...] | None = None
+    rule: Callable[[], Any] | None = None
+    given: Callable[[Batch, Problem], Tensor] | None = None
     momentum: float = 0.0
-    tuned_as: str = ""  # the rule whose learning rate this one takes; its own name if empty
-
-    def module(self, clip: float) -> pk.PamaLoss:
-        return pk.PamaLoss(
-            rule=self.rule, preference=self.preference, momentum=self.momentum, clip_range=clip
-        )
+    raw: bool = False
 
 
-RULES = [
-    Rule("fixed", "fixed, equal", pk.Fixed()),
-    Rule("cosines-r0", "Pama, cosines, 0", pk.Pama(regularization=0.0)),
-    Rule("cosines-r0.1", "Pama, cosines, 0.1", pk.Pama()),
-    Rule("cosines-r0.1-momentum", "Pama, cosines, 0.1, momentum", pk.Pama(), momentum=0.9),
-    Rule("scores-r0.1", "Pama, scores, 0.1", pk.Pama(bound="scores")),
-    Rule("upgrad", "UPGrad", pk.UPGrad()),
-    Rule("softmin", "SoftMin per sequence", pk.SoftMin()),
-    Rule("paper-batch", "the paper's, batch", pk.Pama.paper("batch")),
-    Rule("paper-token", "the paper's, token", pk.Pama.paper("token")),
-    Rule("mgda", "MGDA", pk.Fixed(), "mgda"),
-    Rule("mgda-ub", "MGDA-UB", pk.Fixed(), "mgda-ub"),
-]
-BY_NAME = {rule.name: rule for rule in RULES}
-SHARES = (0.05, 0.2, 0.35, 0.65, 0.8, 0.95)  # of the first of two objectives; 0.5 is the uniform preference
-GRIDS = {
-    name: [
-        replace(
-            BY_NAME[name],
-            name=f"{name}-p{share:g}",
-            label=f"{BY_NAME[name].label}, {share:g}",
-            preference=(share, 1 - share),
-            tuned_as=name,
-        )
-        for share in SHARES
-    ]
-    for name in ("fixed", "cosines-r0.1", "upgrad")
+class CovarianceTargets:
+    """CTWA (Lu & Jiang 2026, arXiv 2602.06869), as in the authors' code: the logarithm of a weight rises by
+    `rate` times what the running mean of the objective's correlation with the combined advantage lacks to
+    `target`. Theirs: rate 0.05, targets 0.08 to 0.15; weights are normalised here."""
+
+    def __init__(self, target: float = 0.1, rate: float = 0.05, keep: float = 0.9) -> None:
+        self.target, self.rate, self.keep = target, rate, keep
+        self.logits: Tensor | None = None
+        self.mean: Tensor | None = None
+
+    def __call__(self, statistics: pk.ObjectiveStatistics) -> Tensor:
+        covariance = statistics.covariance
+        if self.logits is None:
+            self.logits = torch.zeros(len(covariance), dtype=torch.float64)
+        weights = self.logits.softmax(0)
+        deviation = covariance.diagonal().sqrt() * (weights @ covariance @ weights).clamp(min=0).sqrt()
+        correlation = covariance @ weights / deviation.clamp(min=1e-12)
+        self.mean = correlation if self.mean is None else self.mean.lerp(correlation, 1 - self.keep)
+        self.logits = self.logits + self.rate * (self.target - self.mean).clamp(min=0)
+        return weights
+
+
+def variance_weights(batch: Batch, problem: Problem) -> Tensor:
+    """After DVAO (Jiang et al. 2026, arXiv 2605.25604): within each group, weights in proportion to the
+    variances of the rewards, on normalised advantages."""
+    total = batch.variances.sum(-1, keepdim=True)
+    return torch.where(total > 0, batch.variances / total.clamp(min=1e-12), 1 / problem.objectives)
+
+
+def min_norm(which: str, batch: Batch, problem: Problem) -> Tensor:
+    """MGDA on one of the problem's Gram matrices; an objective without a gradient takes no part."""
+    return mgda_weights(getattr(problem, which)())
+
+
+def mgda_weights(gram: Tensor) -> Tensor:
+    """Min-norm weights (R, N); an objective whose gradient is 0 gets none, unless all are."""
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    largest = diagonal.amax(-1, keepdim=True)
+    dead = torch.where((diagonal <= 1e-12 * largest) & (largest > 0), 1e6 * largest, 0.0)
+    return pk.min_norm_weights(gram + torch.diag_embed(dead)).weights
+
+
+def noon_scores() -> pk.Pama:
+    return pk.Pama(bound="scores", noon=True)
+
+
+def paper(weights_per: str) -> pk.Pama:
+    return pk.Pama.paper(weights_per)
+
+
+RULES: dict[str, Rule] = {
+    "fixed": Rule("Fixed (GDPO)", pk.Fixed),
+    "fixed-raw": Rule("Fixed, raw rewards (MORLHF)", raw=True),
+    "cosines-r0": Rule("Pama, cosines, 0", partial(pk.Pama, regularization=0.0)),
+    "cosines-r0.1": Rule("Pama, cosines, 0.1", pk.Pama),
+    "cosines-r0.1-momentum": Rule("Pama, cosines, 0.1, momentum", pk.Pama, momentum=0.9),
+    "scores-r0.1": Rule("Pama, scores, 0.1", partial(pk.Pama, bound="scores")),
+    "noon-scores-r0.1": Rule("Pama, scores, Noon, 0.1 (first edition)", noon_scores),
+    "upgrad": Rule("UPGrad", pk.UPGrad),
+    "softmin": Rule("SoftMin per sequence", pk.SoftMin),
+    "paper-batch": Rule("paper's rule per batch", partial(paper, "batch")),
+    "paper-token": Rule("paper's rule per token", partial(paper, "token")),
+    "mgda": Rule("MGDA, batch gradients", given=partial(min_norm, "batch_gram")),
+    "mgda-exact": Rule("MGDA, exact gradients", given=partial(min_norm, "exact_gram")),
+    "mgda-ub": Rule("MGDA-UB", given=partial(min_norm, "block_gram")),
+    "dvao": Rule("DVAO", given=variance_weights),
+    "ctwa": Rule("CTWA", CovarianceTargets),
+    "cosines-r0.1-raw": Rule("Pama, cosines, 0.1, raw rewards", pk.Pama, raw=True),
+    "upgrad-raw": Rule("UPGrad, raw rewards", pk.UPGrad, raw=True),
 }
+RAW_ONLY = ("cosines-r0.1-raw", "upgrad-raw")  # of the problem with rewards of different scales
 
 
-def rules(objectives: int, sequences: bool, grids: bool = False) -> list[Rule]:
-    """Those that make sense: a bandit has no shared representation."""
-    chosen = [rule for rule in RULES if sequences or rule.gradients != "mgda-ub"]
-    if grids and objectives == 2:
-        chosen += [rule for grid in GRIDS.values() for rule in grid]
-    return chosen
+class Combiner:
+    """One rule over the steps of all runs."""
 
+    def __init__(self, name: str, runs: int) -> None:
+        self.rule = RULES[name]
+        self.states: list[Any] = [None] * runs
+        if self.rule.momentum:
+            self.states = [
+                pk.PamaLoss(rule=self.rule.rule(), momentum=self.rule.momentum) for _ in range(runs)
+            ]
+        elif self.rule.rule is not None:
+            self.states = [self.rule.rule() for _ in range(runs)]
 
-class Losses:
-    """The losses of one rule over the steps of S runs."""
+    def __call__(self, batch: Batch, problem: Problem) -> tuple[Tensor, Tensor | None]:
+        """Combined advantages (R, B) or (R, B, T), and mean weights (R, N) where there are any."""
+        if self.rule.raw and self.rule.rule is None:
+            return problem.normalise(batch.raw.mean(-1)), None
+        advantages = batch.raw if self.rule.raw else batch.advantages
+        given = self.rule.given(batch, problem) if self.rule.given else None
+        combined, weights = [], []
+        for run, (state, own) in enumerate(zip(self.states, advantages, strict=True)):
+            mask = None if batch.mask is None else batch.mask[run]
+            options: dict[str, Any] = {"objective_mask": batch.present}
+            if given is not None:
+                options["weights"] = given[run].to(own.dtype)
+            elif self.rule.momentum:
+                options["weights"] = self._running(state, own, mask, batch.present)
+            else:
+                options["rule"] = state
+            out = pk.combine_advantages(own, mask, **options)
+            combined.append(out.advantages)
+            weights.append(out.weights.mean(0) if out.weights.dim() == 2 else out.weights)
+        return torch.stack(combined), torch.stack(weights)
 
-    def __init__(self, rule: Rule, runs: int, clip: float) -> None:
-        self.rule, self.clip = rule, clip
-        self.modules = [rule.module(clip) for _ in range(runs)]
-
-    def __call__(
-        self,
-        logprobs: Tensor,
-        old_logprobs: Tensor,
-        advantages: Tensor,
-        mask: Tensor,
-        parameters: Sequence[Tensor] = (),
-        representation: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The sum of the runs' losses (every run a mean over its own tokens), and the weights used (S, N)."""
-        given: Sequence[Tensor | None] = [None] * len(self.modules)
-        if self.rule.gradients:
-            each = objective_losses(logprobs, old_logprobs, advantages, mask, self.clip)
-            by_representation = self.rule.gradients == "mgda-ub" and representation is not None
-            given = list(gradient_weights(each, [representation] if by_representation else parameters))
-        tensors = zip(self.modules, given, logprobs, old_logprobs, advantages, mask, strict=True)
-        outputs = [module(*rest, weights=weights) for module, weights, *rest in tensors]
-        loss = torch.stack([out.loss for out in outputs]).sum()
-        return loss, torch.stack([mean_weights(out) for out in outputs])
-
-
-def mean_weights(out: pk.PamaLossOutput) -> Tensor:
-    """(N,)"""
-    return out.weights if out.weights.dim() == 1 else out.weights.mean(0)
-
-
-def objective_losses(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float
-) -> Tensor:
-    """The clipped loss of every objective of every run (S, N)."""
-    ratio = (logprobs - old_logprobs).exp().unsqueeze(-1)
-    g = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    return -(g * mask.unsqueeze(-1)).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1).unsqueeze(-1)
-
-
-def gradient_weights(losses: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-    """MGDA: min-norm weights (S, N) of the gradients of (S, N) losses by `inputs` (S, ...)."""
-    rows = []
-    for i in range(losses.shape[1]):
-        grads = torch.autograd.grad(losses[:, i].sum(), inputs, retain_graph=True)
-        rows.append(torch.cat([g.flatten(1) for g in grads], 1))
-    gradients = torch.stack(rows, 1).double()  # (S, N, P)
-    return pk.min_norm_weights(gradients @ gradients.mT).weights.to(losses.dtype)
+    @staticmethod
+    def _running(module: pk.PamaLoss, advantages: Tensor, mask: Tensor | None, present: Any) -> Tensor:
+        """Weights from the running mean of the statistics, at ratio 1."""
+        tokens = torch.ones(len(advantages), 1) if mask is None else mask
+        zero = torch.zeros_like(tokens)
+        return module(zero, zero, advantages, tokens, objective_mask=present).weights

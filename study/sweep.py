@@ -1,169 +1,180 @@
-"""The broad sweep: every rule on every problem with a known front, at learning rates tuned for each."""
+"""Every rule on every simulated problem, at the same seeds and learning rates for all rules."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import partial
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from . import store
-from .measures import improvable, min_norm
-from .problems import SPECS, Problem, build
-from .rules import Losses, Rule, rules
-from .store import Job, Rows
+from .measures import interval
+from .problems import Answers, Bandit, Problem, Softmax
+from .rules import RAW_ONLY, RULES, Combiner, mgda_weights
+from .store import FINAL, Row, Store
+from .words import Words
+
+Make = Callable[[int, Sequence[float]], Problem]
 
 
 @dataclass(frozen=True)
-class Budget:
-    """What every rule gets, whatever it is."""
+class Setting:
+    part: str
+    make: Make
+    rates: tuple[float, ...]
+    seeds: int = 16
+    steps: int = 120
+    raw_rules: bool = False
 
-    bandit_runs: int = 16
-    words_runs: int = 10
-    steps: int = 300
-    epochs: int = 2
-    clip: float = 0.2
-    halvings: int = 5  # logged: the start, the end, and half, a quarter ... of the steps
-    rates: tuple[float, ...] = (0.01, 0.03, 0.1)
-    problems: tuple[str, ...] = tuple(SPECS)
-
-    def runs(self, problem: str) -> int:
-        return self.words_runs if is_words(problem) else self.bandit_runs
-
-    def logged(self) -> set[int]:
-        return {0, *(self.steps >> i for i in range(self.halvings + 1))}
+    def rules(self) -> list[str]:
+        return [name for name in RULES if self.raw_rules or name not in RAW_ONLY]
 
 
-QUICK = Budget(
-    bandit_runs=4,
-    words_runs=4,
-    steps=32,
-    rates=(0.03, 0.1),
-    problems=("three-arms", "bandit-2", "bandit-3", "bandit-dead", "words-2"),
-)
-SEED, TUNING_SEED = 0, 1
-TUNED_ON = {False: "bandit-3", True: "words-2"}  # the problem whose scores choose a learning rate
+def _bandit(objectives: int, noise: float = 0.0, scales: tuple[float, ...] = ()) -> Setting:
+    spec = Bandit(objectives, noise, scales)
+    rates = 0.01, 0.03, 0.1, 0.3, 1.0
+    return Setting("bandits", lambda s, r: Softmax(spec, s, r), rates, raw_rules=bool(scales))
 
 
-def is_words(problem: str) -> bool:
-    return SPECS[problem].kind == "words"
+def _words(objectives: int) -> Setting:
+    return Setting("words", lambda s, r: Words(objectives, s, r), (0.003, 0.01, 0.03, 0.1, 0.3))
 
 
-def true_gradients(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Exact rewards (S, N) and Gram matrices (S, N, N) of their gradients: no clamp, clip or noise."""
-    value = problem.exact()
-    rows = []
-    for i in range(problem.objectives):
-        grads = torch.autograd.grad(
-            value[:, i].sum(), problem.parameters, retain_graph=True, allow_unused=True
-        )
-        rows.append(torch.cat([g.flatten(1) for g in grads if g is not None], 1))
-    gradients = torch.stack(rows, 1).double()
-    return value.detach(), gradients @ gradients.mT
+def _grpo(spec: Answers) -> Setting:
+    return Setting("grpo", lambda s, r: Softmax(spec, s, r), (0.01, 0.03, 0.1, 0.3, 1.0))
 
 
-def train(name: str, rule: Rule, rate: float, budget: Budget, seed: int) -> Rows:
-    """All runs of one rule at once; a row for each run at each logged step."""
-    torch.manual_seed(seed)
-    runs = budget.runs(name)
-    problem = build(name, runs, seed)
-    generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.Adam(problem.parameters, lr=rate)
-    losses = Losses(rule, runs, budget.clip)
-    n, logged = problem.objectives, budget.logged()
-    fronts = [problem.vertices(run) for run in range(runs)]
-    rows: Rows = []
-    total, jitter, count = torch.zeros(runs, n), torch.zeros(runs), 0
-    before: Tensor | None = None
-    first: Tensor | None = None
-    for step in range(budget.steps + 1):
-        if step in logged:
-            value, gram = true_gradients(problem)
-            largest = gram.diagonal(dim1=1, dim2=2).amax(-1).sqrt()
-            first = largest if first is None else first
-            for run in range(runs):
-                norm, _ = min_norm(gram[run].numpy())
-                row = {"seed": seed * runs + run, "step": step}
-                row |= {f"reward_{i}": x for i, x in enumerate(value[run].tolist())}
-                row["improvable"] = max(improvable(value[run].numpy(), fronts[run]), 0.0)
-                row["true_min_norm"] = norm / float(first[run])
-                row |= {
-                    f"weight_{i}": x / count if count else float("nan")
-                    for i, x in enumerate(total[run].tolist())
-                }
-                row["jitter"] = float(jitter[run]) / count if count else float("nan")
-                rows.append(row)
-            total.zero_()
-            jitter.zero_()
-            count = 0
-        if step == budget.steps:
-            break
-        batch = problem.rollout(generator)
-        for _ in range(budget.epochs):
-            logprobs = problem.logprobs(batch)
-            tensors = batch.old_logprobs, batch.advantages, batch.mask
-            loss, weights = losses(logprobs, *tensors, problem.parameters, problem.representation)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-        problem.fit_values(batch)
-        if before is not None:
-            jitter += (weights - before).abs().sum(-1) / 2
-        before = weights
-        total += weights
-        count += 1
+SETTINGS: dict[str, Setting] = {
+    "bandit-2": _bandit(2),
+    "bandit-3": _bandit(3),
+    "bandit-4": _bandit(4),
+    "bandit-8": _bandit(8),
+    "bandit-16": _bandit(16),
+    "bandit-3-noisy": _bandit(3, noise=1.0),
+    "bandit-3-scales": _bandit(3, scales=(10.0, 1.0, 0.1)),
+    "words-2": _words(2),
+    "words-3": _words(3),
+    "grpo-conflict": _grpo(Answers((0.5, 0.5, 0.5), -0.45, spread=4.0)),
+    "grpo-solved": _grpo(Answers((0.5, 0.95), -0.3)),
+    "grpo-saturated": _grpo(Answers((0.5, 0.5, 1.0), -0.3)),
+    "grpo-rare": _grpo(Answers((0.5, 0.03), -0.3)),
+    "grpo-redundant": _grpo(Answers((0.5, 0.5, 0.5), -0.4, same=(0, 1))),
+    "grpo-disjoint": _grpo(Answers((0.3, 0.5, 0.8), 0.0, tasks=((0,), (1,), (2,)))),
+    "held-out": _grpo(Answers((0.5, 0.95, 0.05, 0.5), -0.2, tasks=((0, 1, 2, 3), (0, 1, 2)))),
+}
+HELD_OUT = "held-out"  # run last, and looked at after everything else was fixed
+# For rules on normalised advantages bandit-3-scales is bandit-3 again, so it has no vote.
+VOTING = tuple(name for name in SETTINGS if name not in (HELD_OUT, "bandit-3-scales"))
+MOST_RATES = 9
+MEASURED_EVERY = 5  # steps between two measurements of batch MGDA's weights
+
+
+def train(problem_name: str, rule: str, rates: Sequence[float], setting: Setting) -> list[Row]:
+    """All seeds and rates of one rule at once: the final row of each run."""
+    problem = setting.make(setting.seeds, rates)
+    combine = Combiner(rule, problem.runs)
+    start, _ = problem.value()
+    sacrificed = torch.zeros(problem.runs)
+    weights_sum, distance, measured = torch.zeros(problem.runs, problem.objectives), 0.0, 0
+    weights: Tensor | None = None
+    for step in range(setting.steps):
+        batch = problem.rollout()
+        combined, weights = combine(batch, problem)
+        own = batch.raw if combine.rule.raw else batch.advantages
+        sacrificed += agreement(own, combined, batch.mask).amin(-1) < -1e-4
+        if weights is not None:
+            weights_sum += weights
+            if step % MEASURED_EVERY == 0 and not combine.rule.raw:
+                best = mgda_weights(problem.batch_gram())
+                distance = distance + (best - weights).abs().sum(-1) / 2
+                measured += 1
+        problem.update(combined)
+    value, kl = problem.value()
+    gains = value - start
+    balance = value.clamp(0.001, 1.0).log().mean(-1).exp()
+    rows: list[Row] = []
+    for run in range(problem.runs):
+        row: Row = {
+            "part": setting.part,
+            "problem": problem_name,
+            "rule": rule,
+            "rate": float(rates[run // setting.seeds]),
+            "seed": run % setting.seeds,
+            "step": FINAL,
+            "worst_gain": float(gains[run].min()),
+            "balance": float(balance[run]),
+            "kl": float(kl[run]),
+            "gain_per_kl": float(gains[run].mean() / kl[run]) if kl[run] > 1e-6 else math.nan,
+            "sacrifice": float(sacrificed[run]) / setting.steps,
+            "mgda_tv": float(distance[run]) / measured if isinstance(distance, Tensor) else math.nan,
+        }
+        row |= {f"gain_{i}": x for i, x in enumerate(gains[run].tolist())}
+        if weights is not None:
+            row |= {f"weight_{i}": x for i, x in enumerate((weights_sum[run] / setting.steps).tolist())}
+        rows.append(row)
     return rows
 
 
-def score(rows: Rows) -> float:
-    """What a learning rate is chosen by: the mean over runs of the geometric mean of the final rewards."""
-    last = max(row["step"] for row in rows)
-    final = [row for row in rows if row["step"] == last]
-    values = np.array([[x for key, x in row.items() if key.startswith("reward_")] for row in final])
-    return float(np.exp(np.log(values.clip(1e-6)).mean(1)).mean())
+def agreement(advantages: Tensor, combined: Tensor, mask: Tensor | None) -> Tensor:
+    """(R, N): Cov(A_j, Abar) over the valid tokens, over the deviation of A_j and the largest of all A_i.
+
+    Not over that of Abar: where the objectives cancel, Abar is rounding and its correlations are noise.
+    """
+    a, c = advantages.flatten(1, -2).double(), combined.flatten(1).double().unsqueeze(-1)
+    m = torch.ones_like(c) if mask is None else mask.flatten(1).double().unsqueeze(-1)
+    count = m.sum(1, keepdim=True)
+    a, c = (m * (x - (x * m).sum(1, keepdim=True) / count) for x in (a, c))
+    deviations = (a.square().sum(1) / count[:, 0]).sqrt()
+    scale = deviations * deviations.amax(-1, keepdim=True)
+    return torch.where(scale > 0, (a * c).sum(1) / count[:, 0] / scale.clamp(min=1e-12), 0.0)
 
 
-def tuning_path(out: Path, problem: str, rule: Rule, rate: float) -> Path:
-    return out / "tuning" / f"{problem}--{rule.name}--{rate:g}.csv"
+def edges(rows: Sequence[Row], problem: str) -> list[float]:
+    """Learning rates to add: beyond an edge at which some rule is best, by more than the paired interval over
+    seeds against the rate next to it."""
+    rates = sorted({row["rate"] for row in rows if row["problem"] == problem})
+    added = []
+    for edge, inner, factor in ((rates[0], rates[1], 1 / 3), (rates[-1], rates[-2], 3.0)):
+        for rule in RULES:
+            found = {
+                rate: {
+                    row["seed"]: row["balance"]
+                    for row in rows
+                    if (row["problem"], row["rule"], row["rate"]) == (problem, rule, rate)
+                }
+                for rate in rates
+            }
+            if not all(found.values()):
+                continue
+            means = {rate: np.mean(list(found[rate].values())) for rate in rates}
+            difference = [found[edge][seed] - found[inner][seed] for seed in found[edge]]
+            mean, half = interval(difference)
+            if max(means, key=lambda rate: means[rate]) == edge and mean > half:
+                added.append(float(f"{edge * factor:.1g}"))
+                break
+    return added
 
 
-def tuned_rate(out: Path, words: bool, rule: Rule, budget: Budget) -> float:
-    """The best of the rates for this rule, on other seeds than those that are reported."""
-    problem = TUNED_ON[words]
-    tuned = replace(rule, name=rule.tuned_as or rule.name)
-    scores = {rate: score(store.read(tuning_path(out, problem, tuned, rate))) for rate in budget.rates}
-    return max(scores, key=lambda rate: scores[rate])
-
-
-def tuning_jobs(out: Path, budget: Budget, words: bool) -> list[Job]:
-    name, short = TUNED_ON[words], replace(budget, halvings=0)
-    return [
-        (tuning_path(out, name, rule, rate), partial(train, name, rule, rate, short, TUNING_SEED))
-        for rule in rules(SPECS[name].objectives, words)
-        for rate in budget.rates
-    ]
-
-
-def final_jobs(out: Path, budget: Budget, words: bool) -> list[Job]:
-    def job(name: str, rule: Rule) -> Job:
-        def make() -> Rows:
-            rate = tuned_rate(out, words, rule, budget)
-            return [{"rate": rate} | row for row in train(name, rule, rate, budget, SEED)]
-
-        return out / name / f"{rule.name}.csv", make
-
-    return [
-        job(name, rule)
-        for name in budget.problems
-        if is_words(name) == words
-        for rule in rules(SPECS[name].objectives, words, SPECS[name].grids)
-    ]
-
-
-def run(out: Path, budget: Budget) -> None:
-    for words, title in ((False, "bandits"), (True, "words")):
-        store.run(tuning_jobs(out, budget, words), f"learning rates, {title}")
-        store.run(final_jobs(out, budget, words), f"broad sweep, {title}")
+def run(part: str, path: Path, quick: bool) -> None:
+    """The part's runs that are not there yet; the held-out problem is the last of its part."""
+    store = Store(path)
+    for name, setting in SETTINGS.items():
+        if setting.part != part:
+            continue
+        if quick:
+            setting = Setting(part, setting.make, setting.rates[1::2], 4, 40, setting.raw_rules)
+        rates = sorted({row["rate"] for row in store.rows if row["problem"] == name} | set(setting.rates))
+        while rates:
+            for rule in tqdm(setting.rules(), desc=f"{name}, {len(rates)} rates", mininterval=5.0):
+                left = [x for x in rates if not store.has(name, rule, x, setting.seeds - 1)]
+                if left:
+                    store.add(train(name, rule, left, setting))
+            more = [] if quick or len(rates) >= MOST_RATES else edges(store.rows, name)
+            if not more:
+                break
+            rates = sorted({*rates, *more})
+    store.finish()
