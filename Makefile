@@ -22,7 +22,7 @@ help:
 	@echo 'make test-gpu   what needs a GPU; make bench-gpu times it: docs/gpu.md'
 	@echo 'make lint       ruff, mypy, clang-format; make format mends what it can'
 	@echo 'make bench      the benchmarks; BENCH_ARGS are passed on'
-	@echo 'make study      does it align: every rule compared (hours, resumable; STUDY_ARGS=--quick: minutes)'
+	@echo 'make study      every rule on every problem, then a language model (an hour, resumable; STUDY_ARGS=--quick: minutes)'
 	@echo 'make dist       sdist and wheel'
 	@echo 'make clean      remove the virtual environment and everything built'
 

@@ -2,9 +2,9 @@
 
 Which rule for the weights? Parts: bandits, words, grpo (every rule at the same seeds and learning rates),
 theory (the theorems, and what is known of the rules), pretrained (a pretrained language model),
-sentiment_length (the paper's experiment in small). Each leaves one file of figures, FOLDER/<part>.csv.gz, run by
-run: stop at any time, start again, and it goes on. `report` writes the tables and pictures of docs/study.md
-and docs/study_appendix.md from the committed figures.
+sentiment_length (the paper's experiment in small). Each leaves one file of figures, FOLDER/<part>.csv.gz,
+run by run: stop at any time, start again, and it goes on. `report` writes the tables and pictures of
+docs/study.md and docs/study_appendix.md from the committed figures.
 """
 
 from __future__ import annotations

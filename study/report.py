@@ -1,0 +1,79 @@
+"""Writes the study's figures into docs/study.md and docs/study_appendix.md, and draws its pictures.
+
+Between `<!-- study:NAME -->` and `<!-- end -->` stands a table; between `<!--study NAME-->` and `<!---->` a
+figure. A name that is not known is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from . import pictures, tables
+from .criterion import selected
+from .figures import HELD_OUT, Figures
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = ("study.md", "study_appendix.md")
+
+
+def fill(text: str, found: Mapping[str, Callable[[], str]], figure: Callable[[str], str]) -> str:
+    """The page with its tables and figures replaced."""
+
+    def whole(match: re.Match[str]) -> str:
+        return f"<!-- study:{match[1]} -->\n{found[match[1]]()}\n<!-- end -->"
+
+    def single(match: re.Match[str]) -> str:
+        return f"<!--study {match[1]}-->{figure(match[1])}<!---->"
+
+    text = re.sub(r"<!-- study:(\S+) -->\n.*?<!-- end -->", whole, text, flags=re.DOTALL)
+    return re.sub(r"<!--study (\S+?)-->.*?<!---->", single, text)
+
+
+def figure(f: Figures, name: str) -> str:
+    """`selection`; `held-out`; `difference/PROBLEM/RULE/MEASURE`; `mean/PROBLEM/RULE/MEASURE`;
+    `theory/PROBLEM/RULE/max|min|share-negative` of its values."""
+    kind, *rest = name.split("/")
+    if kind == "selection":
+        return tables.selection(f)
+    if kind == "default":
+        rule = selected(f.verdicts(f.voting))
+        return tables.label(rule) if rule else "neither candidate"
+    if kind == "held-out":
+        texts = [f"{tables.label(v.rule)} {v.gain:+.3f}" for v in f.verdicts([HELD_OUT])]
+        return " and ".join(texts)
+    if kind == "difference":
+        problem, rule, measure = rest
+        text = tables.signed(f.difference(problem, rule, measure))
+        return "the same" if text == "same" else text.replace("**", "")
+    if kind == "mean":
+        problem, rule, measure = rest
+        return tables.number(f.mean(problem, rule, measure), 2)
+    if kind == "runs":
+        return f"{sum(len(rows) for rows in f.by_problem.values()):,}"
+    if kind == "theory":
+        problem, rule, what = rest
+        values = np.array(f.theory_values(problem, rule or None))
+        if not len(values):
+            return tables.MISSING
+        if what == "share-negative":
+            return f"{(values < -1e-6).mean():.0%}"
+        return f"{getattr(np, what)(values):.2g}"
+    raise KeyError(f"figure: unknown name {name!r}")
+
+
+def write(folder: Path) -> None:
+    found = Figures(folder)
+    if not found.by_problem:
+        raise SystemExit(f"no figures in {folder}: run `python -m study --out {folder}` first")
+    filled = tables.all_tables(found)
+    for name in PAGES:
+        page = DOCS / name
+        text = fill(page.read_text(encoding="utf-8"), filled, lambda key: figure(found, key))
+        page.write_text(text, encoding="utf-8")
+        print(f"wrote {page}")
+    pictures.draw(found, DOCS / "images")
+    print(tables.selection(found))
