@@ -45,25 +45,30 @@ class Difference:
 
 
 def paired(
-    rows: Sequence[Row], problem: str, rule: str, measure: str = "balance", rates: Sequence[float] = ()
+    rows: Sequence[Row],
+    problem: str,
+    rule: str,
+    measure: str = "balance",
+    rates: Sequence[float] = (),
+    baseline: str = BASELINE,
 ) -> Difference | None:
     """`rates`: only these; None where there are no runs of both rules."""
-    values: dict[str, dict[tuple[float, float], float]] = {rule: {}, BASELINE: {}}
+    values: dict[str, dict[tuple[float, float], float]] = {rule: {}, baseline: {}}
     for row in rows:
         if row["problem"] == problem and row["rule"] in values and row["step"] == FINAL:
             values[row["rule"]][row["seed"], row["rate"]] = row[measure]
     both = [
         key
         for key in values[rule]
-        if key in values[BASELINE]
+        if key in values[baseline]
         and (not rates or key[1] in rates)
-        and not math.isnan(values[rule][key] - values[BASELINE][key])
+        and not math.isnan(values[rule][key] - values[baseline][key])
     ]
     if not both:
         return None
     seeds = sorted({seed for seed, _ in both})
     each = [
-        float(np.mean([values[rule][key] - values[BASELINE][key] for key in both if key[0] == seed]))
+        float(np.mean([values[rule][key] - values[baseline][key] for key in both if key[0] == seed]))
         for seed in seeds
     ]
     mean, half = interval(each)

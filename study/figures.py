@@ -13,7 +13,7 @@ from .criterion import Difference
 from .measures import interval
 from .rules import RULES
 from .store import FINAL, Row
-from .sweep import HELD_OUT, SETTINGS, VOTING
+from .sweep import HELD_OUT, NO_VOTE, SETTINGS, VOTING
 
 PARTS = ("bandits", "words", "grpo")
 OTHERS = ("pretrained", "sentiment_length")
@@ -39,8 +39,8 @@ class Figures:
     @property
     def voting(self) -> list[str]:
         """The problems of the criterion: the held-out one is not among them."""
-        simulated = [name for name in VOTING if name in self.by_problem]
-        return simulated + [name for part in OTHERS for name in self.problems(part)]
+        others = [name for part in OTHERS for name in self.problems(part)]
+        return self.simulated + [p for p in others if set(self.rules(p)) & set(criterion.CANDIDATES)]
 
     @property
     def simulated(self) -> list[str]:
@@ -54,13 +54,24 @@ class Figures:
     def rates(self, problem: str) -> list[float]:
         return sorted({row["rate"] for row in self.by_problem[problem]})
 
+    def objectives(self, problem: str) -> int:
+        """A file has a column for each objective of its largest problem; the others' cells are empty."""
+        row = self.by_problem[problem][0]
+        names = (name for name in row if name.startswith("gain_") and name[5:].isdigit())
+        return sum(not np.isnan(row[name]) for name in names)
+
     def finals(self, problem: str, rule: str) -> list[Row]:
         return [row for row in self.by_problem[problem] if row["rule"] == rule]
 
     def difference(
-        self, problem: str, rule: str, measure: str = "balance", rates: Sequence[float] = ()
+        self,
+        problem: str,
+        rule: str,
+        measure: str = "balance",
+        rates: Sequence[float] = (),
+        baseline: str = criterion.BASELINE,
     ) -> Difference | None:
-        return criterion.paired(self.by_problem[problem], problem, rule, measure, rates)
+        return criterion.paired(self.by_problem[problem], problem, rule, measure, rates, baseline)
 
     def verdicts(self, problems: Sequence[str], measure: str = "balance") -> list[criterion.Verdict]:
         rows = [row for problem in problems for row in self.by_problem[problem]]
@@ -117,4 +128,4 @@ class Figures:
         ]
 
 
-__all__ = ["HELD_OUT", "OTHERS", "PARTS", "Figures"]
+__all__ = ["HELD_OUT", "NO_VOTE", "OTHERS", "PARTS", "Figures"]

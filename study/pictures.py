@@ -20,7 +20,7 @@ from .tables import label
 INK, GREY = "#222222", "#8a8a8a"
 SHOWN: dict[str, tuple[str, str]] = {  # rule: (colour, marker); the same in both pictures
     "fixed": ("#e07b00", "*"),
-    "fixed-raw": ("#8a8a8a", "x"),
+    "fixed-raw": ("#6f6f6f", "X"),
     "cosines-r0.1": ("#0a6ebd", "o"),
     "upgrad": ("#4b3fa7", "D"),
     "paper-token": ("#3c8d5a", "s"),
@@ -72,11 +72,18 @@ def draw(f: Figures, folder: Path) -> None:
         print(f"wrote {path}")
 
 
+def look(rule: str) -> dict[str, Any]:
+    """Fixed is wide and pale, so that it shows beneath rules that equal it."""
+    colour, marker = SHOWN[rule]
+    wide = {"lw": 4.5, "ms": 13, "alpha": 0.6} if rule == "fixed" else {"lw": 1.6, "ms": 6, "alpha": 0.95}
+    return {"color": colour, "marker": marker, "label": label(rule), "mec": "white", "mew": 0.6} | wide
+
+
 def rates(f: Figures) -> Any:
     """Final balance over the learning rate: means over seeds and their 95% intervals."""
     figure, axes = plt.subplots(2, 4, figsize=(15, 7), layout="constrained")
     for axis, problem in zip(axes.flat, CURVES, strict=True):
-        for rule, (colour, marker) in SHOWN.items():
+        for rule, (colour, _) in SHOWN.items():
             points = []
             for rate in f.rates(problem):
                 values = [row["balance"] for row in f.finals(problem, rule) if row["rate"] == rate]
@@ -84,8 +91,8 @@ def rates(f: Figures) -> Any:
                     points.append((rate, *interval(values)))
             if points:
                 x, mean, half = np.array(points).T
-                axis.fill_between(x, mean - half, mean + half, color=colour, alpha=0.12, lw=0)
-                axis.plot(x, mean, color=colour, marker=marker, ms=6, lw=1.7, label=label(rule))
+                axis.fill_between(x, mean - half, mean + half, color=colour, alpha=0.09, lw=0)
+                axis.plot(x, mean, **look(rule))
         axis.set(title=problem, xscale="log")
     for axis in axes[:, 0]:
         axis.set_ylabel("balance at the end")
@@ -102,11 +109,10 @@ def against_kl(f: Figures) -> Any:
     columns = len(PLANES) + len(models)
     figure, axes = plt.subplots(1, columns, figsize=(3.9 * columns, 4.4), layout="constrained", squeeze=False)
     for axis, problem in zip(axes[0], (*PLANES, *models), strict=True):
-        for rule, (colour, marker) in SHOWN.items():
+        for rule in SHOWN:
             points = _by_step(f, problem, rule) if problem in models else _by_rate(f, problem, rule)
             if points:
-                x, y = np.array(sorted(points)).T
-                axis.plot(x, y, color=colour, marker=marker, ms=6, lw=1.3, alpha=0.9, label=label(rule))
+                axis.plot(*np.array(points).T, **look(rule))
         axis.axhline(0, color=INK, lw=1)
         axis.set(title=problem, xlabel="KL to the start, nats")
     axes[0, 0].set_ylabel("gain of the reward that gains least")
@@ -129,5 +135,5 @@ def _means(rows: list[Row], by: str) -> list[tuple[float, float]]:
         found[row[by]].append(row)
     return [
         (float(np.mean([r["kl"] for r in some])), float(np.mean([r["worst_gain"] for r in some])))
-        for some in found.values()
+        for _, some in sorted(found.items())
     ]

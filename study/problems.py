@@ -142,6 +142,7 @@ class Softmax:
         self.generator = torch.Generator().manual_seed(0)
         self.table, self.features = (self._repeat(x) for x in spec.tables(seeds, self.generator))
         self.runs, self.prompts, self.answers, self.objectives = self.table.shape
+        self.scales = torch.tensor(getattr(spec, "scales", ()) or (1.0,) * self.objectives)
         self.weights = torch.zeros(self.runs, self.features.shape[-1], self.answers)
         self.adam = Adam([self.weights], torch.tensor(rates).repeat_interleave(seeds))
         self.present = torch.ones(self.prompts, self.objectives)
@@ -178,8 +179,7 @@ class Softmax:
             if spec.noise:
                 normal = torch.randn(self.seeds, p, g, n, generator=self.generator)
                 rewards = rewards + spec.noise * self._repeat(normal)
-            if spec.scales:
-                rewards = rewards * torch.tensor(spec.scales)
+            rewards = rewards * self.scales
         present = self.present[self.drawn].repeat_interleave(g, 0)
         flat = rewards.flatten(1, 2).masked_fill(present == 0, torch.nan).flatten(0, 1)
         shape = self.runs, p * g, n
@@ -215,13 +215,23 @@ class Softmax:
         weighted = self.advantages * square.flatten(1).unsqueeze(-1)
         return torch.einsum("rbi,rbj->rij", weighted.double(), self.advantages.double())
 
-    def exact_gram(self) -> Tensor:
+    def exact_gradients(self) -> Tensor:
+        """(R, D, K, N) of the expected rewards, in the scales of training."""
         policy = self._policy()
         centred = self.table - torch.einsum("rpk,rpkn->rpn", policy, self.table).unsqueeze(2)
-        score = policy.unsqueeze(-1) * centred * self.present[:, None]
-        exact = gram(torch.einsum("rpd,rpkm->rdkm", self.features, score))
-        scale = self.deviation.clamp(min=1e-6).double()
-        return exact / (scale.unsqueeze(1) * scale.unsqueeze(2))
+        score = policy.unsqueeze(-1) * centred * self.present[:, None] * self.scales
+        return torch.einsum("rpd,rpkm->rdkm", self.features, score)
+
+    def exact_gram(self) -> Tensor:
+        return scaled(gram(self.exact_gradients()), self.deviation)
+
+    def exact_cosines(self, combined: Tensor) -> Tensor:
+        """(R, N): of the expected rewards' gradients with the rollout's combined gradient, 0 without."""
+        step = self._gradients(combined.unsqueeze(-1)).flatten(1).double()
+        exact = self.exact_gradients().flatten(1, 2).double()
+        norms = step.norm(dim=1, keepdim=True) * exact.norm(dim=1)
+        inner = torch.einsum("rx,rxn->rn", step, exact)
+        return torch.where(norms > 1e-12, inner / norms.clamp(min=1e-12), 0.0)
 
     def value(self) -> tuple[Tensor, Tensor]:
         policy = self._policy()
@@ -235,3 +245,9 @@ def gram(gradients: Tensor) -> Tensor:
     """(R, N, N) in float64 of gradients (R, ..., N)."""
     flat = gradients.flatten(1, -2).double()
     return flat.mT @ flat
+
+
+def scaled(matrix: Tensor, deviation: Tensor) -> Tensor:
+    """A Gram matrix (R, N, N) in units of the deviations (R, N); 0 for an objective without any."""
+    inverse = torch.where(deviation > 1e-6, 1 / deviation.clamp(min=1e-6), 0.0).double()
+    return matrix * inverse.unsqueeze(1) * inverse.unsqueeze(2)

@@ -34,19 +34,23 @@ def fill(text: str, found: Mapping[str, Callable[[], str]], figure: Callable[[st
 
 
 def figure(f: Figures, name: str) -> str:
-    """`selection`; `held-out`; `difference/PROBLEM/RULE/MEASURE`; `mean/PROBLEM/RULE/MEASURE`;
-    `theory/PROBLEM/RULE/max|min|share-negative` of its values."""
+    """`selection`; `default`; `held-out`; `without/PROBLEM`; `runs`; `d/PROBLEM/RULE`, the difference to
+    Fixed in balance, or `d/PROBLEM/RULE/MEASURE`; `mean/PROBLEM/RULE/MEASURE`; `t/PROBLEM/RULE/WHAT`, of
+    the values of the theory part: max, min, mean, or negative, the share below 0."""
     kind, *rest = name.split("/")
     if kind == "selection":
         return tables.selection(f)
     if kind == "default":
         rule = selected(f.verdicts(f.voting))
         return tables.label(rule) if rule else "neither candidate"
+    if kind == "without":  # the mean gains without one problem
+        found = f.verdicts([name for name in f.voting if name != rest[0]])
+        return " and ".join(f"{v.gain:+.4f}" for v in found)
     if kind == "held-out":
         texts = [f"{tables.label(v.rule)} {v.gain:+.3f}" for v in f.verdicts([HELD_OUT])]
         return " and ".join(texts)
-    if kind == "difference":
-        problem, rule, measure = rest
+    if kind == "d":
+        problem, rule, measure = rest if len(rest) == 3 else (*rest, "balance")
         text = tables.signed(f.difference(problem, rule, measure))
         return "the same" if text == "same" else text.replace("**", "")
     if kind == "mean":
@@ -54,12 +58,12 @@ def figure(f: Figures, name: str) -> str:
         return tables.number(f.mean(problem, rule, measure), 2)
     if kind == "runs":
         return f"{sum(len(rows) for rows in f.by_problem.values()):,}"
-    if kind == "theory":
+    if kind == "t":
         problem, rule, what = rest
         values = np.array(f.theory_values(problem, rule or None))
         if not len(values):
             return tables.MISSING
-        if what == "share-negative":
+        if what == "negative":
             return f"{(values < -1e-6).mean():.0%}"
         return f"{getattr(np, what)(values):.2g}"
     raise KeyError(f"figure: unknown name {name!r}")

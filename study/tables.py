@@ -9,7 +9,7 @@ import numpy as np
 
 from . import theory
 from .criterion import CANDIDATES, Difference, selected
-from .figures import HELD_OUT, OTHERS, Figures
+from .figures import HELD_OUT, NO_VOTE, OTHERS, Figures
 from .measures import interval
 from .rules import RAW_ONLY, RULES
 
@@ -52,26 +52,30 @@ def mean_cell(values: Sequence[float], digits: int = 3) -> str:
 def verdict(f: Figures) -> str:
     """One line for each problem of the criterion: paired differences to Fixed."""
     rows = []
-    for problem in [*f.voting, HELD_OUT]:
+    without_vote = [name for name in NO_VOTE if name != "bandit-3-scales"]
+    for problem in [*f.voting, *without_vote]:
         if problem not in f.by_problem:
             continue
         cells = [signed(f.difference(problem, rule)) for rule in CANDIDATES]
+        first, second = CANDIDATES
+        cells.append(signed(f.difference(problem, second, baseline=first)))
         cells += [signed(f.difference(problem, rule, "worst_gain")) for rule in CANDIDATES]
         known = f.difference(problem, CANDIDATES[0]) or f.difference(problem, CANDIDATES[1])
         size = f"{known.seeds} x {known.rates}" if known else MISSING
-        name = f"{problem} (no vote)" if problem == HELD_OUT else problem
+        name = f"{problem} (no vote)" if problem in NO_VOTE else problem
         rows.append([name, size, *cells])
     found = f.verdicts(f.voting)
-    rows.append(["**mean of the voting problems**", "", *(f"{v.gain:+.4f}" for v in found), "", ""])
-    rows.append(
-        ["**worse on**", "", *(", ".join(v.failed) or "none" for v in found)]
-        + [", ".join(v.failed) or "none" for v in f.verdicts(f.voting, "worst_gain")]
-    )
+    worst = f.verdicts(f.voting, "worst_gain")
+    means = [f"{v.gain:+.4f}" for v in (*found, *worst)]
+    failed = [", ".join(v.failed) or "none" for v in (*found, *worst)]
+    rows.append(["**mean of the voting problems**", "", *means[:2], "", *means[2:]])
+    rows.append(["**worse on**", "", *failed[:2], "", *failed[2:]])
     names = [label(rule) for rule in CANDIDATES]
     header = [
         "problem",
         "seeds x rates",
         *(f"{n}: balance" for n in names),
+        "UPGrad less Pama: balance",
         *(f"{n}: worst gain" for n in names),
     ]
     return table(header, rows)
@@ -159,7 +163,7 @@ def best_rates(f: Figures) -> str:
 
 def objectives(f: Figures, problem: str) -> str:
     """Gains and weights of each objective of one problem, means over seeds and rates."""
-    n = sum(key.startswith("gain_") for key in f.by_problem[problem][0] if key != "gain_per_kl")
+    n = f.objectives(problem)
     rows = []
     for rule in f.rules(problem):
         cells = [mean_cell(f.each_seed(problem, rule, f"gain_{i}")) for i in range(n)]
@@ -173,22 +177,22 @@ def model(f: Figures, part: str) -> str:
     """A part with a language model: differences to Fixed, and the measures at the end."""
     found = []
     for problem in f.problems(part):
-        objectives = sum(key.startswith("gain_") and key[5:].isdigit() for key in f.by_problem[problem][0])
         rows = []
         for rule in f.rules(problem):
             compared = [
                 "" if rule == "fixed" else signed(f.difference(problem, rule, m))
                 for m in ("balance", "worst_gain")
             ]
-            gains = [mean_cell(f.each_seed(problem, rule, f"gain_{i}")) for i in range(objectives)]
+            gains = [mean_cell(f.each_seed(problem, rule, f"gain_{i}")) for i in range(f.objectives(problem))]
             digits = {"kl": 2, "gain_per_kl": 2, "sacrifice": 2, "mgda_tv": 2}
             rest = [mean_cell(f.each_seed(problem, rule, m), d) for m, d in digits.items()]
             runs = str(len(f.finals(problem, rule)))
             rows.append([label(rule), *compared, *gains, *rest, runs])
-        gains = [f"gain {i + 1}" for i in range(objectives)]
+        gains = [f"gain {i + 1}" for i in range(f.objectives(problem))]
         header = ["rule", "balance to Fixed", "worst gain to Fixed", *gains, "KL", "gain per KL"]
         header += ["steps that sacrifice", "TV to batch MGDA", "runs"]
-        found.append(f"{problem}:\n\n{table(header, rows)}")
+        title = f"{problem}:\n\n" if len(f.problems(part)) > 1 else ""
+        found.append(title + table(header, rows))
     return "\n\n".join(found) or "Not run yet."
 
 
@@ -219,12 +223,26 @@ def theorem_2(f: Figures, problem: str) -> str:
     return table(["weights", *header, "least slack", "promised in all"], rows)
 
 
+def first_order(f: Figures) -> str:
+    rows = []
+    for rule in theory.FIRST_ORDER_RULES:
+        cells = [
+            mean_cell(f.theory_values(f"first-order-{problem}-{kind}", rule), 2)
+            for problem in theory.FIRST_ORDER
+            for kind in ("sample", "exact", "early")
+        ]
+        rows.append([label(rule), *cells])
+    kinds = ("in the rollout", "exact", "exact, first 20 steps")
+    return table(["rule", *(f"{p}, {kind}" for p in theory.FIRST_ORDER for kind in kinds)], rows)
+
+
 def all_tables(f: Figures) -> dict[str, Callable[[], str]]:
     found: dict[str, Callable[[], str]] = {
         "verdict": lambda: verdict(f),
         "rules": lambda: rules(f),
         "best-rates": lambda: best_rates(f),
         "theorem-1": lambda: theorem_1(f),
+        "first-order": lambda: first_order(f),
     }
     for part in OTHERS:
         found[part] = lambda p=part: model(f, p)

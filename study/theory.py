@@ -18,8 +18,11 @@ from torch import Tensor
 import pama_kernels as pk
 
 from .measures import improvable, min_norm, nondominated
-from .problems import Bandit, gram
+from .problems import Bandit, Softmax, gram
+from .rules import Combiner
 from .store import FINAL, Row, Store
+from .sweep import SETTINGS
+from .sweep import agreement as falls
 
 PART = "theory"
 RULES = ("scores-r0", "scores-r0.1", "cosines-r0", "cosines-r0.1", "upgrad", "token-r0", "mgda", "fixed")
@@ -213,6 +216,34 @@ def live_group() -> list[Row]:
     return rows
 
 
+FIRST_ORDER = ("bandit-8", "grpo-conflict")
+FIRST_ORDER_RULES = ("fixed", "cosines-r0.1", "upgrad", "paper-token", "paper-batch", "mgda")
+
+
+def first_order(problem_name: str, rule: str, seeds: int, steps: int) -> list[Row]:
+    """Share of the steps in which some objective falls to first order: `sample` by the covariances of the
+    rollout that the weights are solved from, `exact` by the gradients of the expected rewards, `early` by
+    these in the first 20 steps. Rate 0.1."""
+    problem = SETTINGS[problem_name].make(seeds, [0.1])
+    assert isinstance(problem, Softmax)
+    combine = Combiner(rule, seeds)
+    shares = {kind: torch.zeros(seeds) for kind in ("sample", "exact", "early")}
+    early = min(20, steps)
+    for step in range(steps):
+        batch = problem.rollout()
+        combined, _ = combine(batch, problem)
+        shares["sample"] += (falls(batch.advantages, combined, None) < -1e-4).any(-1) / steps
+        exact = (problem.exact_cosines(combined) < -1e-4).any(-1)
+        shares["exact"] += exact / steps
+        shares["early"] += exact / early if step < early else 0.0
+        problem.update(combined)
+    return [
+        key(f"first-order-{problem_name}-{kind}", rule, seed) | {"value": float(values[seed])}
+        for kind, values in shares.items()
+        for seed in range(seeds)
+    ]
+
+
 def run(folder: Path, quick: bool) -> None:
     store = Store(folder / f"{PART}.csv.gz")
     count, seeds, steps = (20, 4, 64) if quick else (1000, 16, 2048)
@@ -220,6 +251,11 @@ def run(folder: Path, quick: bool) -> None:
     jobs["natural-gram", "", 1.0] = lambda: natural_gram(count)
     jobs["agreement-white", "fixed", 1.0] = lambda: agreement(count)
     jobs["live-group", "group", 1.0] = live_group
+    for problem in FIRST_ORDER:
+        for rule in FIRST_ORDER_RULES:
+            jobs[f"first-order-{problem}-exact", rule, 1.0] = lambda p=problem, r=rule: first_order(
+                p, r, seeds, min(steps, 120)
+            )
     for problem in PROBLEMS:
         for rule in RULES:
             for size in SIZES:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import pama_kernels as pk
 
-from .problems import Adam, Batch, gram
+from .problems import Adam, Batch, gram, scaled
 
 EPOCHS, CLIP = 2, 0.2
 
@@ -147,9 +147,8 @@ class Words:
 
     def exact_gram(self) -> Tensor:
         value, _ = self._exact()
-        scale = self.deviation.clamp(min=1e-6).double()
         exact = self._gram([value[:, i].sum() for i in range(self.objectives)])
-        return exact / (scale.unsqueeze(1) * scale.unsqueeze(2))
+        return scaled(exact, self.deviation)
 
     @torch.no_grad()
     def value(self) -> tuple[Tensor, Tensor]:
