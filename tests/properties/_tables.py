@@ -218,12 +218,12 @@ def view(s: pk.ObjectiveStatistics) -> Any:
 @contextmanager
 def under(weights: Tensor, optimum: Tensor, effective: Tensor) -> Iterator[None]:
     """The reference with these weights of the batch."""
-    solve = reference.batch_weights
-    reference.batch_weights = lambda *_: (weights, optimum, effective)
+    solve = reference.loss.batch_weights
+    reference.loss.batch_weights = lambda *_: (weights, optimum, effective)
     try:
         yield
     finally:
-        reference.batch_weights = solve
+        reference.loss.batch_weights = solve
 
 
 # --- whole calls -------------------------------------------------------------------------------------
