@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from _rough import close, results, rough
-from _tables import RULES, fits, loss_of, sizes, sums
+from _sums import sizes, sums
+from _tables import RULES, fits, loss_of
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import AGGREGATIONS, EPS32, EPS64, SUM_ERROR, make

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from _rough import UNIQUE, close, results, rough
-from _tables import BATCH, RULES, diagonal, loss_of, sizes, sums, weighting
+from _sums import sizes, sums
+from _tables import BATCH, RULES, diagonal, loss_of, weighting
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import AGGREGATIONS, EPS32, EPS64, FLOATS, SUM_ERROR, Problem, make, solution_error
