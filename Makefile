@@ -10,7 +10,7 @@ CXX_FILES := $(shell find csrc -name '*.[ch]pp' -o -name '*.inl' -o -name '*.cu'
 BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(CXX_FILES)
 
 .PHONY: help demo demo-quick mo-gym mo-gym-quick test test-full lint test-cpp test-python test-triton test-cuda
-.PHONY: test-integrations test-trl test-gpu bench bench-gpu study dist format clean
+.PHONY: test-integrations test-trl test-gpu bench bench-gpu docs study dist format clean
 
 help:
 	@echo 'make demo       align a pretrained language model with three conflicting rewards (minutes); demo-quick'
@@ -21,6 +21,7 @@ help:
 	@echo 'make test-trl   TRL'"'"'s own tests with our trainers in their place; from GitHub, or TRL_ARGS=CHECKOUT'
 	@echo 'make test-gpu   what needs a GPU; make bench-gpu times it: docs/gpu.md'
 	@echo 'make lint       ruff, mypy, clang-format; make format mends what it can'
+	@echo 'make docs       write the API reference in docs/*.md from the docstrings'
 	@echo 'make bench      the benchmarks; BENCH_ARGS are passed on'
 	@echo 'make study      every rule on every problem, then a language model (an hour, resumable; STUDY_ARGS=--quick: minutes)'
 	@echo 'make dist       sdist and wheel'
@@ -73,6 +74,10 @@ mo-gym: $(VENV)/gym.stamp
 
 mo-gym-quick: $(VENV)/gym.stamp
 	$(BIN)/python examples/mo_gymnasium_compare.py --quick
+
+# The reference in docs/*.md, from the docstrings.
+docs: $(VENV)/test.stamp
+	$(BIN)/python docs/generate_api.py
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)

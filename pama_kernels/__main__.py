@@ -12,16 +12,20 @@ PROGRAM = "python -m pama_kernels"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="Look before and while you train.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    options = parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (OSError, ValueError, ImportError) as error:
+        print(f"{PROGRAM} {options.command}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog=PROGRAM, description="Analyse rewards before and during training.")
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_add_info, _add_inspect, _add_plot):
         add(commands)
-    asked = parser.parse_args(arguments)
-    try:
-        return int(asked.run(asked))
-    except (OSError, ValueError, ImportError) as error:
-        print(f"{PROGRAM} {asked.command}: error: {error}", file=sys.stderr)
-        return 2
+    return made
 
 
 Commands = argparse._SubParsersAction  # argparse has no public name for it
@@ -34,15 +38,15 @@ def _add_info(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=_info)
 
 
-def _info(asked: argparse.Namespace) -> int:
+def _info(options: argparse.Namespace) -> int:
     from .tools import info
 
-    print(info.text(as_json=asked.json))
+    print(info.text(as_json=options.json))
     return 0
 
 
 def _add_inspect(commands: Commands[argparse.ArgumentParser]) -> None:
-    text = "several rewards before a training: which teach, which disagree, what each rule makes of them"
+    text = "several rewards before training: which vary, which conflict, and the effect of each rule"
     parser = commands.add_parser(
         "inspect",
         help=text,
@@ -56,51 +60,56 @@ def _add_inspect(commands: Commands[argparse.ArgumentParser]) -> None:
         "log_completions writes them",
     )
     parser.add_argument(
-        "--rewards", nargs="+", metavar="COLUMN", help="default: all numeric ones but counters and ids"
+        "--rewards", nargs="+", metavar="COLUMN", help="default: all numeric columns but counters and ids"
     )
     parser.add_argument(
-        "--group-size", type=int, metavar="N", help="completions of one prompt, which stand together"
+        "--group-size", type=int, metavar="N", help="completions per prompt, in adjacent rows"
     )
     parser.add_argument(
         "--group-column",
         metavar="COLUMN",
-        help="instead, what tells prompts apart; default: prompt or the like",
+        help="instead of --group-size, the column that identifies the prompt; default: one called prompt, "
+        "prompt_id, group, uid, input ...",
     )
     parser.add_argument(
-        "--step-column", metavar="COLUMN", help="rules solve for each step by itself; default: step, if there"
+        "--step-column",
+        metavar="COLUMN",
+        help="solve the rules for each step separately; default: step or global_step, if there is one",
     )
     parser.add_argument(
         "--preference", nargs="+", type=float, metavar="P", help="one number for each reward; default: equal"
     )
-    parser.add_argument("--plot", type=Path, metavar="PICTURE", help="also draw it: .png, .svg or .pdf")
+    parser.add_argument(
+        "--plot", type=Path, metavar="PICTURE", help="also draw the result: .png, .svg or .pdf"
+    )
     parser.set_defaults(run=_inspect)
 
 
-def _inspect(asked: argparse.Namespace) -> int:
+def _inspect(options: argparse.Namespace) -> int:
     from .tools.inspect import inspect_rewards
     from .tools.pictures import check_picture, draw_inspection
     from .tools.read import read_table
     from .tools.report import format_inspection
 
-    if asked.plot is not None:
-        check_picture(asked.plot)
+    if options.plot is not None:
+        check_picture(options.plot)
     found = inspect_rewards(
-        read_table(asked.file),
-        rewards=asked.rewards,
-        group_size=asked.group_size,
-        group_column=asked.group_column,
-        step_column=asked.step_column,
-        preference=asked.preference,
+        read_table(options.file),
+        rewards=options.rewards,
+        group_size=options.group_size,
+        group_column=options.group_column,
+        step_column=options.step_column,
+        preference=options.preference,
     )
     print(format_inspection(found))
-    if asked.plot is not None:
-        draw_inspection(found, asked.plot)
-        print(f"\nwrote {asked.plot}")
+    if options.plot is not None:
+        draw_inspection(found, options.plot)
+        print(f"\nwrote {options.plot}")
     return 0
 
 
 def _add_plot(commands: Commands[argparse.ArgumentParser]) -> None:
-    text = "a training: rewards, weights, covariances and conflicts in one picture"
+    text = "a training run in one picture: rewards, weights, covariances and conflicts"
     parser = commands.add_parser("plot", help=text, description=text)
     parser.add_argument(
         "run_path",
@@ -109,32 +118,37 @@ def _add_plot(commands: Commands[argparse.ArgumentParser]) -> None:
         help="TRL's output or checkpoint folder or trainer_state.json; a TensorBoard folder; the folder with "
         "Stable-Baselines3's progress.csv",
     )
-    parser.add_argument("--out", type=Path, default=Path("pama.png"), help="default: %(default)s")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("pama.png"),
+        help="the picture: .png, .svg or .pdf; default: %(default)s",
+    )
     parser.add_argument(
         "--watch",
         nargs="?",
         type=float,
         const=30.0,
         metavar="SECONDS",
-        help="draw again whenever the run has grown, looking every %(const)s seconds; end with Ctrl-C",
+        help="check for new data every %(const)s seconds and draw again; end with Ctrl-C",
     )
     parser.set_defaults(run=_plot)
 
 
-def _plot(asked: argparse.Namespace) -> int:
+def _plot(options: argparse.Namespace) -> int:
     from .tools.pictures import check_picture
     from .tools.plot import draw_run, watch
     from .tools.runs import read_run
 
-    check_picture(asked.out)
-    if asked.watch is None:
-        draw_run(read_run(asked.run_path), asked.out)
-        print(f"wrote {asked.out}")
+    check_picture(options.out)
+    if options.watch is None:
+        draw_run(read_run(options.run_path), options.out)
+        print(f"wrote {options.out}")
         return 0
-    if not asked.watch > 0:
-        raise ValueError(f"watch: expected seconds above 0, got {asked.watch}")
+    if not options.watch > 0:
+        raise ValueError(f"watch: expected seconds above 0, got {options.watch}")
     with contextlib.suppress(KeyboardInterrupt):
-        watch(asked.run_path, asked.out, asked.watch, lambda line: print(line, flush=True))
+        watch(options.run_path, options.out, options.watch, lambda line: print(line, flush=True))
     return 0
 
 

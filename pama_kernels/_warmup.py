@@ -32,7 +32,12 @@ OPTIONAL = ("old_logprobs", "ref_logprobs", "objective_mask", "importance_weight
 
 
 class CompiledKernels(NamedTuple):
-    """The number of kernels that were compiled or loaded from the disk cache, and the time it took."""
+    """The result of `compile_kernels`.
+
+    Attributes:
+        kernels: the number of kernels that were compiled, or loaded from the cache on disk.
+        seconds: the time that it took.
+    """
 
     kernels: int
     seconds: float
@@ -71,12 +76,13 @@ def compile_kernels(
             "packed-per-sequence" with `cu_seqlens`.
         rule: one rule, or several.
         preference: as in the calls.
-        logprobs_dtype, advantages_dtype, mask_dtype: dtypes of the tensors; `mask_dtype` None where there is
-            no mask. `advantages_dtype` is also that of rewards and values.
+        logprobs_dtype: of all log-probabilities and importance weights.
+        advantages_dtype: of advantages, rewards and values.
+        mask_dtype: of the mask; None where there is no mask.
         given: which optional arguments the calls will have: "old_logprobs" (leave it out if on-policy),
             "ref_logprobs" (with a `kl_coef`), "objective_mask", "importance_weights", "normalizer".
         aggregation: as in `pama_loss`.
-        group_size: of `group_normalize`; None if it is called with `group_ids`.
+        group_size: as in `group_normalize`; None if it is called with `group_ids`.
         merged: whether weights are solved from merged statistics: with a `process_group`, or in a `PamaLoss`
             with momentum.
         slices: also compile for tensors that are slices of larger ones, for example micro-batches. If tokens,
@@ -85,7 +91,7 @@ def compile_kernels(
         device: the GPU. On "cpu" there is nothing to compile.
 
     Returns:
-        `.kernels`, how many were compiled or loaded, and `.seconds`.
+        A `CompiledKernels`.
 
     Raises:
         RuntimeError: Triton cannot serve the device.

@@ -45,7 +45,15 @@ PAIRS_UP_TO = 16
 
 
 class CombinedAdvantages(NamedTuple):
-    """The result of `combine_advantages`."""
+    """The result of `combine_advantages`.
+
+    Attributes:
+        advantages: the combined advantage, in the dtype of the input and its shape without the last axis:
+            (B, T), (B,) or (M,); 0 where masked.
+        weights: (N,) per batch, (B, N) per sequence; with weights per token their mean (N,).
+        optimum: a.c, or c'Cc or c'Mc for rules on pairs of objectives; 0-d, or (B,) per sequence.
+        statistics: the `ObjectiveStatistics` of the batch, with the N x N ones for up to 16 objectives.
+    """
 
     advantages: Tensor
     weights: Tensor
@@ -87,34 +95,35 @@ def combine_advantages(
     Whiten or group-normalise advantages first: differences of scale that remain act as preferences.
 
     Args:
-        advantages: raw advantages A', objectives last: (B, T, N) per token, (B, N) per sequence, or
-            (M, N) flat. Any strides: an (N, B, T) array is passed as ``x.movedim(0, -1)``. With advantages
-            per sequence, the cost per token does not depend on N.
-        mask: (B, T) or (M,), non-zero at valid tokens. Masked values are ignored, including NaN.
+        advantages: raw advantages A', objectives last: (B, T, N) per token, (B, N) per sequence, or (M, N)
+            flat. Any strides: an (N, B, T) array is passed as ``x.movedim(0, -1)``. With advantages per
+            sequence, the cost per token does not depend on N.
+        mask: (B, T) or (M,), non-zero at valid tokens; None: all are valid. Masked values are ignored,
+            including NaN.
         rule: how the weights are chosen: `Pama`, `UPGrad`, `Fixed`, `SoftMin`, their names in lower case, or
             a function of `ObjectiveStatistics` that returns weights (N,). None: `Pama()`.
-        preference: N non-negative numbers, normalised: the weights where the statistics do not decide.
-            Uniform by default.
-        weights: given weights (N,) or (B, N), used as they are, instead of a rule's.
-        objective_mask: (B, N), or (M, N) when flat: zero where an objective does not apply. A token's weights
-            are divided by the preference of the objectives present there, so that a completion to which one
-            objective applies keeps its whole advantage.
-        logprobs, old_logprobs, clip_range: with log-probabilities, the bound term is 0 where the policy has
-            already moved out of the clip range; without them the ratio is 1. Beyond a log ratio of 20 the
-            ratio is clamped.
-        aggregation: of the loss that follows, as in `pama_loss`; "seq-mean-token-mean" weights every token in
-            the statistics by one over the valid tokens of its sequence.
+        preference: p, N non-negative numbers, normalised: the weights that "fixed" uses and the other rules
+            are regularised towards. None: uniform.
+        weights: given weights (N,) or (B, N), used unchanged instead of the rule's.
+        objective_mask: (B, N), or (M, N) where flat: zero where an objective does not apply. A token's
+            weights are divided by the sum of the preferences of the objectives present there, so that a
+            completion to which one objective applies keeps its whole advantage. None: all apply.
+        logprobs: (B, T) or (M,), of the current policy. With log-probabilities, the bound term is 0 where the
+            policy has already left the clip range; without them the ratio is 1.
+        old_logprobs: (B, T) or (M,), of the policy that sampled the batch. The log ratio is clamped to
+            [-20, 20].
+        clip_range: eps, or (eps_low, eps_high), of the loss that follows; required with `old_logprobs`.
+        aggregation: of the loss that follows: "token-mean", "seq-mean-token-sum" or "seq-mean-token-mean".
+            The last one weights every token in the statistics by one over the valid tokens of its sequence.
         normalize: divide the result by its root mean square over the batch, as GDPO does.
-        cu_seqlens: B + 1 offsets of packed sequences in flat tensors.
+        cu_seqlens: (B + 1,) int32 or int64, the offsets of packed sequences in flat tensors.
         process_group: solve one set of weights over all ranks of the group, by one all-reduce (rules per
             batch only). All ranks get bitwise equal weights. `normalize` needs a second all-reduce if the
             rule has `noon=True` or an `objective_mask` is given.
 
     Returns:
-        `.advantages` in the dtype of the input and its shape without the last axis, 0 where masked ((B, T) or
-        (M,) where weights per token depend on `logprobs`); `.weights` (N,), per sequence (B, N), per token
-        their mean (N,); `.optimum`, the value of a.c or c'Mc; `.statistics`, with the N x N ones for up to 16
-        objectives; `.metrics(names)`.
+        A `CombinedAdvantages`. Its `.advantages` replace the trainer's own. With advantages (B, N) they are
+        (B,), except where weights per token depend on `logprobs`: then they are (B, T), or (M,) if packed.
 
     A sequence or batch without a valid token gets the preference as weights and 0 as advantage. A NaN or
     infinity at a valid token makes the weights and advantages that depend on it NaN.
@@ -215,10 +224,12 @@ def multi_objective_gae(
     """Generalised advantage estimation for N value heads at once.
 
     Args:
-        rewards, values: (B, T, N); `values` are those of the state in which the action was taken.
+        rewards: (B, T, N).
+        values: (B, T, N), of the state in which the action was taken.
         mask: (B, T), non-zero where a step counts; masked steps are skipped: the next value of a step is that
             of the next valid step.
-        gamma, lam: discount and GAE parameter, both in [0, 1]; floats or 0-d tensors.
+        gamma: discount factor in [0, 1].
+        lam: GAE's lambda in [0, 1].
         dones: (B, T), non-zero where the episode ends after the step in a terminal state, whose value is 0;
             ignored where masked.
         truncated: (B, T), non-zero where the episode is cut off after the step: the value of the state that
@@ -272,10 +283,10 @@ def group_normalize(
     Args:
         rewards: (B, N), one row per sequence; NaN where an objective does not apply.
         group_size: number of rows per group; the rows of a group are adjacent, and B is a multiple of it.
-        group_ids: (B,) integers, instead of `group_size`: rows with equal ids form a group. With neither, all
-            rows form one group.
+            With neither `group_size` nor `group_ids`, all rows form one group.
+        group_ids: (B,) integers, instead of `group_size`: rows with equal ids form a group.
         scale: divide by the standard deviation (ddof 1) plus `eps`; otherwise only the mean is subtracted.
-        eps: at least 0.
+        eps: at least 0; added to the standard deviation.
 
     Returns:
         (B, N) in the dtype of `rewards`. NaN rewards are ignored in mean and deviation and give 0. A group of

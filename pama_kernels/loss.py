@@ -39,7 +39,14 @@ if TYPE_CHECKING:
 
 
 class PamaLossOutput(NamedTuple):
-    """The result of `pama_loss`; only `loss` is differentiable."""
+    """The result of `pama_loss`; only `loss` is differentiable.
+
+    Attributes:
+        loss: 0-d, float64 for float64 `logprobs`, else float32.
+        weights: (N,) per batch, (B, N) per sequence; with weights per token their mean (N,).
+        optimum: a.c, or c'Cc or c'Mc for rules on pairs of objectives; 0-d, or (B,) per sequence.
+        statistics: the `ObjectiveStatistics` of the batch, with the N x N ones if the rule needs them.
+    """
 
     loss: Tensor
     weights: Tensor
@@ -191,33 +198,43 @@ def pama_loss(
 ) -> PamaLossOutput:
     """The clipped surrogate of N objectives, weighted by a rule, with its gradient, in one fused call.
 
-    loss = - agg_t sum_i c_i(t) g_{i,t} + kl_coef * agg_t (e^{r_t} - r_t - 1),  r = ref_logprobs - logprobs,
-    g_{i,t} = w_t min(min(u_t, dual_clip) A_{i,t}, clip(u_t, 1 - eps_low, 1 + eps_high) A_{i,t}),
-    u_t = exp(logprobs_t - old_logprobs_t), A = A', or max(A', 0) where the rule is Noon. The weights c are
-    constants of the gradient, which flows to `logprobs` only. Both log ratios are clamped to [-20, 20]; where
-    the clamp binds there is no gradient.
+        loss    = - agg_t sum_i c_i(t) g_{i,t} + kl_coef agg_t (exp(r_t) - r_t - 1)
+        g_{i,t} = w_t min(min(u_t, dual_clip) A_{i,t}, clip(u_t, 1 - eps_low, 1 + eps_high) A_{i,t})
+        u_t     = exp(logprobs_t - old_logprobs_t)
+        r_t     = ref_logprobs_t - logprobs_t
+
+    A = A', or max(A', 0) if the rule has `noon=True`. The gradient flows to `logprobs` only and has their
+    dtype; the weights c are constants. Both log ratios are clamped to [-20, 20]; where the clamp binds there
+    is no gradient.
 
     Args:
         logprobs: (B, T) or (M,). One action per sequence with a sequence-level ratio (GSPO, RLOO) is (M,).
-        old_logprobs: of the behaviour policy, the same shape; None means on-policy (ratio 1).
+        old_logprobs: (B, T) or (M,), of the policy that sampled the batch; None: on-policy (ratio 1).
         advantages: raw advantages A', objectives last: (B, T, N), (B, N) or (M, N).
-        mask: (B, T) or (M,), non-zero at valid tokens.
-        rule, preference, weights, objective_mask, cu_seqlens: as in `combine_advantages`.
+        mask: (B, T) or (M,), non-zero at valid tokens; None: all are valid. Masked values are ignored,
+            including NaN.
+        rule: as in `combine_advantages`.
+        preference: as in `combine_advantages`.
+        weights: as in `combine_advantages`.
         clip_range: eps, or (eps_low, eps_high), with eps_low in [0, 1] and eps_high in [0, inf].
-        dual_clip: caps the ratio where the advantage is negative; above 1 + eps_high.
-        importance_weights: factors w_t >= 0 (corrections for a rollout engine that differs).
-        aggregation: "token-mean" divides by the valid tokens; "seq-mean-token-sum" and
-            "seq-mean-token-mean" by the sequences, empty ones included.
-        normalizer: a number or 0-d tensor that replaces this denominator.
-        ref_logprobs, kl_coef: the k3 estimate of KL to a reference policy, added to the loss.
+        dual_clip: caps the ratio where the advantage is negative; above 1 + eps_high. None: no cap.
+        objective_mask: as in `combine_advantages`.
+        importance_weights: (B, T) or (M,), factors w_t >= 0, for example corrections for a rollout engine
+            with other probabilities. None: 1.
+        aggregation: agg: "token-mean" divides the sum over tokens by the number of valid tokens;
+            "seq-mean-token-sum" and "seq-mean-token-mean" average the sums or means of the sequences, empty
+            sequences included.
+        normalizer: replaces the denominator of `aggregation`; a positive number, or a 0-d tensor.
+        ref_logprobs: (B, T) or (M,), of the reference policy.
+        kl_coef: coefficient of the k3 estimate of KL to the reference policy; at least 0.
+        cu_seqlens: as in `combine_advantages`.
         process_group: as in `combine_advantages`; the loss keeps its local denominator.
 
-    `clip_range`, `dual_clip`, `normalizer`, `kl_coef` and a rule's number may be 0-d tensors where they
-    change from step to step: torch.compile then keeps one graph.
+    `clip_range`, `dual_clip`, `normalizer`, `kl_coef` and a rule's number may be 0-d tensors if they change
+    from step to step: torch.compile then keeps one graph.
 
     Returns:
-        `.loss`, 0-d float32 (float64 for float64 logprobs); `.weights`, `.optimum`, `.statistics` and
-        `.metrics(names)` as `combine_advantages` has them. Without a valid token, loss and gradient are 0.
+        A `PamaLossOutput`. Without a valid token, loss and gradient are 0.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or range.
@@ -287,20 +304,22 @@ class PamaLoss(nn.Module):
     """`pama_loss` with stored settings and, optionally, weights from a running mean of the statistics.
 
     Args:
-        rule, preference, clip_range, dual_clip, aggregation, kl_coef, process_group: as in `pama_loss`.
+        rule: as in `pama_loss`.
+        preference: as in `pama_loss`.
+        clip_range: as in `pama_loss`.
+        dual_clip: as in `pama_loss`.
+        aggregation: as in `pama_loss`.
+        kl_coef: as in `pama_loss`.
         momentum: 0 solves each batch separately. In (0, 1), with a rule per batch, the weights come from a
             bias-corrected running mean of the statistics of all batches so far: m <- momentum m + (1 -
             momentum) s. Weights that are solved on single noisy batches need not converge; weights from a
             running mean do (CR-MOGM, Zhou et al. 2022).
         objectives: N. The running mean then exists from the start, so that a copy made before the first batch
-            (an averaged model) has it too. Not needed if `preference` is a list.
+            (an averaged model) has it too. Not needed if `preference` is given.
+        process_group: as in `pama_loss`.
 
     The running mean is updated in training mode only, never by a batch with a NaN or infinity, and is part of
     `state_dict()` once N is known.
-
-    ``forward(logprobs, old_logprobs, advantages, mask=None, *, weights=None, objective_mask=None,
-    importance_weights=None, normalizer=None, ref_logprobs=None, cu_seqlens=None)`` returns a
-    `PamaLossOutput`; with momentum its `statistics` are those of the batch.
     """
 
     running_statistics: Tensor | None
@@ -370,6 +389,8 @@ class PamaLoss(nn.Module):
         ref_logprobs: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> PamaLossOutput:
+        """`pama_loss` of the arguments with the stored settings; with momentum its `statistics` are those of
+        the batch."""
         rule = self.rule
         if self.momentum and weights is None:
             rule = AveragedRule(rule, self.update)

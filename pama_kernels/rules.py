@@ -42,7 +42,7 @@ class Pama:
             Theorem 1 on their means. None: "gram" per batch, "scores" otherwise.
         noon: "no negative", the paper's clamp: advantages below 0 count as 0.
         regularization: pull towards the preference, rho = regularization * r, with r = 1 for cosines and
-            max_i mean(I_i^2) for scores; at least 0. May be a 0-d tensor if it changes from step to step.
+            max_i mean(I_i^2) for scores; at least 0.
 
     With weights per batch, `noon=False`, whitened advantages and regularization 0, no objective decreases to
     first order. With two whitened objectives the weights are (1/2, 1/2).

@@ -28,6 +28,11 @@ class ObjectiveStatistics:
     sequence under "seq-mean-token-mean". ``s1 + s2`` merges two micro-batches, ``all_reduce`` merges ranks
     with one collective. Every property is a float64 tensor on the device of the inputs; reading one computes
     it and never synchronises.
+
+    Attributes:
+        buffer: all sums, one float64 tensor.
+        objectives: N.
+        has_pairs: whether the buffer has the N x N sums.
     """
 
     __slots__ = ("buffer", "has_pairs", "objectives")
@@ -274,22 +279,25 @@ def objective_statistics(
     cu_seqlens: Tensor | None = None,
     pairs: bool = False,
 ) -> ObjectiveStatistics:
-    """One fused pass over the tokens: the sums that the weights, the loss and the logs need.
+    """The sums over tokens from which weights, loss and metrics are computed, in one fused pass.
 
     Args:
-        logprobs: current log-probabilities (B, T) or (M,), or None (the ratio is then 1).
-        old_logprobs: those of the behaviour policy, of the same shape; None means on-policy.
+        logprobs: (B, T) or (M,), of the current policy; None: the ratio is 1.
+        old_logprobs: (B, T) or (M,), of the policy that sampled the batch; None: on-policy (ratio 1).
         advantages: raw advantages A', objectives last: (B, T, N), (B, N) or (M, N).
         mask: (B, T) or (M,), non-zero at valid tokens; masked values are ignored, including NaN.
         clip_range: eps, or (eps_low, eps_high), of the PPO surrogate.
         noon: keep positive advantages only, A = max(A', 0).
-        dual_clip: upper limit of the ratio for negative advantages, above 1 + eps_high.
-        objective_mask: (B, N) or (M, N), zero where an objective does not apply.
-        importance_weights: non-negative factors w of every token.
+        dual_clip: upper limit of the ratio where the advantage is negative; above 1 + eps_high.
+        objective_mask: (B, N), or (M, N) where flat: zero where an objective does not apply.
+        importance_weights: (B, T) or (M,), non-negative factors w of every token.
         aggregation: as in `pama_loss`; "seq-mean-token-mean" weights each token by one over the valid tokens
             of its sequence.
-        cu_seqlens: B + 1 offsets of packed sequences in flat tensors, int32 or int64.
+        cu_seqlens: (B + 1,) int32 or int64, the offsets of packed sequences in flat tensors.
         pairs: also the N x N sums behind `.gram`, `.cosines`, `.conflict` and `.covariance`.
+
+    Returns:
+        An `ObjectiveStatistics`.
 
     Sums run in float32 over at most 256 tokens and in float64 across them (float64 throughout when an
     input is float64): the relative error of a sum of positive terms stays below 2e-5 and is typically

@@ -24,7 +24,12 @@ from .backends.registry import Functions, find
 
 
 class WeightSolution(NamedTuple):
-    """weights (..., N) on the simplex, and the optimum (...): a.c, or c'Mc."""
+    """The result of a solver.
+
+    Attributes:
+        weights: (..., N), on the simplex.
+        optimum: (...), a.c or c'Mc; the latter is never negative.
+    """
 
     weights: Tensor
     optimum: Tensor
@@ -40,13 +45,13 @@ def pama_weights(
 ) -> WeightSolution:
     """The convex weights that minimise PAMA's bound, exactly, for one row of scores or many.
 
-    minimise over c in the simplex  1/2 (a.c)^2 + rho/2 ||c - p||^2,  rho = regularization * scale
+        minimise over c in the simplex  1/2 (a.c)^2 + rho/2 ||c - p||^2,  rho = regularization * scale
 
     Args:
         scores: a, one score per objective (..., N); float32, float64, or a half type (solved in float32).
         preference: p, N non-negative numbers with a positive sum (normalised); uniform by default. On an
             accelerator it is not validated: an invalid one gives NaN or weights outside the simplex.
-        regularization: pull towards the preference, relative to `scale`; at least 0; a float or a 0-d tensor.
+        regularization: pull towards the preference, relative to `scale`; at least 0.
         scale: one positive number, or one per row (...); max_i a_i^2 by default.
         out: a solution to write into: contiguous tensors of the result's shapes and dtype.
 
@@ -128,19 +133,21 @@ def min_norm_weights(
 ) -> WeightSolution:
     """The min-norm point of the simplex for a Gram matrix, exactly.
 
-    minimise over c in the simplex  1/2 c'Mc + rho/2 ||c - p||^2,  rho = regularization * max_i M_ii
+        minimise over c in the simplex  1/2 c'Mc + rho/2 ||c - p||^2,  rho = regularization * max_i M_ii
 
     Args:
         gram: M, symmetric positive semidefinite (..., N, N); any strides; float32 is solved in float64. M may
             be the inner products of N gradients (MGDA) or `ObjectiveStatistics.gram`.
-        preference, regularization, out: as in `pama_weights`.
+        preference: as in `pama_weights`.
+        regularization: pull towards the preference, relative to max_i M_ii; at least 0.
+        out: as in `pama_weights`.
 
     Returns:
         `weights` (..., N) and `optimum` (...) = c'Mc, never negative. An active-set method, with Wolfe's
         certificate (Mc)_j >= c'Mc to 1e-10 of max_i M_ii in float64. Where the minimiser is not unique by
         construction (duplicated or opposite objectives, zero rows, rank 1) it is the one nearest to the
         preference to 1e-6; otherwise some point within 1e-12 max_i M_ii of the optimum. A zero matrix gives
-        the preference; a NaN or infinity makes its own matrix' result NaN.
+        the preference; a NaN or infinity makes the result of its matrix NaN.
 
     Raises:
         ValueError: on the CPU, a matrix that is clearly not symmetric or not positive semidefinite (by more
@@ -174,12 +181,13 @@ def upgrad_weights(
 
     Args:
         gram: M, symmetric positive semidefinite (..., N, N); any strides; float32 is solved in float64.
-        preference, out: as in `pama_weights`.
+        preference: as in `pama_weights`.
+        out: as in `pama_weights`.
 
     Returns:
         `weights` (..., N) on the simplex and `optimum` (...) = c'Mc of them, never negative. Each projection
         has a KKT residual of at most 1e-10 max_i M_ii. Where a projection is not unique, the result is one of
-        them. A zero matrix gives the preference; a NaN or infinity makes its own matrix' result NaN.
+        them. A zero matrix gives the preference; a NaN or infinity makes the result of its matrix NaN.
 
     Raises:
         ValueError: on the CPU, a matrix that is clearly not symmetric or not positive semidefinite.
@@ -222,7 +230,8 @@ def pareto_gap(gram: Tensor, weights: Tensor) -> Tensor:
     and the gap bounds how much other weights can reduce it.
 
     Args:
-        gram: (..., N, N). weights: (..., N) on the simplex.
+        gram: M, (..., N, N).
+        weights: c, (..., N) on the simplex.
 
     Returns:
         (...), in the promoted dtype; at least 0 up to rounding.

@@ -49,9 +49,10 @@ class VectorReward(gymnasium.Wrapper):
     """An environment whose rewards are vectors, with their sum as its reward.
 
     Args:
-        env: of MO-Gymnasium, or any whose `step` returns a vector; a scalar reward is one objective.
-        objectives: the names of the rewards, by which they are logged; "0", "1", ... by default. Needed where
-            the environment has no `reward_space`, unless the reward is a scalar.
+        env: an environment of MO-Gymnasium, or any whose `step` returns a vector; a scalar reward is one
+            objective.
+        objectives: the names of the rewards, by which they are logged. None: "0", "1", ... Needed if the
+            environment has no `reward_space`, which gives their number, and its reward is a vector.
 
     `info` gets ``vector_reward`` (N,) at each step and ``vector_return`` (N,), the undiscounted sum of the
     episode, at its last.
@@ -101,7 +102,15 @@ def _names(objectives: Sequence[str] | None, count: int) -> list[str]:
 def make_env(
     env_id: str | Callable[..., Any], objectives: Sequence[str] | None = None, **named: Any
 ) -> VectorReward:
-    """One environment by its id (MO-Gymnasium's are known where it is installed) or from a function."""
+    """One environment in `VectorReward`.
+
+    Args:
+        env_id: an id (MO-Gymnasium's are known where it is installed), or a function that makes the
+            environment.
+        objectives: as in `VectorReward`.
+
+    All other arguments are passed to `gymnasium.make` or the function.
+    """
     if not isinstance(env_id, str):
         return VectorReward(env_id(**named), objectives)
     if find_spec("mo_gymnasium"):
@@ -120,8 +129,13 @@ def make_vec_env(
 ) -> VecEnv:
     """SB3's `make_vec_env` for vector rewards: each environment in `VectorReward`, that in Monitor.
 
-    `env_id` and `objectives` are as in `make_env`; everything else is passed on (`env_kwargs`, `vec_env_cls`
-    ...).
+    Args:
+        env_id: as in `make_env`.
+        n_envs: number of environments.
+        seed: of the first environment; the others get the following numbers.
+        objectives: as in `VectorReward`.
+
+    All other arguments are passed to SB3's function (`env_kwargs`, `vec_env_cls` ...).
     """
     return _make_vec_env(partial(make_env, env_id, objectives), n_envs, seed, **named)
 
@@ -150,9 +164,12 @@ class VectorRewards(VecEnvWrapper):
 class VecNormalizeObjectives(VecNormalize):
     """`VecNormalize` that divides each objective by the running deviation of its own discounted return.
 
-    Takes the arguments of `VecNormalize`: observations are normalised too, unless ``norm_obs=False``. What
-    callbacks see as the reward is the sum of the scaled objectives; Monitor and ``vector_return`` keep the
-    original ones.
+    Args:
+        venv: from `make_vec_env`.
+
+    All other arguments are those of `VecNormalize`: observations are normalised too, unless
+    ``norm_obs=False``. What callbacks see as the reward is the sum of the scaled objectives; Monitor and
+    ``vector_return`` keep the original ones.
     """
 
     returns: Any

@@ -16,7 +16,11 @@ from torch import Tensor, nn
 
 
 class ValueHeads:
-    """Mixin for an `ActorCriticPolicy` (as first base class): the critic has one output per objective."""
+    """Mixin for an `ActorCriticPolicy` (as first base class): the critic has one output per objective.
+
+    Args:
+        objectives: N, passed by `PamaPPO`.
+    """
 
     def __init__(self, *arguments: Any, objectives: int = 1, **named: Any) -> None:
         self.objectives = objectives

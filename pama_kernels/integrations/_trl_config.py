@@ -43,12 +43,28 @@ COMPLETION_MEANS = ("grpo", "sapo")
 
 @dataclass
 class PamaOptions:
-    """Mixin for a configuration of TRL: the rule and its settings. A setting that is None keeps the rule's
-    default.
+    """Mixin for a configuration of TRL: the rule and its settings.
 
-    TRL's `reward_weights` are the preference; `pama_preference` is another name for them. A function as
-    `pama_rule` takes `ObjectiveStatistics` and returns weights (N,); it is defined at module level, because
-    checkpoints pickle the configuration.
+    Args:
+        pama_rule: "pama", "upgrad", "fixed", "softmin" or "paper". In Python also a rule (`pk.UPGrad()`) or a
+            function of `ObjectiveStatistics` that returns weights (N,), defined at module level because
+            checkpoints pickle the configuration. None: the library's default, `Pama()`.
+        pama_preference: one non-negative number for each reward, another name for TRL's `reward_weights`:
+            only one of the two may be given. None: uniform.
+        pama_weights_per: "batch": one set of weights per rollout, over the completions of all processes.
+            "sequence": one per completion; "token" is the same, since a reward belongs to a completion. None:
+            the rule's default. "paper" needs it.
+        pama_bound: of "pama": "gram", the min-norm problem on cosines ("batch" only), or "scores", Theorem 1.
+            None: the rule's default.
+        pama_noon: of "pama": keep positive advantages only. None: False.
+        pama_regularization: of "pama": pull towards the preference, at least 0. None: 0.1.
+        pama_temperature: of "softmin", in units of the advantages, above 0. None: 1.
+        pama_momentum: in [0, 1): solve on a running mean of the statistics of all rollouts so far ("batch"
+            only); 0: each rollout separately.
+        pama_normalize: divide the combined advantages by their root mean square over tokens.
+
+    Raises:
+        TypeError, ValueError: a setting is wrong, or the rule does not have it.
     """
 
     pama_rule: str | None = field(

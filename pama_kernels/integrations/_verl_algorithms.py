@@ -25,7 +25,22 @@ EPS = 1e-6  # added to deviations, as verl does
 
 @dataclass(frozen=True)
 class Settings:
-    """``algorithm.pama``: `reward_keys` name the objectives; None keeps the rule's default."""
+    """The settings in ``algorithm.pama``.
+
+    Args:
+        reward_keys: the objectives: names of entries of the reward function's dictionary.
+        rule: "pama", "upgrad", "fixed", "softmin" or "paper". None: the library's default, `Pama()`.
+        preference: one non-negative number for each objective; with "fixed" the weights. None: uniform.
+        weights_per: "batch": one set of weights per rollout. "sequence": one per response; "token" is the
+            same, since rewards belong to responses. None: the rule's default. "paper" needs it.
+        bound: of "pama": "gram", the min-norm problem on cosines ("batch" only), or "scores", Theorem 1.
+            None: the rule's default.
+        noon: of "pama": keep positive advantages only. None: False.
+        regularization: of "pama": pull towards the preference, at least 0. None: 0.1.
+        temperature: of "softmin", in units of the advantages, above 0. None: 1.
+        normalize: divide the combined advantages by their root mean square over tokens.
+        aggregation: token weights of the statistics; the trainers set it from `actor.loss_agg_mode`.
+    """
 
     reward_keys: tuple[str, ...]
     rule: str | None = None
@@ -36,7 +51,7 @@ class Settings:
     regularization: float | None = None
     temperature: float | None = None
     normalize: bool = False
-    aggregation: str = "token-mean"  # token weights of the statistics; the trainers set that of the loss
+    aggregation: str = "token-mean"
 
     def made(self) -> Rule:
         names = "weights_per", "bound", "noon", "regularization", "temperature"
@@ -203,9 +218,17 @@ def compute_pama_policy_loss(
     -P min(u, 1 + eps_high) - Q min(max(u, 1 - eps_low), clip_ratio_c).
 
     Args:
+        old_log_prob: (bs, T).
+        log_prob: (bs, T).
         advantages: (bs, 2 T), P, then Q, as the pama trainers pass them without Noon; or (bs, T), one
             advantage per token: the loss is then verl's vanilla loss.
-        The others, the aggregation (verl's `agg_loss`) and the metrics are those of the vanilla loss.
+        response_mask: (bs, T), non-zero where a token counts.
+        loss_agg_mode: verl's aggregation, by its `agg_loss`.
+        config: verl's configuration of the actor: clip ranges and batch sizes.
+        rollout_is_weights: (bs, T), factors that correct for the rollout engine's probabilities.
+
+    Returns:
+        The loss and the metrics of verl's vanilla loss.
     """
     from verl.trainer.ppo.core_algos import agg_loss
     from verl.utils.torch_functional import masked_mean

@@ -57,23 +57,25 @@ class PamaPPO(PPO):
     """SB3's `PPO` for environments with vector rewards.
 
     Args:
-        policy, env and all others: as in `PPO`. `env` is a Gymnasium environment or its id, with vector or
-            scalar rewards, or a VecEnv from `make_vec_env`. A policy class of your own has `ValueHeads`
-            before its other bases.
+        policy: as in `PPO`. A policy class of your own has `ValueHeads` before its other bases.
+        env: a Gymnasium environment or its id, with vector or scalar rewards, or a VecEnv from
+            `make_vec_env`.
         rule: how the objectives' weights are chosen: "pama", "upgrad", "fixed", "softmin", "paper", a rule of
             `pama_kernels` or a function of `ObjectiveStatistics`. None: the library's default. "softmin" and
             "paper" have weights for each step, the others one set per rollout.
         preference: N non-negative numbers, normalised; uniform by default. Read at every rollout, so that a
             callback may change `model.preference`.
         momentum: solve on a running mean of all rollouts' statistics, in [0, 1); rules per rollout only.
+            Saved with the model.
 
-    With several objectives, each one's advantages are whitened over the rollout: the scale of a reward does
-    not affect the policy. The value loss is the mean over objectives. `normalize_advantage` scales the
-    combined advantages of a minibatch to deviation 1 (a root mean square of 1 under Noon). With one objective
-    the result is bitwise equal to SB3's PPO for every rule without Noon.
+    Attributes:
+        objective_names: the names of the objectives, by which they are logged.
+        combination: advantages, weights and statistics of the latest rollout; None before the first.
 
-    `objective_names`; `combination`, the `Combination` of the latest rollout. Logged: the mean undiscounted
-    return of the last episodes as ``rollout/reward/NAME``, and what `_rollout.rollout_metrics` lists.
+    All other arguments are those of `PPO`. With several objectives, each one's advantages are whitened over
+    the rollout: the scale of a reward does not affect the policy. The value loss is the mean over objectives.
+    `normalize_advantage` scales the combined advantages of a minibatch to deviation 1 (a root mean square of
+    1 under Noon). With one objective the result is bitwise equal to SB3's PPO for every rule without Noon.
 
     Raises:
         TypeError, ValueError: a setting is wrong, or an environment, policy or buffer does not fit.

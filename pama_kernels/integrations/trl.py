@@ -27,6 +27,7 @@ __all__ = [
     "LOSS_TYPES",
     "PamaGRPOConfig",
     "PamaGRPOTrainer",
+    "PamaOptions",
     "PamaRLOOConfig",
     "PamaRLOOTrainer",
 ]
@@ -37,20 +38,27 @@ EPS = 1e-4  # added to deviations, as TRL does
 class PamaGRPOTrainer(PamaMixin, GRPOTrainer):
     """`GRPOTrainer` that combines its reward functions by PAMA instead of by fixed weights.
 
-    Takes the arguments of `GRPOTrainer`, with `args` a `PamaGRPOConfig`. Every reward function is an
-    objective. The rewards of each function are normalised separately, in groups, according to
-    `scale_rewards`; completions for which it returns None (or NaN) are ignored for this objective.
-    `reward_weights` are the preference, read at every rollout; a reward of weight 0 is only logged.
-    `_rollout.rollout_metrics` lists the additional metrics.
+    Args:
+        model: as in `GRPOTrainer`.
+        reward_funcs: as in `GRPOTrainer`; each one is an objective. A function may return None (or NaN) for
+            completions to which it does not apply: they are ignored for this objective.
+        args: a `PamaGRPOConfig`. None: its defaults.
 
-    `combination` is the `Combination` of the latest rollout: all processes' completions, on the CPU.
+    All other arguments are those of `GRPOTrainer`. The rewards of each function are normalised separately, in
+    groups, according to `scale_rewards`. `reward_weights` are the preference, read at every rollout; a reward
+    of weight 0 is only logged. docs/trl.md lists the additional metrics.
+
+    Attributes:
+        combination: advantages, weights and statistics of the latest rollout, over the completions of all
+            processes, on the CPU; None before the first.
 
     Subclasses: advantages are computed from the return value of `_calculate_rewards`. If a subclass changes
     `output["advantages"]` of a completion, its loss is TRL's own with the changed advantage.
 
-    Raises (all but the last at construction):
-        TypeError, ValueError: a setting is wrong, two contradict each other, or an option of TRL would bypass
-            PAMA or be bypassed by it; a reward function returned an infinity.
+    Raises:
+        TypeError, ValueError: at construction: a setting is wrong, two contradict each other, or an option of
+            TRL would bypass PAMA or be bypassed by it. During training: a reward function returned an
+            infinity.
 
     Source: He & Maghsudi 2025 (arXiv 2508.07768), Algorithm 1; Shao et al. 2024 (arXiv 2402.03300) for GRPO.
     """
@@ -80,11 +88,15 @@ class PamaGRPOTrainer(PamaMixin, GRPOTrainer):
 class PamaRLOOTrainer(PamaMixin, RLOOTrainer):
     """`RLOOTrainer` that combines its reward functions by PAMA instead of by fixed weights.
 
-    As `PamaGRPOTrainer`, with `args` a `PamaRLOOConfig`. A completion is one action: all completions have the
-    same weight, independent of their length. Every reward has its own leave-one-out baseline;
-    `reward_clip_range` and `normalize_advantages` are applied to each reward separately. The KL penalty is
-    subtracted from every reward, and hence from the combined advantage, but weights are solved from the
-    rewards without it.
+    Args:
+        model: as in `RLOOTrainer`.
+        reward_funcs: as in `PamaGRPOTrainer`.
+        args: a `PamaRLOOConfig`. None: its defaults.
+
+    All other arguments are those of `RLOOTrainer`. A completion is one action: all completions have the same
+    weight, independent of their length. Every reward has its own leave-one-out baseline; `reward_clip_range`
+    and `normalize_advantages` are applied to each reward separately. The KL penalty is subtracted from every
+    reward, and hence from the combined advantage, but weights are solved from the rewards without it.
 
     Source: He & Maghsudi 2025 (arXiv 2508.07768); Ahmadian et al. 2024 (arXiv 2402.14740) for RLOO.
     """

@@ -28,10 +28,10 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from types import ModuleType
 from typing import Any
 
-from ._verl_algorithms import NAME, compute_pama_advantage, compute_pama_policy_loss
+from ._verl_algorithms import NAME, Settings, compute_pama_advantage, compute_pama_policy_loss
 from ._verl_trainers import check_config, extend_older_trainer, register_trainers
 
-__all__ = ["check", "compute_pama_advantage", "compute_pama_policy_loss"]
+__all__ = ["Settings", "check", "compute_pama_advantage", "compute_pama_policy_loss"]
 
 OLDEST, NEWEST = (0, 9, 1), (0, 9, 1)  # releases of verl that were tested
 PLUGINS = "VERL_USE_EXTERNAL_PLUGINS"  # verl's switch: auto, none, or names of entry points

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 
@@ -23,3 +25,14 @@ def _frozen() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def verl() -> Iterator[ModuleType]:
+    """Our module, after verl and its trainers were imported: their imports warn, about themselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from pama_kernels.integrations import verl
+
+        verl.check()
+        yield verl

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import string
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import LETTER_MODEL, letter_tokenizer
 from verl_rewards import compute_score
 
 import pama_kernels as pk
@@ -34,32 +34,14 @@ pytestmark = [
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two layers with one token per letter, and its prompts."""
     import pandas
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     where = tmp_path_factory.mktemp("verl")
-    symbols = ["<pad>", "<eos>", *string.ascii_lowercase, " "]
-    numbers = {symbol: i for i, symbol in enumerate(symbols)}
-    letters = Tokenizer(models.WordLevel(numbers, unk_token="<pad>"))
-    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    letters.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>", eos_token="<eos>")
+    tokenizer = letter_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     tokenizer.save_pretrained(where / "model")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(symbols),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        eos_token_id=1,
-        pad_token_id=0,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(where / "model")
+    LlamaForCausalLM(LlamaConfig(**LETTER_MODEL)).save_pretrained(where / "model")
     rows = [
         {
             "data_source": "letters",

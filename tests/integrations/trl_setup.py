@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from torch import Tensor
 pytest.importorskip("trl", reason="trl is not installed: pip install 'pama-kernels[trl]'")
 
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from tiny_models import LETTER_MODEL
+from tiny_models import letter_tokenizer as tokenizer
+from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, RLOOConfig, RLOOTrainer
 from trl import GRPOTrainer as GRPOTrainer
 
@@ -28,30 +28,9 @@ PROMPTS = ["abc", "the cat", "a b", "dog", "on", "zebra", "x", "we go"]
 Reward = Callable[..., list[Any]]
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per letter."""
-    symbols = ["<pad>", "<eos>", *string.ascii_lowercase, " "]
-    letters = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}, unk_token="<pad>"))
-    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    letters.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>", eos_token="<eos>")
-
-
 def model(seed: int = 0) -> Qwen2ForCausalLM:
     torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=29,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        eos_token_id=1,
-        pad_token_id=0,
-        bos_token_id=None,
-    )
-    return Qwen2ForCausalLM(config)
+    return Qwen2ForCausalLM(Qwen2Config(**LETTER_MODEL))
 
 
 def saved_model(where: Path) -> Qwen2ForCausalLM:

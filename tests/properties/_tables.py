@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from _sums import assert_statistics, sums
 from problems import EPS32, EPS64, LAYOUTS, SUM_ERROR, Problem, loss_scale, reference_gradient, solution_error
 from torch import Tensor
 
 import pama_kernels as pk
 from pama_kernels import Fixed, Pama, SoftMin, UPGrad, reference
-from pama_kernels._call import FIELDS, TOTALS
 from pama_kernels.rules import noon_of, resolve_rule
 
 KKT = 1e-10  # of the largest diagonal entry, as the solvers promise
@@ -66,7 +66,6 @@ BY_TOKEN = {
 }
 RULES: dict[str, Any] = {**BATCH, **BY_SEQUENCE, **BY_TOKEN}
 GIVEN = ("given", "given rows")
-ROUNDED = ("surrogate_sum", "kl_sum")  # they hold exponentials; on the grid the other sums are exact
 
 
 def weighting(name: str, problem: Problem) -> dict[str, Any]:
@@ -87,64 +86,6 @@ def per(options: dict[str, Any]) -> str:
     if options.get("weights") is not None:
         return "given"
     return getattr(resolve_rule(options.get("rule")), "weights_per", "batch")
-
-
-# --- statistics --------------------------------------------------------------------------------------
-
-
-def sums(statistics: Any) -> dict[str, Tensor]:
-    """Every sum by its name, of the library or of the reference."""
-    names = (*FIELDS, *TOTALS)
-    if isinstance(statistics, reference.Statistics):
-        return {name: getattr(statistics, name) for name in names}
-    n = statistics.objectives
-    parts = statistics.buffer[: len(FIELDS) * n + len(TOTALS)].split([n] * len(FIELDS) + [1] * len(TOTALS))
-    return {
-        name: part if name in FIELDS else part.squeeze(0) for name, part in zip(names, parts, strict=True)
-    }
-
-
-def sizes(problem: Problem, **options: Any) -> tuple[dict[str, Tensor], Tensor]:
-    """The same sums without any cancellation, and the sizes of the pairs' bound products."""
-    options["noon"] = False
-    arguments = problem.statistics_arguments()
-    size = arguments["advantages"].double().abs().nan_to_num(0.0, 0.0)
-    plus, minus = (
-        reference.objective_statistics(**{**arguments, "advantages": sign * size}, **options)
-        for sign in (1, -1)
-    )
-    total = {name: sums(plus)[name].abs() + sums(minus)[name].abs() for name in sums(plus)}
-    return total, plus.gram.abs() + minus.gram.abs()
-
-
-def exact_on_the_grid(options: dict[str, Any]) -> bool:
-    """Whether sums of the grid's values are exact in float32: not under the weights 1 / T_s."""
-    return options.get("aggregation") != "seq-mean-token-mean"
-
-
-def assert_statistics(
-    got: pk.ObjectiveStatistics, problem: Problem, grid: bool = True, **options: Any
-) -> None:
-    """`grid`: inputs on the grid of `problems`; else every sum may be rounded."""
-    wanted = reference.objective_statistics(**problem.statistics_arguments(), **options)
-    size, pair_size = sizes(problem, **options)
-    # float32 over at most 256 tokens: 256 roundings of the sum, 16 of a term
-    rounding, exact = SUM_ERROR * problem.eps(), grid and exact_on_the_grid(options)
-    for name, value in sums(wanted).items():
-        found = sums(got)[name]
-        tolerance = rounding * size[name]
-        if exact and name not in ROUNDED:  # but for the order of float64 sums
-            tolerance = 4 * EPS64 * size[name]
-        elif name in ("positive_count", "clipped_count") and exact_on_the_grid(options):
-            tolerance = 0 * size[name]
-        assert ((found - value).abs() <= tolerance).all(), (name, found, value)
-    assert torch.equal(got.signal, wanted.signal)
-    if got.gram is not None:
-        part = 8 * EPS64 if exact else rounding
-        assert ((got.gram - wanted.gram).abs() <= part * pair_size).all()
-        scale = wanted.advantage_gram.diagonal().sqrt()
-        outer = torch.outer(scale, scale)
-        assert ((got.advantage_gram - wanted.advantage_gram).abs() <= part * outer + 1e-300).all()
 
 
 # --- weights -----------------------------------------------------------------------------------------
@@ -218,12 +159,12 @@ def view(s: pk.ObjectiveStatistics) -> Any:
 @contextmanager
 def under(weights: Tensor, optimum: Tensor, effective: Tensor) -> Iterator[None]:
     """The reference with these weights of the batch."""
-    solve = reference.batch_weights
-    reference.batch_weights = lambda *_: (weights, optimum, effective)
+    solve = reference.loss.batch_weights
+    reference.loss.batch_weights = lambda *_: (weights, optimum, effective)
     try:
         yield
     finally:
-        reference.batch_weights = solve
+        reference.loss.batch_weights = solve
 
 
 # --- whole calls -------------------------------------------------------------------------------------

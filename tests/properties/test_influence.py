@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from _tables import ROUNDED, RULES, diagonal, fits, loss_of, sums, weighting
+from _sums import ROUNDED, sums
+from _tables import RULES, diagonal, fits, loss_of, weighting
 from problems import EPS64, LAYOUTS, SUM_ERROR, Problem, copied, make, poisoned, reference_gradient
 from torch import Tensor
 

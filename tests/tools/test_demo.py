@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import LETTER_MODEL
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -172,19 +173,8 @@ def tiny_model(vocabulary: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=None,
-        )
-    )
+    sizes = {"vocab_size": vocabulary, "num_hidden_layers": 3, "max_position_embeddings": 2048}
+    return LlamaForCausalLM(LlamaConfig(**{**LETTER_MODEL, **sizes}))
 
 
 def test_mended_tokenizer_splits_numbers_into_digits() -> None:

@@ -26,7 +26,9 @@ PAGES = [
     ROOT / "CHANGELOG.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-FENCE = re.compile(r"^(?:<!-- ([a-z ]+): (.+?) -->\n)?```python\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+FENCE = re.compile(
+    r"^(?:<!-- ([a-z ]+): ([^\n]+?) -->\n)?```python\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE
+)
 KINDS = ("not run", "run by", "needs", "recipe")
 
 

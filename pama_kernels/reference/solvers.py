@@ -1,0 +1,312 @@
+"""The solvers: weights from scores, from Gram matrices and from advantages, for one row or many.
+
+Objectives with `present` False are excluded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Solution(NamedTuple):
+    weights: Tensor
+    optimum: Tensor
+
+
+# --- the scalar problem (Theorem 1) ------------------------------------------------------------------
+
+
+def project_on_simplex(v: Tensor) -> Tensor:
+    """The point of the simplex nearest to v (N,), by sorting (Held, Wolfe & Crowder 1974)."""
+    ordered = v.sort(descending=True).values
+    thresholds = (ordered.cumsum(0) - 1) / torch.arange(1, len(v) + 1, dtype=v.dtype)
+    size = int((ordered > thresholds).sum())
+    return (v - thresholds[size - 1]).clamp(min=0)
+
+
+def _solve_scalar(a: Tensor, p: Tensor, rho: float) -> Solution:
+    """minimise 1/2 (a.c)^2 + rho/2 ||c - p||^2 over the simplex; rho = 0 is the limit rho -> 0.
+
+    Stationarity makes c(lam) the projection of p - lam a on the simplex, with lam = a.c / rho. a.c(lam) is
+    decreasing in lam, so lam is found by bisection.
+    """
+    low, high = float(a.min()), float(a.max())
+    if rho == 0 and not low < 0 < high:
+        s = max(low, 0.0) + min(high, 0.0)
+        c = torch.zeros_like(p)
+        tied = a == s
+        c[tied] = p[tied] + (1 - p[tied].sum()) / tied.sum()
+        return Solution(c, a.new_tensor(s))
+    sign = 1.0 if float(a @ p) >= 0 else -1.0
+    away = sign * a - (sign * a).min()  # same projection; keeps the digits of p
+
+    def excess(lam: float) -> float:
+        return sign * float(a @ project_on_simplex(p - lam * away)) - rho * lam
+
+    left, right = 0.0, 1.0
+    while excess(right) > 0 and right < 1e300:
+        left, right = right, 2 * right
+    for _ in range(1100):
+        middle = (left + right) / 2
+        if middle in (left, right):
+            break
+        left, right = (middle, right) if excess(middle) > 0 else (left, middle)
+    c = project_on_simplex(p - right * away)
+    return Solution(c, a @ c if rho > 0 else a.new_zeros(()))
+
+
+def _scalar_problem(
+    a: Tensor, p: Tensor, regularization: float, scale: Tensor | None, present: Tensor
+) -> Solution:
+    """Solves one row. Absent objectives are excluded; scores are first scaled to magnitude 1."""
+    if not present.any():
+        return Solution(p.clone(), a.new_zeros(()))
+    kept, share = a[present], normalized(p[present])
+    if not torch.isfinite(kept).all() or (
+        regularization > 0 and scale is not None and not torch.isfinite(scale)
+    ):
+        return Solution(torch.full_like(p, math.nan), a.new_tensor(math.nan))
+    unit = float(kept.abs().max())
+    weights = torch.zeros_like(p)
+    if unit == 0:
+        weights[present] = share
+        return Solution(weights, a.new_zeros(()))
+    rho = regularization if scale is None else regularization * float(scale) / unit / unit
+    rho = rho if rho > 1e-280 else 0.0
+    solution = (
+        Solution(share, kept @ share / unit) if math.isinf(rho) else _solve_scalar(kept / unit, share, rho)
+    )
+    weights[present] = solution.weights
+    return Solution(weights, solution.optimum * unit)
+
+
+def normalized(p: Tensor) -> Tensor:
+    """The preference normalised over the included objectives; uniform if their preferences sum to 0."""
+    return p / p.sum() if float(p.sum()) > 0 else torch.full_like(p, 1 / len(p))
+
+
+def normalized_preference(preference: object, n: int) -> Tensor:
+    if preference is None:
+        return torch.full((n,), 1 / n, dtype=torch.float64)
+    return normalized(torch.as_tensor(preference, dtype=torch.float64))
+
+
+def _rows(
+    solve: Callable[..., Solution], rows: Sequence[tuple[Tensor | None, ...]], n: int, shape: tuple[int, ...]
+) -> Solution:
+    solutions = [solve(*row) for row in rows]
+    weights = torch.stack([s.weights for s in solutions]) if rows else torch.zeros(0, n)
+    optima = torch.stack([s.optimum for s in solutions]) if rows else torch.zeros(0)
+    return Solution(weights.double().reshape(*shape, n), optima.double().reshape(shape))
+
+
+def pama_weights(
+    scores: Tensor,
+    *,
+    preference: object = None,
+    regularization: float = 0.0,
+    scale: object = None,
+    present: Tensor | None = None,
+) -> Solution:
+    """scores (..., N) -> weights (..., N), optimum (...). Objectives with `present` (..., N) False are
+    excluded."""
+    a = scores.detach().double()
+    n, shape = a.shape[-1], tuple(a.shape[:-1])
+    p = normalized_preference(preference, n)
+    here = torch.ones_like(a, dtype=torch.bool) if present is None else present
+    a = torch.where(here, a, 0.0)
+    present_rows = here.reshape(-1, n).unbind()
+    r: Sequence[Tensor | None] = [None] * len(present_rows)
+    if scale is not None:
+        r = torch.as_tensor(scale, dtype=torch.float64).expand(shape).reshape(-1).unbind()
+    rows = list(zip(a.reshape(-1, n).unbind(), r, present_rows, strict=True))
+    return _rows(lambda x, size, mask: _scalar_problem(x, p, regularization, size, mask), rows, n, shape)
+
+
+# --- the min-norm problem ----------------------------------------------------------------------------
+
+
+def _min_norm_problem(m: Tensor, p: Tensor, regularization: float, present: Tensor) -> Solution:
+    """minimise 1/2 c'Mc + rho/2 ||c - p||^2 over the simplex, choosing the minimiser nearest to p.
+
+    With rho = 0 a ridge of 1e-13 stands for the limit rho -> 0. The support is found by Lawson and
+    Hanson's method on the equivalent least-squares problem, one index at a time.
+    """
+    if not present.any():
+        return Solution(p.clone(), m.new_zeros(()))
+    kept, share = m[present][:, present], normalized(p[present])
+    if not torch.isfinite(kept).all():
+        return Solution(torch.full_like(p, math.nan), m.new_tensor(math.nan))
+    weights = torch.zeros_like(p)
+    unit = float(kept.diagonal().max())
+    if unit <= 0:
+        weights[present] = share
+        return Solution(weights, m.new_zeros(()))
+    kept = (kept + kept.T) / (2 * unit)
+    ridge = regularization if regularization > 0 else 1e-13
+    c = _lawson_hanson(kept + ridge * torch.eye(len(kept), dtype=kept.dtype), ridge * share)
+    weights[present] = c
+    return Solution(weights, (c @ kept @ c * unit).clamp(min=0))
+
+
+def _lawson_hanson(h: Tensor, q: Tensor) -> Tensor:
+    """minimise 1/2 c'Hc - q.c over the simplex, H positive definite."""
+    n = len(q)
+    c = torch.zeros(n, dtype=h.dtype)
+    support = torch.zeros(n, dtype=torch.bool)
+    first = int((h.diagonal() / 2 - q).argmin())
+    c[first], support[first] = 1.0, True
+    for _ in range(10 * n + 10):
+        gradient = h @ c - q
+        level = gradient @ c
+        outside = torch.where(support, math.inf, gradient - level)
+        enter = int(outside.argmin())
+        if float(outside[enter]) >= -1e-15:
+            return c
+        support[enter] = True
+        while True:
+            index = support.nonzero().squeeze(1)
+            size = len(index)
+            system = torch.ones(size + 1, size + 1, dtype=h.dtype)
+            system[:size, :size] = h[index][:, index]
+            system[size, size] = 0.0
+            right = torch.cat([q[index], torch.ones(1, dtype=h.dtype)])
+            trial = torch.linalg.lstsq(system, right.unsqueeze(1), driver="gelsd").solution
+            target = torch.zeros_like(c)
+            target[index] = trial[:size, 0]
+            if float(target[index].min()) > 0:
+                c = target
+                break
+            falling = support & (target <= 0)
+            step = float((c[falling] / (c[falling] - target[falling])).min())
+            c = c + step * (target - c)
+            support &= c > 1e-16
+            c[~support] = 0.0
+            c = c / c.sum()
+    return c
+
+
+def min_norm_weights(
+    gram: Tensor,
+    *,
+    preference: object = None,
+    regularization: float = 0.0,
+    present: Tensor | None = None,
+) -> Solution:
+    """gram (..., N, N) -> weights (..., N), optimum c'Mc (...)."""
+    m = gram.detach().double()
+    n, shape = m.shape[-1], tuple(m.shape[:-2])
+    p = normalized_preference(preference, n)
+    here = torch.ones(n, dtype=torch.bool) if present is None else present
+    here = here.expand(*shape, n)
+    rows = list(zip(m.reshape(-1, n, n).unbind(), here.reshape(-1, n).unbind(), strict=True))
+    return _rows(lambda x, mask: _min_norm_problem(x, p, regularization, mask), rows, n, shape)
+
+
+# --- UPGrad (Quinton & Rey 2024) ---------------------------------------------------------------------
+
+
+def _non_negative_least_squares(h: Tensor, q: Tensor) -> Tensor:
+    """minimise 1/2 v'Hv - q.v over v >= 0, H positive definite: Lawson & Hanson 1974, one index at a time."""
+    n = len(q)
+    v, support = torch.zeros(n, dtype=h.dtype), torch.zeros(n, dtype=torch.bool)
+    tolerance = 1e-15 * float(h.abs().max()) if n else 0.0
+    for _ in range(10 * n + 10):
+        rise = torch.where(support, -math.inf, q - h @ v)
+        enter = int(rise.argmax())
+        if float(rise[enter]) <= tolerance:
+            return v
+        support[enter] = True
+        while True:
+            index = support.nonzero().squeeze(1)
+            target = torch.zeros_like(v)
+            target[index] = torch.linalg.solve(h[index][:, index], q[index])
+            if len(index) == 0 or float(target[index].min()) > 0:
+                v = target
+                break
+            falling = support & (target <= 0)
+            step = float((v[falling] / (v[falling] - target[falling])).min())
+            v = v + step * (target - v)
+            support &= v > 0
+            support &= ~(falling & (v <= 1e-300))
+            v[~support] = 0.0
+    return v
+
+
+def _upgrad_problem(m: Tensor, p: Tensor, present: Tensor) -> Solution:
+    """c = sum_i c^(i), c^(i) = argmin c'Mc over c >= p_i e_i, normalised to sum 1.
+
+    With D = diag(sqrt(M_ii)) and C the cosines, c^(i) = p_i (e_i + d_i D^-1 z), z = argmin 1/2 z'Cz + C_i.z
+    over z >= 0, whatever the scales. A ridge of 1e-12 chooses among the minimisers of a singular problem.
+    """
+    weights = p.clone()
+    if not present.any():
+        return Solution(weights, m.new_zeros(()))
+    kept, share = m[present][:, present], p[present]
+    if not torch.isfinite(kept).all():
+        return Solution(torch.full_like(p, math.nan), m.new_tensor(math.nan))
+    if float(share.sum()) > 0:
+        share = share / share.sum()
+        weights = torch.zeros_like(p)
+        d = kept.diagonal().clamp(min=0).sqrt()
+        inverse = torch.where(d > 0, 1 / d, 0.0)
+        h = (kept / 2 + kept.T / 2) * inverse[:, None] * inverse
+        total = share.clone()
+        regular = h + 1e-12 * torch.eye(len(h), dtype=h.dtype)
+        for i in range(len(share)):
+            if share[i] > 0 and d[i] > 0:
+                z = torch.where(d > 0, _non_negative_least_squares(regular, -h[i]), 0.0)
+                total = total + share[i] * d[i] * inverse * z
+        weights[present] = total / total.sum()
+    c = weights[present]
+    return Solution(weights, (c @ kept @ c).clamp(min=0))
+
+
+def upgrad_weights(gram: Tensor, *, preference: object = None, present: Tensor | None = None) -> Solution:
+    """gram (..., N, N) -> weights (..., N), optimum c'Mc (...)."""
+    m = gram.detach().double()
+    n, shape = m.shape[-1], tuple(m.shape[:-2])
+    p = normalized_preference(preference, n)
+    here = torch.ones(n, dtype=torch.bool) if present is None else present
+    here = here.expand(*shape, n)
+    rows = list(zip(m.reshape(-1, n, n).unbind(), here.reshape(-1, n).unbind(), strict=True))
+    return _rows(lambda x, mask: _upgrad_problem(x, p, mask), rows, n, shape)
+
+
+# --- SoftMin (RVPO) ----------------------------------------------------------------------------------
+
+
+def softmin_weights(
+    advantages: Tensor, *, preference: object = None, temperature: float = 1.0, present: Tensor | None = None
+) -> Solution:
+    """advantages (..., N) -> c_i proportional to p_i exp(-A_i / temperature) (..., N), and c.A (...)."""
+    a = advantages.detach().double()
+    n, shape = a.shape[-1], tuple(a.shape[:-1])
+    p = normalized_preference(preference, n)
+    here = torch.ones_like(a, dtype=torch.bool) if present is None else present
+
+    def solve(row: Tensor, mask: Tensor) -> Solution:
+        if not mask.any():
+            return Solution(p.clone(), row.new_zeros(()))
+        kept, share, weights = row[mask], normalized(p[mask]), torch.zeros_like(p)
+        if not torch.isfinite(kept).all():
+            return Solution(torch.full_like(p, math.nan), row.new_tensor(math.nan))
+        least = kept[share > 0].min()  # over positive preferences: prevents underflow of all terms
+        weights[mask] = normalized(
+            torch.where(share > 0, share * torch.exp((least - kept) / temperature), 0.0)
+        )
+        return Solution(weights, weights[mask] @ kept)
+
+    rows = list(zip(a.reshape(-1, n).unbind(), here.reshape(-1, n).unbind(), strict=True))
+    return _rows(solve, rows, n, shape)
+
+
+def pareto_gap(gram: Tensor, weights: Tensor) -> Tensor:
+    """Wolfe gap c'Mc - min_j (Mc)_j: 0 exactly where c is a min-norm point. (...)"""
+    m, c = gram.double(), weights.double()
+    product = (m @ c.unsqueeze(-1)).squeeze(-1)
+    return (product * c).sum(-1) - product.amin(-1)

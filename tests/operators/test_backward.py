@@ -1,0 +1,133 @@
+"""Backward passes: repeated, under checkpoints and hooks; derivatives that are not supported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from gradient_setup import B, T, gradient_of, loss_of, make_batch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import pama_kernels as pk
+
+# --- backward passes ---------------------------------------------------------------------------------
+
+
+def test_backward_scales_accumulates_and_keeps() -> None:
+    x, once = make_batch(), gradient_of(make_batch())
+    loss, leaf = loss_of(x)
+    kept = torch.autograd.grad(loss, leaf, retain_graph=True)[0]
+    assert torch.equal(kept, once)
+    kept.zero_()  # the caller's own, though the graph still needs the values
+    loss.backward(retain_graph=True)
+    loss.backward(retain_graph=True)
+    assert torch.equal(leaf.grad, once + once)
+    (zero,) = torch.autograd.grad(loss, leaf, torch.tensor(0.0), retain_graph=True)
+    assert not zero.any()
+    (rows,) = torch.autograd.grad(
+        loss, leaf, torch.tensor([1.0, -2.0]), is_grads_batched=True, retain_graph=True
+    )
+    assert torch.equal(rows, torch.stack([once, -2 * once]))
+    (nan,) = torch.autograd.grad(loss, leaf, torch.tensor(float("nan")), retain_graph=True)
+    assert nan[x["mask"]].isnan().all()
+    leaf.grad = None
+    (loss * -8).backward()
+    assert torch.equal(leaf.grad, once * -8)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.5])
+def test_the_last_backward_makes_no_copy(upstream: float) -> None:
+    loss, leaf = loss_of(make_batch())
+    address = loss.grad_fn.saved_tensors[0].data_ptr()
+    loss.backward(torch.tensor(upstream))
+    assert torch.equal(leaf.grad, gradient_of(make_batch()) * upstream)
+    assert leaf.grad.data_ptr() == address
+
+
+def test_inputs_may_change_between_forward_and_backward() -> None:
+    """The gradient was computed in the forward pass, from what the tensors held then."""
+    x = make_batch()
+    loss, leaf = loss_of(x)
+    wanted = gradient_of(x)
+    for name in ("old_logprobs", "advantages"):
+        x[name].fill_(float("nan"))
+    loss.backward()
+    assert torch.equal(leaf.grad, wanted)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint(use_reentrant: bool) -> None:
+    x = make_batch()
+    leaf = x["logprobs"].clone().requires_grad_()
+    loss = checkpoint(
+        lambda y: pk.pama_loss(**{**x, "logprobs": 2 * y / 2}).loss, leaf, use_reentrant=use_reentrant
+    )
+    loss.backward()
+    assert torch.equal(leaf.grad, gradient_of(x))
+
+
+def test_saved_tensor_hooks() -> None:
+    """Activation offloading: what is saved goes away and comes back."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
+        loss, leaf = loss_of(make_batch())
+    loss.backward(retain_graph=True)
+    assert torch.equal(leaf.grad, gradient_of(make_batch()))
+
+
+def test_func() -> None:
+    x, wanted = make_batch(), gradient_of(make_batch())
+
+    def loss(logprobs: Tensor) -> Tensor:
+        return pk.pama_loss(**{**x, "logprobs": logprobs}).loss
+
+    gradient, value = torch.func.grad_and_value(loss)(x["logprobs"])
+    assert torch.equal(gradient, wanted)
+    assert torch.equal(value, loss(x["logprobs"]))
+    _, pullback = torch.func.vjp(loss, x["logprobs"])
+    assert torch.equal(pullback(torch.tensor(2.0))[0], 2 * wanted)
+
+
+# --- what is refused ---------------------------------------------------------------------------------
+
+SECOND = pytest.raises(RuntimeError, match=r"pama_loss: the second derivative is not implemented")
+
+
+def test_the_second_derivative_is_refused() -> None:
+    """It is not known, and must not pass for 0: here as a gradient penalty adds it to another gradient."""
+    x = make_batch()
+    loss, leaf = loss_of(x)
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    assert torch.equal(gradient.detach(), gradient_of(x))
+    with SECOND:
+        (gradient.square().sum() + leaf.sum()).backward()
+
+    def slope(logprobs: Tensor) -> Tensor:
+        loss = torch.func.grad(lambda y: pk.pama_loss(**{**x, "logprobs": y}).loss)
+        return loss(logprobs).square().sum()
+
+    with SECOND:
+        torch.func.grad(slope)(x["logprobs"])
+
+
+def test_forward_mode_is_refused() -> None:
+    """A tangent must not be lost in silence."""
+    x = make_batch()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x["logprobs"], torch.ones(B, T))
+        with pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"):
+            pk.pama_loss(**{**x, "logprobs": dual})
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"):
+        torch.func.jvp(
+            lambda y: pk.pama_loss(**{**x, "logprobs": y}).loss, (x["logprobs"],), (torch.ones(B, T),)
+        )
+
+
+def test_vmap_of_the_gradient_is_refused() -> None:
+    x = make_batch()
+    logprobs = torch.stack([x["logprobs"], x["logprobs"] + 0.1])
+    gradient = torch.func.grad(lambda y: pk.pama_loss(**{**x, "logprobs": y}).loss)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(gradient)(logprobs)

@@ -1,0 +1,213 @@
+"""group_normalize and masked_whiten."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from _rewards import INF, NAN, episodes, rounding
+from _tables import diagonal
+from problems import FLOATS
+from torch import Tensor
+
+import pama_kernels as pk
+
+# --- group_normalize -------------------------------------------------------------------------------------
+
+
+def rewards_of(rows: int, n: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, n, generator=g, dtype=torch.float64).to(dtype)
+    x[torch.rand(rows, n, generator=g) < 0.2] = NAN
+    return x
+
+
+def like_reference(x: Tensor, **settings: Any) -> Tensor:
+    found, wanted = pk.group_normalize(x, **settings), pk.reference.group_normalize(x, **settings)
+    assert found.dtype == x.dtype
+    assert found.shape == x.shape
+    torch.testing.assert_close(found.double(), wanted, **rounding(x.dtype), equal_nan=True)
+    return found
+
+
+def test_normalize_is_the_textbook() -> None:
+    x = torch.randn(12, 3, dtype=torch.float64)
+    groups = x.view(3, 4, 3)
+    centred = groups - groups.mean(1, keepdim=True)
+    scaled = centred / (groups.std(1, keepdim=True, correction=1) + 1e-4)
+    for settings, wanted in (({}, scaled), ({"scale": False}, centred)):
+        found = pk.group_normalize(x, group_size=4, **settings)
+        torch.testing.assert_close(found, wanted.view(12, 3), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("eps", [0.0, 1e-4, 1.0])
+def test_normalize_is_the_reference(eps: float, scale: bool, dtype: torch.dtype) -> None:
+    for shape in ((12, 3), (96, 1), (6, 40)):
+        x = rewards_of(*shape, dtype)
+        x[1], x[4] = INF, x[5]
+        for size in (None, 6, 3):
+            like_reference(x, group_size=size, scale=scale, eps=eps)
+        ids = torch.randint(-5, 5, shape[:1])
+        like_reference(x, group_ids=ids, scale=scale, eps=eps)
+
+
+@pytest.mark.parametrize(("dtype", "value"), diagonal(FLOATS, [0.7, 0.1, 1e-30, 3e4, -1 / 3]))
+def test_equal_rewards_give_exactly_0(dtype: torch.dtype, value: float) -> None:
+    """Whatever eps, dtype, size and scale, so that a saturated reward can be seen; NaN rewards beside too."""
+    for rows in (2, 3, 7, 64):
+        x = torch.full((rows, 3), value, dtype=torch.float64).to(dtype)
+        x[0, 1] = NAN
+        x[:, 2] = torch.arange(rows)
+        for eps in (0.0, 1e-4):
+            for settings in (
+                {},
+                {"scale": False},
+                {"group_size": rows},
+                {"group_ids": torch.zeros(rows).long()},
+            ):
+                found = pk.group_normalize(x, eps=eps, **settings)
+                assert (found[:, :2] == 0).all()
+                assert (found[:, 2] != 0).any()
+                assert torch.isfinite(found).all()
+    assert not pk.combine_advantages(found).statistics.signal[:2].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
+def test_group_ids_are_any_integers(dtype: torch.dtype) -> None:
+    x = rewards_of(12, 3)
+    wanted = pk.group_normalize(x, group_size=6)
+    ids = torch.tensor([200, 0]).repeat_interleave(6).to(dtype)
+    assert torch.equal(pk.group_normalize(x, group_ids=ids), wanted)
+    order = torch.randperm(12)
+    permuted = pk.group_normalize(x[order], group_ids=ids[order])
+    # the members of a group are summed in the order of the rows
+    torch.testing.assert_close(permuted, wanted[order], rtol=1e-12, atol=1e-13)
+    far = torch.tensor([-(2**62), 2**62]).repeat(6)
+    found = pk.group_normalize(x, group_ids=far)
+    for half in (slice(0, None, 2), slice(1, None, 2)):
+        assert torch.equal(found[half], pk.group_normalize(x[half]))
+
+
+@pytest.mark.portable
+def test_rewards_that_do_not_apply_are_left_out() -> None:
+    x = torch.tensor([[1.0, NAN, NAN], [2.0, 5.0, NAN], [NAN, 7.0, NAN], [6.0, NAN, 3.0]])
+    found = pk.group_normalize(x, eps=0.0)
+    for i in range(3):
+        here = ~x[:, i].isnan()
+        assert not found[~here, i].any()
+        if here.sum() > 1:
+            assert torch.equal(found[here, i : i + 1], pk.group_normalize(x[here, i : i + 1], eps=0.0))
+    assert found[3, 2] == 0  # the only one of its group
+    torch.testing.assert_close(found[1:3, 1], torch.tensor([-math.sqrt(0.5), math.sqrt(0.5)]))
+    x = torch.randn(5, 3)
+    assert not pk.group_normalize(x, group_size=1).any()
+    assert not pk.group_normalize(x, group_ids=torch.arange(5)).any()
+    assert not pk.group_normalize(torch.full((4, 2), NAN)).any()
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("value", [INF, -INF])
+def test_an_infinite_reward_shows_in_its_own_group_and_objective(value: float) -> None:
+    x = torch.randn(8, 3, dtype=torch.float64)
+    wanted = pk.group_normalize(x, group_size=4)
+    x[1, 2], x[6, 0] = value, NAN
+    found = like_reference(x, group_size=4)
+    assert found[:4, 2].isnan().all()
+    assert torch.equal(found[:4, :2], wanted[:4, :2])
+    assert torch.isfinite(found[4:]).all()
+    assert pk.group_normalize(torch.tensor([[value, 1.0]])).isnan().tolist() == [[True, False]]
+
+
+def test_large_offsets_do_not_cancel() -> None:
+    """Mean first, then squares: 1e6 + {0, 1} in float64 keeps ten digits."""
+    x = (torch.arange(8) % 2).double().unsqueeze(1)
+    for call in (lambda y: pk.group_normalize(y, eps=0.0), pk.masked_whiten):
+        torch.testing.assert_close(call(x + 1e6), call(x), rtol=1e-9, atol=0)
+
+
+def test_normalize_in_any_shape_and_strides() -> None:
+    for shape in ((0, 3), (4, 0), (0, 0)):
+        x = torch.zeros(shape)
+        assert pk.group_normalize(x).shape == pk.group_normalize(x, group_size=2).shape == shape
+        assert pk.group_normalize(x, group_ids=torch.zeros(shape[0], dtype=torch.int64)).shape == shape
+    x = rewards_of(12, 3)
+    wanted = pk.group_normalize(x, group_size=4)
+    for strided in (x.T.contiguous().T, x.repeat(1, 2)[:, :3], x.repeat_interleave(2, 0)[::2]):
+        assert torch.equal(pk.group_normalize(strided, group_size=4), wanted)
+
+
+# --- masked_whiten ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_whitened_objectives_have_mean_0_and_deviation_1(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = (
+        torch.randn(6, 9, 3, generator=g) * torch.tensor([1.0, 10.0, 0.1]) + torch.tensor([3.0, 0.0, -1.0])
+    ).to(dtype)
+    mask = torch.rand(6, 9, generator=g) < 0.6
+    here = torch.rand(6, 3, generator=g) < 0.7
+    here[0] = True
+    for present in (None, here):
+        found = pk.masked_whiten(x, mask, objective_mask=present)
+        valid = mask[..., None].expand(x.shape)
+        if present is not None:
+            valid = valid & present[:, None]
+        assert found.dtype == dtype
+        assert found.shape == x.shape
+        assert (found[~valid] == 0).all()
+        for i in range(3):
+            y, values = found[..., i][valid[..., i]].double(), x[..., i][valid[..., i]].double()
+            wanted = (values - values.mean()) / values.std(correction=0)
+            torch.testing.assert_close(y, wanted, **rounding(dtype))
+    flat = pk.masked_whiten(x.flatten(0, 1), mask.flatten())
+    assert torch.equal(flat.view(6, 9, 3), pk.masked_whiten(x, mask))
+
+
+def test_whitening_counts_sequences_by_their_tokens() -> None:
+    """(B, N) beside a (B, T) mask is what the expanded tokens give; a sequence without tokens is left out."""
+    x = torch.randn(5, 3, dtype=torch.float64)
+    mask = torch.arange(7) < torch.tensor([[7], [1], [0], [3], [5]])
+    here = torch.tensor([[1, 1, 0]] * 2 + [[1, 0, 1]] * 3)
+    for present in (None, here):
+        found = pk.masked_whiten(x, mask, objective_mask=present)
+        tokens = pk.masked_whiten(x[:, None].expand(5, 7, 3), mask, objective_mask=present)
+        torch.testing.assert_close(found, tokens[:, 0] * mask.any(1)[:, None], rtol=1e-13, atol=1e-14)
+        assert (found[2] == 0).all()
+    square = torch.randn(3, 3)
+    assert pk.masked_whiten(square, torch.ones(3, 3)).shape == (3, 3)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_whitening_gives_exactly_0_where_constant_and_nan_where_not_finite(dtype: torch.dtype) -> None:
+    x = torch.randn(6, 5, 4).to(dtype)
+    mask = torch.ones(6, 5)
+    mask[4] = 0
+    x[..., 1] = 0.1
+    x[4] = NAN  # masked
+    x[2, 3, 2] = INF
+    x[1, 1, 3] = NAN
+    found = pk.masked_whiten(x, mask)
+    assert (found[..., 1] == 0).all()
+    assert torch.isfinite(found[..., 0]).all()
+    assert found[..., 2:][mask != 0].isnan().all()
+    assert (found[4] == 0).all()
+    constant = torch.full((3, 2), INF)
+    assert pk.masked_whiten(constant).isnan().all()
+    for empty in (torch.zeros(0, 3), torch.zeros(0, 4, 3), torch.zeros(4, 0, 3)):
+        assert pk.masked_whiten(empty).shape == empty.shape
+    assert (pk.masked_whiten(torch.full((3, 2), NAN), torch.zeros(3, 5)) == 0).all()
+    assert (pk.masked_whiten(torch.randn(1, 2)) == 0).all()
+
+
+def test_inputs_are_not_modified() -> None:
+    x = episodes(2, 5, 2)
+    before = {name: value.clone() for name, value in x.items()}
+    pk.multi_objective_gae(**x)
+    pk.group_normalize(x["last_values"])
+    pk.masked_whiten(x["rewards"], x["mask"])
+    assert all(torch.equal(x[name], before[name]) for name in x)
