@@ -101,7 +101,7 @@ def combine_advantages(
         mask: (B, T) or (M,), non-zero at valid tokens; None: all are valid. Masked values are ignored,
             including NaN.
         rule: how the weights are chosen: `Pama`, `UPGrad`, `Fixed`, `SoftMin`, their names in lower case, or
-            a function of `ObjectiveStatistics` that returns weights (N,). None: `Pama()`.
+            a function of `ObjectiveStatistics` that returns weights (N,). None: `UPGrad()`.
         preference: p, N non-negative numbers, normalised: the weights that "fixed" uses and the other rules
             are regularised towards. None: uniform.
         weights: given weights (N,) or (B, N), used unchanged instead of the rule's.

@@ -114,7 +114,7 @@ Rule = Pama | UPGrad | Fixed | SoftMin | CallableRule
 RuleLike = Rule | str | None
 
 NAMES: dict[str, Rule] = {"pama": Pama(), "upgrad": UPGrad(), "fixed": Fixed(), "softmin": SoftMin()}
-DEFAULT: Rule = Pama()
+DEFAULT: Rule = UPGrad()  # chosen by the criterion of docs/study.md
 
 
 def resolve_rule(rule: RuleLike) -> Rule:

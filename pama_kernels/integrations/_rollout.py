@@ -52,14 +52,16 @@ PAIRS_LOGGED_UP_TO = 8  # objectives; with more, only the pair with the stronges
 def make_rule(rule: RuleLike, settings: Mapping[str, object]) -> Rule:
     """`rule`: a name, a rule, a function of `ObjectiveStatistics`, or None for the library's default.
 
-    Settings that are None keep the rule's default. A setting that the rule does not have is an error.
+    Settings that are None keep the rule's default. Settings of "pama" without a rule imply "pama". A setting
+    that the rule does not have is an error.
     """
+    given = {key: value for key, value in settings.items() if value is not None}
     name = rule if isinstance(rule, str) else None
     if name is not None:
         check_choice("rule", name, tuple(SETTINGS))
     elif rule is None:
-        name = next(name for name, known in NAMES.items() if isinstance(DEFAULT, type(known)))
-    given = {key: value for key, value in settings.items() if value is not None}
+        implied = "pama" if given.keys() & set(SETTINGS["pama"]) else None
+        name = implied or next(name for name, known in NAMES.items() if isinstance(DEFAULT, type(known)))
     for key, value in given.items():
         if key not in SETTINGS.get(name or "", ()):
             raise ValueError(

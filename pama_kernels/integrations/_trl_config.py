@@ -48,7 +48,8 @@ class PamaOptions:
     Args:
         pama_rule: "pama", "upgrad", "fixed", "softmin" or "paper". In Python also a rule (`pk.UPGrad()`) or a
             function of `ObjectiveStatistics` that returns weights (N,), defined at module level because
-            checkpoints pickle the configuration. None: the library's default, `Pama()`.
+            checkpoints pickle the configuration. None: "pama" where a setting of it
+            is given, else the library's default, "upgrad".
         pama_preference: one non-negative number for each reward, another name for TRL's `reward_weights`:
             only one of the two may be given. None: uniform.
         pama_weights_per: "batch": one set of weights per rollout, over the completions of all processes.

@@ -29,7 +29,8 @@ class Settings:
 
     Args:
         reward_keys: the objectives: names of entries of the reward function's dictionary.
-        rule: "pama", "upgrad", "fixed", "softmin" or "paper". None: the library's default, `Pama()`.
+        rule: "pama", "upgrad", "fixed", "softmin" or "paper". None: "pama" where a setting of
+            it is given, else the library's default, "upgrad".
         preference: one non-negative number for each objective; with "fixed" the weights. None: uniform.
         weights_per: "batch": one set of weights per rollout. "sequence": one per response; "token" is the
             same, since rewards belong to responses. None: the rule's default. "paper" needs it.

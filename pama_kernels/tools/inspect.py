@@ -19,8 +19,8 @@ from .read import GROUP_COLUMNS, STEP_COLUMNS, Table, find_column, reward_column
 
 RULES: dict[str, Rule] = {
     "fixed": Fixed(),
-    "pama": Pama(),
     "upgrad": UPGrad(),
+    "pama": Pama(),
     "softmin": SoftMin(),
     "paper": Pama.paper("sequence"),
 }

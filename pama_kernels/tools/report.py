@@ -155,8 +155,8 @@ def _pairs(found: Inspection) -> str:
 
 EXPLAINED = """\
   fixed    the same for all rewards, or what --preference says
-  pama     the combination in which the rewards disagree least; the library's default
-  upgrad   the combination nearest to the fixed one with which no reward falls
+  upgrad   the combination nearest to the fixed one with which no reward falls; the library's default
+  pama     the combination in which the rewards disagree least
   softmin  for each completion by itself: most to the reward in which it is worst
   paper    PAMA as published: only completions that are above their group's mean in every reward
 """

@@ -104,7 +104,7 @@ def test_absent_rewards(tmp_path: Path) -> None:
     lengths = rollout["mask"].sum(1)
     counts = made.combination.statistics.count
     assert counts.tolist() == [lengths.sum(), lengths[1::2].sum(), 0]
-    expected = specified(rollout, pk.Pama())
+    expected = specified(rollout, pk.UPGrad())
     torch.testing.assert_close(made.combination.weights, expected.weights)
     torch.testing.assert_close(rollout["advantages"].double(), expected.advantages, rtol=1e-6, atol=1e-6)
     assert torch.isfinite(rollout["advantages"]).all()

@@ -148,7 +148,7 @@ def test_every_rule_trains_and_is_logged_as_in_grpo(rule: str, tmp_path: Path) -
         assert {x for x in ours if x.startswith("pama/")} == {x for x in theirs if x.startswith("pama/")}
         assert sum(ours[f"pama/weight/{name}"] for name in NAMES) == pytest.approx(1)
     given = {
-        "default": pk.Pama(),
+        "default": pk.UPGrad(),
         "upgrad": pk.UPGrad(),
         "fixed": pk.Fixed(),
         "softmin": pk.SoftMin(),
@@ -203,7 +203,7 @@ def test_kl_is_no_objective(rule: str, whiten: bool, tmp_path: Path) -> None:
     if not whiten:
         rollout = made.rollouts[1]  # in the first one the policy still is the reference
         advantages = leave_one_out(rollout["rewards"].double())
-        rule_of = {"default": pk.Pama(), "upgrad": pk.UPGrad(), "fixed": pk.Fixed()}[rule]
+        rule_of = {"default": pk.UPGrad(), "upgrad": pk.UPGrad(), "fixed": pk.Fixed()}[rule]
         without = pk.reference.combine_advantages(
             advantages, rollout["mask"], rule=rule_of, aggregation="seq-mean-token-mean"
         )

@@ -34,7 +34,7 @@ def by_deviation(statistics: pk.ObjectiveStatistics) -> Tensor:
 
 # Settings, and the rule that the specification gets
 CASES: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
-    "default": ({}, pk.Pama(), {}),
+    "default": ({}, pk.UPGrad(), {}),
     "pama": (
         {"rule": "pama", "regularization": 0.3, "preference": [1.0, 2.0, 3.0]},
         pk.Pama(regularization=0.3),
@@ -118,7 +118,7 @@ def test_token_weights_of_the_loss(loss_type: str, aggregation: str, tmp_path: P
     (rollout,) = made.rollouts
     assert len(set(rollout["mask"].sum(1).tolist())) > 3
     expected = {
-        name: specified(rollout, pk.Pama(), aggregation=name)
+        name: specified(rollout, pk.UPGrad(), aggregation=name)
         for name in ("token-mean", "seq-mean-token-mean")
     }
     weights = rollout["combination"].weights

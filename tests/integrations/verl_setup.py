@@ -87,7 +87,7 @@ class Batch:
 
 # Settings, and what the specification gets
 RULES: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
-    "default": ({}, pk.Pama(), {}),
+    "default": ({}, pk.UPGrad(), {}),
     "preference": (
         {"regularization": 0.5, "preference": [1, 2, 0]},
         pk.Pama(regularization=0.5),
@@ -102,7 +102,7 @@ RULES: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
     "paper": ({"rule": "paper", "weights_per": "sequence"}, pk.Pama.paper("sequence"), {}),
     "aggregation": (
         {"aggregation": "seq-mean-token-mean"},
-        pk.Pama(),
+        pk.UPGrad(),
         {"aggregation": "seq-mean-token-mean"},
     ),
 }
