@@ -138,9 +138,9 @@ def test_report_explains_itself() -> None:
     text = format_inspection(inspected(small_table()))
     assert "nan" not in text
     assert max(map(len, text.splitlines())) <= 100
-    for words in ("applies ", "varies ", "below 0: it sacrifices it, marked !", *RULES):
+    for words in ("applies ", "varies ", "below 0: it falls (is sacrificed), marked !", *RULES):
         assert words in text
-    row = next(line for line in text.split("What does each rule")[1].splitlines() if "brief" in line)
+    row = next(line for line in text.split("Effect of each rule")[1].splitlines() if "brief" in line)
     assert len(re.findall(r"-?\d\.\d\d", row)) == 1 + len(RULES)
 
 
