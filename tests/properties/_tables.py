@@ -40,7 +40,7 @@ def diagonal(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
 
 
 def tilted(statistics: Any) -> Tensor:
-    """A rule of a user: on means alone, with negative weights too."""
+    """A user's rule: on means only, with negative weights."""
     return statistics.scores.softmax(0) - 0.125
 
 

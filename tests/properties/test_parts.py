@@ -53,7 +53,7 @@ def test_micro_batches_add_up(
             close(combined.weights.double(), solved.weights, 3 * EPS32)
 
 
-def test_each_sequence_is_solved_alone() -> None:
+def test_sequences_are_independent() -> None:
     problem = rough(rows=5, width=300, seed=2)
     assert problem.mask is not None
     for name in ("sequence", "paper sequence", "softmin", "token", "paper token", "softmin token"):
@@ -92,7 +92,7 @@ def test_weights_of_the_batch_are_those_of_its_statistics(name: str, aggregation
     assert torch.equal(combined.statistics.count, s.count)
 
 
-def test_conflict_covariance_and_cosines_are_what_numpy_says() -> None:
+def test_conflict_covariance_and_cosines_equal_numpys() -> None:
     import numpy as np
 
     g = torch.Generator().manual_seed(0)
