@@ -67,7 +67,7 @@ SETTINGS: dict[str, Any] = {
 def trained(kind: Any, where: Path, **changes: Any) -> Any:
     lora = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, target_modules="all-linear")
     policy = model()
-    with torch.no_grad():  # a random model hardly looks at what LoRA changes
+    with torch.no_grad():  # the layers that LoRA adapts have little effect in a random model
         policy.lm_head.weight.mul_(20)
     made = trainer(
         kind,

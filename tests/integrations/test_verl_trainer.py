@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = ROOT / "examples" / "verl"
 KEYS = ("correct", "concise", "polite")
 PROMPT = 3
-pytestmark = pytest.mark.filterwarnings("ignore")  # of ray, verl and tensordict, about themselves
+pytestmark = pytest.mark.filterwarnings("ignore")  # of ray, verl and tensordict
 
 
 @pytest.mark.timeout(600)

@@ -19,7 +19,7 @@ def test_backward_scales_accumulates_and_can_be_repeated() -> None:
     loss, leaf = loss_of(x)
     kept = torch.autograd.grad(loss, leaf, retain_graph=True)[0]
     assert torch.equal(kept, once)
-    kept.zero_()  # the caller's own, though the graph still needs the values
+    kept.zero_()  # the caller's tensor, although the graph still needs the values
     loss.backward(retain_graph=True)
     loss.backward(retain_graph=True)
     assert torch.equal(leaf.grad, once + once)

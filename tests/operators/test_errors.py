@@ -90,7 +90,7 @@ def _cases() -> Iterator[Case]:
         yield "pama_loss", argument, {argument: None}, TypeError, "NoneType"
 
 
-COMPUTED_FIRST = {"rule", "cu_seqlens"}  # a callable's result, and offsets, are seen when they are used
+COMPUTED_FIRST = {"rule", "cu_seqlens"}  # a callable's result and offsets are checked when they are used
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -117,7 +117,7 @@ def test_error_names_the_wrong_argument(case: Case, monkeypatch: pytest.MonkeyPa
     message = str(caught.value)
     begin, _, rest = message.partition(":")
     begin = {"weights of the rule": "rule"}.get(begin, begin.partition(".")[0])
-    # of two that don't fit each other either is named, and the other beside it
+    # if two arguments do not fit each other, the error names one and mentions the other
     assert begin == argument or f" {argument}" in rest, message
     value = changes.get(argument)
     assert any(text in rest for text in (what, repr(value), type(value).__name__)), message

@@ -135,7 +135,7 @@ def assert_batch_weights(result: Any, options: dict[str, Any], stored: float) ->
             assert ((c - wanted).abs() <= n * KKT / regular + stored).all()
         assert (optimum - value).abs() <= OBJECTIVE + 8 * n * stored
         return c, effective
-    # UPGrad: no objective falls; the direction of Mc is unique, the weights where M is well-conditioned.
+    # UPGrad: no objective decreases; the direction of Mc is unique, the weights where M is well-conditioned.
     assert (product >= -(KKT + 2 * n * stored) * largest).all()
     assert (optimum - (found @ m @ found).clamp(min=0)).abs() <= 8 * n * stored * largest
     direction = m @ wanted[part]

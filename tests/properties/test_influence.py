@@ -156,7 +156,7 @@ def test_a_nan_in_one_sequence_of_advantages_per_sequence() -> None:
     for name, wanted in rows.items():
         got = pk.combine_advantages(advantages, mask, rule=RULES[name])
         assert got.advantages.isnan().tolist() == wanted
-    mask[1] = 0  # now without influence
+    mask[1] = 0  # now ignored
     for name in rows:
         got = pk.combine_advantages(advantages, mask, rule=RULES[name])
         assert torch.isfinite(got.advantages).all()

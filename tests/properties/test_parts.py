@@ -113,7 +113,7 @@ def test_conflict_covariance_and_cosines_equal_numpys() -> None:
         np.testing.assert_allclose(s.conflict, np.corrcoef(raw.T), **close_to)
         np.testing.assert_allclose(s.advantage_mean, raw.mean(0), **close_to)
         np.testing.assert_allclose(s.advantage_std, raw.std(0), **close_to)
-        # opposite objectives are always in conflict, and do not meet after the clamp
+        # opposite objectives always conflict, and have no common token after the clamp
         assert s.conflict[0, 3] == pytest.approx(-1, abs=150 * EPS64)
         assert s.cosines[0, 3] == pytest.approx(0 if noon else -1, abs=150 * EPS64)
         for matrix in (s.conflict, s.cosines, s.gram, s.covariance):

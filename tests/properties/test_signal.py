@@ -18,7 +18,7 @@ from pama_kernels._solve import solve_batch
 from pama_kernels.rules import resolve_rule
 
 NAN = math.nan
-SOLVING = tuple(name for name in BATCH if name != "callable")  # rules per batch that leave objectives out
+SOLVING = tuple(name for name in BATCH if name != "callable")  # rules per batch that exclude objectives
 SIGNED = ("default", "gram", "upgrad", "scores")
 
 
@@ -38,7 +38,7 @@ def test_a_saturated_objective_is_excluded(name: str, dtype: torch.dtype) -> Non
         assert torch.allclose(got.weights[[0, 2]], alone.weights, rtol=0, atol=16 * eps)
         error = 64 * eps + 2 * torch.finfo(dtype).eps
         assert torch.allclose(got.advantages, alone.advantages, rtol=error, atol=error)
-    preference = [0.0, 1.0, 0.0]  # all of its mass on the one that is left out
+    preference = [0.0, 1.0, 0.0]  # only on the objective that is excluded
     got = pk.combine_advantages(saturated, rule=RULES[name], preference=preference)
     wanted = reference.combine_advantages(saturated, rule=RULES[name], preference=preference)
     assert torch.allclose(got.weights.double(), wanted.weights, rtol=0, atol=16 * EPS32)

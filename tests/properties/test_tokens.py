@@ -233,7 +233,7 @@ def test_normalize_divides_by_the_root_mean_square(name: str, aggregation: str) 
             assert got.advantages.dtype == dtype
             assert torch.equal(got.weights, plain.weights)
             root = reference.combine_advantages(**arguments, **options).advantages.square().max().sqrt()
-            assert root > 0.1  # so that nothing below is divided by what cancels
+            assert root > 0.1  # so that nothing below is divided by a sum that cancels
             # weights to 64 * 8 * n eps where they are per token; products of 3, the quotient, two roundings
             eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
             error = 64 * 8 * 3 * 16 * max(eps, 4 * 2.3e-16) if name in ("token", "upgrad") else 272 * 8 * eps
