@@ -34,7 +34,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 BACKENDS = TESTS / "backends"
-SUITE = ("properties", "solvers", "operators/test_autograd.py")
+SUITE = ("properties", "solvers", "operators/test_autograd.py", "operators/test_backward.py")
 STAGES = ("build", "graphs", "goals", "benchmark", "profile", "suite", "sanitizers")
 DEFAULT = ("build", "graphs", "suite", "sanitizers")
 NEEDED = (
