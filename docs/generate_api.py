@@ -91,7 +91,9 @@ def type_of(parameter: inspect.Parameter) -> str:
     """The annotation; "or None" is left out where None is the default."""
     if parameter.annotation is parameter.empty:
         return ""
-    names = str(getattr(parameter.annotation, "__name__", parameter.annotation)).split(" | ")
+    shown = str(getattr(parameter.annotation, "__name__", parameter.annotation))
+    shown = re.sub(r"(?:Sequence|list|tuple)\[(\w+)(?:, \.\.\.)?\]", r"list of \1", shown)
+    names = shown.split(" | ")
     names = [name for name in names if name not in ("Any", "None")] + ["None"] * ("None" in names)
     if parameter.default is None and "None" in names:
         names.remove("None")

@@ -102,8 +102,8 @@ def combine_advantages(
             including NaN.
         rule: how the weights are chosen: `Pama`, `UPGrad`, `Fixed`, `SoftMin`, their names in lower case, or
             a function of `ObjectiveStatistics` that returns weights (N,). None: `UPGrad()`.
-        preference: p, N non-negative numbers, normalised: the weights that "fixed" uses and the other rules
-            are regularised towards. None: uniform.
+        preference: p in the formulas of the rules: N non-negative numbers, normalised; with "fixed" they are
+            the weights. None: uniform.
         weights: given weights (N,) or (B, N), used unchanged instead of the rule's.
         objective_mask: (B, N), or (M, N) where flat: zero where an objective does not apply. A token's
             weights are divided by the sum of the preferences of the objectives present there, so that a

@@ -20,7 +20,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs something that is not here, by the marker that says so."""
+    """Skips tests whose marker names something that is not available."""
     missing = {}
     if importlib.util.find_spec("pama_kernels.backends._cpu") is None:
         missing["cpu"] = "the native CPU backend is not built"
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
-    """A fixed seed, one thread, and both as they were afterwards."""
+    """A fixed seed and one thread; the number of threads is restored afterwards."""
     threads = torch.get_num_threads()
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -44,7 +44,7 @@ def _reproducible() -> Iterator[None]:
 
 @pytest.fixture(params=[1, 2, 3])
 def threads(request: pytest.FixtureRequest) -> int:
-    """So many threads; `_reproducible` restores the number."""
+    """Sets a number of threads; `_reproducible` restores it."""
     torch.set_num_threads(request.param)
     return int(request.param)
 

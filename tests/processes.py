@@ -1,4 +1,4 @@
-"""Several processes of one gloo group, for tests of what ranks do together."""
+"""Several processes of one gloo group, for tests with several ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Work = Callable[[int, int], dict[str, Any]]  # (world, rank) -> what this rank f
 
 
 def run(work: Work, world: int, directory: Path) -> list[dict[str, Any]]:
-    """What every rank found. `work` is a function of a module, so that the processes can import it."""
+    """The results of all ranks. `work` is a function of a module, so that the processes can import it."""
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("this PyTorch has no gloo backend")
     context = multiprocessing.get_context("spawn")

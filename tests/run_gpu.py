@@ -34,7 +34,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 BACKENDS = TESTS / "backends"
-SUITE = ("properties", "solvers", "operators/test_autograd.py")
+SUITE = ("properties", "solvers", "operators/test_autograd.py", "operators/test_backward.py")
 STAGES = ("build", "graphs", "goals", "benchmark", "profile", "suite", "sanitizers")
 DEFAULT = ("build", "graphs", "suite", "sanitizers")
 NEEDED = (
@@ -121,7 +121,7 @@ def tool(name: str) -> str | None:
 
 
 def architecture() -> str:
-    """That of the GPU, which is quicker to build than all; sm_90 where there is none."""
+    """The GPU's architecture, since building for one is faster than for all; sm_90 without a GPU."""
     import torch
 
     major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
@@ -129,7 +129,7 @@ def architecture() -> str:
 
 
 def installation(folder: Path, cuda: bool) -> Job:
-    """Installs the package into a folder; with CUDA C++ for the GPU that is here."""
+    """Installs the package into a folder, with CUDA C++ for the GPU of this machine."""
     command = [
         sys.executable,
         "-m",
@@ -149,7 +149,7 @@ def installation(folder: Path, cuda: bool) -> Job:
 
 
 def build(runner: Runner, folder: Path, cuda: bool) -> bool:
-    """Whether CUDA C++ is there: the rest runs without it where it does not compile."""
+    """Whether CUDA C++ was built: if it does not compile, the rest runs without it."""
     if cuda and runner.run(300, installation(folder, True)):
         return True
     runner.run(200, installation(folder, False))
@@ -193,7 +193,7 @@ def main() -> int:
         "HYPOTHESIS_PROFILE": "quick",
         "PAMA_TEST_DEVICE": arguments.device,
         "PAMA_TEST_SHARE": arguments.share,
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # the properties ask for deterministic algorithms
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # the properties use deterministic algorithms
     }
     runner = Runner(environment, out, arguments.seconds)
     cuda = arguments.device == "cuda" and tool("nvcc") is not None
@@ -207,7 +207,7 @@ def main() -> int:
     if arguments.device == "cuda":
         cuda = any((site / "pama_kernels" / "backends").glob("_cuda.*.so")) if site else cuda
     plan = Plan(runner, arguments.device, cuda, arguments.workers)
-    runner.run(60, Job("what is here", [sys.executable, "-m", "pama_kernels", "info"]))
+    runner.run(60, Job("installation", [sys.executable, "-m", "pama_kernels", "info"]))
     for stage in stages:
         if stage != "build":
             getattr(plan, stage)()

@@ -1,4 +1,4 @@
-"""The records and enumerations that cross the border are the same in Python, in C++ and in the registry."""
+"""The records and enumerations are the same in Python, in C++ and in the registry."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pama_kernels.backends import registry
 
 
 def spelled() -> dict[str, list[str]]:
-    """What a native module must call its enumerations, records and fields."""
+    """The names of enumerations, records and fields that a native module must have."""
     dtypes = {str(dtype).removeprefix("torch.") for dtype in (*FLOATS, *MASKS)}
     return {
         "kinds": [kind.name for kind in _call.Kind],
@@ -32,7 +32,7 @@ def spelled() -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("extension", ["_cpu", "_cuda"])
-def test_native_modules_spell_the_contract_the_same(extension: str) -> None:
+def test_native_modules_agree_with_the_contract(extension: str) -> None:
     try:
         module = importlib.import_module(f"pama_kernels.backends.{extension}")
     except ImportError:

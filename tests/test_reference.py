@@ -157,7 +157,7 @@ def correlation(x: list[float], y: list[float], omega: list[float]) -> float:
 
 @pytest.mark.parametrize("noon", [True, False])
 def test_the_bound_term_is_the_gradient_of_the_surrogate(noon: bool) -> None:
-    """I = (dg / dlogp) / u: what autograd finds is where the indicator says."""
+    """I = (dg / dlogp) / u: autograd's gradient agrees with the indicator."""
     problem = make(rows=6, width=9, objectives=1, importance_weights=True, overflow=True, mask=None)
     leaf = problem.logprobs.double().requires_grad_()
     arguments = {**problem.loss_arguments(), "logprobs": leaf, "dual_clip": 2.5, "normalizer": 1.0}
@@ -226,7 +226,7 @@ def test_every_rule(rule: Any) -> None:
     assert float(output.loss) == pytest.approx(total / len(tokens), abs=1e-10)
 
 
-def test_an_objective_without_a_signal_takes_no_part() -> None:
+def test_an_objective_without_a_signal_is_excluded() -> None:
     g = torch.Generator().manual_seed(0)
     advantages = torch.randn(4, 5, 3, generator=g)
     advantages[..., 1] = 0
@@ -293,7 +293,7 @@ def test_advantage_estimation_is_the_discounted_sum_of_errors() -> None:
     assert torch.equal(returns, advantages + values)
 
 
-def test_masked_steps_are_skipped_over() -> None:
+def test_masked_steps_are_skipped() -> None:
     g = torch.Generator().manual_seed(1)
     rewards, values = torch.randn(1, 7, 2, generator=g).double(), torch.randn(1, 7, 2, generator=g).double()
     mask = torch.tensor([[0, 1, 1, 0, 0, 1, 0]])

@@ -196,7 +196,7 @@ void check_absent() {
     double all[] = {1, NAN}, q[] = {0.5, 0.5}, d[] = {1, 1};
     expect(std::isnan(pama::simplex_row(2, all, q, 0, -1, d)) && std::isnan(d[0]) && std::isnan(d[1]), "NaN", 2, d[0]);
     double none[] = {1, 2}, r[] = {0.25, 0.75}, e[] = {0, 0};
-    expect(pama::simplex_row(2, none, r, 0, -1, e) == 0 && e[1] == 0.75, "nobody", 2, e[1]);
+    expect(pama::simplex_row(2, none, r, 0, -1, e) == 0 && e[1] == 0.75, "none present", 2, e[1]);
 }
 
 }  // namespace

@@ -266,7 +266,7 @@ void test_exact_scaling_and_presence() {
                 if (!present[a] || !present[b]) masked[a * n + b] = std::nan("");
         const Solution u = solve(n, masked, p, present.data());
         if (mass == 0.0) {
-            CHECK(u.weights == p && u.result.optimum == 0.0, "n=%d: nobody with preference", n);
+            CHECK(u.weights == p && u.result.optimum == 0.0, "n=%d: no objective with a preference", n);
             continue;
         }
         const Solution v = solve(m, part, part_p);

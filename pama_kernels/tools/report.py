@@ -96,7 +96,7 @@ def _rewards(found: Inspection) -> str:
         for i, name in enumerate(found.names)
     ]
     return (
-        "Each reward by itself\n"
+        "Each reward separately\n"
         "  mean, deviation  over all completions\n"
         "  applies          share of the completions that have a number\n"
         "  varies           share of the groups in which completions get different rewards:\n"
@@ -126,7 +126,7 @@ def sorted_pairs(found: Inspection) -> list[tuple[int, int]]:
 def _pairs(found: Inspection) -> str:
     title = (
         "Do they agree? Correlation of two rewards within groups\n"
-        "  1: they always ask for the same; 0: unrelated; -1: what one wants, the other does not\n\n"
+        "  1: they rank completions alike; 0: unrelated; -1: they rank them in opposite order\n\n"
     )
     n = len(found.names)
     if n <= MATRIX_UP_TO:
@@ -154,11 +154,11 @@ def _pairs(found: Inspection) -> str:
 # --- rules --------------------------------------------------------------------------------------------------
 
 EXPLAINED = """\
-  fixed    the same for all rewards, or what --preference says
-  upgrad   the combination nearest to the fixed one with which no reward falls; the library's default
-  pama     the combination in which the rewards disagree least
-  softmin  for each completion by itself: most to the reward in which it is worst
-  paper    PAMA as published: only completions that are above their group's mean in every reward
+  fixed    the same for all rewards, or those of --preference
+  upgrad   the fixed weights, changed so that no reward decreases; the default
+  pama     the combination in which the rewards cancel each other least
+  softmin  separately for each completion: most weight to its worst reward
+  paper    PAMA as published: only completions above their group's mean in every reward
 """
 
 
@@ -178,19 +178,19 @@ def _rules(found: Inspection) -> list[str]:
     }
     covariance = {rule: effect.mean_covariance for rule, effect in effects.items()}
     parts = [
-        f"How much weight does each rule give it?{many * ' Mean over steps'}\n"
+        f"Weights under each rule{many * ', mean over steps'}\n"
         + EXPLAINED
         + "\n"
         + _by_rule(found, weights, two_digits),
-        f"What does each rule do to it? Covariance with the combined advantage{many * ', mean over steps'}\n"
-        "  above 0: the update raises this reward; below 0: it sacrifices it, marked ! from -0.02 on\n"
-        f"  {SUM} adds the rewards up as they are and normalises once: what trainers do by default\n\n"
+        f"Effect of each rule: covariance with the combined advantage{many * ', mean over steps'}\n"
+        "  above 0: the reward rises; below 0: it falls (is sacrificed), marked ! from -0.02 on\n"
+        f"  {SUM} adds up the raw rewards and normalises once: what trainers do by default\n\n"
         + _by_rule(found, covariance, _marked),
     ]
     if many:
         shares = {rule: effect.sacrificed(SMALL) for rule, effect in effects.items()}
         parts.append(
-            f"In how many of the {found.steps} steps does it sacrifice the reward?\n\n"
+            f"Share of the {found.steps} steps in which the rule sacrifices the reward\n\n"
             + _by_rule(found, shares, percent)
         )
     return parts
@@ -211,7 +211,7 @@ def _of_rewards(found: Inspection) -> Iterator[str]:
         if float(found.applies[i]) == 0:
             yield f"{name} never applied: no completion has a number."
         elif varies == 0:
-            yield f"{name} is saturated: nothing is learned from it; fixed, pama and upgrad leave it out."
+            yield f"{name} is saturated: fixed, pama and upgrad give it no weight."
         elif varies < RARE:
             yield f"{name} varies in only {percent(varies)} of the groups."
 

@@ -1,4 +1,4 @@
-"""`sanitized.py` with a page of no access beside every tensor: a step out of bounds ends the process.
+"""`sanitized.py` with a protected page beside every tensor: an access out of bounds ends the process.
 
 For backends that run on the CPU, Triton's kernels in the interpreter among them. `guarded.py before` puts
 the page before each tensor, `after` behind it. What compute-sanitizer finds on a GPU, without one.
@@ -23,7 +23,7 @@ _empty, _before = torch.empty, sys.argv[1:2] == ["before"]
 
 
 def guarded(count: int, dtype: torch.dtype) -> Tensor:
-    """So many elements, filled with NaN bits, beside a page of no access."""
+    """`count` elements filled with NaN, beside a protected page."""
     size = max(count, 1) * dtype.itemsize
     pages = -(-size // PAGE)
     memory = mmap.mmap(-1, (pages + 1) * PAGE)

@@ -56,7 +56,7 @@ class NullDriver:
                 return triton_variants.TARGETS["sm_90"]
 
         driver.set_active(Driver())
-        _stream.stream_of = lambda device: 0  # which costs less than to ask a GPU
+        _stream.stream_of = lambda device: 0  # cheaper than a query of a GPU
         backend.unusable = lambda device_type: None
 
     def launched(self) -> list[str]:
@@ -211,7 +211,7 @@ def lengths() -> Iterator[dict[str, Any]]:
 
 
 def beyond_32_bits() -> dict[str, Any]:
-    """Memory that nobody touches: 2^31 tokens and a few more."""
+    """Tensors that are never read: 2^31 tokens and a few more."""
     advantages, variants = torch.randn(8, 4), Variants()
     for width in (100, 2**28 + 16):
         logprobs = torch.empty(8, width, dtype=torch.bfloat16)

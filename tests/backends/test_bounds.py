@@ -1,4 +1,4 @@
-"""No kernel touches memory beside a tensor, not even where it does not use what it reads there."""
+"""No kernel accesses memory beside a tensor, not even to read values that it does not use."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 
 @pytest.mark.parametrize("side", ["before", "after"])
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_nothing_out_of_bounds(backend: str, side: str) -> None:
-    """A page of no access stands on one side of every tensor: out of bounds, the process ends by a signal."""
+def test_no_access_out_of_bounds(backend: str, side: str) -> None:
+    """A protected page is on one side of every tensor: an access out of bounds ends the process."""
     script = Path(__file__).with_name("guarded.py")
     environment = {
         **os.environ,

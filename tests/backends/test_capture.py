@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Streams:
-    """What tensors on the CPU are told of a device that they are not on."""
+    """Streams of a pretended device, for tensors on the CPU."""
 
     current: int | None = 1
     capturing = False
@@ -76,7 +76,7 @@ def test_no_tensor_of_a_capture_is_kept(name: str, preference: Any, streams: Str
     assert tensors().keys() <= before.keys()
 
 
-def test_a_preference_of_a_capture_is_made_anew(streams: Streams) -> None:
+def test_a_preference_of_a_capture_is_not_cached(streams: Streams) -> None:
     call = CALLS["weights"]
     streams.capturing = True
     call([0.125, 0.875])
@@ -104,9 +104,7 @@ def test_counters_of_launches_that_may_overlap_differ(streams: Streams) -> None:
     assert not any(captured)
 
 
-def test_more_captured_launches_than_there_are_counters(
-    streams: Streams, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_captured_launches_than_counters(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_counter, "_COUNTERS", 2)
     _counter.counter(CPU)
     streams.capturing = True

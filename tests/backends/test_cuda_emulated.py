@@ -35,7 +35,7 @@ RULES: tuple[Any, ...] = (
 )
 
 
-def test_these_kernels_serve() -> None:
+def test_the_emulated_backend_is_used() -> None:
     for name in ("statistics", "solve", "weights", "min_norm", "upgrad"):
         assert registry.find("cpu", name) is cuda
 
@@ -136,7 +136,7 @@ def test_results_in_given_memory(n: int) -> None:
             assert torch.equal(x, y)
 
 
-def test_a_nan_stays_in_its_matrix() -> None:
+def test_a_nan_affects_only_its_matrix() -> None:
     gram = _grams(3, 2)
     gram[1, 0, 2] = math.nan
     for solver in (pk.min_norm_weights, pk.upgrad_weights):

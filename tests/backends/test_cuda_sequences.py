@@ -31,7 +31,7 @@ pytestmark = pytest.mark.portable
 RULES: tuple[Any, ...] = (pk.Fixed(), pk.UPGrad(), pk.Pama(), pk.Pama(noon=True), pk.Pama(bound="scores"))
 
 
-def test_apply_is_served_here_and_leaves_the_second_pass_to_the_next_backend() -> None:
+def test_apply_calls_the_second_pass_of_the_next_backend() -> None:
     assert registry.find("cpu", "apply") is cuda
     following = registry.find("cpu", registry.SOLVED, after="cuda")
     assert following is registry.load("cpu", "cpu")

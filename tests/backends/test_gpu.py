@@ -1,4 +1,4 @@
-"""What only a GPU shows: graphs, streams, devices, sizes beyond 2^31; and the same bits every time.
+"""Tests that need a GPU: graphs, streams, devices, sizes beyond 2^31; and the same bits every time.
 
 `PAMA_TEST_DEVICE=cpu` runs what does not need a GPU on small sizes, so that this file is known to work.
 """
@@ -90,7 +90,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 @needs_gpu
-def test_the_chosen_backend_serves() -> None:
+def test_the_selected_backend_is_used() -> None:
     forced = os.environ.get("PAMA_BACKEND") or "triton"
     assert registry.find(DEVICE.type, "statistics").__name__ == f"pama_kernels.backends.{forced}"
 
@@ -106,7 +106,7 @@ def test_same_bits_every_time(name: str) -> None:
 
 @needs_gpu
 @each_call
-def test_no_call_waits_for_the_device(name: str) -> None:
+def test_no_call_synchronises_with_the_device(name: str) -> None:
     x = batch(1)
     CALLS[name](x)
     torch.cuda.synchronize()
@@ -118,7 +118,7 @@ def test_no_call_waits_for_the_device(name: str) -> None:
 
 
 @needs_gpu
-def test_a_new_preference_does_not_wait_for_the_device() -> None:
+def test_a_new_preference_does_not_synchronise() -> None:
     scores = batch(1)["advantages"][0]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -166,7 +166,7 @@ def test_a_graph_replays_on_changed_inputs(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["statistics", "loss gram", "loss token", "combine scores", "loss per sequence"]
 )
-def test_streams_do_not_disturb_each_other(name: str) -> None:
+def test_streams_are_independent(name: str) -> None:
     inputs = [batch(seed, rows=256) for seed in range(4)]
     wanted = [flat(CALLS[name](x)) for x in inputs]
     torch.cuda.synchronize()
@@ -202,7 +202,7 @@ def test_graphs_replay_side_by_side() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU, or none")
-def test_every_device_serves_its_own_tensors() -> None:
+def test_tensors_on_several_devices() -> None:
     x = batch(5)
     wanted = [y.cpu() for y in flat(CALLS["loss gram"](x))]
     with torch.cuda.device(0):
@@ -241,7 +241,7 @@ def test_more_than_2_31_tokens() -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>:DeprecationWarning")
 @pytest.mark.parametrize("name", ["gram", "upgrad", "token"])
-def test_compiled_without_a_break(name: str) -> None:
+def test_compiles_without_a_graph_break(name: str) -> None:
     def step(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
         output = pk.pama_loss(logprobs, old_logprobs, advantages, mask, rule=RULES[name])
         return output.loss + output.weights.sum()

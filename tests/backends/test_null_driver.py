@@ -1,4 +1,4 @@
-"""Calls come to launch the Triton kernels and take few variants of them, without a GPU: `null_driver.py`."""
+"""Calls launch the Triton kernels in few variants, without a GPU: `null_driver.py`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def lines(config: pytest.Config, what: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_calls_reach_the_driver(pytestconfig: pytest.Config) -> None:
+def test_calls_launch_kernels(pytestconfig: pytest.Config) -> None:
     """Through Triton's own launcher, down to a CUDA driver that does nothing."""
     launched = {line["call"]: line["kernels"] for line in lines(pytestconfig, "launches")}
     padded, rows = ", padded, N=4, float32, few tensors", ", per-sequence, N=4, float32, few tensors"
@@ -38,7 +38,7 @@ def test_calls_reach_the_driver(pytestconfig: pytest.Config) -> None:
     assert launched[f"combine fixed{rows}"] == ["row_sums_kernel", "rows_kernel", "rows_kernel"]
 
 
-def test_lengths_and_batches_compile_nothing(pytestconfig: pytest.Config) -> None:
+def test_other_lengths_and_batch_sizes_compile_no_kernel(pytestconfig: pytest.Config) -> None:
     """One variant of each launch for whole tensors, a second for slices, none in a capture."""
     found = lines(pytestconfig, "lengths")
     assert len(found) > 10
@@ -50,7 +50,7 @@ def test_lengths_and_batches_compile_nothing(pytestconfig: pytest.Config) -> Non
     assert sum(count - 1 for count in beyond["whole"].values()) <= 1, beyond
 
 
-def test_what_is_compiled_ahead_is_all_that_is_launched(pytestconfig: pytest.Config) -> None:
+def test_kernels_compiled_ahead_cover_all_launches(pytestconfig: pytest.Config) -> None:
     found = lines(pytestconfig, "warmed")
     assert len(found) > 10
     for line in found:

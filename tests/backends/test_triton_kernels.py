@@ -1,4 +1,4 @@
-"""What is Triton's own in its kernels, in the interpreter: a session with TRITON_INTERPRET=1.
+"""Properties that only the Triton kernels have, in the interpreter: a session with TRITON_INTERPRET=1.
 
 Batches are small: an operation of the interpreter takes tens of microseconds, a matrix thousands of them.
 """
@@ -32,7 +32,7 @@ NAN, INF = math.nan, math.inf
 
 @pytest.fixture(autouse=True)
 def _memory_that_is_not_zero() -> Iterator[None]:
-    """What nobody has written reads as NaN."""
+    """Uninitialized memory is filled with NaN."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
@@ -84,7 +84,7 @@ def test_min_norm_is_certified(kind: str, n: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", [1, 2, 3, 7])
-def test_upgrad_conflicts_with_no_objective(kind: str, n: int) -> None:
+def test_upgrad_decreases_no_objective(kind: str, n: int) -> None:
     for p in (None, skewed(n)):
         m = gram(kind, 2, n)
         c, optimum = solved(backend.upgrad, 2, m, p)
@@ -97,7 +97,7 @@ def test_upgrad_conflicts_with_no_objective(kind: str, n: int) -> None:
             torch.testing.assert_close(c, wanted.weights, rtol=0, atol=1e-9)
 
 
-def test_bits_do_not_depend_on_the_batch_and_a_nan_stays_in_its_matrix() -> None:
+def test_matrices_of_a_batch_are_independent() -> None:
     m = torch.cat([gram(kind, 1, 4) for kind in KINDS])
     for solve in (
         lambda x: solved(backend.min_norm, 2, x, None, 0.0),
@@ -122,7 +122,7 @@ def test_without_a_certificate_the_result_is_nan(monkeypatch: pytest.MonkeyPatch
         assert optimum.isnan().all()
 
 
-def test_more_objectives_than_a_tile_holds_are_refused() -> None:
+def test_too_many_objectives_for_a_tile_are_an_error() -> None:
     for solve in (
         lambda m: solved(backend.min_norm, 2, m, None, 0.0),
         lambda m: solved(backend.upgrad, 2, m, None),
@@ -133,7 +133,7 @@ def test_more_objectives_than_a_tile_holds_are_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("span", [1e8, 1e20, 1e34])
-def test_scores_of_any_span_end_on_the_simplex(dtype: torch.dtype, span: float) -> None:
+def test_weights_are_on_the_simplex_for_any_span_of_scores(dtype: torch.dtype, span: float) -> None:
     a = (torch.randn(16, 5, dtype=torch.float64) * span ** -torch.rand(16, 5, dtype=torch.float64)).to(dtype)
     for p, regularization in ((None, 0.0), (skewed(5), 0.0), (None, 0.1)):
         c, optimum = solved(backend.weights, 1, a, p, regularization, None)
@@ -189,7 +189,7 @@ def test_offsets_beyond_32_bits() -> None:
     torch.testing.assert_close(sums[16:32], x.double().sum(0))
 
 
-def test_a_tensor_without_memory_is_refused_by_name() -> None:
+def test_a_tensor_without_memory_is_named_in_the_error() -> None:
     mask = torch.ones(3, 4)
     mask.untyped_storage().resize_(0)
     tokens, _ = check_tokens(torch.randn(3, 4, 2), mask)

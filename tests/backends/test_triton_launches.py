@@ -36,7 +36,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> list[s
     return found
 
 
-def test_these_kernels_are_what_the_public_functions_run() -> None:
+def test_public_functions_launch_the_expected_kernels() -> None:
     assert launch.INTERPRETED
     for name in ALL:
         assert find("cpu", name).__name__ == "pama_kernels.backends.triton"
@@ -93,7 +93,7 @@ def test_launches_with_weights_per_sequence(rule: Any, monkeypatch: pytest.Monke
     assert launches(monkeypatch, combine) == ["row_sums", "rows"]
 
 
-def test_launches_of_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_of_the_other_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(4, 3, 3)
     gram = x @ x.mT
     wide = torch.randn(2, 3, 40)

@@ -138,7 +138,7 @@ def every_kind() -> Calls:
 
 
 class _Driver:
-    """What the compiler asks of a driver."""
+    """The methods of a driver that the compiler calls."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target

@@ -96,7 +96,7 @@ class Collectives:
 
 
 def work(world: int, rank: int) -> dict[str, Any]:
-    """What a rank finds; `calls` are the collectives of each step."""
+    """The results of a rank; `calls` are the collectives of each step."""
     group, collectives = dist.group.WORLD, Collectives()
     batch, plain = rank_batch(world, rank), rank_batch(world, rank, absent=False)
     found: dict[str, Any] = {}
@@ -167,7 +167,7 @@ Ranks = list[dict[str, Any]]
 
 @pytest.fixture(scope="module", params=sorted(LENGTHS))
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    """What every rank found: the processes run once for all tests."""
+    """The results of all ranks: the processes run once for all tests."""
     return processes.run(work, request.param, tmp_path_factory.mktemp("world"))
 
 
@@ -249,7 +249,7 @@ def test_a_rank_without_a_valid_token(ranks: Ranks) -> None:
         assert not ranks[rank]["whitened"].any()
 
 
-def test_the_losses_add_up_under_a_global_denominator(ranks: Ranks) -> None:
+def test_losses_of_ranks_add_up_with_a_global_normalizer(ranks: Ranks) -> None:
     one = pk.pama_loss(**merged(len(ranks)))
     close(sum(rank["global denominator"] for rank in ranks), one.loss)
 
@@ -284,12 +284,12 @@ def test_momentum(ranks: Ranks) -> None:
     assert all(rank["copied"] for rank in ranks)
 
 
-def test_what_one_rank_sees_counts_for_all(ranks: Ranks) -> None:
+def test_a_signal_on_one_rank_is_shared(ranks: Ranks) -> None:
     assert all(rank["nan"].isnan().all() for rank in ranks)
     assert all_equal([rank["saturated"] for rank in ranks])[1] > 0
 
 
-def test_only_weights_of_the_batch_take_a_group(ranks: Ranks) -> None:
+def test_process_group_needs_weights_per_batch(ranks: Ranks) -> None:
     assert all(rank["refused"] == ["refused"] * 3 for rank in ranks)
 
 

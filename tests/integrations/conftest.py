@@ -1,4 +1,4 @@
-"""For the adapters' tests: they train real trainers, tiny ones."""
+"""Fixtures of the adapters' tests, which train tiny models in real trainers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _frozen() -> Iterator[None]:
-    """A training ends with a garbage collection that takes longer than itself: leave out old objects."""
+    """The garbage collection at the end of a training takes longer than the training: exclude old objects."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -29,7 +29,7 @@ def _frozen() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def verl() -> Iterator[ModuleType]:
-    """Our module, after verl and its trainers were imported: their imports warn, about themselves."""
+    """Our module, imported after verl and its trainers, whose imports raise warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from pama_kernels.integrations import verl

@@ -26,7 +26,7 @@ import trl_standins
 HERE = Path(__file__).resolve().parent
 TRAINERS = ("grpo", "rloo")
 SHARED = ("__init__.py", "conftest.py", "testing_utils.py", "testing_constants.py")
-# What passes with TRL and is refused here, by a part of the test's name, and why
+# Tests that pass with TRL and are an error here, by a part of the test's name, and the reason
 REFUSED = {"normalize_then_sum": "means pama_rule='fixed' with pama_normalize=True, and needs both"}
 
 

@@ -16,7 +16,7 @@ SMALL: dict[str, Any] = {"n_steps": 32, "batch_size": 32, "n_epochs": 2, "device
 
 
 class Levers(gymnasium.Env):
-    """Four levers with rewards for two objectives; `cost` for a third. Some episodes end by themselves."""
+    """Four levers with rewards for two objectives; `cost` for a third. Some episodes terminate."""
 
     PAYS = np.array([[1.0, 0.0], [0.0, 1.0], [0.7, 0.7], [0.0, 0.0]])
 

@@ -1,4 +1,4 @@
-"""The script that runs TRL's own tests: what it counts as lost."""
+"""The script that runs TRL's own tests: which differences it reports."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_compare(
 @pytest.mark.slow  # four processes that import TRL
 @pytest.mark.timeout(900)
 def test_one_test_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkout with two tests, one of which tells the trainers apart."""
+    """A checkout with two tests, one of which passes with TRL's trainer only."""
     tests = tmp_path / "trl" / "tests"
     tests.mkdir(parents=True)
     (tests / "__init__.py").touch()

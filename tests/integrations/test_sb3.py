@@ -62,7 +62,7 @@ def test_one_objective_is_sb3s_ppo_bit_for_bit(env: str, rule: str, settings: di
 
 
 class Recorder(BaseCallback):
-    """What a rollout saw, and the advantages before they were combined."""
+    """Records the inputs of a rollout, and the advantages before they are combined."""
 
     def _on_rollout_start(self) -> None:
         self.steps: list[tuple[Any, Any]] = []
@@ -185,7 +185,7 @@ def test_normalisation_is_that_of_the_combined_advantage() -> None:
     assert float(scaled.sum(1).square().mean()) == pytest.approx(1, rel=1e-5)
 
 
-def test_scales_of_rewards_do_not_matter_to_the_weights() -> None:
+def test_weights_are_invariant_to_reward_scales() -> None:
     """Whitening: all rewards of an objective a thousand times as large."""
 
     class Larger(gymnasium.RewardWrapper):
@@ -203,7 +203,7 @@ def test_scales_of_rewards_do_not_matter_to_the_weights() -> None:
     torch.testing.assert_close(first_weights(Larger), first_weights(lambda env: env), rtol=1e-5, atol=1e-6)
 
 
-def test_learns_what_the_preference_says() -> None:
+def test_policy_follows_the_preference() -> None:
     """By the fixed rule with all weight on one objective its lever; by the default the one good for both."""
 
     def lever(**named: Any) -> int:

@@ -53,7 +53,7 @@ def test_logs(tmp_path: Path) -> None:
     assert float(row["rollout/ep_rew_mean"]) == pytest.approx(means.sum(), rel=1e-4)
 
 
-def test_long_names_do_not_stop_the_table_on_the_screen() -> None:
+def test_long_names_are_left_out_of_the_printed_table() -> None:
     names = [f"a name that is longer than the table is wide, number {i}" for i in range(3)]
     env = make_vec_env(levers, 2, objectives=names)
     model = PamaPPO("MlpPolicy", env, verbose=1, **SMALL).learn(128)
@@ -105,7 +105,7 @@ def test_callbacks_evaluate_and_change_the_preference() -> None:
     assert np.isfinite(evaluate_policy(model, vectors(), n_eval_episodes=4)).all()
 
 
-def test_normalisation_of_each_objective_by_itself(tmp_path: Path) -> None:
+def test_each_objective_is_normalised_separately(tmp_path: Path) -> None:
     """As VecNormalize does on an environment with this one reward."""
 
     class Only(gymnasium.RewardWrapper):
@@ -147,7 +147,7 @@ def test_dictionaries_of_observations_and_one_environment() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*precision lowered by casting:UserWarning")  # of its reward space
-def test_mo_gymnasium_by_its_name() -> None:
+def test_mo_gymnasium_environment_by_id() -> None:
     pytest.importorskip("mo_gymnasium", reason="not installed (pip install 'pama-kernels[gym]')")
     model = PamaPPO("MlpPolicy", "deep-sea-treasure-v0", **SMALL).learn(32)
     assert model.policy.value_net.out_features == 2
@@ -203,7 +203,7 @@ def test_errors_name_the_argument(make: Callable[[], Any], error: type[Exception
         make()
 
 
-def test_scores_of_whitened_advantages_decide_nothing() -> None:
+def test_scores_of_whitened_advantages_give_the_preference() -> None:
     with pytest.warns(UserWarning, match="rule: without Noon the scores"):
         model = trained(pk.Pama(bound="scores"), preference=[1, 1, 2])
     assert model.combination is not None
@@ -217,7 +217,7 @@ def test_an_environment_whose_reward_has_another_size() -> None:
         env.step(0)
 
 
-def test_a_policy_of_ones_own() -> None:
+def test_custom_policy_class() -> None:
     class Wide(ValueHeads, PPO.policy_aliases["MlpPolicy"]):  # type: ignore[misc]
         pass
 

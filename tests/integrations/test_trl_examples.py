@@ -1,4 +1,4 @@
-"""What users read and start from."""
+"""The code of docs/trl.md and the example script."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss is TRL's own: of one objective, of the weighted sum of several, of changed advantages."""
+"""The loss equals TRL's own: for one objective, the weighted sum of several, and changed advantages."""
 
 from __future__ import annotations
 
@@ -211,8 +211,8 @@ def test_on_policy_one_advantage_is_enough(loss_type: str, tmp_path: Path) -> No
     assert Audited.shipped == [loss_type == "sapo"] * 3
 
 
-def test_sides_matter(tmp_path: Path) -> None:
-    """Where signs disagree and clipping binds, GRPO's loss on the combination is another one."""
+def test_clipping_the_combination_differs_from_clipping_its_terms(tmp_path: Path) -> None:
+    """Where signs disagree and clipping binds, GRPO's loss of the combination is different."""
     made = trainer(PamaGRPOTrainer, REWARDS, tmp_path, num_iterations=2, epsilon=0.01)
     seen = []
     passes: list[None] = []
@@ -236,8 +236,8 @@ def test_sides_matter(tmp_path: Path) -> None:
 @pytest.mark.skipif(
     "use_adaptive_entropy" not in GRPOConfig.__dataclass_fields__, reason="this TRL has no adaptive entropy"
 )
-def test_adaptive_entropy_counts_once(tmp_path: Path) -> None:
-    """Its controller sees each step once, though the loss has three parts."""
+def test_adaptive_entropy_counts_each_step_once(tmp_path: Path) -> None:
+    """Its controller is updated once per step, although the loss has three parts."""
     changes = {
         "num_iterations": 2,
         "max_steps": 4,
@@ -255,7 +255,7 @@ def test_adaptive_entropy_counts_once(tmp_path: Path) -> None:
 
 
 class Shipping(PamaGRPOTrainer):
-    """Takes the loss of several parts, even where objectives agree."""
+    """Computes the loss in several parts, also where objectives agree."""
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
@@ -270,7 +270,7 @@ class Shipping(PamaGRPOTrainer):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("per_token", [False, True])
-def test_changed_advantages_are_followed(rule: str, per_token: bool, tmp_path: Path) -> None:
+def test_changed_advantages_are_used(rule: str, per_token: bool, tmp_path: Path) -> None:
     """By every rule, in every step over the rollout: the loss is GRPO's on the changed advantages."""
     changed: list[Tensor] = []
 
@@ -300,7 +300,7 @@ def test_changed_advantages_are_followed(rule: str, per_token: bool, tmp_path: P
     close(gradients, expected)
 
 
-def test_advantages_that_stay_keep_their_sides(tmp_path: Path) -> None:
+def test_unchanged_advantages_keep_both_parts(tmp_path: Path) -> None:
     """A subclass that drops some completions leaves the loss of the others exact."""
 
     class Dropping(Recorded):

@@ -1,4 +1,4 @@
-"""What is logged: by objective and pair; NaN, left out of means, where there is nothing to say."""
+"""Metrics per objective and pair; undefined ones are NaN, which means exclude."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_covariance_is_that_of_the_statistics() -> None:
         assert (metrics["pama/covariance/b"] < 0) == (preference[0] > preference[1])
 
 
-def test_absent_and_constant_are_told_apart(tmp_path: Path) -> None:
+def test_absent_and_constant_rewards_are_distinguished(tmp_path: Path) -> None:
     """An objective that applies in the second rollout only is logged with that rollout's values alone."""
     calls: list[int] = []
 

@@ -1,4 +1,4 @@
-"""Several processes solve for the same weights, those of one; a checkpoint brings the running mean along."""
+"""Several processes have the same weights, those of one process; checkpoints contain the running mean."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def kind(name: str) -> type[Recording]:
 
 
 def replaying(base: type[Recording]) -> type[Recording]:
-    """Generates what it is given."""
+    """Returns given completions instead of generating."""
 
     class Replayed(base):
         to_generate: list[Any]

@@ -1,4 +1,4 @@
-"""What rewards and subclasses do: saturated and absent rewards, hooks, schedules, names."""
+"""Saturated and absent rewards, hooks of subclasses, schedules, names."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ BATCH_RULES = {
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 @pytest.mark.parametrize("rule", BATCH_RULES)
-def test_saturated_rewards_change_nothing(rule: str, momentum: float, tmp_path: Path) -> None:
-    """As functions that return None, or that are not there; with a reward that varies, and with two."""
+def test_saturated_rewards_do_not_change_the_update(rule: str, momentum: float, tmp_path: Path) -> None:
+    """They equal functions that return None and functions left out; beside one varying reward and two."""
     changes = {**BATCH_RULES[rule], "pama_momentum": momentum}
     for live in ([vowels], [vowels, short]):
         alone, expected = run(PamaGRPOTrainer, live, tmp_path, **changes)
@@ -69,7 +69,7 @@ def task(prompt: str) -> Any:
 @pytest.mark.parametrize(
     "rule", [*BATCH_RULES.values(), {"pama_weights_per": "sequence"}, {"pama_rule": "softmin"}], ids=str
 )
-def test_disjoint_tasks_keep_whole_advantages(rule: dict[str, Any], tmp_path: Path) -> None:
+def test_disjoint_tasks_keep_full_advantages(rule: dict[str, Any], tmp_path: Path) -> None:
     """Eight tasks, one reward for each: the advantages, and the gradient, are those of one reward for all."""
     _, expected = run(GRPOTrainer, [vowels], tmp_path, max_steps=1, per_device_train_batch_size=32)
     made, gradients = run(
@@ -120,8 +120,8 @@ def test_infinite_and_missing_rewards(tmp_path: Path) -> None:
         trainer(PamaGRPOTrainer, [short, constant(math.inf)], tmp_path).train()
 
 
-def test_a_rollout_that_teaches_nothing_warns_once(tmp_path: Path) -> None:
-    """Under the paper's rule per completion a constant reward vetoes everything."""
+def test_a_rollout_without_any_advantage_warns_once(tmp_path: Path) -> None:
+    """Under the paper's rule per completion a constant reward makes all combined advantages 0."""
     rule = {"pama_rule": "paper", "pama_weights_per": "token"}
     with pytest.warns(UserWarning, match="every combined advantage of a rollout is 0 though vowels") as seen:
         made, gradients = run(PamaGRPOTrainer, [vowels, constant(1.0)], tmp_path, **rule)
@@ -134,8 +134,8 @@ def test_a_rollout_that_teaches_nothing_warns_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rule", BATCH_RULES)
-def test_an_override_of_the_rewards_is_followed(rule: str, tmp_path: Path) -> None:
-    """Post-processing in `_calculate_rewards`, which is what the hook is for."""
+def test_overridden_rewards_are_used(rule: str, tmp_path: Path) -> None:
+    """Post-processing of rewards in an overridden `_calculate_rewards`."""
 
     class Changed(PamaGRPOTrainer):
         factor: Tensor
@@ -155,7 +155,7 @@ def test_an_override_of_the_rewards_is_followed(rule: str, tmp_path: Path) -> No
     close(gradients, expected)
 
 
-def test_a_hook_of_the_instance_survives(tmp_path: Path) -> None:
+def test_a_hook_of_the_instance_is_kept(tmp_path: Path) -> None:
     made = trainer(PamaGRPOTrainer, REWARDS, tmp_path, max_steps=2)
     calls: list[None] = []
     calculate = made._calculate_rewards
@@ -183,8 +183,8 @@ class Meddling(TrainerCallback):
         args.pama_preference = [0.0, 0.0, 1.0]
 
 
-def test_arguments_changed_during_training_do_nothing(tmp_path: Path) -> None:
-    """As in TRL: rule, scale and preference are read at construction; `trainer.reward_weights` is alive."""
+def test_arguments_changed_during_training_have_no_effect(tmp_path: Path) -> None:
+    """As in TRL: rule, scale and preference are read at construction; `trainer.reward_weights` may change."""
     _, expected = run(PamaGRPOTrainer, REWARDS, tmp_path)
     _, gradients = run(PamaGRPOTrainer, REWARDS, tmp_path, Meddling())
     close(gradients, expected)
@@ -234,7 +234,7 @@ def test_preference(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rule", [*BATCH_RULES.values(), {"pama_weights_per": "sequence"}], ids=str)
-def test_a_reward_of_weight_0_is_as_if_it_were_not_there(rule: dict[str, Any], tmp_path: Path) -> None:
+def test_a_reward_of_weight_0_is_excluded(rule: dict[str, Any], tmp_path: Path) -> None:
     _, expected = run(PamaGRPOTrainer, [REWARDS[0], REWARDS[2]], tmp_path, reward_weights=[1, 3], **rule)
     _, gradients = run(PamaGRPOTrainer, REWARDS, tmp_path, reward_weights=[1, 0, 3], **rule)
     close(gradients, expected)
@@ -291,7 +291,7 @@ REPEATED = {
 
 @pytest.mark.parametrize("kind", REPEATED)
 def test_rewards_of_one_name_get_a_suffix(kind: str, tmp_path: Path) -> None:
-    """TRL's own logs too: else one would overwrite the other."""
+    """In TRL's own logs too, where one would otherwise overwrite the other."""
     rewards, expected = REPEATED[kind]
     with pytest.warns(UserWarning, match=f"reward_funcs: expected different names.*logged as.*{expected[1]}"):
         made = trainer(PamaGRPOTrainer, rewards(), tmp_path, max_steps=1)

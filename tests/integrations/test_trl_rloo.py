@@ -1,4 +1,4 @@
-"""RLOO: of one objective it is TRL's, of several the weighted sum; the KL penalty is part of rewards."""
+"""RLOO: with one objective equal to TRL's, with several the weighted sum; KL is part of the rewards."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_every_rule_trains_and_is_logged_as_in_grpo(rule: str, tmp_path: Path) -
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
-    """By its definition, for groups of 4: a reward minus the mean of the others that there are."""
+    """By definition, for groups of 4: a reward minus the mean of the other rewards that apply."""
     advantages = torch.zeros_like(rewards)
     for row, column in (~rewards.isnan()).nonzero().tolist():
         group = slice(row // 4 * 4, row // 4 * 4 + 4)
@@ -182,8 +182,8 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("rule", ["default", "upgrad", "fixed"])
 @pytest.mark.parametrize("whiten", [False, True])
-def test_kl_is_no_objective(rule: str, whiten: bool, tmp_path: Path) -> None:
-    """A saturated reward takes no part though KL is taken off it, and weights are those without KL."""
+def test_kl_penalty_is_not_an_objective(rule: str, whiten: bool, tmp_path: Path) -> None:
+    """A saturated reward is excluded although KL is subtracted from it; weights are those without KL."""
     shared = {"normalize_advantages": whiten, "max_steps": 2, **RULES[rule]}
     rewards = [vowels, constant(1.0), short]
     made, gradients = run(
@@ -255,7 +255,7 @@ def test_sum_of_losses(tmp_path: Path) -> None:
     assert max(Audited.of_the_sum) > 1e-4
 
 
-def test_on_policy_ships_one_advantage(tmp_path: Path) -> None:
+def test_on_policy_passes_one_advantage(tmp_path: Path) -> None:
     made = trainer(RecordedRLOO, REWARDS, tmp_path, beta=0.0, gradient_accumulation_steps=2)
     made.train()
     assert not any("pama_positive" in rollout["keys"] for rollout in made.rollouts)

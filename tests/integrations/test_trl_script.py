@@ -1,4 +1,4 @@
-"""What people run: LoRA, an evaluation set, gradient accumulation, and rewards as they are in practice."""
+"""A typical script: LoRA, an evaluation set, gradient accumulation, and realistic rewards."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ SETTINGS: dict[str, Any] = {
 def trained(kind: Any, where: Path, **changes: Any) -> Any:
     lora = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, target_modules="all-linear")
     policy = model()
-    with torch.no_grad():  # a random model hardly looks at what LoRA changes
+    with torch.no_grad():  # the layers that LoRA adapts have little effect in a random model
         policy.lm_head.weight.mul_(20)
     made = trainer(
         kind,
@@ -83,13 +83,13 @@ def trained(kind: Any, where: Path, **changes: Any) -> Any:
 
 
 def reached(made: Any) -> dict[str, float]:
-    """Mean of the last three rollouts, of the two rewards that there is something to learn from."""
+    """Mean of the last three rollouts, of the two rewards that vary."""
     return {name: sum(logged(made, f"rewards/{name}/mean")[-3:]) / 3 for name in ("vowels", "half")}
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
-    """What TRL's own trainers reach."""
+    """The result of TRL's own trainers."""
     where = tmp_path_factory.mktemp("plain")
     return {
         name: reached(trained(kind, where / name))

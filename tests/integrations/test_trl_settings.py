@@ -1,4 +1,4 @@
-"""Settings: what is refused, and when; YAML and the command line; versions of TRL."""
+"""Settings: errors and when they are raised; YAML and the command line; versions of TRL."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ("changes", "message"), WRONG, ids=lambda x: ",".join(x) if isinstance(x, dict) else ""
 )
 def test_wrong_settings(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    """At construction, of the configuration where it suffices: nothing has been generated."""
+    """Errors at the construction of the configuration or the trainer, before anything is generated."""
     with pytest.raises((ValueError, TypeError), match=f"^{message}"):
         trainer(PamaGRPOTrainer, REWARDS, tmp_path, **changes)
 
@@ -112,8 +112,10 @@ def test_scores_that_only_reflect_lengths(tmp_path: Path) -> None:
         trainer(PamaGRPOTrainer, REWARDS, tmp_path, pama_bound="scores")
 
 
-def test_liger_is_refused_where_it_replaces_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL up to 1.12 has a loss of its own for it; later versions swap layers, which changes nothing here."""
+def test_liger_is_an_error_where_it_replaces_the_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL up to 1.12 has a separate loss for it; later versions only replace layers."""
     made = settings(PamaGRPOConfig, tmp_path)
     made.use_liger_kernel = True
     monkeypatch.setattr(GRPOTrainer, "compute_liger_loss", None, raising=False)

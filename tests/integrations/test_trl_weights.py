@@ -248,7 +248,7 @@ def test_once_per_rollout_and_evaluation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "rule", [{}, {"pama_noon": True, "pama_bound": "scores"}, {"pama_rule": "upgrad"}], ids=str
 )
-def test_nothing_to_learn_from(rule: dict[str, Any], tmp_path: Path) -> None:
+def test_without_any_signal(rule: dict[str, Any], tmp_path: Path) -> None:
     """Constant rewards, and completions that are all cut off and masked: the weights are the preference."""
     made = trainer(Recorded, [constant(1.0, "a"), constant(2.0, "b")], tmp_path, max_steps=1, **rule)
     made.train()

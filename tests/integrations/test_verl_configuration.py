@@ -1,4 +1,4 @@
-"""Configurations: the example, wrong ones, and the trainers that verl makes of them."""
+"""Configurations for verl: the example, wrong ones, and the trainers that verl constructs from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pama_kernels.integrations import _verl_trainers as trainers
 
 @needs_verl
 def test_example_configuration(verl: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    """verl's own validation takes it, and so do both trainers' checks."""
+    """It passes verl's own validation and the checks of both trainers."""
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import omega_conf_to_dataclass, validate_config
 
@@ -70,8 +70,10 @@ WRONG_CONFIGS: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 @needs_verl
-def test_vanilla_loss_where_it_is_the_same(verl: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
-    """With Noon it is; the older trainer can send one number only, and says what that means."""
+def test_vanilla_loss_is_accepted_where_it_is_exact(
+    verl: ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is exact with Noon; the older trainer can pass only one number per token, and logs a warning."""
     verl.check(composed(*VANILLA, "algorithm.pama.noon=true"))
     assert not caplog.records
     verl.check(composed(*VANILLA, "trainer.use_v1=false", "trainer.v1.trainer_mode=sync"))
@@ -90,7 +92,7 @@ def test_token_weights_of_the_loss(verl: ModuleType, mode: str) -> None:
 
 @needs_verl
 @pytest.mark.parametrize("case", WRONG_CONFIGS)
-def test_wrong_configuration_is_refused_at_construction(verl: ModuleType, case: str) -> None:
+def test_wrong_configuration_is_an_error_at_construction(verl: ModuleType, case: str) -> None:
     """In verl's own trainers as well as in ours: before a model is loaded or anything generated."""
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
     from verl.trainer.ppo.v1 import get_trainer_cls
@@ -108,7 +110,7 @@ def test_wrong_configuration_is_refused_at_construction(verl: ModuleType, case: 
 
 
 @needs_verl
-def test_other_estimators_are_left_alone(verl: ModuleType) -> None:
+def test_other_estimators_are_unchanged(verl: ModuleType) -> None:
     from verl.trainer.ppo.v1 import get_trainer_cls
 
     config = composed("algorithm.adv_estimator=grpo", "trainer.v1.trainer_mode=sync")
@@ -120,8 +122,8 @@ def test_other_estimators_are_left_alone(verl: ModuleType) -> None:
 
 @needs_verl
 @pytest.mark.parametrize("mode", trainers.MODES)
-def test_trainers_are_verls_own_but_for_the_name(verl: ModuleType, mode: str) -> None:
-    """Buffers and sections that verl chooses by the mode's name are those of the mode."""
+def test_trainers_differ_from_verls_only_in_the_name(verl: ModuleType, mode: str) -> None:
+    """Buffers and sections that verl selects by the name of the mode are those of the original mode."""
     from verl.trainer.ppo.v1 import get_trainer_cls
 
     separate = [

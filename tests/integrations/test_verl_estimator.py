@@ -25,7 +25,7 @@ def test_estimator(rule: str, scale: bool) -> None:
     torch.testing.assert_close(batch.estimate(config).double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_estimator_ignores_what_is_masked() -> None:
+def test_estimator_ignores_masked_tokens() -> None:
     batch = Batch(absent=False)
     config = section()
     before = batch.estimate(config)
@@ -59,7 +59,7 @@ def test_several_rows_of_one_session() -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_parts(rule: str) -> None:
-    """What the loss gets without Noon: positive and negative advantages, each combined by the weights."""
+    """The inputs of the loss without Noon: positive and negative advantages, combined separately."""
     settings, made, arguments = RULES[rule]
     batch, config = Batch(), section(**settings)
     rollout = algorithms.Rollout(batch.components())
@@ -93,7 +93,7 @@ def test_parts(rule: str) -> None:
 
 
 def test_metrics() -> None:
-    """Those of docs/verl.md; what says nothing is left out, which a NaN in a mean would not be."""
+    """Those of docs/verl.md; undefined metrics are left out, since a NaN would make a mean NaN."""
     batch = Batch()
     batch.rewards[:, 1] = 1.0
     batch.rewards[:, 2] = math.nan
@@ -169,8 +169,8 @@ def test_wrong_components() -> None:
     raises(ValueError, "index: expected the group", non_tensor_batch=batch.components(), index=None)
 
 
-def test_which_loss_a_rule_needs(caplog: pytest.LogCaptureFixture) -> None:
-    """Without Noon V1 needs the loss `pama`; the older trainer says what its own does."""
+def test_required_policy_loss_of_each_rule(caplog: pytest.LogCaptureFixture) -> None:
+    """Without Noon V1 needs the loss `pama`; the older trainer logs a warning."""
     trainers.check_config(configuration(), carries_components=True)
     trainers.check_config(configuration("vanilla", noon=True), carries_components=True)
     assert not caplog.records

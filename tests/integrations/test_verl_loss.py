@@ -67,7 +67,7 @@ def test_policy_loss_is_vanilla_for_one_objective(
     assert metrics["actor/pg_clipfrac"] > 0
     for other in others:
         assert torch.equal(other[0], loss)
-        # verl's gradient goes half through each side of its maximum where they tie: one rounding.
+        # At ties verl's gradient is half of each side of the maximum: one rounding.
         torch.testing.assert_close(other[1], gradient, rtol=3 * torch.finfo(torch.float32).eps, atol=0)
         assert other[2] == pytest.approx(metrics, abs=1e-7)
 
@@ -104,7 +104,7 @@ def test_policy_loss_of_objectives_that_disagree(verl: ModuleType, dual: float) 
 
 
 @needs_verl
-def test_policy_loss_refuses_other_shapes(verl: ModuleType) -> None:
+def test_policy_loss_wrong_shapes(verl: ModuleType) -> None:
     batch = Batch()
     arguments = (batch.old, batch.logprobs, torch.zeros(24, 7, 3), batch.mask, "token-mean")
     with pytest.raises(ValueError, match=r"^advantages: expected shape \(24, 7\) or \(24, 14\), got"):
@@ -114,7 +114,7 @@ def test_policy_loss_refuses_other_shapes(verl: ModuleType) -> None:
 
 
 @needs_verl
-def test_masked_values_do_not_reach_the_loss(verl: ModuleType) -> None:
+def test_loss_ignores_masked_values(verl: ModuleType) -> None:
     batch = Batch()
     advantages = torch.randn(24, 7)
     first, _ = verl.compute_pama_policy_loss(
@@ -128,7 +128,7 @@ def test_masked_values_do_not_reach_the_loss(verl: ModuleType) -> None:
 @needs_verl
 @pytest.mark.parametrize("rule", ["default", "sequence", "noon"])
 def test_older_trainer(verl: ModuleType, rule: str) -> None:
-    """Through verl's own `compute_advantage`, whose registered estimators see no components otherwise."""
+    """Through verl's own `compute_advantage`, which otherwise passes no components to estimators."""
     from omegaconf import OmegaConf
     from verl.trainer.ppo.ray_trainer import compute_advantage
 

@@ -25,7 +25,7 @@ except RuntimeError as error:
 """
 
 
-def test_unsupported_release_is_refused_aloud() -> None:
+def test_an_unsupported_release_is_logged_and_raised() -> None:
     done = run_python(FAKE_VERSION.format(found="0.8.0"))
     wanted = "expected verl 0.9.1 to 0.9.1, found 0.8.0"
     assert wanted in done.stdout
@@ -41,7 +41,7 @@ def test_without_verl() -> None:
 
 @needs_verl
 def test_verl_loads_the_plug_in() -> None:
-    """By the installed entry point, with nothing of ours imported."""
+    """By the installed entry point, without importing pama_kernels."""
     code = """
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
 print(get_adv_estimator_fn("pama").__name__, get_policy_loss_fn("pama").__name__)
@@ -57,7 +57,7 @@ print(*(get_trainer_cls(f"pama_{mode}").__name__ for mode in ("sync", "colocate_
 
 
 @needs_verl
-def test_a_name_that_is_taken_is_not_silent() -> None:
+def test_a_name_that_is_taken_is_reported() -> None:
     code = """
 from verl.trainer.ppo.core_algos import register_adv_est
 register_adv_est("pama")(print)
@@ -73,8 +73,8 @@ except RuntimeError as error:
 
 
 @needs_verl
-def test_check_tells_that_plug_ins_are_off(verl: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Registered in this process, it would not be in verl's workers."""
+def test_check_reports_disabled_plug_ins(verl: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plug-in is registered in this process, but would not be in verl's workers."""
     for chosen in ("none", "other, another"):
         monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", chosen)
         with pytest.raises(RuntimeError, match=f"^VERL_USE_EXTERNAL_PLUGINS: .* got {chosen}"):

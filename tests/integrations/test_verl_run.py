@@ -26,7 +26,7 @@ PROMPTS = "abc", "the cat", "a b", "dog", "on", "zebra", "x", "we go"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),
-    pytest.mark.filterwarnings("ignore"),  # of transformers, about itself
+    pytest.mark.filterwarnings("ignore"),  # of transformers
 ]
 
 

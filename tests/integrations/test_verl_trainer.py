@@ -28,12 +28,12 @@ ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = ROOT / "examples" / "verl"
 KEYS = ("correct", "concise", "polite")
 PROMPT = 3
-pytestmark = pytest.mark.filterwarnings("ignore")  # of ray, verl and tensordict, about themselves
+pytestmark = pytest.mark.filterwarnings("ignore")  # of ray, verl and tensordict
 
 
 @pytest.mark.timeout(600)
-def test_command_line_refuses_a_wrong_setting(tmp_path: Path) -> None:
-    """Through verl's own entry point and its Ray worker, where the plug-in has loaded itself."""
+def test_wrong_setting_is_an_error_on_the_command_line(tmp_path: Path) -> None:
+    """Through verl's own entry point and its Ray worker, in which the plug-in is loaded automatically."""
     command = [
         *(sys.executable, "-W", "ignore", "-m", "verl.trainer.main_ppo"),
         *("--config-dir", "examples/verl", "--config-name", "pama_grpo", f"hydra.run.dir={tmp_path}"),
@@ -185,7 +185,7 @@ class Workers:
                 if micro["table"].is_nested
                 else micro["table"].flatten().tolist()
             ):
-                # The prediction of a token stands at the position before it.
+                # The prediction of a token is at the position before it.
                 response = self.table[i, : self.lengths[i]]
                 rows.append(torch.nn.functional.pad(response, (PROMPT - 1, 1)))
             output = {"log_probs": torch.nested.as_nested_tensor(rows, layout=torch.jagged)}
@@ -253,7 +253,7 @@ def test_each_objective_is_clipped_by_its_own_sign(queue: Any, weights_per: str)
 
 
 def test_components_of_a_reward_model(queue: Any) -> None:
-    """A reward model that shares the devices leaves them in fields of their own."""
+    """A reward model that shares the devices puts them into separate fields."""
     from verl.utils import tensordict_utils as tu
 
     trainer = _trainer("sync", "actor_rollout_ref.actor.use_kl_loss=false")
@@ -270,7 +270,7 @@ def test_components_of_a_reward_model(queue: Any) -> None:
     assert {key: list(column) for key, column in columns.items()} == found
 
 
-def test_a_key_that_no_reward_has(queue: Any) -> None:
+def test_a_missing_reward_key_is_an_error(queue: Any) -> None:
     trainer = _trainer(
         "sync", "algorithm.pama.reward_keys=[correct,brief]", "actor_rollout_ref.actor.use_kl_loss=false"
     )
@@ -279,8 +279,8 @@ def test_a_key_that_no_reward_has(queue: Any) -> None:
         trainer._compute_advantage(rollout.batch, {})
 
 
-def test_why_a_trainer_of_our_own(queue: Any) -> None:
-    """docs/verl.md says it of verl's own multi-reward estimator: V1 does not bring it the components."""
+def test_v1_does_not_pass_components_to_gdpo(queue: Any) -> None:
+    """As docs/verl.md states: V1 does not pass the reward components to verl's own `gdpo` estimator."""
     from verl.trainer.ppo.v1 import get_trainer_cls
 
     keys = f"+algorithm.gdpo_reward_keys=[{','.join(KEYS)}]"

@@ -1,4 +1,4 @@
-"""A tiny language model, a tokenizer and reward functions for TRL, all made on the spot."""
+"""A tiny language model, a tokenizer and reward functions for TRL, without downloads."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def close(ours: list[Tensor], expected: list[Tensor], tolerance: float = 1e-5) -
 
 
 class Recording(PamaMixin):
-    """Keeps what a rollout's weights are made of."""
+    """Records the inputs of a rollout's weights."""
 
     rollouts: list[dict[str, Any]]
 
@@ -194,7 +194,7 @@ class RecordedRLOO(Recording, PamaRLOOTrainer): ...
 
 
 def specified(rollout: dict[str, Any], rule: Any, **arguments: Any) -> Any:
-    """What the specification makes of a rollout's rewards and mask."""
+    """The combination of a rollout's rewards by the specification."""
     rewards = rollout["rewards"].double()
     return pk.reference.combine_advantages(
         pk.reference.group_normalize(rewards, group_size=4),

@@ -1,4 +1,4 @@
-"""Stand-ins for what TRL's own tests load from the hub, and PAMA's trainers in the place of TRL's.
+"""Replacements for what TRL's own tests load from the hub, and PAMA's trainers in place of TRL's.
 
 A pytest plugin for `run_trl_tests.py`, which runs TRL's tests in its own processes. Models are random, of the
 architecture in their name, and lie in the layout of the hub's cache, so that the hub's names lead to them.
@@ -115,7 +115,7 @@ def make_hub(home: Path) -> None:
 
 
 def sentences() -> list[str]:
-    """The Zen of Python, which the datasets are made of: 17 lines for training and 2 for evaluation."""
+    """The text of the datasets, the Zen of Python: 17 lines for training and 2 for evaluation."""
     with contextlib.redirect_stdout(io.StringIO()):
         import this
     return [line for line in codecs.decode(this.s, "rot13").splitlines()[2:] if line]
@@ -147,14 +147,14 @@ def load_dataset(
 
 
 def absent(name: str) -> Any:
-    """Packages that tests of another version of TRL than the installed one ask for: skipped."""
+    """Packages that tests of another version of TRL than the installed one need: these are skipped."""
     if name.startswith("is_") and name.endswith("_available"):
         return lambda: False
     raise AttributeError(name)
 
 
 def pytest_configure(config: Any) -> None:
-    """Before TRL's tests are imported, which then take everything from here."""
+    """Runs before TRL's tests are imported, so that they import the replacements."""
     import datasets
     import trl
 

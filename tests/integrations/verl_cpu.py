@@ -25,7 +25,7 @@ NAME = "transformers"  # actor_rollout_ref.rollout.name
 
 
 class Memory(ModuleType):
-    """torch.cpu, and the figures of memory that verl logs."""
+    """torch.cpu, with the memory statistics that verl logs."""
 
     def __getattr__(self, name: str) -> Any:
         if "memory" in name:
@@ -78,7 +78,7 @@ class Cpu(PlatformBase):
         return None, None
 
     def communication_backend_name(self) -> str:
-        # verl asks for the backends "cpu:gloo,DEVICE:NAME", which torch refuses where DEVICE is cpu as well;
+        # verl requests the backends "cpu:gloo,DEVICE:NAME", an error in torch if DEVICE is cpu too;
         # verl keeps a process group that exists.
         if not torch.distributed.is_initialized() and "RANK" in os.environ:
             torch.distributed.init_process_group("gloo")

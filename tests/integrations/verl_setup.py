@@ -72,7 +72,7 @@ class Batch:
         return advantages
 
     def reference(self, config: dict[str, Any], rule: Any, **arguments: Any) -> tuple[Tensor, Tensor, Any]:
-        """Per-objective advantages, presence, and what the specification makes of them."""
+        """Per-objective advantages, presence, and the combination by the specification."""
         groups = torch.from_numpy(np.unique(self.uid.astype(str), return_inverse=True)[1])
         scale = config["norm_adv_by_std_in_grpo"]
         advantages = pk.reference.group_normalize(
@@ -109,7 +109,7 @@ RULES: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
 
 
 class Section(dict[str, Any]):
-    """Stands for a section of verl's configuration."""
+    """Replaces a section of verl's configuration."""
 
     def __getattr__(self, name: str) -> Any:
         value = self[name]

@@ -21,7 +21,7 @@ def ones(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -
 
 
 class Kind(NamedTuple):
-    """Bad values: of a wrong range, shape or device, and of a wrong type or dtype."""
+    """Wrong values: those of a wrong range, shape or device, and those of a wrong type or dtype."""
 
     values: tuple[Any, ...] = ()
     types: tuple[Any, ...] = ()
@@ -41,7 +41,7 @@ def floats(
     first: bool = False,
     bad: tuple[torch.dtype, ...] = (torch.int64, torch.bool, torch.complex64),
 ) -> Kind:
-    """A floating-point tensor; `wrong` shapes don't fit; the `first` one's device is that of the call."""
+    """A floating-point tensor; `wrong`: shapes that do not fit; `first`: its device is that of the call."""
     good = next(dtype for dtype in (torch.float32, torch.int64) if dtype not in bad)
     shapes = near_misses(shape) if wrong is None else wrong
     values = [ones(*size, dtype=good) for size in shapes if size != shape]

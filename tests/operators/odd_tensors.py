@@ -1,4 +1,4 @@
-"""Every tensor argument of every public function as an odd tensor: right, or refused by name.
+"""Every tensor argument of every public function as an unusual tensor: right, or an error with its name.
 
 A script, because what is tested for may end the process: it prints a line before and after each case.
 `python odd_tensors.py SKIP` leaves out the first SKIP cases; PYTHONPATH holds the folder of the tests.
@@ -24,7 +24,7 @@ class Labelled(Tensor):
 
 
 class Wrapper(Tensor):
-    """Has no memory of its own, as tensors of quantized or distributed weights."""
+    """A tensor without memory of its own, as those of quantized or distributed weights."""
 
     wrapped: Tensor
 

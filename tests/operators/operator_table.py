@@ -168,7 +168,7 @@ CALLS = {
     ),
     "masked_whiten": Call(combine_tensors, pk.masked_whiten, "advantages"),
 }
-# The default options, for which solvers have a shorter way.
+# The default options, for which solvers have a faster path.
 QUICK = {
     "pama_weights, quick": Call(lambda b, t: {"scores": _random(b, N)}, pk.pama_weights, "scores"),
     "min_norm_weights, quick": Call(lambda b, t: {"gram": _gram(b)}, pk.min_norm_weights, "gram"),

@@ -147,7 +147,7 @@ def _untouched(x: Batch) -> Iterator[None]:
 
 
 def test_modes() -> None:
-    """no_grad, inference mode (and tensors made there), autocast; inputs stay as they are."""
+    """no_grad, inference mode (and tensors created in it), autocast; inputs are not changed."""
     x = make_batch()
     with _untouched(x):
         wanted, gradient = pk.pama_loss(**x).loss, gradient_of(x)
@@ -171,8 +171,8 @@ def test_modes() -> None:
 
 
 @every_rule
-def test_nothing_to_learn_from(rule: Any) -> None:
-    """No valid token: loss and gradient 0. No sequence: an empty gradient."""
+def test_without_any_signal(rule: Any) -> None:
+    """Without a valid token loss and gradient are 0; without a sequence the gradient is empty."""
     x = make_batch()
     loss, leaf = loss_of({**x, "mask": torch.zeros_like(x["mask"])}, rule=rule)
     assert loss == 0

@@ -14,12 +14,12 @@ import pama_kernels as pk
 # --- backward passes ---------------------------------------------------------------------------------
 
 
-def test_backward_scales_accumulates_and_keeps() -> None:
+def test_backward_scales_accumulates_and_can_be_repeated() -> None:
     x, once = make_batch(), gradient_of(make_batch())
     loss, leaf = loss_of(x)
     kept = torch.autograd.grad(loss, leaf, retain_graph=True)[0]
     assert torch.equal(kept, once)
-    kept.zero_()  # the caller's own, though the graph still needs the values
+    kept.zero_()  # the caller's tensor, although the graph still needs the values
     loss.backward(retain_graph=True)
     loss.backward(retain_graph=True)
     assert torch.equal(leaf.grad, once + once)
@@ -48,7 +48,7 @@ def test_the_last_backward_makes_no_copy(upstream: float) -> None:
 
 
 def test_inputs_may_change_between_forward_and_backward() -> None:
-    """The gradient was computed in the forward pass, from what the tensors held then."""
+    """The gradient was computed in the forward pass, from the values at that time."""
     x = make_batch()
     loss, leaf = loss_of(x)
     wanted = gradient_of(x)
@@ -70,7 +70,7 @@ def test_checkpoint(use_reentrant: bool) -> None:
 
 
 def test_saved_tensor_hooks() -> None:
-    """Activation offloading: what is saved goes away and comes back."""
+    """Activation offloading: saved tensors are moved away and back."""
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
         loss, leaf = loss_of(make_batch())
     loss.backward(retain_graph=True)
@@ -95,8 +95,8 @@ def test_func() -> None:
 SECOND = pytest.raises(RuntimeError, match=r"pama_loss: the second derivative is not implemented")
 
 
-def test_the_second_derivative_is_refused() -> None:
-    """It is not known, and must not pass for 0: here as a gradient penalty adds it to another gradient."""
+def test_the_second_derivative_is_an_error() -> None:
+    """It is not implemented, and must not count as 0: a gradient penalty would add it to another gradient."""
     x = make_batch()
     loss, leaf = loss_of(x)
     (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
@@ -112,8 +112,8 @@ def test_the_second_derivative_is_refused() -> None:
         torch.func.grad(slope)(x["logprobs"])
 
 
-def test_forward_mode_is_refused() -> None:
-    """A tangent must not be lost in silence."""
+def test_forward_mode_is_an_error() -> None:
+    """A tangent must not be dropped silently."""
     x = make_batch()
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x["logprobs"], torch.ones(B, T))
@@ -125,7 +125,7 @@ def test_forward_mode_is_refused() -> None:
         )
 
 
-def test_vmap_of_the_gradient_is_refused() -> None:
+def test_vmap_of_the_gradient_is_an_error() -> None:
     x = make_batch()
     logprobs = torch.stack([x["logprobs"], x["logprobs"] + 0.1])
     gradient = torch.func.grad(lambda y: pk.pama_loss(**{**x, "logprobs": y}).loss)

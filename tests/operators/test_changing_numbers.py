@@ -1,4 +1,4 @@
-"""Settings that change from step to step: no new graph for each value, and the right values."""
+"""Settings that change from step to step: no graph per value, and right results."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_two_graphs_at_most(name: str, as_tensor: bool) -> None:
 
 @each
 def test_a_tensor_is_its_number(name: str) -> None:
-    """To the bit, in float64; in float32 that of the rounded number."""
+    """Bitwise equal in float64; in float32 equal to the rounded number."""
     function, value = SCHEDULES[name], 0.125  # exact in both
     wanted = function(value)
     for number in (torch.tensor(value), torch.tensor(value, dtype=torch.float64)):
@@ -93,7 +93,7 @@ def test_a_tensor_is_its_number(name: str) -> None:
 
 @each
 def test_two_values_differ(name: str) -> None:
-    """A number that no result depends on would pass the other tests."""
+    """Results depend on the number; otherwise the other tests would pass trivially."""
     first, second = (leaves(SCHEDULES[name](k)) for k in (0.03, 0.18))
     assert not all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 

@@ -1,4 +1,4 @@
-"""What `compile_kernels` refuses, and what it does where there is nothing to compile."""
+"""`compile_kernels`: wrong arguments, and devices for which there is nothing to compile."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 import pama_kernels as pk
 
 
-def test_on_the_cpu_there_is_nothing_to_compile() -> None:
+def test_on_the_cpu_no_kernel_is_compiled() -> None:
     assert pk.compile_kernels(4, device="cpu") == (0, 0.0)
     assert pk.compile_kernels(4, device=torch.device("cpu"), rule=["pama", pk.Fixed()]).kernels == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_reason_is_told() -> None:
+def test_without_a_gpu_the_error_gives_the_reason() -> None:
     with pytest.raises(
         RuntimeError, match=r"device: expected a GPU that Triton serves, got 'cuda': .*no GPU"
     ):
@@ -42,6 +42,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), BAD, ids=[str(case[0]) for case in BAD])
-def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_errors_name_the_wrong_argument(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         pk.compile_kernels(**{"objectives": 2, "device": "cpu", **arguments})

@@ -1,4 +1,4 @@
-"""The edge of Python: what is installed and chosen, processes and memory, defaults that a caller changed."""
+"""Installation, dispatch, processes, memory, and defaults of torch that a caller has changed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pama_kernels.tools import info
 
 
 def python(*arguments: str, **environment: str) -> str:
-    """The output of a process of its own, that ended well."""
+    """The output of a separate process that ended without an error."""
     path = os.pathsep.join([*map(str, Path(__file__).parents[:2]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, *arguments],
@@ -36,7 +36,7 @@ def python(*arguments: str, **environment: str) -> str:
 # --- info --------------------------------------------------------------------------------------------
 
 
-def test_info_for_a_person() -> None:
+def test_info_as_text() -> None:
     lines = python("-m", "pama_kernels", "info", PAMA_BACKEND="wrong").splitlines()
     first = {line.split()[0]: line for line in lines if line.strip()}
     for name in ("triton", "numpy", "python", "platform", "processor", "features", "threads"):
@@ -49,7 +49,7 @@ def test_info_for_a_person() -> None:
 
 
 @pytest.mark.cpu
-def test_info_for_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PAMA_BACKEND", "cpu")
     said = json.loads(python("-m", "pama_kernels", "info", "--json"))
     assert said["versions"]["pama-kernels"] == info.collect()["versions"]["pama-kernels"]
@@ -78,7 +78,7 @@ def test_info_never_raises(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- which backend -----------------------------------------------------------------------------------
 
 
-def test_dispatch_takes_the_first_that_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dispatch_selects_the_first_usable_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     def backend(name: str, functions: tuple[str, ...], **more: bool) -> registry.Backend:
         return registry.Backend(name, ("cpu", "cuda"), functions, lambda *_: "", **more)
 
@@ -108,7 +108,7 @@ def test_dispatch_takes_the_first_that_serves(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_every_function_obeys_pama_backend() -> None:
-    """Importing is not using; an unknown name is an error in use."""
+    """An unknown name is an error in the first call, not on import."""
     program = """
 from operator_table import EVERY
 print("imported")
@@ -150,8 +150,8 @@ def test_names() -> None:
 # --- defaults and memory -----------------------------------------------------------------------------
 
 
-def test_defaults_of_the_caller_change_nothing() -> None:
-    """What is made on a wrong device would be written through a wrong pointer."""
+def test_torch_defaults_of_the_caller_have_no_effect() -> None:
+    """A result on the wrong device would be written through a wrong pointer."""
     program = """
 import torch
 from operator_table import EVERY, leaves
@@ -171,8 +171,8 @@ same()
     python("-c", program)
 
 
-def test_memory_that_nobody_wrote_is_in_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results, and what they are made from, in memory full of NaN."""
+def test_uninitialized_memory_is_in_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results and intermediate tensors are allocated in memory filled with NaN."""
     empty, new_empty = torch.empty, torch.Tensor.new_empty
 
     def poisoned(make: object) -> object:
@@ -195,8 +195,8 @@ def test_memory_that_nobody_wrote_is_in_no_result(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.cpu
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is Linux's")
-def test_no_memory_left_is_a_memory_error() -> None:
-    """Scratch that cannot be had, inside a parallel region too, does not end the interpreter."""
+def test_failed_allocation_is_a_memory_error() -> None:
+    """A failed allocation of workspace, also in a parallel region, does not end the interpreter."""
     program = """
 import resource, torch, pama_kernels as pk
 def limited(function):
@@ -227,8 +227,8 @@ print(pk.pama_weights(torch.ones(3)).weights.sum().item())
 
 
 @pytest.mark.cpu
-def test_more_objectives_than_an_int_holds_are_refused() -> None:
-    """Expanded, they need no memory to ask."""
+def test_more_objectives_than_int_max_are_an_error() -> None:
+    """Expanded tensors of this size take no memory."""
     many = torch.ones(1).expand(2**31 + 1)
     for options in ({}, {"regularization": 0.1}, {"scale": 2.0}):
         with pytest.raises((ValueError, RuntimeError, MemoryError)):

@@ -18,7 +18,7 @@ from pama_kernels.backends import operators
 
 
 def came(value: Any, error: type[Exception]) -> str:
-    """What the message says about a bad value; nothing where that cannot be told from the value."""
+    """The part of the message that describes a wrong value; empty if it does not follow from the value."""
     if not isinstance(value, Tensor):
         if error is TypeError:
             return type(value).__name__
@@ -90,17 +90,17 @@ def _cases() -> Iterator[Case]:
         yield "pama_loss", argument, {argument: None}, TypeError, "NoneType"
 
 
-COMPUTED_FIRST = {"rule", "cu_seqlens"}  # a callable's result, and offsets, are seen when they are used
+COMPUTED_FIRST = {"rule", "cu_seqlens"}  # a callable's result and offsets are checked when they are used
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_every_argument_has_its_kind(name: str) -> None:
+def test_every_argument_is_in_the_table(name: str) -> None:
     kinds = [set(f.kinds) for f in FUNCTIONS.values() if f.call is FUNCTIONS[name].call]
     assert set.union(*kinds) == set(inspect.signature(FUNCTIONS[name].call).parameters)
 
 
 @pytest.mark.parametrize("case", list(_cases()), ids=lambda case: f"{case[0]}-{case[1]}-{case[4] or '?'}")
-def test_a_bad_argument_is_named(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_names_the_wrong_argument(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     name, argument, changes, error, what = case
     if argument not in COMPUTED_FIRST:
 
@@ -117,7 +117,7 @@ def test_a_bad_argument_is_named(case: Case, monkeypatch: pytest.MonkeyPatch) ->
     message = str(caught.value)
     begin, _, rest = message.partition(":")
     begin = {"weights of the rule": "rule"}.get(begin, begin.partition(".")[0])
-    # of two that don't fit each other either is named, and the other beside it
+    # if two arguments do not fit each other, the error names one and mentions the other
     assert begin == argument or f" {argument}" in rest, message
     value = changes.get(argument)
     assert any(text in rest for text in (what, repr(value), type(value).__name__)), message
@@ -126,7 +126,7 @@ def test_a_bad_argument_is_named(case: Case, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("name", [name for name, f in FUNCTIONS.items() if f.good])
-def test_a_device_without_a_backend_is_named(name: str) -> None:
+def test_error_names_a_device_without_a_backend(name: str) -> None:
     function = FUNCTIONS[name]
     moved = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in function.good.items()}
     if name in ("pareto_gap", "masked_whiten"):  # plain torch: any device
@@ -136,8 +136,8 @@ def test_a_device_without_a_backend_is_named(name: str) -> None:
         function.call(**moved)
 
 
-def test_neighbours_of_bad_arguments_pass() -> None:
-    """The bounds themselves are allowed, and so is what looks odd but has a meaning."""
+def test_boundary_values_are_accepted() -> None:
+    """Bounds of ranges are allowed, and so are unusual types that have a meaning."""
 
     def check(name: str, **changes: Any) -> None:
         function = FUNCTIONS[name]
@@ -175,7 +175,7 @@ def test_neighbours_of_bad_arguments_pass() -> None:
 
 
 @pytest.mark.parametrize("name", ["pama_weights", "min_norm_weights", "upgrad_weights"])
-def test_out_stays_untouched_by_a_bad_call(name: str) -> None:
+def test_out_is_not_written_by_a_call_that_raises(name: str) -> None:
     function, out = FUNCTIONS[name], solution((2, N))
     for x in out:
         x.fill_(7)
@@ -192,7 +192,7 @@ def test_names_of_metrics(names: Any) -> None:
             result.metrics(names)
 
 
-def test_statistics_of_different_objectives_do_not_add() -> None:
+def test_statistics_of_different_objectives_cannot_be_added() -> None:
     three, two = (pk.objective_statistics(None, None, ones(B, T, n)) for n in (3, 2))
     for other in (two, pk.objective_statistics(None, None, ones(B, T, N), pairs=True)):
         with pytest.raises(ValueError, match=r"^statistics: expected.*got"):

@@ -1,4 +1,4 @@
-"""No odd tensor crashes, is ignored, or gives a wrong number, whichever argument it is."""
+"""No unusual tensor crashes, is ignored, or gives a wrong number, for any argument."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[int, str]:
-    """By case; one that ended the process has none, and the others are run without it."""
+    """The outcome of each case; a case that ends the process has none, and the others are run without it."""
     found: dict[int, str] = {}
     path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     begin = 0
@@ -43,7 +43,7 @@ def outcomes() -> dict[int, str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_right_or_refused_by_name(kind: str, outcomes: dict[int, str]) -> None:
+def test_result_is_right_or_the_error_names_the_argument(kind: str, outcomes: dict[int, str]) -> None:
     good = KINDS[kind][2]
     bad = {
         case: outcomes.get(number, "not run")

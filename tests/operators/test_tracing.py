@@ -1,4 +1,4 @@
-"""Recorders and transformations of functions: one graph for all shapes, and the bits of eager mode."""
+"""torch.compile, export, tracing, function transforms: one graph for all shapes, the bits of eager mode."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_one_graph_for_all_shapes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["pama_loss", "combine_advantages", "pama_weights"])
-def test_shapes_that_the_compiler_has_to_guess(name: str) -> None:
+def test_data_dependent_shapes(name: str) -> None:
     one_graph(EVERY[name].run, [_with_gradient(EVERY[name].tensors(*shape)) for shape in SHAPES], None)
 
 
@@ -134,7 +134,7 @@ class _Module(torch.nn.Module):
     "name", ["pama_loss, bare", *(pytest.param(name, marks=pytest.mark.slow) for name in CALLS)]
 )
 def test_a_package_of_ahead_of_time_inductor_loads(name: str, tmp_path: Path) -> None:
-    """The way to a server without Python. An infinity among an operator's numbers would not load."""
+    """For a server without Python. An operator with an infinite argument would not load."""
     module, x = _Module(name), EVERY[name].tensors(4, 6)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, on the way
@@ -170,8 +170,8 @@ def test_make_fx_and_functionalize(name: str) -> None:
 
 
 @every_call
-def test_jit_trace_is_right_or_refused(name: str) -> None:
-    """Used by the older ONNX exporter and by TensorBoard. Memory that nobody wrote would be recorded."""
+def test_jit_trace_is_right_or_an_error(name: str) -> None:
+    """Used by the older ONNX exporter and by TensorBoard. Uninitialized memory would be recorded."""
     run, x, y = EVERY[name].run, _plain(name), _plain(name, shift=0.25)
     keys = list(x)
 
@@ -191,7 +191,7 @@ def test_jit_trace_is_right_or_refused(name: str) -> None:
 
 @every_call
 def test_fake_tensors(name: str) -> None:
-    """Shapes and dtypes of the real results, and nothing left behind in any cache."""
+    """Shapes and dtypes equal those of real results, and no cache keeps a fake tensor."""
     x = EVERY[name].tensors(4, 6)
     with FakeTensorMode() as mode:
         fake = leaves(EVERY[name].run(**{k: mode.from_tensor(v) for k, v in x.items()}))

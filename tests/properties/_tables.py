@@ -40,7 +40,7 @@ def diagonal(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
 
 
 def tilted(statistics: Any) -> Tensor:
-    """A rule of a user: on means alone, with negative weights too."""
+    """A user's rule: on means only, with negative weights."""
     return statistics.scores.softmax(0) - 0.125
 
 
@@ -135,7 +135,7 @@ def assert_batch_weights(result: Any, options: dict[str, Any], stored: float) ->
             assert ((c - wanted).abs() <= n * KKT / regular + stored).all()
         assert (optimum - value).abs() <= OBJECTIVE + 8 * n * stored
         return c, effective
-    # UPGrad: no objective falls; the direction of Mc is unique, the weights where M is well-conditioned.
+    # UPGrad: no objective decreases; the direction of Mc is unique, the weights where M is well-conditioned.
     assert (product >= -(KKT + 2 * n * stored) * largest).all()
     assert (optimum - (found @ m @ found).clamp(min=0)).abs() <= 8 * n * stored * largest
     direction = m @ wanted[part]

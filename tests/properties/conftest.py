@@ -1,4 +1,4 @@
-"""What nobody has written reads as NaN in these tests."""
+"""Uninitialized memory is filled with NaN in these tests."""
 
 from __future__ import annotations
 

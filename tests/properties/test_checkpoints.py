@@ -54,7 +54,7 @@ def test_state_dict_round_trip(kind: str, through_a_file: bool) -> None:
 
 
 def test_a_saved_state_does_not_change_later() -> None:
-    """state_dict() hands out the buffers themselves; an update replaces them."""
+    """state_dict() returns the buffers, not copies; an update replaces them."""
     module = trained()
     state = module.state_dict()
     before = {name: value.clone() for name, value in state.items()}
@@ -95,7 +95,7 @@ def test_copies(how: str) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"objectives": N}, {"preference": [1.0, 1.0, 1.0]}], ids=str)
-def test_an_averaged_copy_from_before_the_first_batch_follows(settings: dict[str, Any]) -> None:
+def test_an_averaged_copy_made_before_the_first_batch_is_updated(settings: dict[str, Any]) -> None:
     class Trainer(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -150,7 +150,7 @@ def test_statistics_pickle_and_merge() -> None:
 
 
 def test_a_state_from_before_the_first_batch() -> None:
-    """It resets a running mean whose size is known, and does not take it away."""
+    """It resets a running mean whose size is known, and does not remove it."""
     module = pk.PamaLoss(momentum=0.9, objectives=3)
     module(torch.randn(2, 4), None, torch.randn(2, 4, 3))
     module.load_state_dict(pk.PamaLoss(momentum=0.9).state_dict())
@@ -159,7 +159,7 @@ def test_a_state_from_before_the_first_batch() -> None:
     assert module.batches == 0
 
 
-def test_a_state_of_other_objectives_is_refused() -> None:
+def test_a_state_of_other_objectives_is_an_error() -> None:
     other = pk.PamaLoss(momentum=0.9, objectives=3).state_dict()
     with pytest.raises(RuntimeError, match="size mismatch for running_statistics"):
         pk.PamaLoss(momentum=0.9, objectives=2).load_state_dict(other)
@@ -168,6 +168,6 @@ def test_a_state_of_other_objectives_is_refused() -> None:
 
 
 @pytest.mark.parametrize("preference", [[1.0, 2.0], torch.tensor([-1.0, 2.0, 3.0]), torch.tensor(1.0)])
-def test_a_bad_preference_is_named_when_the_module_is_made(preference: object) -> None:
+def test_wrong_preference_is_an_error_at_construction(preference: object) -> None:
     with pytest.raises(ValueError, match=r"^preference: expected"):
         pk.PamaLoss(preference=preference, objectives=3)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ def chosen(x: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def textbook(x: dict[str, Tensor], gamma: float, lam: float) -> Tensor:
-    """Equation 16 of Schulman et al. 2016 by itself: A_t = sum over l of (gamma lam)^l delta_(t+l), forward
+    """Equation 16 of Schulman et al. 2016: A_t = sum over l of (gamma lam)^l delta_(t+l), forward
     over the valid steps of the episode."""
     rewards, values = x["rewards"].double(), x["values"].double()
     rows, width, n = rewards.shape
@@ -55,7 +55,7 @@ def textbook(x: dict[str, Tensor], gamma: float, lam: float) -> Tensor:
     ids=str,
 )
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (0.0, 0.95), (1.0, 1.0), (0.99, 0.0)])
-def test_gae_is_the_textbook(names: tuple[str, ...], gamma: float, lam: float) -> None:
+def test_gae_equals_the_formula(names: tuple[str, ...], gamma: float, lam: float) -> None:
     x = chosen(episodes(3, 9, 2, seed=len(names)), names)
     if "truncated" in x:  # what is not truncated has no final value
         x["final_values"][~x["truncated"]] = NAN
@@ -76,7 +76,7 @@ def test_gae_is_the_textbook(names: tuple[str, ...], gamma: float, lam: float) -
     seed=st.integers(0, 99),
     as_tensors=st.booleans(),
 )
-def test_gae_is_the_reference(
+def test_gae_equals_the_reference(
     shape: tuple[int, int, int], kinds: tuple[torch.dtype, ...], names: set[str], seed: int, as_tensors: bool
 ) -> None:
     x = chosen(episodes(*shape, seed=seed), tuple(sorted(names)))
@@ -103,7 +103,7 @@ def test_gae_with_lambda_1_is_return_minus_value() -> None:
 
 @pytest.mark.portable
 def test_gae_skips_masked_steps() -> None:
-    """The same as if the masked steps were not there, whatever they hold."""
+    """Equal to the result without the masked steps, for any masked values."""
     x = episodes(1, 12, 3)
     x["mask"] = torch.tensor([[0, 0, 1, 1, 0, 1, 0, 0, 0, 1, 1, 0]])
     masked = x["mask"][0] == 0
@@ -121,7 +121,7 @@ def test_gae_skips_masked_steps() -> None:
 
 @pytest.mark.portable
 def test_gae_of_several_episodes_in_a_row_is_that_of_several_rows() -> None:
-    """One that is done, one that is cut off; the value of its last state counts where it is not done."""
+    """One ends in a terminal state, one is truncated; the last value counts where it is not terminal."""
     x = episodes(1, 10, 2)
     rewards, values, final, last = x["rewards"], x["values"], x["final_values"], x["last_values"]
     ends = torch.arange(10) == 3
@@ -146,8 +146,8 @@ def test_gae_of_several_episodes_in_a_row_is_that_of_several_rows() -> None:
 @pytest.mark.portable
 @pytest.mark.parametrize("name", ["rewards", "values", "last_values", "final_values"])
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_gae_shows_what_is_not_finite(name: str, value: float) -> None:
-    """It reaches the steps before it, of its own episode, row and objective; no others."""
+def test_gae_propagates_non_finite_values(name: str, value: float) -> None:
+    """It affects only the steps before it in its episode, row and objective."""
     x = chosen(episodes(3, 8, 3), ("truncated", "last_values"))
     x["truncated"] = (torch.arange(8) == 2).expand(3, 8)
     wanted = pk.multi_objective_gae(**x)
@@ -187,7 +187,7 @@ def test_gae_in_any_strides_and_mask_types() -> None:
 
 @pytest.mark.portable
 @pytest.mark.parametrize("shape", [(0, 5, 3), (3, 0, 3), (3, 5, 0), (0, 0, 0)], ids=str)
-def test_gae_of_nothing(shape: tuple[int, int, int]) -> None:
+def test_gae_of_empty_batches(shape: tuple[int, int, int]) -> None:
     x = torch.zeros(shape)
     for y in pk.multi_objective_gae(x, x, torch.zeros(shape[:2])):
         assert y.shape == shape

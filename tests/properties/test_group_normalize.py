@@ -32,7 +32,7 @@ def like_reference(x: Tensor, **settings: Any) -> Tensor:
     return found
 
 
-def test_normalize_is_the_textbook() -> None:
+def test_normalize_equals_the_formula() -> None:
     x = torch.randn(12, 3, dtype=torch.float64)
     groups = x.view(3, 4, 3)
     centred = groups - groups.mean(1, keepdim=True)
@@ -45,7 +45,7 @@ def test_normalize_is_the_textbook() -> None:
 @pytest.mark.parametrize("scale", [True, False])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("eps", [0.0, 1e-4, 1.0])
-def test_normalize_is_the_reference(eps: float, scale: bool, dtype: torch.dtype) -> None:
+def test_normalize_equals_the_reference(eps: float, scale: bool, dtype: torch.dtype) -> None:
     for shape in ((12, 3), (96, 1), (6, 40)):
         x = rewards_of(*shape, dtype)
         x[1], x[4] = INF, x[5]
@@ -57,7 +57,7 @@ def test_normalize_is_the_reference(eps: float, scale: bool, dtype: torch.dtype)
 
 @pytest.mark.parametrize(("dtype", "value"), diagonal(FLOATS, [0.7, 0.1, 1e-30, 3e4, -1 / 3]))
 def test_equal_rewards_give_exactly_0(dtype: torch.dtype, value: float) -> None:
-    """Whatever eps, dtype, size and scale, so that a saturated reward can be seen; NaN rewards beside too."""
+    """For any eps, dtype, size and scale, so that a saturated reward is recognised; also beside NaN."""
     for rows in (2, 3, 7, 64):
         x = torch.full((rows, 3), value, dtype=torch.float64).to(dtype)
         x[0, 1] = NAN
@@ -93,7 +93,7 @@ def test_group_ids_are_any_integers(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.portable
-def test_rewards_that_do_not_apply_are_left_out() -> None:
+def test_nan_rewards_are_ignored() -> None:
     x = torch.tensor([[1.0, NAN, NAN], [2.0, 5.0, NAN], [NAN, 7.0, NAN], [6.0, NAN, 3.0]])
     found = pk.group_normalize(x, eps=0.0)
     for i in range(3):
@@ -111,7 +111,7 @@ def test_rewards_that_do_not_apply_are_left_out() -> None:
 
 @pytest.mark.portable
 @pytest.mark.parametrize("value", [INF, -INF])
-def test_an_infinite_reward_shows_in_its_own_group_and_objective(value: float) -> None:
+def test_an_infinite_reward_affects_only_its_group_and_objective(value: float) -> None:
     x = torch.randn(8, 3, dtype=torch.float64)
     wanted = pk.group_normalize(x, group_size=4)
     x[1, 2], x[6, 0] = value, NAN
@@ -122,7 +122,7 @@ def test_an_infinite_reward_shows_in_its_own_group_and_objective(value: float) -
     assert pk.group_normalize(torch.tensor([[value, 1.0]])).isnan().tolist() == [[True, False]]
 
 
-def test_large_offsets_do_not_cancel() -> None:
+def test_large_offsets_lose_no_precision() -> None:
     """Mean first, then squares: 1e6 + {0, 1} in float64 keeps ten digits."""
     x = (torch.arange(8) % 2).double().unsqueeze(1)
     for call in (lambda y: pk.group_normalize(y, eps=0.0), pk.masked_whiten):

@@ -1,4 +1,4 @@
-"""What has influence on what: masked and absent values on nothing, a NaN on what depends on it."""
+"""Masked and absent values are ignored; a NaN affects only the results that depend on it."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def everything(problem: Problem, **options: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", SAMPLE)
-def test_masked_and_absent_values_have_no_influence(layout: str, name: str) -> None:
-    """Bit for bit, whatever they hold; in float64 and in half types too."""
+def test_masked_and_absent_values_are_ignored(layout: str, name: str) -> None:
+    """Bitwise, for any values; also in float64 and half types."""
     for dtype, bads in (
         (torch.float32, (NAN, INF, -INF, 1e38)),
         (torch.float64, (NAN,)),
@@ -65,7 +65,7 @@ UNSPECIFIED = {"positive_count", "clipped_count"}
         ["per-sequence", "padded", "packed-per-sequence"],
     ),
 )
-def test_sums_that_a_nan_or_infinity_reaches(layout: str, name: str, bad: float) -> None:
+def test_sums_that_depend_on_a_nan_or_infinity(layout: str, name: str, bad: float) -> None:
     """Those of the reference; the others keep their values, and no other objective's sum changes."""
     for noon in (False, True):
         problem = make(layout, rows=3, width=40, importance_weights=True, mask=None)
@@ -100,7 +100,7 @@ def test_sums_that_a_nan_or_infinity_reaches(layout: str, name: str, bad: float)
     ("rule", "name"),
     diagonal(SAMPLE, ["advantages", "logprobs", "old_logprobs", "importance_weights", "ref_logprobs"]),
 )
-def test_results_that_a_nan_or_infinity_reaches(name: str, bad: float, rule: str) -> None:
+def test_results_that_depend_on_a_nan_or_infinity(name: str, bad: float, rule: str) -> None:
     """Loss and gradient are NaN where weights or terms depend on the value; all else keeps its bits."""
     problem = make(rows=4, width=6, importance_weights=True, ref_logprobs=True, seed=1)
     assert problem.mask is not None
@@ -130,7 +130,7 @@ def test_results_that_a_nan_or_infinity_reaches(name: str, bad: float, rule: str
 @pytest.mark.parametrize(
     "rule", ["default", "scores", "paper batch", "upgrad", "sequence", "token", "paper token"]
 )
-def test_advantages_that_a_nan_or_infinity_reaches(rule: str, bad: float) -> None:
+def test_advantages_that_depend_on_a_nan_or_infinity(rule: str, bad: float) -> None:
     problem = make(rows=4, width=6, seed=1, mask=None)
     changed = problem.advantages.clone()
     changed[0, 2, 1] = bad
@@ -156,14 +156,14 @@ def test_a_nan_in_one_sequence_of_advantages_per_sequence() -> None:
     for name, wanted in rows.items():
         got = pk.combine_advantages(advantages, mask, rule=RULES[name])
         assert got.advantages.isnan().tolist() == wanted
-    mask[1] = 0  # now without influence
+    mask[1] = 0  # now ignored
     for name in rows:
         got = pk.combine_advantages(advantages, mask, rule=RULES[name])
         assert torch.isfinite(got.advantages).all()
         assert got.advantages[1] == 0
 
 
-def test_a_bad_token_reaches_only_the_objectives_that_are_present_there() -> None:
+def test_a_non_finite_token_affects_only_objectives_present_there() -> None:
     for layout in ("padded", "per-sequence"):
         problem = make(layout, rows=2, width=4, mask=None)
         problem = replace(problem, objective_mask=torch.tensor([[True, True, False], [False, True, True]]))

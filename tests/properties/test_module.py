@@ -56,7 +56,7 @@ def test_equals_the_function(settings: dict[str, Any]) -> None:
     assert not list(module.parameters())
 
 
-def test_given_weights_are_used_and_leave_the_mean_alone() -> None:
+def test_given_weights_do_not_update_the_running_mean() -> None:
     module, weights = pk.PamaLoss(momentum=0.5), torch.tensor([0.2, 0.3, 0.5])
     result = module(**batch(), weights=weights)
     assert torch.equal(result.weights, weights)
@@ -120,7 +120,7 @@ def test_the_first_batch_is_not_biased(rule: Any) -> None:
     torch.testing.assert_close(found, pk.pama_loss(**batch(), rule=rule).weights, rtol=0, atol=1e-6)
 
 
-def test_a_callable_sees_the_running_mean() -> None:
+def test_a_callable_gets_the_running_mean() -> None:
     seen: list[pk.ObjectiveStatistics] = []
 
     def rule(s: pk.ObjectiveStatistics) -> Tensor:
@@ -135,7 +135,7 @@ def test_a_callable_sees_the_running_mean() -> None:
     assert seen[-1].has_pairs
 
 
-def test_a_saturated_objective_of_one_batch_keeps_its_memory() -> None:
+def test_an_objective_saturated_in_one_batch_keeps_its_running_mean() -> None:
     """The mean has a signal where any of its batches had one."""
     module = pk.PamaLoss(momentum=0.5)
     module(**batch(1))
@@ -164,7 +164,9 @@ def test_updated_in_training_mode_only() -> None:
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("objectives", [None, N])
-def test_a_batch_that_is_not_finite_never_enters(value: float, first: bool, objectives: int | None) -> None:
+def test_non_finite_batches_do_not_change_the_running_mean(
+    value: float, first: bool, objectives: int | None
+) -> None:
     module, clean = (pk.PamaLoss(momentum=0.5, objectives=objectives) for _ in range(2))
     if not first:
         module(**batch(1))
@@ -185,7 +187,7 @@ def test_a_batch_without_a_valid_token() -> None:
     assert torch.isfinite(module(**batch(1)).loss)
 
 
-def test_another_number_of_objectives_is_refused() -> None:
+def test_another_number_of_objectives_is_an_error() -> None:
     module = pk.PamaLoss(momentum=0.5)
     module(**batch())
     with pytest.raises(ValueError, match=r"^advantages: expected the objectives of the running mean"):

@@ -1,4 +1,4 @@
-"""`combine_advantages(normalize=True)` and `masked_whiten` where numbers vanish, cancel or leave a range."""
+"""`combine_advantages(normalize=True)` and `masked_whiten` with underflow, cancellation and overflow."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_without_a_valid_token_the_result_is_0(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", [pk.UPGrad(), pk.Pama(regularization=0.0)])
-def test_what_cancelled_is_not_scaled_up(rule: pk.UPGrad | pk.Pama) -> None:
+def test_rounding_errors_are_not_normalised(rule: pk.UPGrad | pk.Pama) -> None:
     """Three whitened objectives of sum 0: the combination is rounding, 1e-7, and stays so."""
     x = torch.randn(64, 2)
     whitened = pk.masked_whiten(torch.cat([x, -(x[:, :1] + x[:, 1:])], 1))
@@ -37,7 +37,7 @@ def test_the_root_mean_square_is_1() -> None:
         assert float((omega * got.double().square()).sum() / omega.sum()) == pytest.approx(1, rel=1e-5)
 
 
-def test_a_nan_is_not_hidden() -> None:
+def test_a_nan_is_visible() -> None:
     a = torch.randn(4, 2)
     a[0, 0] = math.nan
     assert pk.combine_advantages(a, rule="fixed", normalize=True).advantages.isnan().any()
@@ -59,7 +59,7 @@ def test_whitening_at_any_scale(scale: float) -> None:
 
 
 def test_two_objectives_that_share_one_sequence_do_not_conflict() -> None:
-    """No variance over the tokens that both apply to, whatever rounding makes of it."""
+    """No variance over the tokens where both are present; rounding errors do not count."""
     a, mask = torch.randn(6, 2), torch.tensor([[1, 1], [1, 0], [1, 0], [0, 1], [0, 1], [0, 1]])
     for seed in range(20):
         a = torch.randn(6, 2, generator=torch.Generator().manual_seed(seed))
@@ -79,7 +79,7 @@ def test_as_many_tokens_as_packed_sequences() -> None:
     torch.testing.assert_close(without.statistics.advantage_mean, torch.tensor([1 / 3, -2 / 3]).double())
 
 
-def test_freed_weights_of_a_function_are_refused() -> None:
+def test_freed_weights_of_a_function_are_an_error() -> None:
     freed = torch.ones(3)
     freed.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match=r"^weights of the rule: "):

@@ -53,7 +53,7 @@ def test_micro_batches_add_up(
             close(combined.weights.double(), solved.weights, 3 * EPS32)
 
 
-def test_each_sequence_is_solved_alone() -> None:
+def test_sequences_are_independent() -> None:
     problem = rough(rows=5, width=300, seed=2)
     assert problem.mask is not None
     for name in ("sequence", "paper sequence", "softmin", "token", "paper token", "softmin token"):
@@ -92,7 +92,7 @@ def test_weights_of_the_batch_are_those_of_its_statistics(name: str, aggregation
     assert torch.equal(combined.statistics.count, s.count)
 
 
-def test_conflict_covariance_and_cosines_are_what_numpy_says() -> None:
+def test_conflict_covariance_and_cosines_equal_numpys() -> None:
     import numpy as np
 
     g = torch.Generator().manual_seed(0)
@@ -113,7 +113,7 @@ def test_conflict_covariance_and_cosines_are_what_numpy_says() -> None:
         np.testing.assert_allclose(s.conflict, np.corrcoef(raw.T), **close_to)
         np.testing.assert_allclose(s.advantage_mean, raw.mean(0), **close_to)
         np.testing.assert_allclose(s.advantage_std, raw.std(0), **close_to)
-        # opposite objectives are always in conflict, and do not meet after the clamp
+        # opposite objectives always conflict, and have no common token after the clamp
         assert s.conflict[0, 3] == pytest.approx(-1, abs=150 * EPS64)
         assert s.cosines[0, 3] == pytest.approx(0 if noon else -1, abs=150 * EPS64)
         for matrix in (s.conflict, s.cosines, s.gram, s.covariance):

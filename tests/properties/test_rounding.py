@@ -33,7 +33,7 @@ def test_sums_off_the_grid(layout: str, aggregation: str, noon: bool) -> None:
 @pytest.mark.parametrize("k", [1e-38, 1e-30, 1e-22, 1e-10, 1e10, 1e22, 1e30, 1e37])
 @pytest.mark.parametrize("layout", ["padded", "per-sequence"])
 def test_sums_of_any_magnitude(layout: str, k: float) -> None:
-    """Advantages whose squares float32 does not hold, all of them or one objective's."""
+    """Advantages whose squares are out of float32's range, for all objectives or for one."""
     base = rough(layout, rows=2, width=120, n=3, seed=2)
     for scale in ([k, k, k], [1.0, k, 1.0], [k, 1.0, k]):
         problem = replace(base, advantages=base.advantages * torch.tensor(scale))

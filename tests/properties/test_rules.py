@@ -23,7 +23,7 @@ from pama_kernels import Fixed, Pama, SoftMin, UPGrad
 
 @pytest.mark.portable
 @given(n=st.integers(1, 6), seed=st.integers(0, 999), spread=st.sampled_from([0, 2, 6]), tokens=st.booleans())
-def test_no_objective_falls(n: int, seed: int, spread: int, tokens: bool) -> None:
+def test_upgrad_decreases_no_objective(n: int, seed: int, spread: int, tokens: bool) -> None:
     """UPGrad, on any scales: M c >= 0, the covariance of each objective with the combination."""
     x = randn(24, n, seed=seed, dtype=torch.float64)
     x = x - x.mean(0)
@@ -44,7 +44,7 @@ def test_no_objective_falls(n: int, seed: int, spread: int, tokens: bool) -> Non
 
 
 @pytest.mark.parametrize("rule", [Pama(regularization=0.0), UPGrad()])
-def test_no_whitened_objective_falls_under_the_gram_bound(rule: Any) -> None:
+def test_gram_bound_decreases_no_whitened_objective(rule: Any) -> None:
     for seed in range(8):
         x = whitened(40, 5, seed=seed)
         x[:, 1] = -x[:, 0] + 0.2 * x[:, 1]
@@ -57,7 +57,7 @@ def test_no_whitened_objective_falls_under_the_gram_bound(rule: Any) -> None:
 
 
 @pytest.mark.portable
-def test_two_whitened_objectives_weigh_the_same() -> None:
+def test_two_whitened_objectives_get_equal_weights() -> None:
     for seed, correlation in ((0, 0.0), (1, 0.9), (2, -0.9), (3, -1.0), (4, 1.0)):
         x = whitened(64, 2, seed=seed)
         x[:, 1] = correlation * x[:, 0] + math.sqrt(1 - correlation**2) * x[:, 1]
@@ -70,13 +70,13 @@ def test_two_whitened_objectives_weigh_the_same() -> None:
 
 
 @pytest.mark.parametrize("k", [1e-6, 1.0, 1e6])
-def test_neither_scale_nor_sparsity_decides_under_cosines(k: float) -> None:
+def test_cosines_are_invariant_to_scale_and_sparsity(k: float) -> None:
     x = randn(200, 3)
     base = pk.combine_advantages(x).weights
     scaled = pk.combine_advantages(x * torch.tensor([1.0, k, 1.0])).weights
     assert torch.allclose(scaled, base, rtol=0, atol=64 * EPS32)  # n-term sums over rho = 0.1, float32 sums
     sparse = x.clone()
-    sparse[20:, 1] = 0.0  # nearly solved: nine groups of ten tell nothing
+    sparse[20:, 1] = 0.0  # nearly solved: nine groups of ten are constant
     assert pk.combine_advantages(sparse, rule=Pama(regularization=0.0)).weights.max() < 0.5
 
 
@@ -113,7 +113,7 @@ def clipped_loss(
         ["padded", "per-sequence", "packed", "packed-per-sequence"],
     ),
 )
-def test_with_noon_the_loss_is_the_trainers_own_on_the_combination(name: str, layout: str) -> None:
+def test_with_noon_the_loss_is_ppos_on_the_combined_advantage(name: str, layout: str) -> None:
     for seed in range(2):
         problem = make(layout, rows=5, width=8, seed=seed, objective_mask=torch.bool if seed else None)
         options: dict[str, Any] = {"rule": RULES[name], "clip_range": (0.2, 0.28)}
@@ -233,8 +233,8 @@ def test_the_limits_of_the_soft_minimum(weights_per: str) -> None:
     assert torch.allclose(once.advantages, x[..., 0], rtol=0, atol=16 * EPS32)
 
 
-def test_a_callable_sees_the_statistics_of_the_batch() -> None:
-    """Its attributes `noon` and `pairs` are obeyed; its weights are taken as they come."""
+def test_a_callable_gets_the_statistics_of_the_batch() -> None:
+    """Its attributes `noon` and `pairs` are respected; its weights are used unchanged."""
     problem = make(rows=4, width=9, objective_mask=torch.bool, seed=1)
     seen: list[pk.ObjectiveStatistics] = []
 
@@ -269,7 +269,7 @@ def test_a_callable_sees_the_statistics_of_the_batch() -> None:
     assert torch.equal(output.weights, signed.scores.softmax(0).float())
 
 
-def test_weightings_of_other_libraries_serve_as_rules() -> None:
+def test_a_weighting_of_a_gram_matrix_is_a_rule() -> None:
     """A callable on a Gram matrix, as TorchJD's weightings are, needs one lambda."""
 
     class Weighting(torch.nn.Module):

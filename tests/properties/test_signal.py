@@ -18,13 +18,13 @@ from pama_kernels._solve import solve_batch
 from pama_kernels.rules import resolve_rule
 
 NAN = math.nan
-SOLVING = tuple(name for name in BATCH if name != "callable")  # rules per batch that leave objectives out
+SOLVING = tuple(name for name in BATCH if name != "callable")  # rules per batch that exclude objectives
 SIGNED = ("default", "gram", "upgrad", "scores")
 
 
 @pytest.mark.parametrize(("name", "dtype"), diagonal(SOLVING, FLOATS))
-def test_a_saturated_objective_takes_no_part(name: str, dtype: torch.dtype) -> None:
-    """A constant reward: the others are solved as if it were absent, and keep their whole advantage."""
+def test_a_saturated_objective_is_excluded(name: str, dtype: torch.dtype) -> None:
+    """A constant reward: the others are solved as if it were absent, and keep their full advantage."""
     saturated = randn(16, 3, dtype=dtype)
     saturated[:, 1] = 0.0
     saturated[:8, 1] = -0.0
@@ -38,7 +38,7 @@ def test_a_saturated_objective_takes_no_part(name: str, dtype: torch.dtype) -> N
         assert torch.allclose(got.weights[[0, 2]], alone.weights, rtol=0, atol=16 * eps)
         error = 64 * eps + 2 * torch.finfo(dtype).eps
         assert torch.allclose(got.advantages, alone.advantages, rtol=error, atol=error)
-    preference = [0.0, 1.0, 0.0]  # all of its mass on the one that is left out
+    preference = [0.0, 1.0, 0.0]  # only on the objective that is excluded
     got = pk.combine_advantages(saturated, rule=RULES[name], preference=preference)
     wanted = reference.combine_advantages(saturated, rule=RULES[name], preference=preference)
     assert torch.allclose(got.weights.double(), wanted.weights, rtol=0, atol=16 * EPS32)
@@ -46,8 +46,8 @@ def test_a_saturated_objective_takes_no_part(name: str, dtype: torch.dtype) -> N
 
 @pytest.mark.portable
 @pytest.mark.parametrize("name", SOLVING)
-def test_weights_solved_from_statistics_are_those_of_the_call(name: str) -> None:
-    """As many ranks and the running mean solve them: by the same objectives and preference."""
+def test_weights_from_statistics_equal_those_of_the_call(name: str) -> None:
+    """As solved for merged ranks and the running mean: over the same objectives and preference."""
     problem = make(rows=5, width=6, objectives=4, objective_mask=torch.bool, seed=3)
     problem.advantages[..., 2] = 0
     for p in (None, [1.0, 2.0, 3.0, 4.0]):
@@ -65,7 +65,7 @@ def test_weights_solved_from_statistics_are_those_of_the_call(name: str) -> None
 
 
 @pytest.mark.parametrize("name", SOLVING)
-def test_four_saturated_objectives_do_not_stop_the_fifth(name: str) -> None:
+def test_four_saturated_objectives_do_not_affect_the_fifth(name: str) -> None:
     advantages = torch.cat([torch.zeros(32, 4), randn(32, 1)], 1)
     got = pk.combine_advantages(advantages, rule=RULES[name])
     assert got.weights.tolist() == [0, 0, 0, 0, 1]
@@ -75,7 +75,7 @@ def test_four_saturated_objectives_do_not_stop_the_fifth(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_tiny_advantages_are_a_signal(dtype: torch.dtype) -> None:
-    """1e-30 of either sign, whose squares float32 does not hold; zero sums too; also when merged."""
+    """1e-30 of either sign, whose squares underflow in float32; with zero sums; merged statistics too."""
     tiny = max(1e-30, torch.finfo(dtype).smallest_normal)
     advantages = randn(12, 4, dtype=dtype)
     advantages[:, 1] = 0
@@ -101,7 +101,7 @@ def test_tiny_advantages_are_a_signal(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", SOLVING)
-def test_where_nobody_has_a_signal_the_preference_decides(name: str) -> None:
+def test_without_a_signal_weights_are_the_preference(name: str) -> None:
     wanted = torch.tensor([0.125, 0.25, 0.625])
     for shape in ((6, 3), (6, 4, 3)):
         got = pk.combine_advantages(torch.zeros(shape), rule=RULES[name], preference=[1.0, 2.0, 5.0])
@@ -111,8 +111,8 @@ def test_where_nobody_has_a_signal_the_preference_decides(name: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["padded", "per-sequence"])
-def test_objectives_without_a_bound_term_take_no_part_in_cosines(layout: str) -> None:
-    """All clipped: nothing to take a cosine of; one of them: the others are solved alone."""
+def test_objectives_without_a_bound_term_are_excluded_from_cosines(layout: str) -> None:
+    """If all are clipped there are no cosines; if one is, the others are solved without it."""
     problem = make(layout, rows=4, width=6, mask=None)
     up = replace(problem, old_logprobs=problem.logprobs - 2.0, advantages=problem.advantages.abs() + 0.125)
     p = [1.0, 2.0, 5.0]
@@ -135,8 +135,8 @@ def test_objectives_without_a_bound_term_take_no_part_in_cosines(layout: str) ->
 
 
 @pytest.mark.parametrize("name", [name for name in RULES if name != "callable"])
-def test_an_absent_objective_takes_no_part(name: str) -> None:
-    """The others are solved as if it were not there; its values have no influence."""
+def test_an_absent_objective_is_excluded(name: str) -> None:
+    """The others are solved as if it did not exist; its values are ignored."""
     problem = make(rows=5, width=9, objectives=4, seed=2, dtype=torch.float64)
     here = torch.ones(5, 4, dtype=torch.bool)
     here[:, 2] = False
@@ -162,7 +162,7 @@ def test_an_absent_objective_takes_no_part(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "layout"), diagonal(["default", "upgrad", "fixed", "scores"], ["per-sequence", "padded"])
 )
-def test_tasks_that_do_not_meet_keep_their_whole_advantages(name: str, layout: str) -> None:
+def test_disjoint_tasks_keep_their_full_advantages(name: str, layout: str) -> None:
     """Each completion has one reward: with equal weights its combined advantage is that reward's."""
     here = torch.eye(3).repeat(4, 1)
     rewards = whitened(12, 3)

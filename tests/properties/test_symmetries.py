@@ -71,7 +71,7 @@ def test_scaling_by_a_power_of_two_scales_the_result(name: str, k: float) -> Non
 
 
 def test_one_objective_of_another_magnitude() -> None:
-    """One whose squares float32 does not hold beside two that it does."""
+    """One objective whose squares are out of float32's range beside two in range."""
     for k in (2.0**-100, 2.0**100):
         for place in range(3):
             problem = make(rows=2, width=7, seed=4)

@@ -1,4 +1,4 @@
-"""What the native CPU backend promises: the same bits for any number of threads, and calls from several."""
+"""Guarantees of the native CPU backend: the same bits for any number of threads, concurrent calls."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_the_gil_is_released_while_a_large_input_runs(what: str) -> None:
     """Another thread runs in the middle half of most calls; with the GIL held it could not.
 
     The edges are left out: there the call is still, or again, in Python. A busy machine may let a call
-    pass before it wakes the other thread, and may stretch the edges: so the half of the calls is asked for.
+    pass before it wakes the other thread, and may stretch the edges: so the test requires half of the calls.
     """
     torch.use_deterministic_algorithms(False)  # which fills new memory while the GIL is held
     call = large(what)

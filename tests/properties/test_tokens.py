@@ -172,7 +172,7 @@ def test_more_than_a_block_with_weights_per_token(regularized: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", MASKS)
-def test_what_counts_as_masked(dtype: torch.dtype) -> None:
+def test_mask_values(dtype: torch.dtype) -> None:
     """Zero of either sign masks; anything else is valid, however small or wide. In every layout."""
     small = {torch.float64: 1e-300, torch.float32: 1e-40, torch.float16: 1e-7, torch.bfloat16: 1e-39}
     wide = {torch.int64: 2**32, torch.int32: 2**24, torch.int16: 256, torch.uint8: 128}
@@ -233,7 +233,7 @@ def test_normalize_divides_by_the_root_mean_square(name: str, aggregation: str) 
             assert got.advantages.dtype == dtype
             assert torch.equal(got.weights, plain.weights)
             root = reference.combine_advantages(**arguments, **options).advantages.square().max().sqrt()
-            assert root > 0.1  # so that nothing below is divided by what cancels
+            assert root > 0.1  # so that nothing below is divided by a sum that cancels
             # weights to 64 * 8 * n eps where they are per token; products of 3, the quotient, two roundings
             eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
             error = 64 * 8 * 3 * 16 * max(eps, 4 * 2.3e-16) if name in ("token", "upgrad") else 272 * 8 * eps
@@ -282,7 +282,7 @@ def test_packed_without_tokens(name: str, aggregation: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*BATCH, "sequence", "token", "softmin", "softmin token"])
-def test_nothing_valid(name: str) -> None:
+def test_without_a_valid_token(name: str) -> None:
     preference = [1.0, 2.0, 5.0]
     for layout in ("padded", "per-sequence", "packed-per-sequence"):
         problem = make(layout, rows=4, width=6, ref_logprobs=True)
@@ -311,7 +311,7 @@ def test_nothing_valid(name: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_given_weights_are_used_as_they_are(layout: str) -> None:
+def test_given_weights_are_used_unchanged(layout: str) -> None:
     """(N,) and (B, N), contiguous, strided and expanded, of any dtype, without division by presence."""
     problem = make(layout, rows=4, width=6, objective_mask=torch.bool)
     row, each = torch.tensor([0.5, 0.25, -2.0]), torch.arange(12.0).reshape(4, 3) / 8
@@ -326,7 +326,7 @@ def test_given_weights_are_used_as_they_are(layout: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [3, 5])
-def test_sizes_that_coincide_mean_nothing(rows: int) -> None:
+def test_equal_sizes_do_not_change_the_layout(rows: int) -> None:
     """N == T, N == B, B == T: 2-D advantages beside 2-D tensors are always per sequence."""
     for width in (3, 5):
         for layout in ("per-sequence", "padded", "packed", "packed-per-sequence"):

@@ -81,7 +81,7 @@ def gram_residual(m: Tensor, c: Tensor, preference: Any = None, regularization: 
 
 
 def conflict_residual(m: Tensor, c: Tensor, preference: Any = None) -> Array:
-    """How far an objective falls: max_j -(Mc)_j over max M_ii."""
+    """The largest decrease of an objective: max_j -(Mc)_j over max M_ii."""
     wide_m = m.double().numpy().astype(np.longdouble)
     size = np.diagonal(wide_m, axis1=-2, axis2=-1).max(-1)
     size = np.where(size > 0, size, 1)

@@ -39,7 +39,7 @@ BAD_MATRICES = {
 @pytest.mark.cpu
 @matrices
 @pytest.mark.parametrize("name", BAD_MATRICES)
-def test_a_matrix_that_is_clearly_no_gram_matrix_is_refused(solver: Solver, name: str) -> None:
+def test_a_matrix_that_is_not_positive_semidefinite_is_an_error(solver: Solver, name: str) -> None:
     for dtype in (torch.float32, torch.float64):
         for k in (1e-30, 1.0, 1e30):
             bad = (k * BAD_MATRICES[name].double()).to(dtype)

@@ -163,7 +163,7 @@ def test_where_the_minimiser_is_not_unique_it_is_the_nearest(n: int, uniform: bo
         near(same * (sign[:, None] * sign), p.reshape(-1, 2).mean(-1).repeat_interleave(2))
 
 
-def test_written_out_examples() -> None:
+def test_examples_by_hand() -> None:
     def scores(a: list[float], **options: Any) -> list[Any]:
         s = pk.pama_weights(torch.tensor(a, dtype=torch.float64), **options)
         return [s.weights.tolist(), s.optimum.tolist()]
@@ -191,7 +191,7 @@ def test_written_out_examples() -> None:
     assert gram([[1, 0], [0, 1]], preference=[1, 0], regularization=1.0) == [[0.75, 0.25], 0.625]
 
 
-def test_what_was_wrong_once() -> None:
+def test_regressions() -> None:
     negated = torch.complex(torch.zeros(3), torch.tensor([0.2, 0.5, 0.1])).conj().imag
     assert pk.pama_weights(negated).optimum == torch.tensor(-0.1)  # the score nearest to 0
     m = 1e300 * torch.eye(3, dtype=torch.float64)
@@ -207,7 +207,7 @@ def test_what_was_wrong_once() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 16])
-def test_pareto_gap_bounds_what_can_still_be_gained(n: int) -> None:
+def test_pareto_gap_bounds_the_possible_improvement(n: int) -> None:
     m = MIN_NORM.inputs("square", 30, n)
     c = torch.rand(30, n).double()
     c = c / c.sum(-1, keepdim=True)
@@ -220,7 +220,7 @@ def test_pareto_gap_bounds_what_can_still_be_gained(n: int) -> None:
     assert (gap >= -rounding).all()
 
 
-def test_pareto_gap_written_out() -> None:
+def test_pareto_gap_examples_by_hand() -> None:
     m = torch.tensor([[[1.0, 0.0], [0.0, 3.0]], [[4.0, -4.0], [-4.0, 4.0]]])
     c = torch.tensor([[0.75, 0.25], [1.0, 0.0]])
     assert pk.pareto_gap(m, c).tolist() == [0.0, 8.0]
@@ -284,7 +284,7 @@ def test_the_reference_is_certified(family: str) -> None:
 
 
 def test_a_float32_gram_matrix_that_rounding_made_indefinite_is_solved() -> None:
-    """Of rank 1 before it was rounded, with an eigenvalue of -2e-10: within what float32 can say."""
+    """Of rank 1 before it was rounded, with an eigenvalue of -2e-10: within the precision of float32."""
     row = torch.tensor(
         [[-0.08879882097244263, 0.35261523723602295, -0.5406988859176636, -0.8866809606552124]]
     )

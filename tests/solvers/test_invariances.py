@@ -40,7 +40,7 @@ def test_permuting_objectives_permutes_weights(solver: Solver, options: dict[str
 
 
 @every_family
-def test_scaling_by_powers_of_two_changes_no_bit(name: str, family: str) -> None:
+def test_weights_are_bitwise_invariant_to_powers_of_two(name: str, family: str) -> None:
     solver = SOLVERS[name]
     for n in (1, 2, 3, 8, 9, 20):
         x = solver.inputs(family, 3, n)
@@ -119,7 +119,7 @@ def test_the_limits_of_regularization(name: str) -> None:
 
 
 @every_solver
-def test_nothing_to_decide_gives_the_preference(solver: Solver) -> None:
+def test_zero_problems_give_the_preference(solver: Solver) -> None:
     for n in (1, 2, 3, 8, 9, 40):
         for preference in (None, skewed(n), [1.0] * (n - 1) + [0.0] if n > 1 else [3.0]):
             for dtype in (torch.float32, torch.float64):
@@ -141,8 +141,8 @@ def test_one_objective_gets_all_the_weight(solver: Solver, options: dict[str, An
 
 
 @every_case
-def test_a_preference_of_zero_is_not_exclusion(solver: Solver, options: dict[str, Any]) -> None:
-    """What the problem decides, it decides; in UPGrad only the objectives that conflict call for it."""
+def test_a_preference_of_zero_does_not_exclude_an_objective(solver: Solver, options: dict[str, Any]) -> None:
+    """It may get weight; under UPGrad only if objectives conflict with it."""
     x = torch.tensor([1.0, 4.0, 4.0]).double()
     x = x if solver.axes == 1 else torch.diag(x)
     if solver.solve is pk.upgrad_weights:
@@ -152,7 +152,7 @@ def test_a_preference_of_zero_is_not_exclusion(solver: Solver, options: dict[str
 
 
 @every_case
-def test_forms_of_the_preference_and_of_numbers(solver: Solver, options: dict[str, Any]) -> None:
+def test_types_of_the_preference_and_of_numbers(solver: Solver, options: dict[str, Any]) -> None:
     x = solver.inputs("grid" if solver.axes == 1 else "square", 7, 3)
     wanted = solver.solve(x, preference=[0.25, 0.25, 0.5], **options)
     forms = (

@@ -97,7 +97,7 @@ def test_no_worse_than_the_reference(name: str, family: str) -> None:
 
 @every_case
 def test_the_optimum_is_never_negative(solver: Solver, options: dict[str, Any]) -> None:
-    """So that its square root, the norm of the combined gradient, is a number. Zero lies in the hull here."""
+    """Its square root is the norm of the combined gradient. Zero lies in the hull of these gradients."""
     if solver.axes == 2:
         for n in (2, 3, 8, 33):
             for dtype in (torch.float32, torch.float64):

@@ -69,7 +69,7 @@ def test_nearest_to_the_preference_in_float32_when_magnitudes_differ(preference:
 @both_dtypes
 @pytest.mark.parametrize("exponent", [-290, -60, -39, 39, 60, 290])
 def test_scale_and_regularization_beyond_float32(dtype: torch.dtype, exponent: int) -> None:
-    """Their product is 1; or the square of the scores, which float32 does not hold either."""
+    """Their product is 1, or the square of the scores, which is out of float32's range as well."""
     a = torch.tensor([[1.0, 0.5], [1.0, -0.75], [0.0, 0.0]], dtype=dtype)
     s = pk.pama_weights(a, regularization=10.0**-exponent, scale=10.0**exponent)
     t = pk.pama_weights(a, regularization=1.0, scale=1.0)
@@ -82,7 +82,7 @@ def test_scale_and_regularization_beyond_float32(dtype: torch.dtype, exponent: i
 
 
 @both_dtypes
-def test_a_scale_that_is_not_finite_concerns_its_own_row(dtype: torch.dtype) -> None:
+def test_a_non_finite_scale_affects_only_its_row(dtype: torch.dtype) -> None:
     a, scale = torch.randn(4, 3, dtype=dtype), torch.ones(4, dtype=dtype)
     for bad in (NAN, INF):
         scale[2] = bad
@@ -114,8 +114,8 @@ def test_the_optimum_lies_between_the_scores(isa: str, dtype: torch.dtype) -> No
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("n", [2, 3, 4, 8, 32])
-def test_rows_go_their_own_way_beside_others(isa: str, n: int) -> None:
-    """Rows without a negative score go a quicker way where no neighbour has one; a NaN hides none."""
+def test_rows_of_different_signs_are_independent(isa: str, n: int) -> None:
+    """Rows without a negative score take a faster path if no neighbour has one; a NaN does not hide one."""
     a = torch.randint(0, 3, (64, n)).float()
     a[::4] = 1  # all tied
     signs = torch.where(torch.arange(64) % 2 == 0, 1.0, -1.0)[:, None]

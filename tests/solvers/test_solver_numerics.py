@@ -21,7 +21,7 @@ import pama_kernels as pk
 @every_case
 @both_dtypes
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 8, 9, 17, 33])
-def test_a_problem_has_the_same_bits_alone_in_any_batch_and_for_any_threads(
+def test_bits_do_not_depend_on_batch_or_threads(
     solver: Solver, options: dict[str, Any], dtype: torch.dtype, n: int, threads: int
 ) -> None:
     rows = (40 if n > 8 else 700) if solver.axes == 2 else 1500
@@ -42,7 +42,7 @@ def test_a_problem_has_the_same_bits_alone_in_any_batch_and_for_any_threads(
 @every_case
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 9])
 @both_dtypes
-def test_a_nan_or_infinity_reaches_its_own_row_only(
+def test_a_nan_or_infinity_affects_only_its_row(
     solver: Solver, options: dict[str, Any], n: int, dtype: torch.dtype
 ) -> None:
     x = solver.inputs("grid" if solver.axes == 1 else "square", 20, n).to(dtype)
@@ -139,7 +139,7 @@ def test_narrow_types(solver: Solver, options: dict[str, Any], dtype: torch.dtyp
 
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_dependent_gradients_are_solved_in_spite_of_rounding(
+def test_dependent_gradients_with_rounding_errors_are_solved(
     solver: Solver, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     """Rounded, the matrix is not quite semidefinite: half gradients, more objectives than dimensions."""

@@ -47,7 +47,7 @@ def doubled(tolerance: float | None, factor: float = 2.0) -> Contestant:
     )
 
 
-def test_wrong_peer_stops_the_run(session: Session) -> None:
+def test_a_wrong_contestant_stops_the_run(session: Session) -> None:
     ours = Contestant("ours", lambda x: x + x, [torch.ones(3)])
     with pytest.raises(RuntimeError, match=r"double, float32, N=3: x2.5 differs from ours by 1.00e\+00"):
         session.measure("double", "float32", 3, [ours, doubled(1e-6, 2.5)])
@@ -59,7 +59,7 @@ def test_wrong_peer_stops_the_run(session: Session) -> None:
     assert session.measure("double", "float32", 3, [ours, known_to_be_inexact])[1].difference == 1
 
 
-def test_rounds_go_in_turns_through_the_whole_pool() -> None:
+def test_rounds_use_all_inputs_in_turn() -> None:
     seen: dict[str, list[int]] = {"a": [], "b": []}
     order: list[str] = []
 
@@ -77,7 +77,7 @@ def test_rounds_go_in_turns_through_the_whole_pool() -> None:
     assert order[:5] == ["a", "b", "a", "b", "a"]  # the estimate, then a round each way
 
 
-def test_peak_memory_sees_what_a_call_takes() -> None:
+def test_peak_memory_of_a_call() -> None:
     size = 1 << 26  # bytes; page tables and the allocator's own are far below a tenth of it
     taken = peak_memory(Contestant("takes", lambda x: torch.ones(x, dtype=torch.uint8), [size]))
     kept = peak_memory(Contestant("takes nothing", lambda x: None, [size]))

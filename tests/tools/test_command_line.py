@@ -1,4 +1,4 @@
-"""`python -m pama_kernels`: what `inspect` computes and says, `info`, the documentation."""
+"""`python -m pama_kernels`: results and report of `inspect`, `info`, the documentation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:Futur
 # --- inspect: what it computes ------------------------------------------------------------------------------
 
 
-def test_what_the_trainer_logged(trained: Path) -> None:
+def test_inspect_equals_what_the_trainer_logged(trained: Path) -> None:
     """From the completions that TRL wrote: the weights and covariances of that training, step by step."""
     found = inspect_rewards(read_table(trained))
     entries = history(trained)
@@ -49,7 +49,7 @@ def test_what_the_trainer_logged(trained: Path) -> None:
     assert found.varies[3] == 0
 
 
-def test_numbers_by_hand() -> None:
+def test_example_by_hand() -> None:
     """Two rewards in two groups of two: advantages are +-a, all statistics follow by hand."""
     found = inspected({"x": [0, 1, 0, 1], "y": [0, 1, 1, 0], "prompt": ["a", "a", "b", "b"]})
     size = 0.5 / (math.sqrt(0.5) + 1e-4)  # of every advantage
@@ -87,7 +87,7 @@ def test_covariance_of_every_rule(rule: str) -> None:
         )
 
 
-def test_each_step_is_solved_by_itself() -> None:
+def test_each_step_is_solved_separately() -> None:
     columns = small_table()
     del columns["prompt_id"]
     steps = [row // 16 for row in range(48)]
@@ -138,9 +138,9 @@ def test_report_explains_itself() -> None:
     text = format_inspection(inspected(small_table()))
     assert "nan" not in text
     assert max(map(len, text.splitlines())) <= 100
-    for words in ("applies ", "varies ", "below 0: it sacrifices it, marked !", *RULES):
+    for words in ("applies ", "varies ", "below 0: it falls (is sacrificed), marked !", *RULES):
         assert words in text
-    row = next(line for line in text.split("What does each rule")[1].splitlines() if "brief" in line)
+    row = next(line for line in text.split("Effect of each rule")[1].splitlines() if "brief" in line)
     assert len(re.findall(r"-?\d\.\d\d", row)) == 1 + len(RULES)
 
 

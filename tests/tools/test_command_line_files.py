@@ -1,4 +1,4 @@
-"""Files that `inspect` reads, and those that it refuses."""
+"""Files that `inspect` reads, and wrong ones."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_missing_packages(
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_a_group_size_that_contradicts_the_prompt_column_is_refused(tmp_path: Path) -> None:
+def test_a_group_size_that_contradicts_the_prompt_column_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "interleaved.csv"
     path.write_text("prompt_id,a,b\n" + "".join(f"{i % 8},{i},{-i * i}\n" for i in range(64)))
     with pytest.raises(

@@ -158,7 +158,7 @@ def test_wrong_runs(name: str | None, text: str, message: str, tmp_path: Path) -
 
 
 def test_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """It waits for the first log and draws only what is new."""
+    """It waits for the first log and draws again only if there is new data."""
     pytest.importorskip("matplotlib")
     state = tmp_path / "trainer_state.json"
     entries = [{"step": step, "rewards/a/mean": 1.0, "pama/conflict/worst": None} for step in range(3)]

@@ -85,9 +85,9 @@ def test_block(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links(page: Path) -> None:
-    """Links to files of the repository lead somewhere."""
+    """Links to files of the repository exist."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     targets = re.findall(r"\]\((?!https?:)([^)#\s]+)", text)
-    # The benchmarks' pictures come with their results, which tests/tools/test_benchmarks.py asks for.
+    # The benchmarks' pictures come with their results, which tests/tools/test_benchmarks.py checks.
     targets = [target for target in targets if "benchmarks/results/" not in target]
     assert not [target for target in targets if not (page.parent / target).exists()]

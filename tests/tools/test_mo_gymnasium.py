@@ -136,7 +136,7 @@ def test_the_study_pairs_all_methods_with_all_seeds() -> None:
     assert {run.steps for run in compare.study(True, 1)} == {0, 4_000}
 
 
-def test_a_run_that_was_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))  # for the worker
     path = tmp_path / "mo_gymnasium.csv"
     runs = [_control.Run(TREASURE, seed=seed, steps=1024) for seed in (0, 1)]

@@ -69,7 +69,7 @@ def _close(found: Tensor, wanted: Tensor) -> None:
 
 
 def test_the_parts_disagree() -> None:
-    """Or the tests below would not tell weights of the rollout from those of a micro-batch."""
+    """Weights of the rollout differ from those of its micro-batches, or the tests below prove nothing."""
     problem = Problem()
     weights, _ = problem.expected()
     for start in range(0, 10, 2):
@@ -105,7 +105,7 @@ def _work(world: int, rank: int) -> dict[str, Any]:
 
 
 def test_data_parallel(tmp_path: Path) -> None:
-    """Three ranks with different numbers of micro-batches: nobody waits, and all get the whole batch's."""
+    """Three ranks with different numbers of micro-batches: no deadlock, and the whole batch's gradient."""
     ranks = processes.run(_work, len(RANKS), tmp_path)
     weights, gradient = Problem().expected()
     for rank in ranks:

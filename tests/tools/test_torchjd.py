@@ -1,4 +1,4 @@
-"""TorchJD's weightings as rules, and its UPGrad beside ours."""
+"""TorchJD's weightings as rules, and its UPGrad compared with ours."""
 
 from __future__ import annotations
 
