@@ -26,10 +26,10 @@ import pama_kernels as pk
 from pama_kernels.integrations._rollout import combine, make_rule, rollout_metrics
 
 OF_RULES: dict[str, tuple[dict[str, Any], set[str]]] = {
-    "gram": ({}, {"cosine"}),
+    "gram": ({"pama_rule": "pama"}, {"cosine"}),
     "scores": ({"pama_bound": "scores", "pama_noon": True}, {"score"}),
     "sequence": ({"pama_weights_per": "sequence"}, {"score"}),
-    "upgrad": ({"pama_rule": "upgrad"}, {"second_moment"}),
+    "default": ({}, {"second_moment"}),
     "fixed": ({"pama_rule": "fixed"}, set()),
     "softmin": ({"pama_rule": "softmin"}, set()),
 }
@@ -103,7 +103,7 @@ def test_absent_and_constant_rewards_are_distinguished(tmp_path: Path) -> None:
         1,
         0,
     ]
-    for name in ("pama/weight/sometimes", "pama/covariance/sometimes", "pama/cosine/never"):
+    for name in ("pama/weight/sometimes", "pama/covariance/sometimes", "pama/second_moment/never"):
         assert first[name] is None
     assert (first["pama/weight/vowels"], first["pama/weight/constant"]) == (1, 0)
     for pair in ("vowels~constant", "vowels~never", "sometimes~never"):

@@ -143,7 +143,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, An
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(here), str(here.parent.parent)]),
+            "PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, here.parent.parent))),
         }
         processes.append(
             subprocess.Popen(

@@ -203,7 +203,7 @@ def test_tool_mask_and_importance_weights(tmp_path: Path, monkeypatch: pytest.Mo
         importance_weights=(0.5 + torch.arange(8) / 8)[:, None].expand(rollout["mask"].shape),
     )
     torch.testing.assert_close(rollout["scores"], expected.scores)
-    solution = pk.reference.min_norm_weights(expected.cosines, regularization=0.1)
+    solution = pk.reference.upgrad_weights(expected.gram)
     torch.testing.assert_close(made.combination.weights, solution.weights, rtol=1e-6, atol=1e-6)
 
 
@@ -238,8 +238,8 @@ def test_once_per_rollout_and_evaluation(tmp_path: Path) -> None:
     first, *_, last = [r["combination"] for r in made.rollouts if r["mode"] == "train"]
     buffers = [combination.statistics.buffer for combination in (first, last)]
     mean = (0.25 * buffers[0] + 0.5 * buffers[1]) / 0.75  # the bias-corrected mean of two
-    cosines = pk.ObjectiveStatistics(mean, 3, True).cosines
-    expected = pk.reference.min_norm_weights(cosines, regularization=0.1).weights
+    gram = pk.ObjectiveStatistics(mean, 3, True).gram
+    expected = pk.reference.upgrad_weights(gram).weights
     torch.testing.assert_close(last.weights, expected, rtol=1e-6, atol=1e-6)
     assert len(logged(made, "pama/weight/short")) == 2
     assert len(logged(made, "eval_pama/weight/short")) == 2

@@ -35,7 +35,7 @@ def test_inspect_equals_what_the_trainer_logged(trained: Path) -> None:
     assert found.names == ["vowels", "short", "late", "format"]
     assert found.left_out == ["step", "prompt", "completion", "advantage"]
     assert (found.rows, found.groups, found.group_sizes, found.steps) == (48, 12, (4, 4), 6)
-    effect = found.effects["pama"]
+    effect = found.effects["upgrad"]
     assert effect.weights is not None
     for step, entry in enumerate(entries):
         for i, name in enumerate(found.names):

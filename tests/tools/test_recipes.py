@@ -38,6 +38,8 @@ class Problem:
         self.advantages = torch.randn(ROWS, WIDTH, 3, generator=generator)
         self.advantages[:8, :, 0] += 0.6
         self.advantages[8:, :, 1] += 0.6
+        self.advantages[..., 1] -= 1.2 * self.advantages[..., 0]
+        self.advantages[::4, :, 2] -= 2 * self.advantages[::4, :, 1]
         self.mask = torch.rand(ROWS, WIDTH, generator=generator) < 0.8
         self.mask[10:] = False
 
@@ -74,7 +76,7 @@ def test_the_parts_disagree() -> None:
     weights, _ = problem.expected()
     for start in range(0, 10, 2):
         part = pk.combine_advantages(*problem.rollout(slice(start, start + 2))[1:]).weights
-        assert (part.double() - weights).abs().max() > 0.05
+        assert (part.double() - weights).abs().max() > 0.02  # 200 times what `_close` accepts
 
 
 def test_accumulate() -> None:
@@ -84,17 +86,15 @@ def test_accumulate() -> None:
         _close(found, wanted)
 
 
-@pytest.mark.parametrize("regularization", [0.0, 0.1])
 @pytest.mark.parametrize("saturated", [False, True])
-def test_weights_of_parts(saturated: bool, regularization: float) -> None:
+def test_weights_of_parts(saturated: bool) -> None:
     problem = Problem()
     _, advantages, mask = problem.rollout()
     if saturated:
         advantages[..., 1] = 0.0
     parts = zip(advantages.split(2), mask.split(2), strict=True)
-    found = recipe("weights_of_parts")(parts, regularization)
-    rule = pk.Pama(regularization=regularization)
-    _close(found, pk.reference.combine_advantages(advantages, mask, rule=rule).weights)
+    found = recipe("weights_of_parts")(parts)
+    _close(found, pk.reference.combine_advantages(advantages, mask, rule=pk.UPGrad()).weights)
 
 
 def _work(world: int, rank: int) -> dict[str, Any]:
