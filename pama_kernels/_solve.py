@@ -90,14 +90,14 @@ class BeforeThePass(NamedTuple):
 def before_the_pass(
     tokens: _call.Tokens,
     rule: Rule,
+    asked: _call.Rule,
     preference: Tensor | None,
     weights: Tensor | None,
     process_group: ProcessGroup | None,
     pairs: bool,
 ) -> BeforeThePass:
     """Solves for weights that `apply` cannot compute in its own pass: those over all ranks of a process
-    group, and those of a callable rule."""
-    asked = record(rule)
+    group, and those of a callable rule. `asked`: the record of the rule."""
     if weights is not None:
         asked = asked._replace(kind=Kind.GIVEN.value)
     if process_group is None and asked.kind != Kind.SOLVED:

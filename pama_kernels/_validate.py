@@ -23,6 +23,7 @@ from ._call import Number, Tokens
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOATS)
 INTEGERS = MASKS[:6]
+_STRIDED = torch.strided
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
 
 Preference = Sequence[float] | Tensor | None
@@ -36,7 +37,14 @@ def shape_of(x: Tensor) -> str:
 # --- tensors -----------------------------------------------------------------------------------------------
 
 
+def _is_dense(x: object, dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether it is a tensor, not a subclass, that `check_tensor` accepts."""
+    return type(x) is Tensor and x.layout is _STRIDED and not x.is_nested and x.dtype in dtypes
+
+
 def check_tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...], kind: str) -> None:
+    if _is_dense(x, dtypes):
+        return
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a {kind} tensor, got {type(x).__name__}")
     if x.layout != torch.strided or x.is_nested:
@@ -164,6 +172,8 @@ def check_positive(name: str, value: object) -> Number:
 
 def clip_bounds(clip_range: object, dual_clip: object = None) -> tuple[Number, Number | None, Number | None]:
     """(eps_low, eps_high, dual_clip); None for no upper limit and no dual clip."""
+    if type(clip_range) is float and 0.0 <= clip_range <= 1.0 and dual_clip is None:
+        return clip_range, clip_range, None
     low: object = clip_range
     high: object = clip_range
     if isinstance(clip_range, (tuple, list)):
@@ -356,32 +366,30 @@ def resolve_layout(
     cu_seqlens: Any = None,
 ) -> Layout:
     """Checks types, dtypes, shapes and devices of all tensors, and returns the layout."""
-    if logprobs is not None:
-        check_float("logprobs", logprobs)
-    check_float("advantages", advantages)
     like_name, like = ("advantages", advantages) if logprobs is None else ("logprobs", logprobs)
-    check_device("advantages", advantages, like_name, like)
-    if mask is not None:
-        check_mask("mask", mask)
-    per_token = (
-        ("logprobs", logprobs), ("mask", mask), ("old_logprobs", old_logprobs),
-        ("ref_logprobs", ref_logprobs), ("importance_weights", importance_weights),
-    )  # fmt: skip
-    for name, x in per_token[2:]:
-        if x is not None:
-            check_float(name, x)
+    check_float(like_name, like)
+    device = like.device
+    if like is not advantages:
+        check_float("advantages", advantages)
+        if advantages.device != device:
+            check_device("advantages", advantages, like_name, like)
     tokens_name, tokens, shape = "", None, None
-    for name, x in per_token:
+    for name, x, dtypes in (
+        ("logprobs", logprobs, FLOATS), ("mask", mask, MASKS), ("old_logprobs", old_logprobs, FLOATS),
+        ("ref_logprobs", ref_logprobs, FLOATS), ("importance_weights", importance_weights, FLOATS),
+    ):  # fmt: skip
         if x is None:
             continue
+        if not _is_dense(x, dtypes):
+            (check_mask if dtypes is MASKS else check_float)(name, x)
+        if x.device != device:
+            check_device(name, x, like_name, like)
         if tokens is None:
             tokens_name, tokens, shape = name, x, x.shape
             if len(shape) not in (1, 2):
                 raise ValueError(f"{name}: expected shape (B, T) or (M,), got {shape_of(x)}")
         elif x.shape != shape:
-            check_device(name, x, like_name, like)
             check_shape(name, x, tokens.shape, f" as {tokens_name}")
-        check_device(name, x, like_name, like)
     if advantages.dim() not in (2, 3):
         raise ValueError(
             "advantages: expected shape (B, T, N), (B, N) or (M, N), objectives last, "

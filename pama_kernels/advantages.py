@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _call
 from ._call import Number, Outputs, WeightsPer
 from ._solve import Solved, before_the_pass
 from ._validate import (
@@ -34,7 +35,7 @@ from ._validate import (
 )
 from .backends import operators
 from .backends.normalize import divided, root_mean_square
-from .rules import Rule, RuleLike, needs_pairs, noon_of, record, resolve_rule
+from .rules import RuleLike, needs_pairs, noon_of, record, resolve_rule
 from .statistics import ObjectiveStatistics, result_metrics
 
 if TYPE_CHECKING:
@@ -65,8 +66,8 @@ class CombinedAdvantages(NamedTuple):
         return result_metrics(self.statistics, self.weights, self.optimum, names)
 
 
-def check_rule_fits(rule: Rule, layout: Layout, process_group: object, weights: Tensor | None) -> None:
-    per = record(rule).weights_per
+def check_rule_fits(asked: _call.Rule, layout: Layout, process_group: object, weights: Tensor | None) -> None:
+    per = asked.weights_per
     check_process_group(process_group, batch=per == WeightsPer.BATCH)
     if per == WeightsPer.SEQUENCE and not layout.sequences and weights is None:
         raise ValueError("rule: weights per sequence need cu_seqlens where tensors are flat, got none")
@@ -149,7 +150,8 @@ def combine_advantages(
         aggregation=aggregation,
         noon=noon_of(rule),
     )
-    check_rule_fits(rule, layout, process_group, weights)
+    asked = record(rule)
+    check_rule_fits(asked, layout, process_group, weights)
     normalize = check_flag("normalize", normalize)
     if objective_mask is not None and layout.per_sequence and not layout.mask_per_sequence:
         raise ValueError(
@@ -160,7 +162,7 @@ def combine_advantages(
     pairs = needs_pairs(rule) or layout.objectives <= PAIRS_UP_TO
     if weights is not None:
         check_weights(weights, layout, advantages.device)
-    asked, given, p, merged, solved = before_the_pass(tokens, rule, p, weights, process_group, pairs)
+    asked, given, p, merged, solved = before_the_pass(tokens, rule, asked, p, weights, process_group, pairs)
     merges = normalize and process_group is not None  # then the root mean square is over all ranks
     if normalize and advantages.dtype in (torch.float16, torch.bfloat16):
         check_memory("advantages", advantages)

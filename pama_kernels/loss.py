@@ -151,7 +151,8 @@ def _is_last_use(grad_loss: Tensor) -> bool:
 
 
 _first_derivative: Callable[..., Tensor] = _FirstDerivative.apply
-_attached: Callable[..., Tensor] = _Attached.apply
+# Function.apply looks for functorch transforms first; none is active where this is called.
+_attached: Callable[..., Tensor] = super(torch.autograd.Function, _Attached).apply
 
 
 def _differentiable(tokens: Tokens, rule: Rule, problem: operators.Apply, outputs: Outputs) -> Results:
@@ -163,8 +164,7 @@ def _differentiable(tokens: Tokens, rule: Rule, problem: operators.Apply, output
         if torch.compiler.is_compiling():  # the compiler rejects a tensor that is used in two places
             arguments = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
         return Results(*_Loss.apply(logprobs, *arguments))  # type: ignore[no-untyped-call]
-    detached: Any = (*tokens[:_LOGPROBS], logprobs.detach(), *tokens[_LOGPROBS + 1 :])
-    results = operators.apply(Tokens(*detached), rule, problem, outputs)
+    results = operators.apply(tokens, rule, problem, outputs)
     return Results(results.advantages, _attached(logprobs, results), *results[_GRADIENT:])
 
 
@@ -264,12 +264,13 @@ def pama_loss(
     )
     if ref_logprobs is not None and not penalty:
         tokens = tokens._replace(ref_logprobs=None)
-    check_rule_fits(rule, layout, process_group, weights)
+    asked = record(rule)
+    check_rule_fits(asked, layout, process_group, weights)
     p = preference_tensor(preference, layout.objectives, logprobs.device)
     if weights is not None:
         check_weights(weights, layout, logprobs.device)
     pairs = weights is None and needs_pairs(rule)
-    asked, given, p, merged, solved = before_the_pass(tokens, rule, p, weights, process_group, pairs)
+    asked, given, p, merged, solved = before_the_pass(tokens, rule, asked, p, weights, process_group, pairs)
     differentiated = logprobs.requires_grad and torch.is_grad_enabled()
     outputs = Outputs(
         advantages=False,

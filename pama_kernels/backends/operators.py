@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -118,6 +119,15 @@ _KINDS: dict[Any, tuple[str, ...]] = {
         GroupNormalize,
     )
 }
+
+
+def _getter(kinds: Sequence[str]) -> Callable[[Any], Sequence[Any]]:
+    """Returns the fields of a record that may be tensors."""
+    places = [k for k, kind in enumerate(kinds) if "Tensor" in kind or "Number" in kind]
+    return itemgetter(*places) if len(places) > 1 else lambda record: [record[k] for k in places]
+
+
+_TENSORS = {record: _getter(kinds) for record, kinds in _KINDS.items()}
 
 
 def _schema(records: Sequence[Any], returns: str) -> str:
@@ -229,41 +239,40 @@ def empty_loss(tokens: Tokens, outputs: Outputs, like: Tensor) -> tuple[Tensor, 
 
 def empty_results(tokens: Tokens, rule: Rule, weights: Tensor | None, outputs: Outputs) -> Results:
     """Allocates the results of `apply`."""
-    advantages, logprobs, n = tokens.advantages, tokens.logprobs, tokens.objectives
-    dtype = dtype_of_results(tokens, outputs)
-    optimum = torch.empty((), dtype=dtype, device=advantages.device)  # empty_like takes half as long
-    square_sum = torch.empty_like(optimum, dtype=torch.float64)
-    combined = NOTHING
+    advantages, n = tokens.advantages, tokens.objectives
+    # empty_like takes half as long as other ways to make a tensor.
+    optimum = torch.empty((), dtype=dtype_of_results(tokens, outputs), device=advantages.device)
+    combined = square_sum = NOTHING
     if outputs.advantages:
-        shape = advantages.shape[:-1]
-        if tokens.per_sequence and not one_result_per_row(tokens, rule):
-            assert logprobs is not None
-            shape = logprobs.shape
+        per_token = tokens.per_sequence and not one_result_per_row(tokens, rule)
+        shape = tokens.logprobs.shape if per_token and tokens.logprobs is not None else advantages.shape[:-1]
         combined = advantages.new_empty(shape)
+        square_sum = torch.empty_like(optimum, dtype=torch.float64)
     loss, gradient = empty_loss(tokens, outputs, optimum)
+    sums = optimum.new_empty(statistics_size(n, outputs.pairs), dtype=torch.float64)
     if weights_by_row(rule, weights):
         given, optimum = optimum.new_empty(tokens.rows, n), optimum.new_empty(tokens.rows)
     else:
         given = optimum.new_empty(n)
-    sums = square_sum.new_empty(statistics_size(n, outputs.pairs))
     return Results(combined, loss, gradient, given, optimum, sums, square_sum)
 
 
 def _without_nothing(results: Results, tokens: Tokens) -> Results:
     """Replaces shared placeholders by new tensors, since the results of an operator must not share memory."""
     like = tokens.advantages if tokens.logprobs is None else tokens.logprobs
-    dtypes = tokens.advantages.dtype, result_dtype(like), gradient_dtype(like)
-    made = (
-        like.new_empty(0, dtype=dtype) if x is NOTHING else x
-        for x, dtype in zip(results, dtypes, strict=False)
-    )
-    return Results(*made, *results[len(dtypes) :])
+    dtypes = {
+        "advantages": tokens.advantages.dtype,
+        "loss": result_dtype(like),
+        "gradient": gradient_dtype(like),
+        "square_sum": torch.float64,
+    }
+    missing = [name for name in dtypes if getattr(results, name) is NOTHING]
+    return results._replace(**{name: like.new_empty(0, dtype=dtypes[name]) for name in missing})
 
 
 # --- definition and dispatch --------------------------------------------------------------------------
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_NO_TENSORS = frozenset((type(None), int, bool, float))
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -345,11 +354,10 @@ def _direct(records: Sequence[Any]) -> bool:
     if traced():
         return False
     for record in records:
-        for x in record:
-            kind = type(x)
-            if kind in _NO_TENSORS:
+        for x in _TENSORS[type(record)](record):
+            if x is None or type(x) is float:
                 continue
-            if kind in _PLAIN:
+            if type(x) in _PLAIN:
                 if x.is_neg():
                     return False
             elif isinstance(x, Tensor):

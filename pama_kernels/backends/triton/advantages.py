@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pama_kernels._call import Number
 
-from .launch import check_memory, launch, number, number_of, power_of_two
+from .launch import check_memory, launch, number, number_of, options_of, power_of_two
 from .simplex import power_of_two_of
 from .tokens import read, rounded, truth
 
@@ -156,10 +156,10 @@ def gae(
         (rewards, 3), (values, 3), (mask, 2), (dones, 2), (truncated, 2), (last_values, 2), (final_values, 3),
     ):  # fmt: skip
         arrays += [x, *((0,) * dimensions if x is None else x.stride())]
+    options = options_of(n=n, STEPS=_STEPS // max(block, 4), BLOCK=block)
     launch(
-        gae_kernel, rewards.device, rows * triton.cdiv(n, block), *arrays, advantages, returns,
-        *number(gamma),
-        *number(lam), width, n=n, STEPS=_STEPS // max(block, 4), BLOCK=block,
+        gae_kernel, rewards.device, rows * triton.cdiv(n, block), options, *arrays, advantages, returns,
+        *number(gamma), *number(lam), width,
     )  # fmt: skip
     return advantages, returns
 
@@ -272,9 +272,9 @@ def group_normalize(
     # Two variants, not one for each size of a group or a batch.
     small = group_ids is not None or group_size <= _SMALL
     members = min(_MEMBERS // block, _SMALL if small else _MEMBERS)
+    options = options_of(n=n, SCALE=scale, MEMBERS=members, BLOCK=block, num_warps=2)
     launch(
-        group_normalize_kernel, rewards.device, groups * triton.cdiv(n, block), rewards, *rewards.stride(),
-        order, ids, result, eps, rows, group_size, n=n, SCALE=scale, MEMBERS=members, BLOCK=block,
-        num_warps=2,
+        group_normalize_kernel, rewards.device, groups * triton.cdiv(n, block), options, rewards,
+        *rewards.stride(), order, ids, result, eps, rows, group_size,
     )  # fmt: skip
     return result

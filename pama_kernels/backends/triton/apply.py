@@ -6,10 +6,10 @@ Abar_t = sum_i c_i(t) A_{i,t} = up_t + down_t;  loss_t = -up_t pos_t - down_t ne
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from pama_kernels._call import Number
 from pama_kernels.backends._counter import counter
 
-from .launch import launch, number, number_of, programs
+from .launch import Options, launch, number, number_of, options_of, programs
 from .reduce import (
     HEAD,
     added_number,
@@ -35,6 +35,7 @@ from .statistics import share_of
 from .terms import CHUNK, FIELD_COUNT, add_token_pairs, add_token_terms, no_pairs, no_sums
 from .tokens import (
     ANY_SIZE,
+    Constants,
     Problem,
     at_tokens,
     by_sign,
@@ -342,6 +343,7 @@ def tokens_kernel(
 class Pass:
     """What a launch of `tokens_kernel` does, and where its results go."""
 
+    sums: Tensor  # the statistics
     weights: int = NONE  # WEIGHTS
     statistics: bool = False
     pairs: bool = False
@@ -362,7 +364,6 @@ class Pass:
     square_sum: Tensor | None = None
     reported: Tensor | None = None
     optimum: Tensor | None = None
-    sums: Tensor | None = None
     row_fields: Tensor | None = None
     parts: int = 1
 
@@ -372,38 +373,70 @@ class Pass:
         return made
 
 
-def run_tokens(p: Problem, x: Pass) -> None:
-    n, present = p.constants["n"], p.arguments[4] is not None
+class _Plan(NamedTuple):
+    options: Options
+    tokens: int  # of a tile
+    stride: int  # of a slot
+    each: int  # programs per processor
+
+
+@functools.cache
+def _plan(
+    c: Constants,
+    form: tuple[bool, bool, bool],
+    weights: int,
+    statistics: bool,
+    pairs: bool,
+    share: bool,
+    solve: int,
+    count: bool,
+) -> _Plan:
+    """All that does not depend on sizes. form: whether there are an objective mask, `row_fields` and
+    `row_counts`."""
+    present, by_part, counted = form
     # Sums need registers in addition to the results, and so does float64, which scores of both signs may
     # need.
-    by_token = x.weights in (SCORES, SOFTMIN)
-    signed = x.weights == SCORES and not p.constants["NOON"]
-    if x.pairs:
-        area = (512 if present else 1024) // (2 if by_token else 1)
-        constants = p.tile(area, max(2, p.constants["N"] ** 2))
+    by_token = weights in (SCORES, SOFTMIN)
+    if pairs:
+        tokens = c.tile((512 if present else 1024) // (2 if by_token else 1), max(2, c.N**2))
+    elif weights == FACTORS:
+        tokens = c.tile(256, 1)
     else:
-        area = 128 if signed else 256 if by_token else 512 if x.statistics else 1024
-        constants = p.tile(256, 1) if x.weights == FACTORS else p.tile(area)
-    stride = slot_size(n, x.statistics, x.pairs, present)
-    tiles = -(-p.total // constants["TOKENS"])
-    units = tiles if x.row_fields is None else p.rows * x.parts
+        signed = weights == SCORES and not c.NOON
+        tokens = c.tile(128 if signed else 256 if by_token else 512 if statistics else 1024)
     # The programs on one processor share its registers; more programs hide more memory latency.
-    simple = p.constants["DENSE"] and p.constants["LAYOUT"] == 0 and x.row_counts is None
-    few = by_token or present or x.row_fields is not None
-    each = 8 if not x.statistics else 2 if few else 4 if simple and not x.pairs else 3
-    slots = programs(p.device, units, each)
+    simple = c.DENSE and c.LAYOUT == 0 and not counted
+    few = by_token or present or by_part
+    each = 8 if not statistics else 2 if few else 4 if simple and not pairs else 3
+    stride = slot_size(c.n, statistics, pairs, present)
+    options = options_of(
+        each if statistics else 1, TOKENS=tokens, WEIGHTS=weights, STATISTICS=statistics, PAIRS=pairs,
+        SHARE=share, SOLVE=solve, COUNT=count, STRIDE=stride, **c._asdict(),
+    )  # fmt: skip
+    return _Plan(options, tokens, stride, each)
+
+
+def run_tokens(p: Problem, x: Pass) -> None:
+    form = p.arguments[4] is not None, x.row_fields is not None, x.row_counts is not None
+    plan = _plan(p.constants, form, x.weights, x.statistics, x.pairs, x.share, x.solve, x.count)
+    units = -(-p.total // plan.tokens) if x.row_fields is None else p.rows * x.parts
+    slots = programs(p.device, units, plan.each)
     partial = count = None
     if x.statistics or x.loss is not None or x.square_sum is not None:
-        partial = torch.empty(slots * stride, device=p.device, dtype=torch.float64)
+        partial = x.sums.new_empty(slots * plan.stride)
         count = counter(p.device)
-    by_row = x.c is not None and x.c.dim() == 2
-    strides: tuple[Any, ...] = (0, 0) if x.c is None else (x.c.stride(0) if by_row else 0, x.c.stride(-1))
+    c_row, c_step = weight_strides(x.c)
     launch(
-        tokens_kernel, p.device, slots, *p.arguments, x.preference, *number(x.setting), x.c, *strides,
-        x.effective, n if by_row else 0, x.row_counts, x.row_factors, *number(x.denominator),
-        *number(x.kl_coef),
-        x.combined, x.gradient, x.loss, x.square_sum, x.reported, x.optimum, x.sums, x.row_fields, x.parts,
-        partial,
-        count, **constants, WEIGHTS=x.weights, STATISTICS=x.statistics, PAIRS=x.pairs, SHARE=x.share,
-        SOLVE=x.solve, COUNT=x.count, STRIDE=stride, each=each if x.statistics else 1,
+        tokens_kernel, p.device, slots, plan.options, *p.arguments, x.preference, *number(x.setting),
+        x.c, c_row, c_step, x.effective, p.constants.n if c_row else 0, x.row_counts, x.row_factors,
+        *number(x.denominator), *number(x.kl_coef), x.combined, x.gradient, x.loss, x.square_sum,
+        x.reported, x.optimum, x.sums, x.row_fields, x.parts, partial, count,
     )  # fmt: skip
+
+
+def weight_strides(c: Tensor | None) -> tuple[int, ...]:
+    """The row stride and the stride of weights (N,) or (B, N)."""
+    if c is None:
+        return 0, 0
+    strides = c.stride()
+    return strides if len(strides) == 2 else (0, *strides)

@@ -5,6 +5,9 @@ float64.
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -13,8 +16,19 @@ from torch import Tensor
 from pama_kernels._call import Aggregation, Tokens
 from pama_kernels.backends._counter import counter
 
-from .apply import _BATCH, _NONE, _SCORES, _SOFTMIN, NONE, Pass, coefficients, combine, finish
-from .launch import INTERPRETED, launch, number, number_of, power_of_two, programs
+from .apply import (
+    _BATCH,
+    _NONE,
+    _SCORES,
+    _SOFTMIN,
+    NONE,
+    Pass,
+    coefficients,
+    combine,
+    finish,
+    weight_strides,
+)
+from .launch import INTERPRETED, Options, launch, number, number_of, options_of, power_of_two, programs
 from .reduce import HEAD, clear, slot_size, store_pair_tile, store_pairs, store_sums
 from .simplex import preference_of, softmin, solve_scaled
 from .statistics import finish_pairs, pair_slots
@@ -33,9 +47,9 @@ from .terms import (
     factors_are_one,
     no_pairs,
     no_sums,
+    pairs_in_slot,
     repeated,
     row_terms,
-    summed_pairs,
 )
 from .tokens import (
     ANY_SIZE,
@@ -281,6 +295,41 @@ def row_pairs_kernel(
     store_pair_tile(partial, slot, sums, i, j, n, BLOCK, PRESENT)
 
 
+class _Constants(NamedTuple):
+    n: int
+    NOON: bool
+    PLAIN: bool
+    OMEGA: bool
+
+
+class _Plan(NamedTuple):
+    options: Options
+    count: int  # rows of a tile
+    stride: int  # of a slot
+
+
+@functools.cache
+def _sums_options(unit: bool, wide: bool, plain: bool) -> Options:
+    return options_of(4, TOKENS=_TOKENS, UNIT=unit, WIDE=wide, PLAIN=plain)
+
+
+@functools.cache
+def _plan(
+    c: _Constants, present: bool, by_row: bool, weights: int, statistics: bool, pairs: bool, share: bool,
+    solve: int,
+) -> _Plan:  # fmt: skip
+    """All that does not depend on sizes."""
+    block = power_of_two(c.n)
+    area = (256 if present else 512) // block**2 if pairs else 256 // block
+    count = max(1, min(area, 64 if INTERPRETED else 128))
+    stride = slot_size(c.n, statistics, pairs, present)
+    options = options_of(
+        N=block, ROWS=count, WEIGHTS=weights, STATISTICS=statistics, PAIRS=pairs, SHARE=share, SOLVE=solve,
+        BY_ROW=by_row and weights != NONE, STRIDE=stride, **c._asdict(),
+    )  # fmt: skip
+    return _Plan(options, count, stride)
+
+
 class Rows:
     """A call whose advantages are per sequence, with the sums over its tokens."""
 
@@ -289,7 +338,7 @@ class Rows:
         self.plain = given.logprobs is None and given.importance_weights is None
         self.sums: Tensor | None = None
         self.parts = 1
-        p = problem(given, True, without_objectives=True)
+        self.problem = p = problem(given, True, without_objectives=True)
         if not self.plain or given.mask is not None:
             rows = max(given.rows, 1)
             each = -(-p.total // rows)
@@ -297,10 +346,10 @@ class Rows:
             units = given.rows * self.parts
             size = units * (1 if self.plain else ROW_SUMS)
             self.sums = torch.empty(size, device=self.device, dtype=torch.float64)
+            options = _sums_options(p.constants.UNIT, p.constants.WIDE, self.plain)
             launch(
-                row_sums_kernel, self.device, programs(self.device, units, 8), *p.arguments[BEFORE_REF],
-                *p.arguments[FROM_OFFSETS], self.sums, self.parts, TOKENS=_TOKENS, UNIT=p.constants["UNIT"],
-                WIDE=given.wide, PLAIN=self.plain, each=4,
+                row_sums_kernel, self.device, programs(self.device, units, 8), options,
+                *p.arguments[BEFORE_REF], *p.arguments[FROM_OFFSETS], self.sums, self.parts,
             )  # fmt: skip
         a = objective_strides(given.advantages, True)
         o = objective_strides(given.objective_mask, True)
@@ -308,41 +357,30 @@ class Rows:
             given.advantages, a[0], a[2], given.objective_mask, o[0], o[2], *p.arguments[OFFSETS], self.sums,
             self.parts,
         )  # fmt: skip
-        self.constants = {
-            "n": self.n,
-            "NOON": given.noon,
-            "PLAIN": self.plain,
-            "OMEGA": given.aggregation == Aggregation.SEQ_MEAN_TOKEN_MEAN,
-        }
+        omega = given.aggregation == Aggregation.SEQ_MEAN_TOKEN_MEAN
+        self.constants = _Constants(self.n, given.noon, self.plain, omega)
+        self.present = given.objective_mask is not None
 
     def run(self, x: Pass, by_row: bool = False) -> None:
         """Runs the pass; writes `x.row_factors`."""
-        n, block = self.n, power_of_two(self.n)
-        present = self.given.objective_mask is not None
-        area = (256 if present else 512) // block**2 if x.pairs else 256 // block
-        count = max(1, min(area, 64 if INTERPRETED else 128))
+        plan = _plan(self.constants, self.present, by_row, x.weights, x.statistics, x.pairs, x.share, x.solve)
         # The last program adds all slots: few of them, unless there are many rows.
-        slots = programs(self.device, -(-self.given.rows // count), 2)
+        slots = programs(self.device, -(-self.given.rows // plan.count), 2)
         slots = min(slots, max(64, self.given.rows // 256))
-        stride = slot_size(n, x.statistics, x.pairs, present)
-        partial = torch.empty(slots * stride, device=self.device, dtype=torch.float64)
-        strides = (0, 0) if x.c is None else (x.c.stride(0) if x.c.dim() == 2 else 0, x.c.stride(-1))
+        partial = x.sums.new_empty(slots * plan.stride)
         launch(
-            rows_kernel, self.device, slots, *self.arguments, x.preference, *number(x.setting), x.c, *strides,
-            x.effective, x.combined, x.row_factors, x.square_sum, x.reported, x.optimum, x.sums, partial,
-            counter(self.device), **self.constants, N=block, ROWS=count, WEIGHTS=x.weights,
-            STATISTICS=x.statistics, PAIRS=x.pairs, SHARE=x.share, SOLVE=x.solve,
-            BY_ROW=by_row and x.weights != NONE, STRIDE=stride,
+            rows_kernel, self.device, slots, plan.options, *self.arguments, x.preference, *number(x.setting),
+            x.c, *weight_strides(x.c), x.effective, x.combined, x.row_factors, x.square_sum, x.reported,
+            x.optimum, x.sums, partial, counter(self.device),
         )  # fmt: skip
 
     def store_pairs(self, sums: Tensor) -> None:
         """Writes the N x N blocks of a buffer whose fields are computed already."""
-        n, present = self.n, self.given.objective_mask is not None
+        n, present = self.n, self.present
         count = 8 if present else 16
         slots = pair_slots(self.device, n, -(-self.given.rows // count))
-        partial = torch.empty(slots * summed_pairs(present) * n * n, device=self.device, dtype=torch.float64)
-        launch(
-            row_pairs_kernel, self.device, slots * (-(-n // _BLOCK)) ** 2, *self.arguments, partial, slots,
-            **self.constants, ROWS=count, BLOCK=_BLOCK, PRESENT=present,
-        )  # fmt: skip
+        partial = sums.new_empty(slots * pairs_in_slot(present) * n * n)
+        options = options_of(ROWS=count, BLOCK=_BLOCK, PRESENT=present, **self.constants._asdict())
+        blocks = (-(-n // _BLOCK)) ** 2
+        launch(row_pairs_kernel, self.device, slots * blocks, options, *self.arguments, partial, slots)
         finish_pairs(partial, slots, sums, n, present)
