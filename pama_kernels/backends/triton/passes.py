@@ -30,26 +30,16 @@ from pama_kernels._call import (
 from pama_kernels.backends.normalize import with_normalize
 from pama_kernels.backends.operators import empty_results
 
-from .apply import (
-    _ROW,
-    _SCORES,
-    BATCH,
-    FACTORS,
-    NONE,
-    ROW,
-    SCORES,
-    SOFTMIN,
-    Pass,
-    run_tokens,
-    weight_strides,
-)
+from .apply import Pass, run_tokens, weight_strides
+from .combine import _ROW, _SCORES, BATCH, FACTORS, NONE, ROW, SCORES, SOFTMIN
 from .launch import INTERPRETED, check_memory, launch, number, number_of, options_of, power_of_two, programs
+from .problem import Problem, check_tokens_memory, problem
 from .rows import Rows
 from .rules import solve_into
 from .simplex import preference_of, softmin, solve_scaled
 from .statistics import PAIRS_IN_REGISTERS, store_pairs_of, valid_count
 from .terms import ADVANTAGE_SUM, BOUND_SQUARE_SUM, BOUND_SUM, COUNT, FIELD_COUNT, added, repeated
-from .tokens import Problem, check_tokens_memory, problem, read, row_range, valid_tokens
+from .tokens import read, row_range, valid_tokens
 
 _SOLVED_INLINE = 16  # objectives whose weights the last program of the statistics finds without spilling
 

@@ -16,150 +16,33 @@ from torch import Tensor
 from pama_kernels._call import Aggregation, Tokens
 from pama_kernels.backends._counter import counter
 
-from .apply import (
-    _BATCH,
-    _NONE,
-    _SCORES,
-    _SOFTMIN,
-    NONE,
-    Pass,
-    coefficients,
-    combine,
-    finish,
-    weight_strides,
-)
+from .apply import Pass, weight_strides
+from .combine import _BATCH, _NONE, _SCORES, _SOFTMIN, NONE, coefficients, combine, finish
 from .launch import INTERPRETED, Options, launch, number, number_of, options_of, power_of_two, programs
+from .problem import BEFORE_REF, FROM_OFFSETS, OFFSETS, objective_strides, problem
 from .reduce import HEAD, clear, slot_size, store_pair_tile, store_pairs, store_sums
+from .row_sums import ROW_TOKENS, load_row_advantages, load_rows, row_sums_kernel, sums_options
 from .simplex import preference_of, softmin, solve_scaled
 from .statistics import finish_pairs, pair_slots
 from .terms import (
     BOUND_SQUARE_SUM,
     BOUND_SUM,
     FIELD_COUNT,
-    ROW_COUNTED,
-    ROW_SUM_COUNT,
     ROW_SUMS,
     TOTAL_COUNT,
     VALID,
     add_row_pairs,
-    add_row_sums,
     added,
-    factors_are_one,
     no_pairs,
     no_sums,
     pairs_in_slot,
-    repeated,
     row_terms,
 )
-from .tokens import (
-    ANY_SIZE,
-    BEFORE_REF,
-    FROM_OFFSETS,
-    OFFSETS,
-    by_sign,
-    clip_of,
-    load_advantages,
-    load_factors,
-    objective_strides,
-    part_range,
-    problem,
-    rounded,
-    valid_tokens,
-)
+from .tokens import by_sign, rounded
 
-_TOKENS = 128 if INTERPRETED else 256
 _BLOCK = 8  # objectives of a block of pairs
 _HEAD = tl.constexpr(HEAD)
 _ROW_SIZES = ["a_row", "a_objective", "o_row", "o_objective", "cu_step", "rows", "width", "parts"]
-
-
-@triton.jit(do_not_specialize=[*ANY_SIZE, "parts"])
-def row_sums_kernel(
-    mask, m_row: tl.int64, m_token: tl.int64, logprobs, l_row: tl.int64, l_token: tl.int64,
-    old, b_row: tl.int64, b_token: tl.int64, importance, w_row: tl.int64, w_token: tl.int64,
-    cu, cu_step: tl.int64, rows: tl.int64, width: tl.int64,
-    low: tl.float64, low_at, high: tl.float64, high_at, dual: tl.float64, dual_at, row_sums, parts: tl.int64,
-    TOKENS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, PLAIN: tl.constexpr,
-):  # fmt: skip
-    """(rows * parts, ROW_SUMS); or, PLAIN, (rows * parts, 1): if all factors are 1, the number of valid
-    tokens suffices."""
-    D: tl.constexpr = tl.float64 if WIDE else tl.float32
-    mask = (mask, m_row, m_token)
-    cu = (cu, cu_step)
-    clip = clip_of(low, low_at, high, high_at, dual, dual_at)
-    for unit in range(tl.program_id(0), rows * parts, tl.num_programs(0)):
-        own = tl.cast(unit, tl.int64) // parts
-        begin, end = part_range(cu, own, width, tl.cast(unit, tl.int64) % parts, parts, TOKENS)
-        counts = repeated(tl.zeros([TOKENS], tl.int32), ROW_COUNTED)
-        sums = repeated(tl.zeros([TOKENS], tl.float64), ROW_SUM_COUNT - ROW_COUNTED)
-        for first in range(begin, end, TOKENS):
-            at = first + tl.arange(0, TOKENS)
-            row = tl.zeros_like(at) + own
-            if PLAIN:
-                valid = valid_tokens(mask, row, at, at < end, UNIT).to(tl.int32)
-                counts = (counts[VALID] + valid, counts[1], counts[2])
-            else:
-                factors = load_factors(
-                    mask, (logprobs, l_row, l_token), (old, b_row, b_token), (importance, w_row, w_token),
-                    clip, row, at, at < end, UNIT, D,
-                )  # fmt: skip
-                counts, sums = add_row_sums(counts, sums, factors)
-        to = row_sums + tl.cast(unit, tl.int64) * (1 if PLAIN else ROW_SUM_COUNT)
-        for k in tl.static_range(1 if PLAIN else ROW_COUNTED):
-            tl.store(to + k, tl.sum(counts[k].to(tl.int64), axis=0).to(tl.float64))
-        if not PLAIN:
-            for k in tl.static_range(ROW_SUM_COUNT - ROW_COUNTED):
-                tl.store(to + ROW_COUNTED + k, tl.sum(sums[k], axis=0))
-
-
-@triton.jit
-def _sum_of(row_sums, row, inside, parts, k: tl.constexpr, size: tl.constexpr):
-    total = tl.zeros(row.shape, tl.float64)
-    for part in range(parts):
-        total += tl.load(row_sums + (row * parts + part) * size + k, mask=inside, other=0.0)
-    return total
-
-
-@triton.jit
-def load_rows(row_sums, cu, row, inside, width, parts, PLAIN: tl.constexpr, OMEGA: tl.constexpr):
-    """The valid tokens, omega, and the sums times omega of rows, (ROWS, 1) each. OMEGA: it is 1 / tokens,
-    else 1."""
-    if row_sums is None:
-        if cu[0] is not None:
-            begin = tl.load(cu[0] + row * cu[1], mask=inside, other=0).to(tl.int64)
-            end = tl.load(cu[0] + (row + 1) * cu[1], mask=inside, other=0).to(tl.int64)
-            if width >= 0:
-                begin = tl.maximum(begin, 0)
-                end = tl.minimum(end, tl.cast(width, tl.int64))
-            tokens = tl.maximum(end - begin, 0).to(tl.float64)
-        else:
-            tokens = tl.where(inside, tl.cast(width, tl.float64), tl.zeros(row.shape, tl.float64))
-    else:
-        tokens = _sum_of(row_sums, row, inside, parts, VALID, 1 if PLAIN else ROW_SUM_COUNT)
-    omega = tl.where(tokens > 0, 1.0, tl.zeros_like(tokens))
-    if OMEGA:
-        omega /= tl.maximum(tokens, 1.0)
-    w = omega[:, None]
-    t = tokens[:, None] * w
-    sums = (t,)
-    for k in tl.static_range(1, ROW_SUM_COUNT):
-        if not PLAIN:
-            sums = sums + (_sum_of(row_sums, row, inside, parts, k, ROW_SUM_COUNT)[:, None] * w,)
-        elif factors_are_one(k):
-            sums = sums + (t,)
-        else:
-            sums = sums + (tl.zeros_like(t),)
-    return tokens, omega, sums
-
-
-@triton.jit
-def load_row_advantages(advantages, presence, row, tokens, lead, n: tl.constexpr, N: tl.constexpr):
-    """A' and presence (ROWS, N) of the objectives from `lead` on, in rows with a valid token."""
-    objective = (tl.cast(lead, tl.int64) + tl.arange(0, N))[None, :]
-    zero = tl.zeros_like(row)[:, None]
-    return load_advantages(
-        advantages, presence, row[:, None], zero, objective, (tokens > 0)[:, None], n, False, tl.float64
-    )
 
 
 @triton.jit(do_not_specialize=[*_ROW_SIZES, "c_row", "c_step"])
@@ -309,11 +192,6 @@ class _Plan(NamedTuple):
 
 
 @functools.cache
-def _sums_options(unit: bool, wide: bool, plain: bool) -> Options:
-    return options_of(4, TOKENS=_TOKENS, UNIT=unit, WIDE=wide, PLAIN=plain)
-
-
-@functools.cache
 def _plan(
     c: _Constants, present: bool, by_row: bool, weights: int, statistics: bool, pairs: bool, share: bool,
     solve: int,
@@ -342,11 +220,11 @@ class Rows:
         if not self.plain or given.mask is not None:
             rows = max(given.rows, 1)
             each = -(-p.total // rows)
-            self.parts = max(1, min(programs(self.device, 1 << 30, 8) // rows, -(-each // _TOKENS)))
+            self.parts = max(1, min(programs(self.device, 1 << 30, 8) // rows, -(-each // ROW_TOKENS)))
             units = given.rows * self.parts
             size = units * (1 if self.plain else ROW_SUMS)
             self.sums = torch.empty(size, device=self.device, dtype=torch.float64)
-            options = _sums_options(p.constants.UNIT, p.constants.WIDE, self.plain)
+            options = sums_options(p.constants.UNIT, p.constants.WIDE, self.plain)
             launch(
                 row_sums_kernel, self.device, programs(self.device, units, 8), options,
                 *p.arguments[BEFORE_REF], *p.arguments[FROM_OFFSETS], self.sums, self.parts,

@@ -12,22 +12,10 @@ from pama_kernels._call import PAIRS, Tokens
 from pama_kernels.backends._counter import counter
 
 from .launch import INTERPRETED, launch, options_of, programs
+from .problem import ANY_SIZE, MASK, OFFSETS, Problem, problem
 from .reduce import add_pairs_kernel, added_number, is_last, store_pair_tile
 from .terms import add_token_pairs, no_pairs, pairs_in_slot
-from .tokens import (
-    ANY_SIZE,
-    MASK,
-    OFFSETS,
-    Problem,
-    clip_of,
-    load_factors,
-    load_terms,
-    locate,
-    problem,
-    row_range,
-    tokens_in_all,
-    valid_tokens,
-)
+from .tokens import clip_of, load_factors, load_terms, locate, row_range, tokens_in_all, valid_tokens
 
 PAIRS_IN_REGISTERS = 8  # up to this number of objectives, the pass over tokens also computes the N x N sums
 _COUNTED = 128 if INTERPRETED else 1024  # tokens at a time if only the mask is read
