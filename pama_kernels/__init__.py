@@ -8,13 +8,14 @@ from .advantages import (
     CombinedAdvantages,
     combine_advantages,
     group_normalize,
-    masked_whiten,
     multi_objective_gae,
 )
-from .loss import PamaLoss, PamaLossOutput, pama_loss
+from .loss import PamaLossOutput, pama_loss
+from .module import PamaLoss
 from .rules import *  # noqa: F403, what its __all__ lists
 from .statistics import ObjectiveStatistics, objective_statistics
 from .weights import WeightSolution, min_norm_weights, pama_weights, pareto_gap, upgrad_weights
+from .whiten import masked_whiten
 
 try:
     __version__ = _metadata.version("pama-kernels")

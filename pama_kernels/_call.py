@@ -140,7 +140,7 @@ class Results(NamedTuple):
     weights: Tensor  # (N,), or (B, N) with weights per sequence or given per sequence
     optimum: Tensor  # 0-d, or (B,)
     sums: Tensor  # the statistics
-    square_sum: Tensor  # 0-d float64, sum of token weight * combined advantage^2 over valid tokens
+    square_sum: Tensor  # 0-d float64, sum of token weight * combined advantage^2; with `advantages` only
 
 
 def result_dtype(x: Tensor) -> torch.dtype:

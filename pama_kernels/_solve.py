@@ -13,7 +13,7 @@ from torch import Tensor
 from . import _call
 from ._call import Kind, WeightsPer
 from ._validate import check_float, check_memory, check_shape
-from .backends import operators
+from .backends import arguments, operators
 from .rules import Fixed, Rule, needs_pairs, noon_of, record
 from .statistics import ObjectiveStatistics
 
@@ -61,7 +61,7 @@ def solve_batch(statistics: ObjectiveStatistics, rule: Rule, preference: Tensor 
     function = rule if asked.kind == Kind.SOLVED and callable(rule) else None
     if function is not None:
         asked = record(Fixed())  # for the preference over the objectives with a signal
-    problem = operators.Solve(statistics.buffer, preference, statistics.objectives)
+    problem = arguments.Solve(statistics.buffer, preference, statistics.objectives)
     solved = Solved(*operators.solve(problem, asked))
     if function is None:
         return solved
@@ -90,19 +90,19 @@ class BeforeThePass(NamedTuple):
 def before_the_pass(
     tokens: _call.Tokens,
     rule: Rule,
+    asked: _call.Rule,
     preference: Tensor | None,
     weights: Tensor | None,
     process_group: ProcessGroup | None,
     pairs: bool,
 ) -> BeforeThePass:
     """Solves for weights that `apply` cannot compute in its own pass: those over all ranks of a process
-    group, and those of a callable rule."""
-    asked = record(rule)
+    group, and those of a callable rule. `asked`: the record of the rule."""
     if weights is not None:
         asked = asked._replace(kind=Kind.GIVEN.value)
     if process_group is None and asked.kind != Kind.SOLVED:
         return BeforeThePass(asked, weights, preference, None, None)
-    sums = operators.statistics(tokens, operators.Statistics(pairs))
+    sums = operators.statistics(tokens, arguments.Statistics(pairs))
     merged = ObjectiveStatistics(sums, tokens.objectives, pairs)
     if process_group is not None:
         merged = merged.all_reduce(process_group)

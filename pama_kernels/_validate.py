@@ -1,9 +1,5 @@
-"""Validation of the public functions' arguments (type, dtype, shape, device, range), and the layout of the
-tokens.
-
-The layout is determined by the number of dimensions of the tensors, never by sizes that may coincide. Values
-of tensors on a device are never read.
-"""
+"""Checks of the public functions' arguments: type, dtype, shape, device, range; `_layout.py` has those of
+the tokens. Values of tensors on a device are never read."""
 
 from __future__ import annotations
 
@@ -12,17 +8,17 @@ import math
 import sys
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _stream
-from ._call import Number, Tokens
+from ._call import Number
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOATS)
 INTEGERS = MASKS[:6]
+_STRIDED = torch.strided
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
 
 Preference = Sequence[float] | Tensor | None
@@ -36,7 +32,14 @@ def shape_of(x: Tensor) -> str:
 # --- tensors -----------------------------------------------------------------------------------------------
 
 
+def is_dense(x: object, dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether it is a tensor, not a subclass, that `check_tensor` accepts."""
+    return type(x) is Tensor and x.layout is _STRIDED and not x.is_nested and x.dtype in dtypes
+
+
 def check_tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...], kind: str) -> None:
+    if is_dense(x, dtypes):
+        return
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a {kind} tensor, got {type(x).__name__}")
     if x.layout != torch.strided or x.is_nested:
@@ -164,6 +167,8 @@ def check_positive(name: str, value: object) -> Number:
 
 def clip_bounds(clip_range: object, dual_clip: object = None) -> tuple[Number, Number | None, Number | None]:
     """(eps_low, eps_high, dual_clip); None for no upper limit and no dual clip."""
+    if type(clip_range) is float and 0.0 <= clip_range <= 1.0 and dual_clip is None:
+        return clip_range, clip_range, None
     low: object = clip_range
     high: object = clip_range
     if isinstance(clip_range, (tuple, list)):
@@ -269,196 +274,3 @@ def _filled(shares: tuple[float, ...], device: torch.device) -> Tensor:
     for place, value in zip(result.unbind(), shares, strict=True):
         place.fill_(value)  # a copy from the host would synchronise with the device
     return result
-
-
-def check_weights(weights: object, layout: Layout, device: torch.device) -> None:
-    check_float("weights", weights)
-    assert isinstance(weights, Tensor)
-    n = layout.objectives
-    fits = weights.dim() == 1 and weights.shape[0] == n
-    if layout.sequences and weights.dim() == 2:
-        fits = weights.shape[0] == layout.rows and weights.shape[1] == n
-    if not fits:
-        rows = f" or ({layout.rows}, {n})" if layout.sequences else ""
-        raise ValueError(f"weights: expected shape ({n},){rows}, got {shape_of(weights)}")
-    if weights.device != device:
-        raise ValueError(f"weights: expected device {device}, got {weights.device}")
-
-
-# --- layout of the tokens ----------------------------------------------------------------------------------
-
-
-class Layout(NamedTuple):
-    """How tokens are arranged: padded (B, T), flat (M,), packed (M,) with offsets, or one per row (B,)."""
-
-    rows: int
-    width: int  # tokens of a padded row; of all rows where flat or packed; -1 where only cu_seqlens has it
-    objectives: int
-    sequences: bool  # rows are sequences (not so where flat)
-    packed: bool
-    per_sequence: bool  # advantages (B, N)
-    mask_per_sequence: bool  # objective_mask (B, N)
-
-
-_NEVER = 1.0, None, None  # the clip range (1, infinity)
-
-
-def check_tokens(
-    advantages: Tensor,
-    mask: Tensor | None = None,
-    *,
-    objective_mask: Tensor | None = None,
-    logprobs: Tensor | None = None,
-    old_logprobs: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
-    importance_weights: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    clip_range: ClipRange | None = None,
-    dual_clip: Number | None = None,
-    aggregation: str = "token-mean",
-    noon: bool = False,
-) -> tuple[Tokens, Layout]:
-    """Checks all inputs of a pass over tokens. `clip_range` None: (1, infinity), which never clips."""
-    layout = resolve_layout(
-        advantages, mask, objective_mask=objective_mask, logprobs=logprobs, old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs, importance_weights=importance_weights, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
-    if old_logprobs is not None:
-        if logprobs is None:
-            raise ValueError("old_logprobs: expected None without logprobs, got a tensor")
-        if clip_range is None:
-            raise ValueError("clip_range: expected a number or (low, high) with old_logprobs, got None")
-    check_choice("aggregation", aggregation, AGGREGATIONS)
-    if aggregation != "token-mean" and not layout.sequences:
-        raise ValueError(f"aggregation: {aggregation!r} needs cu_seqlens where tensors are flat, got none")
-    clip = (
-        _NEVER
-        if clip_range is None and dual_clip is None
-        else clip_bounds((1.0, math.inf) if clip_range is None else clip_range, dual_clip)
-    )
-    tokens = Tokens(
-        advantages, mask, objective_mask, logprobs, old_logprobs, ref_logprobs, importance_weights,
-        cu_seqlens, layout.rows, layout.width, layout.per_sequence, layout.mask_per_sequence,
-        AGGREGATIONS.index(aggregation), check_flag("noon", noon), *clip,
-    )  # fmt: skip
-    return tokens, layout
-
-
-def resolve_layout(
-    advantages: Any,
-    mask: Any = None,
-    *,
-    objective_mask: Any = None,
-    logprobs: Any = None,
-    old_logprobs: Any = None,
-    ref_logprobs: Any = None,
-    importance_weights: Any = None,
-    cu_seqlens: Any = None,
-) -> Layout:
-    """Checks types, dtypes, shapes and devices of all tensors, and returns the layout."""
-    if logprobs is not None:
-        check_float("logprobs", logprobs)
-    check_float("advantages", advantages)
-    like_name, like = ("advantages", advantages) if logprobs is None else ("logprobs", logprobs)
-    check_device("advantages", advantages, like_name, like)
-    if mask is not None:
-        check_mask("mask", mask)
-    per_token = (
-        ("logprobs", logprobs), ("mask", mask), ("old_logprobs", old_logprobs),
-        ("ref_logprobs", ref_logprobs), ("importance_weights", importance_weights),
-    )  # fmt: skip
-    for name, x in per_token[2:]:
-        if x is not None:
-            check_float(name, x)
-    tokens_name, tokens, shape = "", None, None
-    for name, x in per_token:
-        if x is None:
-            continue
-        if tokens is None:
-            tokens_name, tokens, shape = name, x, x.shape
-            if len(shape) not in (1, 2):
-                raise ValueError(f"{name}: expected shape (B, T) or (M,), got {shape_of(x)}")
-        elif x.shape != shape:
-            check_device(name, x, like_name, like)
-            check_shape(name, x, tokens.shape, f" as {tokens_name}")
-        check_device(name, x, like_name, like)
-    if advantages.dim() not in (2, 3):
-        raise ValueError(
-            "advantages: expected shape (B, T, N), (B, N) or (M, N), objectives last, "
-            f"got {shape_of(advantages)}"
-        )
-    if advantages.shape[-1] < 1:
-        raise ValueError(f"advantages: expected at least one objective, got {shape_of(advantages)}")
-    layout = (
-        _packed_layout(advantages, tokens_name, tokens, cu_seqlens)
-        if cu_seqlens is not None
-        else _layout(advantages, tokens_name, tokens)
-    )
-    if objective_mask is None:
-        return layout
-    check_mask("objective_mask", objective_mask)
-    check_device("objective_mask", objective_mask, like_name, like)
-    return layout._replace(mask_per_sequence=_mask_per_sequence(objective_mask, layout))
-
-
-def _mask_per_sequence(objective_mask: Tensor, layout: Layout) -> bool:
-    """Whether the objective mask is (B, N); else it is (M, N)."""
-    n = layout.objectives
-    if layout.sequences and objective_mask.shape == (layout.rows, n):
-        return True
-    if (layout.packed or not layout.sequences) and objective_mask.shape == (layout.width, n):
-        return False
-    expected = f"({layout.rows}, {n})" if layout.sequences else f"({layout.width}, {n})"
-    if layout.packed and layout.width >= 0:
-        expected += f" or ({layout.width}, {n})"
-    raise ValueError(f"objective_mask: expected shape {expected}, got {shape_of(objective_mask)}")
-
-
-def _layout(advantages: Tensor, tokens_name: str, tokens: Tensor | None) -> Layout:
-    n = advantages.shape[-1]
-    if tokens is None:
-        if advantages.dim() == 3:
-            return Layout(advantages.shape[0], advantages.shape[1], n, True, False, False, False)
-        return Layout(advantages.shape[0], 1, n, True, False, True, False)
-    if tokens.dim() == 1:
-        if advantages.dim() != 2 or advantages.shape[0] != tokens.shape[0]:
-            raise ValueError(
-                f"advantages: expected shape ({tokens.shape[0]}, N) for flat {tokens_name}, "
-                f"got {shape_of(advantages)}"
-            )
-        return Layout(1, tokens.shape[0], n, False, False, False, False)
-    rows, width = tokens.shape
-    per_sequence = advantages.dim() == 2
-    if advantages.shape[0] != rows or (not per_sequence and advantages.shape[1] != width):
-        raise ValueError(
-            f"advantages: expected shape ({rows}, {width}, N) or ({rows}, N) for {tokens_name} "
-            f"{shape_of(tokens)}, got {shape_of(advantages)}"
-        )
-    return Layout(rows, width, n, True, False, per_sequence, False)
-
-
-def _packed_layout(advantages: Tensor, tokens_name: str, tokens: Tensor | None, cu_seqlens: Any) -> Layout:
-    check_tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), "one-dimensional int32 or int64")
-    check_device("cu_seqlens", cu_seqlens, "advantages", advantages)
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(
-            f"cu_seqlens: expected shape (B + 1,), offsets of B sequences, got {shape_of(cu_seqlens)}"
-        )
-    rows, n = cu_seqlens.shape[0] - 1, advantages.shape[-1]
-    if tokens is not None and tokens.dim() != 1:
-        raise ValueError(f"{tokens_name}: expected shape (M,) with cu_seqlens, got {shape_of(tokens)}")
-    if advantages.dim() != 2:
-        raise ValueError(
-            f"advantages: expected shape (M, N) or (B, N) with cu_seqlens, got {shape_of(advantages)}"
-        )
-    first = advantages.shape[0]
-    if tokens is None:
-        per_sequence = first == rows
-        return Layout(rows, -1 if per_sequence else first, n, True, True, per_sequence, False)
-    width = tokens.shape[0]
-    if first not in (width, rows):
-        raise ValueError(
-            f"advantages: expected shape ({width}, N) or ({rows}, N) with cu_seqlens, "
-            f"got {shape_of(advantages)}"
-        )
-    return Layout(rows, width, n, True, True, first == rows, False)

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _call
 from ._call import Number, Outputs, WeightsPer
+from ._layout import Layout, check_tokens, check_weights
 from ._solve import Solved, before_the_pass
 from ._validate import (
     INTEGERS,
     ClipRange,
-    Layout,
     Preference,
     check_device,
     check_flag,
@@ -27,14 +28,12 @@ from ._validate import (
     check_process_group,
     check_shape,
     check_tensor,
-    check_tokens,
-    check_weights,
     preference_tensor,
     shape_of,
 )
-from .backends import operators
+from .backends import arguments, operators
 from .backends.normalize import divided, root_mean_square
-from .rules import Rule, RuleLike, needs_pairs, noon_of, record, resolve_rule
+from .rules import RuleLike, needs_pairs, noon_of, record, resolve_rule
 from .statistics import ObjectiveStatistics, result_metrics
 
 if TYPE_CHECKING:
@@ -65,8 +64,8 @@ class CombinedAdvantages(NamedTuple):
         return result_metrics(self.statistics, self.weights, self.optimum, names)
 
 
-def check_rule_fits(rule: Rule, layout: Layout, process_group: object, weights: Tensor | None) -> None:
-    per = record(rule).weights_per
+def check_rule_fits(asked: _call.Rule, layout: Layout, process_group: object, weights: Tensor | None) -> None:
+    per = asked.weights_per
     check_process_group(process_group, batch=per == WeightsPer.BATCH)
     if per == WeightsPer.SEQUENCE and not layout.sequences and weights is None:
         raise ValueError("rule: weights per sequence need cu_seqlens where tensors are flat, got none")
@@ -149,7 +148,8 @@ def combine_advantages(
         aggregation=aggregation,
         noon=noon_of(rule),
     )
-    check_rule_fits(rule, layout, process_group, weights)
+    asked = record(rule)
+    check_rule_fits(asked, layout, process_group, weights)
     normalize = check_flag("normalize", normalize)
     if objective_mask is not None and layout.per_sequence and not layout.mask_per_sequence:
         raise ValueError(
@@ -160,7 +160,7 @@ def combine_advantages(
     pairs = needs_pairs(rule) or layout.objectives <= PAIRS_UP_TO
     if weights is not None:
         check_weights(weights, layout, advantages.device)
-    asked, given, p, merged, solved = before_the_pass(tokens, rule, p, weights, process_group, pairs)
+    asked, given, p, merged, solved = before_the_pass(tokens, rule, asked, p, weights, process_group, pairs)
     merges = normalize and process_group is not None  # then the root mean square is over all ranks
     if normalize and advantages.dtype in (torch.float16, torch.bfloat16):
         check_memory("advantages", advantages)
@@ -175,7 +175,7 @@ def combine_advantages(
         normalizer=None,
         kl_coef=0.0,
     )
-    result = operators.apply(tokens, asked, operators.Apply(p, given), outputs)
+    result = operators.apply(tokens, asked, arguments.Apply(p, given), outputs)
     statistics = merged or ObjectiveStatistics(result.sums, layout.objectives, pairs)
     combined = result.advantages
     if merges:
@@ -266,7 +266,7 @@ def multi_objective_gae(
     gamma = check_number("gamma", gamma, 0.0, 1.0)
     lam = check_number("lam", lam, 0.0, 1.0)
     return operators.gae(
-        operators.Gae(rewards, values, mask, dones, truncated, last_values, final_values, gamma, lam)
+        arguments.Gae(rewards, values, mask, dones, truncated, last_values, final_values, gamma, lam)
     )
 
 
@@ -317,93 +317,4 @@ def group_normalize(
     if isinstance(number, Tensor):
         raise TypeError("eps: expected a number, got Tensor")
     scale = check_flag("scale", scale)
-    return operators.group_normalize(operators.GroupNormalize(rewards, size, group_ids, scale, number))
-
-
-def masked_whiten(
-    advantages: Tensor,
-    mask: Tensor | None = None,
-    *,
-    objective_mask: Tensor | None = None,
-    process_group: ProcessGroup | None = None,
-) -> Tensor:
-    """Whitens each objective: mean 0 and standard deviation 1 (ddof 0) over its valid tokens.
-
-    Args:
-        advantages: (B, T, N), (B, N) or (M, N), objectives last. With a (B, T) mask, (B, N) advantages count
-            once per valid token of the sequence.
-        mask: (B, T) or (M,), non-zero at valid tokens; masked values are ignored, including NaN.
-        objective_mask: (B, N), or (M, N) when flat: zero where an objective does not apply.
-        process_group: compute mean and deviation over all ranks of the group, by one all-gather.
-
-    Returns:
-        The shape and dtype of `advantages`; 0 where masked or absent. An objective that is constant over its
-        valid tokens becomes exactly 0. A NaN or infinity at a valid token makes its objective NaN. Computed
-        in float64.
-    """
-    _, layout = check_tokens(advantages, mask, objective_mask=objective_mask)
-    check_process_group(process_group, batch=True)
-    for name, given in (("advantages", advantages), ("mask", mask), ("objective_mask", objective_mask)):
-        if given is not None:
-            check_memory(name, given)
-    x = advantages.detach().to(torch.float64)
-    counts = torch.ones(x.shape[:-1], dtype=torch.float64, device=x.device)
-    if mask is not None:
-        valid = (mask != 0).to(torch.float64)
-        counts = valid.sum(1) if layout.per_sequence else valid
-    counts = counts.unsqueeze(-1).expand(x.shape)
-    if objective_mask is not None:
-        here = (objective_mask != 0).to(torch.float64)
-        counts = counts * (here.unsqueeze(1) if x.dim() == 3 else here)
-    present = counts > 0
-    flat = torch.where(present, x, 0.0).reshape(-1, layout.objectives)
-    weight = counts.reshape(flat.shape)
-    local = _moments(flat, weight)
-    moments = local if process_group is None else _merged(local, process_group)
-    unit, low, high, count, mean, square = moments
-    constant = low >= high
-    deviation = (square / count.clamp(min=1)).sqrt()
-    whitened = (flat / unit - mean) / torch.where(constant, 1.0, deviation)
-    whitened = torch.where(constant & (mean - mean == 0), 0.0, whitened).reshape(x.shape)
-    return torch.where(present, whitened, 0.0).to(advantages.dtype)
-
-
-class _Moments(NamedTuple):
-    """(N,) each: a unit of the magnitude of the values, the smallest and the largest value, the number of
-    tokens, their mean, and the sum of squared deviations from it, both in this unit, so that no square
-    overflows."""
-
-    unit: Tensor
-    low: Tensor
-    high: Tensor
-    tokens: Tensor
-    mean: Tensor
-    square: Tensor
-
-
-def _moments(x: Tensor, weight: Tensor) -> _Moments:
-    """The moments of values (K, N), each counted `weight` times."""
-    absent, infinity = weight == 0, x.new_full((1, x.shape[1]), float("inf"))
-    low = torch.cat([torch.where(absent, infinity, x), infinity]).amin(0)
-    high = torch.cat([torch.where(absent, -infinity, x), -infinity]).amax(0)
-    count = weight.sum(0)
-    largest = torch.cat([x.abs(), x.new_zeros((1, x.shape[1]))]).amax(0)
-    unit = torch.where(largest == 0, 1.0, largest)
-    scaled = x / unit
-    mean = (scaled * weight).sum(0) / count.clamp(min=1)
-    return _Moments(unit, low, high, count, mean, ((scaled - mean).square() * weight).sum(0))
-
-
-def _merged(local: _Moments, group: ProcessGroup) -> _Moments:
-    """Merges the moments of all ranks, by one collective (Chan, Golub & LeVeque 1979)."""
-    mine = torch.stack(local)
-    parts = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(parts, mine, group=group)
-    units, low, high, count, mean, square = torch.stack(parts, 1).unbind(0)
-    unit = torch.where(count > 0, units, 0.0).amax(0)
-    unit = torch.where(unit == 0, 1.0, unit)
-    mean, square = mean * (units / unit), square * (units / unit).square()
-    total = count.sum(0)
-    merged = (mean * count).sum(0) / total.clamp(min=1)
-    square = (square + count * (mean - merged).square()).sum(0)
-    return _Moments(unit, low.amin(0), high.amax(0), total, merged, square)
+    return operators.group_normalize(arguments.GroupNormalize(rewards, size, group_ids, scale, number))

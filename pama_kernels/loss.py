@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ._call import Number, Outputs, Results, Rule, Tokens, WeightsPer, statistics_size
-from ._solve import AveragedRule, before_the_pass
+from ._call import Number, Outputs, Results, Rule, Tokens
+from ._layout import check_tokens, check_weights
+from ._solve import before_the_pass
 from ._validate import (
-    AGGREGATIONS,
     ClipRange,
     Preference,
-    check_choice,
     check_device,
     check_float,
     check_number,
     check_positive,
-    check_preference_type,
-    check_process_group,
-    check_tokens,
-    check_weights,
-    clip_bounds,
     preference_tensor,
     traced,
 )
 from .advantages import check_rule_fits, merged_optimum
-from .backends import operators
+from .backends import arguments, operators
 from .rules import RuleLike, needs_pairs, noon_of, record, resolve_rule
 from .statistics import ObjectiveStatistics, result_metrics
 
@@ -151,20 +143,20 @@ def _is_last_use(grad_loss: Tensor) -> bool:
 
 
 _first_derivative: Callable[..., Tensor] = _FirstDerivative.apply
-_attached: Callable[..., Tensor] = _Attached.apply
+# Function.apply looks for functorch transforms first; none is active where this is called.
+_attached: Callable[..., Tensor] = super(torch.autograd.Function, _Attached).apply
 
 
-def _differentiable(tokens: Tokens, rule: Rule, problem: operators.Apply, outputs: Outputs) -> Results:
+def _differentiable(tokens: Tokens, rule: Rule, problem: arguments.Apply, outputs: Outputs) -> Results:
     logprobs = tokens.logprobs
     assert logprobs is not None
     if type(logprobs) is not Tensor or traced() or _forward_mode():
-        arguments = operators.flat(tokens._replace(logprobs=None), rule, problem, outputs)
-        del arguments[_LOGPROBS]
+        rest = arguments.flat(tokens._replace(logprobs=None), rule, problem, outputs)
+        del rest[_LOGPROBS]
         if torch.compiler.is_compiling():  # the compiler rejects a tensor that is used in two places
-            arguments = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
-        return Results(*_Loss.apply(logprobs, *arguments))  # type: ignore[no-untyped-call]
-    detached: Any = (*tokens[:_LOGPROBS], logprobs.detach(), *tokens[_LOGPROBS + 1 :])
-    results = operators.apply(Tokens(*detached), rule, problem, outputs)
+            rest = [x.detach() if isinstance(x, Tensor) else x for x in rest]
+        return Results(*_Loss.apply(logprobs, *rest))  # type: ignore[no-untyped-call]
+    results = operators.apply(tokens, rule, problem, outputs)
     return Results(results.advantages, _attached(logprobs, results), *results[_GRADIENT:])
 
 
@@ -264,12 +256,13 @@ def pama_loss(
     )
     if ref_logprobs is not None and not penalty:
         tokens = tokens._replace(ref_logprobs=None)
-    check_rule_fits(rule, layout, process_group, weights)
+    asked = record(rule)
+    check_rule_fits(asked, layout, process_group, weights)
     p = preference_tensor(preference, layout.objectives, logprobs.device)
     if weights is not None:
         check_weights(weights, layout, logprobs.device)
     pairs = weights is None and needs_pairs(rule)
-    asked, given, p, merged, solved = before_the_pass(tokens, rule, p, weights, process_group, pairs)
+    asked, given, p, merged, solved = before_the_pass(tokens, rule, asked, p, weights, process_group, pairs)
     differentiated = logprobs.requires_grad and torch.is_grad_enabled()
     outputs = Outputs(
         advantages=False,
@@ -281,7 +274,7 @@ def pama_loss(
         kl_coef=kl_coef,
     )
     call = _differentiable if outputs.gradient else operators.apply
-    result = call(tokens, asked, operators.Apply(p, given), outputs)
+    result = call(tokens, asked, arguments.Apply(p, given), outputs)
     statistics = merged or ObjectiveStatistics(result.sums, layout.objectives, pairs)
     optimum = result.optimum
     if merged is not None and result.weights.dim() == 1:
@@ -295,178 +288,3 @@ def _normalizer(normalizer: object, logprobs: Tensor) -> Number:
     if normalizer.device.type != "cpu":
         check_device("normalizer", normalizer, "logprobs", logprobs)
     return check_number("normalizer", normalizer, 0.0)  # 0 if a rank has no valid token
-
-
-# --- the module ---------------------------------------------------------------------------------------
-
-
-class PamaLoss(nn.Module):
-    """`pama_loss` with stored settings and, optionally, weights from a running mean of the statistics.
-
-    Args:
-        rule: as in `pama_loss`.
-        preference: as in `pama_loss`.
-        clip_range: as in `pama_loss`.
-        dual_clip: as in `pama_loss`.
-        aggregation: as in `pama_loss`.
-        kl_coef: as in `pama_loss`.
-        momentum: 0 solves each batch separately. In (0, 1), with a rule per batch, the weights come from a
-            bias-corrected running mean of the statistics of all batches so far: m <- momentum m + (1 -
-            momentum) s. Weights that are solved on single noisy batches need not converge; weights from a
-            running mean do (CR-MOGM, Zhou et al. 2022).
-        objectives: N. The running mean then exists from the start, so that a copy made before the first batch
-            (an averaged model) has it too. Not needed if `preference` is given.
-        process_group: as in `pama_loss`.
-
-    The running mean is updated in training mode only, never by a batch with a NaN or infinity, and is part of
-    `state_dict()` once N is known.
-    """
-
-    running_statistics: Tensor | None
-    batches: Tensor | None
-
-    def __init__(
-        self,
-        *,
-        rule: RuleLike = None,
-        preference: Preference = None,
-        clip_range: ClipRange = 0.2,
-        dual_clip: Number | None = None,
-        aggregation: str = "token-mean",
-        kl_coef: Number = 0.0,
-        momentum: float = 0.0,
-        objectives: int | None = None,
-        process_group: ProcessGroup | None = None,
-    ) -> None:
-        super().__init__()
-        self.rule = resolve_rule(rule)
-        number = check_number("momentum", momentum, 0.0, 1.0)
-        if isinstance(number, Tensor) or number == 1.0:
-            raise ValueError(f"momentum: expected a number in [0, 1), got {momentum!r}")
-        self.momentum = number
-        batch = record(self.rule).weights_per == WeightsPer.BATCH
-        if self.momentum and not batch:
-            raise ValueError(f"momentum: needs a rule with one set of weights for the batch, got {self.rule}")
-        clip_bounds(clip_range, dual_clip)
-        check_process_group(process_group, batch=batch)
-        if objectives is not None:
-            if isinstance(objectives, bool) or not isinstance(objectives, Integral):
-                raise TypeError(f"objectives: expected an integer, got {type(objectives).__name__}")
-            if objectives < 1:
-                raise ValueError(f"objectives: expected at least 1, got {objectives}")
-        if preference is not None:
-            device = preference.device if isinstance(preference, Tensor) else torch.device("cpu")
-            if not isinstance(preference, Tensor):
-                check_preference_type(preference)
-            scalar = isinstance(preference, Tensor) and preference.dim() == 0
-            objectives = int(objectives or (1 if scalar else len(preference)))
-            preference_tensor(preference, objectives, device)
-        self.objectives = objectives
-        self.preference, self.clip_range, self.dual_clip = preference, clip_range, dual_clip
-        self.aggregation, self.kl_coef = aggregation, check_number("kl_coef", kl_coef, 0.0)
-        self.process_group = process_group
-        check_choice("aggregation", aggregation, AGGREGATIONS)
-        known = self.momentum > 0 and objectives is not None
-        empty = statistics_size(objectives or 0, needs_pairs(self.rule)) if known else None
-        self.register_buffer("running_statistics", None if empty is None else _zeros(empty))
-        self.register_buffer("batches", None if empty is None else _zeros(()))
-
-    def extra_repr(self) -> str:
-        shown = "rule", "preference", "clip_range", "dual_clip", "aggregation", "kl_coef", "momentum"
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
-
-    def forward(
-        self,
-        logprobs: Tensor,
-        old_logprobs: Tensor | None,
-        advantages: Tensor,
-        mask: Tensor | None = None,
-        *,
-        weights: Tensor | None = None,
-        objective_mask: Tensor | None = None,
-        importance_weights: Tensor | None = None,
-        normalizer: Number | None = None,
-        ref_logprobs: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> PamaLossOutput:
-        """`pama_loss` of the arguments with the stored settings; with momentum its `statistics` are those of
-        the batch."""
-        rule = self.rule
-        if self.momentum and weights is None:
-            rule = AveragedRule(rule, self.update)
-        return pama_loss(
-            logprobs,
-            old_logprobs,
-            advantages,
-            mask,
-            rule=rule,
-            preference=self.preference,
-            weights=weights,
-            clip_range=self.clip_range,
-            dual_clip=self.dual_clip,
-            objective_mask=objective_mask,
-            importance_weights=importance_weights,
-            aggregation=self.aggregation,
-            normalizer=normalizer,
-            ref_logprobs=ref_logprobs,
-            kl_coef=self.kl_coef,
-            cu_seqlens=cu_seqlens,
-            process_group=self.process_group,
-        )
-
-    def update(self, statistics: ObjectiveStatistics) -> ObjectiveStatistics:
-        """Adds a batch to the running mean (in training mode) and returns the bias-corrected mean."""
-        batch = statistics.buffer
-        if self.running_statistics is None or self.batches is None:
-            self.running_statistics, self.batches = torch.zeros_like(batch), batch.new_zeros(())
-        running = self.running_statistics.to(batch.device)
-        batches = self.batches.to(batch.device)
-        if running.shape != batch.shape:
-            raise ValueError(
-                "advantages: expected the objectives of the running mean's batches "
-                f"({running.numel()} statistics), got {batch.numel()} statistics of {statistics!r}"
-            )
-        if self.training:
-            usable = torch.isfinite(batch).all()
-            blended = self.momentum * running + (1 - self.momentum) * batch
-            running = torch.where(usable, blended, running)
-            batches = batches + usable
-            self.running_statistics, self.batches = running, batches
-        correction = 1 - self.momentum**batches
-        mean = torch.where(batches > 0, running / correction, batch)
-        return ObjectiveStatistics(mean, statistics.objectives, statistics.has_pairs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PamaLoss:
-        """The copy uses the same process group, which cannot be copied."""
-        if self.process_group is not None:
-            memo[id(self.process_group)] = self.process_group
-        made = type(self).__new__(type(self))
-        memo[id(self)] = made
-        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return made
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PamaLoss:
-        """Statistics follow the module to another device but stay float64: counts don't fit a half type."""
-        kept = {name: x for name, x in self._buffers.items() if x is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, x in kept.items():
-            moved = self._buffers[name]
-            setattr(self, name, x if moved is None else x.to(moved.device))
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        """Creates the buffers from a checkpoint, since they otherwise exist only after the first batch."""
-        names = ("running_statistics", "batches") if self.momentum else ()
-        for name in names:
-            saved, kept = state_dict.get(prefix + name), getattr(self, name)
-            if saved is not None and (kept is None or kept.shape == saved.shape or self.objectives is None):
-                setattr(self, name, saved.detach().clone())
-            elif saved is None and self.objectives is None:
-                setattr(self, name, None)
-            elif saved is None:  # saved before its first batch
-                state_dict[prefix + name] = torch.zeros_like(kept)
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
-
-
-def _zeros(shape: int | tuple[int, ...]) -> Tensor:
-    return torch.zeros(shape, dtype=torch.float64)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ._call import FIELDS, PAIRS, TOTALS, Number
-from ._validate import ClipRange, check_flag, check_tokens
-from .backends import operators
+from ._layout import check_tokens
+from ._validate import ClipRange, check_flag
+from .backends import arguments, operators
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -323,5 +324,5 @@ def objective_statistics(
         aggregation=aggregation,
         noon=noon,
     )
-    sums = operators.statistics(tokens, operators.Statistics(pairs))
+    sums = operators.statistics(tokens, arguments.Statistics(pairs))
     return ObjectiveStatistics(sums, layout.objectives, pairs)

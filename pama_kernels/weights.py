@@ -19,7 +19,7 @@ from ._validate import (
     shape_of,
     traced,
 )
-from .backends import operators
+from .backends import arguments, operators
 from .backends.registry import Functions, find
 
 
@@ -78,7 +78,7 @@ def pama_weights(
     p = preference_tensor(preference, shape[-1], scores.device)
     sizes = None if scale is None else _scale(scale, scores)
     if out is None:
-        return WeightSolution(*operators.weights(operators.Weights(scores, p, regularization, sizes)))
+        return WeightSolution(*operators.weights(arguments.Weights(scores, p, regularization, sizes)))
     _check_out(out, scores.shape, scores.shape[:-1], scores)
     _backend(scores, "weights").weights(scores.detach().resolve_neg(), p, regularization, sizes, *out)
     return out
@@ -164,7 +164,7 @@ def min_norm_weights(
     n = _check_gram(gram)
     p = preference_tensor(preference, n, gram.device)
     if out is None:
-        return WeightSolution(*operators.min_norm(operators.MinNorm(gram, p, regularization)))
+        return WeightSolution(*operators.min_norm(arguments.MinNorm(gram, p, regularization)))
     _check_out(out, gram.shape[:-1], gram.shape[:-2], gram)
     _backend(gram, "min_norm").min_norm(gram.detach().resolve_neg(), p, regularization, *out)
     return out
@@ -201,7 +201,7 @@ def upgrad_weights(
     n = _check_gram(gram)
     p = preference_tensor(preference, n, gram.device)
     if out is None:
-        return WeightSolution(*operators.upgrad(operators.UPGrad(gram, p)))
+        return WeightSolution(*operators.upgrad(arguments.UPGrad(gram, p)))
     _check_out(out, gram.shape[:-1], gram.shape[:-2], gram)
     _backend(gram, "upgrad").upgrad(gram.detach().resolve_neg(), p, *out)
     return out

@@ -202,14 +202,15 @@ inline Outputs read_outputs(const py::handle& asked, const py::handle& results, 
         return read_result(into[field], ResultNames::names[field], elements);
     };
     const int64_t count = tokens.tokens(), rows = by_row ? tokens.rows : 1;
-    if (truth(record[OutputNames::advantages]))
+    if (truth(record[OutputNames::advantages])) {
         outputs.advantages = result(ResultNames::advantages, tokens.one_result_per_row(rule) ? tokens.rows : count);
+        outputs.square_sum = float64_result(into[ResultNames::square_sum], "square_sum", 1);
+    }
     if (truth(record[OutputNames::loss])) outputs.loss = result(ResultNames::loss, 1);
     if (truth(record[OutputNames::gradient])) outputs.gradient = result(ResultNames::gradient, count);
     outputs.weights = result(ResultNames::weights, rows * tokens.n);
     outputs.optimum = result(ResultNames::optimum, rows);
     outputs.sums = float64_result(into[ResultNames::sums], "sums", statistics_size(tokens.n, outputs.pairs));
-    outputs.square_sum = float64_result(into[ResultNames::square_sum], "square_sum", 1);
     return outputs;
 }
 

@@ -145,7 +145,7 @@ struct Applied {
                        part[2] = partial.square;
                    });
         if (pass.outputs.loss) store_value(pass.outputs.loss, 0, merged[0]);
-        *pass.outputs.square_sum = merged[2];
+        if (pass.outputs.square_sum) *pass.outputs.square_sum = merged[2];
         if (pass.statistics) {
             std::memcpy(sums, merged.data() + own, sizeof(double) * static_cast<size_t>(size - own));
             if (pass.outputs.pairs) complete_pairs(pass.tokens, sums);

@@ -8,6 +8,7 @@ from torch import Tensor
 from pama_kernels._call import Number, Outputs, Results, Rule, Tokens, statistics_size
 
 from . import _cpu
+from .arguments import Gae
 from .native import computed, scale_of_rows
 from .normalize import with_normalize
 from .operators import empty_results
@@ -84,23 +85,13 @@ def _check_gram(gram: Tensor, bad: int) -> None:
         )
 
 
-def gae(
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    dones: Tensor | None,
-    truncated: Tensor | None,
-    last_values: Tensor | None,
-    final_values: Tensor | None,
-    gamma: Number,
-    lam: Number,
-) -> tuple[Tensor, Tensor]:
+def gae(problem: Gae) -> tuple[Tensor, Tensor]:
+    rewards, values, gamma, lam = problem.rewards, problem.values, float(problem.gamma), float(problem.lam)
     dtype = torch.promote_types(rewards.dtype, values.dtype)
     advantages = torch.empty(rewards.shape, device="cpu", dtype=dtype)
-    returns = torch.empty(rewards.shape, device="cpu", dtype=dtype)
-    steps = mask, dones, truncated, last_values, final_values
-    threads = torch.get_num_threads()
-    _cpu.gae(rewards, values, *steps, float(gamma), float(lam), advantages, returns, threads)
+    returns = torch.empty_like(advantages)
+    steps = problem.mask, problem.dones, problem.truncated, problem.last_values, problem.final_values
+    _cpu.gae(rewards, values, *steps, gamma, lam, advantages, returns, torch.get_num_threads())
     return advantages, returns
 
 

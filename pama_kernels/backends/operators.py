@@ -1,22 +1,20 @@
-"""The operators `torch.ops.pama.*`: the records of a call as flat arguments, a fake kernel, and dispatch.
+"""The operators `torch.ops.pama.*`: definition, fake kernels, allocation of the results, and dispatch.
 
 In eager mode a call on plain tensors calls the backend directly. Calls that torch's dispatcher must transform
 go through the operator: tracing (torch.compile, make_fx, torch.jit.trace), tensor subclasses, functorch's
-wrappers, negated views. A `Number` is passed as two arguments of an operator: a float, or None and a 0-d
-tensor.
+wrappers, negated views.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from pama_kernels._call import (
-    Number,
     Outputs,
     Results,
     Rule,
@@ -29,148 +27,25 @@ from pama_kernels._call import (
 )
 from pama_kernels._validate import traced
 
+from .arguments import (
+    KINDS,
+    TENSORS,
+    Apply,
+    Gae,
+    GroupNormalize,
+    MinNorm,
+    Solve,
+    Statistics,
+    UPGrad,
+    Weights,
+    flat,
+    records_of,
+    schema,
+)
 from .native import NoMemory
 from .registry import Functions, Solution, find
 
 _LIBRARY: Any = torch.library.Library("pama", "DEF")  # type: ignore[no-untyped-call]
-
-_TYPES = {
-    "Tensor": "Tensor",
-    "Tensor | None": "Tensor?",
-    "int": "SymInt",
-    "bool": "bool",
-    "float": "float",
-    "Number": "float?",
-    "Number | None": "float?",
-}
-
-
-class Weights(NamedTuple):
-    scores: Tensor
-    preference: Tensor | None
-    regularization: Number
-    scale: Tensor | None
-
-
-class MinNorm(NamedTuple):
-    gram: Tensor
-    preference: Tensor | None
-    regularization: Number
-
-
-class UPGrad(NamedTuple):
-    gram: Tensor
-    preference: Tensor | None
-
-
-class Gae(NamedTuple):
-    rewards: Tensor
-    values: Tensor
-    mask: Tensor | None
-    dones: Tensor | None
-    truncated: Tensor | None
-    last_values: Tensor | None
-    final_values: Tensor | None
-    gamma: Number
-    lam: Number
-
-
-class GroupNormalize(NamedTuple):
-    rewards: Tensor
-    group_size: int
-    group_ids: Tensor | None
-    scale: bool
-    eps: Number
-
-
-class Statistics(NamedTuple):
-    pairs: bool
-
-
-class Solve(NamedTuple):
-    sums: Tensor
-    preference: Tensor | None
-    objectives: int
-
-
-class Apply(NamedTuple):
-    preference: Tensor | None
-    weights: Tensor | None
-
-
-# --- records as flat arguments ------------------------------------------------------------------------
-
-
-# The declared types of each record's fields.
-_KINDS: dict[Any, tuple[str, ...]] = {
-    record: tuple(str(getattr(kind, "__forward_arg__", kind)) for kind in record.__annotations__.values())
-    for record in (
-        Tokens,
-        Rule,
-        Outputs,
-        Statistics,
-        Solve,
-        Apply,
-        Weights,
-        MinNorm,
-        UPGrad,
-        Gae,
-        GroupNormalize,
-    )
-}
-
-
-def _schema(records: Sequence[Any], returns: str) -> str:
-    arguments: dict[str, str] = {}
-    for record in records:
-        for name, kind in zip(record._fields, _KINDS[record], strict=True):
-            name = f"{record.__name__.lower()}_{name}" if name in arguments else name
-            arguments[name] = _TYPES[kind]
-            if kind.startswith("Number"):
-                arguments[f"{name}_tensor"] = "Tensor?"
-    return "(" + ", ".join(f"{kind} {name}" for name, kind in arguments.items()) + f") -> {returns}"
-
-
-def flat(*records: Any) -> list[Any]:
-    compiling = torch.compiler.is_compiling()
-    result: list[Any] = []
-    for record in records:
-        for kind, value in zip(_KINDS[type(record)], record, strict=True):
-            if not kind.startswith("Number"):
-                result.append(value)
-            elif isinstance(value, Tensor):
-                result += [None, value]
-            elif compiling and value is not None:
-                # A float argument of an operator would become a constant of the graph, which would then be
-                # valid for this value only. torch.full would have the same effect, because the compiler
-                # cannot turn it into an operation on tensors.
-                result += [None, torch.ones((), dtype=torch.float64, device="cpu") * value]
-            else:
-                result += [value, None]
-    return result
-
-
-def _records(types: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-    """The inverse of `flat`; numbers in host memory become floats."""
-    queue = iter(arguments)
-    result = []
-    for kind in types:
-        values = []
-        for field in _KINDS[kind]:
-            value = next(queue)
-            if field.startswith("Number"):
-                tensor = next(queue)
-                value = value if tensor is None else _host(tensor)
-            values.append(value)
-        result.append(kind(*values))
-    return result
-
-
-def _host(number: Tensor) -> Number:
-    if number.device.type != "cpu" or isinstance(number, torch._subclasses.FakeTensor):
-        return number
-    return float(number.item())
-
 
 # --- fake kernels -------------------------------------------------------------------------------------
 
@@ -229,41 +104,40 @@ def empty_loss(tokens: Tokens, outputs: Outputs, like: Tensor) -> tuple[Tensor, 
 
 def empty_results(tokens: Tokens, rule: Rule, weights: Tensor | None, outputs: Outputs) -> Results:
     """Allocates the results of `apply`."""
-    advantages, logprobs, n = tokens.advantages, tokens.logprobs, tokens.objectives
-    dtype = dtype_of_results(tokens, outputs)
-    optimum = torch.empty((), dtype=dtype, device=advantages.device)  # empty_like takes half as long
-    square_sum = torch.empty_like(optimum, dtype=torch.float64)
-    combined = NOTHING
+    advantages, n = tokens.advantages, tokens.objectives
+    # empty_like takes half as long as other ways to make a tensor.
+    optimum = torch.empty((), dtype=dtype_of_results(tokens, outputs), device=advantages.device)
+    combined = square_sum = NOTHING
     if outputs.advantages:
-        shape = advantages.shape[:-1]
-        if tokens.per_sequence and not one_result_per_row(tokens, rule):
-            assert logprobs is not None
-            shape = logprobs.shape
+        per_token = tokens.per_sequence and not one_result_per_row(tokens, rule)
+        shape = tokens.logprobs.shape if per_token and tokens.logprobs is not None else advantages.shape[:-1]
         combined = advantages.new_empty(shape)
+        square_sum = torch.empty_like(optimum, dtype=torch.float64)
     loss, gradient = empty_loss(tokens, outputs, optimum)
+    sums = optimum.new_empty(statistics_size(n, outputs.pairs), dtype=torch.float64)
     if weights_by_row(rule, weights):
         given, optimum = optimum.new_empty(tokens.rows, n), optimum.new_empty(tokens.rows)
     else:
         given = optimum.new_empty(n)
-    sums = square_sum.new_empty(statistics_size(n, outputs.pairs))
     return Results(combined, loss, gradient, given, optimum, sums, square_sum)
 
 
 def _without_nothing(results: Results, tokens: Tokens) -> Results:
     """Replaces shared placeholders by new tensors, since the results of an operator must not share memory."""
     like = tokens.advantages if tokens.logprobs is None else tokens.logprobs
-    dtypes = tokens.advantages.dtype, result_dtype(like), gradient_dtype(like)
-    made = (
-        like.new_empty(0, dtype=dtype) if x is NOTHING else x
-        for x, dtype in zip(results, dtypes, strict=False)
-    )
-    return Results(*made, *results[len(dtypes) :])
+    dtypes = {
+        "advantages": tokens.advantages.dtype,
+        "loss": result_dtype(like),
+        "gradient": gradient_dtype(like),
+        "square_sum": torch.float64,
+    }
+    missing = [name for name in dtypes if getattr(results, name) is NOTHING]
+    return results._replace(**{name: like.new_empty(0, dtype=dtypes[name]) for name in missing})
 
 
 # --- definition and dispatch --------------------------------------------------------------------------
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_NO_TENSORS = frozenset((type(None), int, bool, float))
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -284,21 +158,21 @@ class _Operator(Generic[_P, _R]):
         self.numbers = tuple(
             (i, j)
             for i, record in enumerate(records)
-            for j, kind in enumerate(_KINDS[record])
+            for j, kind in enumerate(KINDS[record])
             if kind.startswith("Number")
         )
         compute: Callable[..., object] = call
         shape_only: Callable[..., object] = fake
 
         def run(*arguments: Any) -> object:
-            unpacked: Any = _records(records, arguments)
+            unpacked: Any = records_of(records, arguments)
             return _plain_tuple(compute(self.backend(unpacked), *unpacked), unpacked)
 
         def fake_run(*arguments: Any) -> object:
-            unpacked: Any = _records(records, arguments)
+            unpacked: Any = records_of(records, arguments)
             return _plain_tuple(shape_only(*unpacked), unpacked)
 
-        _LIBRARY.define(name + _schema(records, returns), tags=(torch.Tag.needs_exact_strides,))
+        _LIBRARY.define(name + schema(records, returns), tags=(torch.Tag.needs_exact_strides,))
         _LIBRARY.impl(name, run, "CPU")
         _LIBRARY.impl(name, run, "CUDA")
         # No result has a gradient here; `loss._Loss` attaches that of the loss.
@@ -345,11 +219,10 @@ def _direct(records: Sequence[Any]) -> bool:
     if traced():
         return False
     for record in records:
-        for x in record:
-            kind = type(x)
-            if kind in _NO_TENSORS:
+        for x in TENSORS[type(record)](record):
+            if x is None or type(x) is float:
                 continue
-            if kind in _PLAIN:
+            if type(x) in _PLAIN:
                 if x.is_neg():
                     return False
             elif isinstance(x, Tensor):
@@ -388,7 +261,7 @@ def _upgrad(backend: Functions, problem: UPGrad) -> Solution:
 
 
 def _gae(backend: Functions, problem: Gae) -> tuple[Tensor, Tensor]:
-    return backend.gae(*problem)
+    return backend.gae(problem)
 
 
 def _group_normalize(backend: Functions, p: GroupNormalize) -> Tensor:

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from pama_kernels._call import Number, Outputs, Results, Rule, Tokens
 
+from .arguments import Gae
+
 SOLVERS = ("weights", "min_norm", "upgrad")
 ALL = ("statistics", "solve", "apply", *SOLVERS, "gae", "group_normalize")
 SOLVED = "apply_solved"  # the second pass of `apply`, which a backend may leave to the next one
@@ -87,18 +89,7 @@ class Functions(Protocol):
         optimum: Tensor,
     ) -> None: ...
     def upgrad(self, gram: Tensor, preference: Tensor | None, result: Tensor, optimum: Tensor) -> None: ...
-    def gae(
-        self,
-        rewards: Tensor,
-        values: Tensor,
-        mask: Tensor | None,
-        dones: Tensor | None,
-        truncated: Tensor | None,
-        last_values: Tensor | None,
-        final_values: Tensor | None,
-        gamma: Number,
-        lam: Number,
-    ) -> tuple[Tensor, Tensor]: ...
+    def gae(self, problem: Gae) -> tuple[Tensor, Tensor]: ...
     def group_normalize(
         self, rewards: Tensor, group_size: int, group_ids: Tensor | None, scale: bool, eps: float
     ) -> Tensor: ...

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pama_kernels._validate import check_flag
-from pama_kernels.loss import PamaLoss
+from pama_kernels.module import PamaLoss
 from pama_kernels.rules import Fixed
 
 from ._rollout import make_rule, prefixed

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pama_kernels._validate import Preference, preference_tensor
-from pama_kernels.advantages import masked_whiten
-from pama_kernels.loss import PamaLoss
+from pama_kernels.module import PamaLoss
 from pama_kernels.rules import RuleLike, noon_of
 from pama_kernels.statistics import objective_statistics
+from pama_kernels.whiten import masked_whiten
 
 from ._rollout import Combination, combine, make_rule, only_lengths, rollout_metrics
 from ._sb3_envs import (

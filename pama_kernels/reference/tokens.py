@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pama_kernels._validate import Layout, resolve_layout
+from pama_kernels._layout import Layout, resolve_layout
 
 MAX_LOG_RATIO = 20.0
 

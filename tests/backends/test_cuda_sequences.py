@@ -18,7 +18,8 @@ from torch import Tensor
 import pama_kernels as pk
 from pama_kernels import reference
 from pama_kernels._call import Outputs, Tokens
-from pama_kernels._validate import MASKS, check_tokens
+from pama_kernels._layout import check_tokens
+from pama_kernels._validate import MASKS
 from pama_kernels.backends import registry
 from pama_kernels.rules import record
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import pama_kernels as pk
 from pama_kernels import reference
-from pama_kernels._validate import check_tokens
+from pama_kernels._layout import check_tokens
 from pama_kernels.backends.native import NoMemory
 
 if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("PAMA_BACKEND") != "triton":

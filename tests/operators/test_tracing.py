@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pama_kernels as pk
-from pama_kernels.backends import operators
+from pama_kernels.backends import arguments, operators
 
 # torch.compile's own: it makes an instance while it traces any autograd.Function.
 pytestmark = pytest.mark.filterwarnings(
@@ -267,7 +267,7 @@ def test_opcheck(name: str, samples: dict[str, list[tuple[Any, ...]]]) -> None:
 def test_operator_and_direct_call_agree(name: str, samples: dict[str, list[tuple[Any, ...]]]) -> None:
     operator = getattr(operators, name)
     for sample in samples[name]:
-        records = operators._records(operator.records, sample)
+        records = arguments.records_of(operator.records, sample)
         direct = operators._plain_tuple(operator(*records), records)
         found, wanted = leaves(operator.operator(*sample)), leaves(direct)
         assert_same(found, wanted)

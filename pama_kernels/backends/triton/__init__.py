@@ -1,9 +1,10 @@
 """The Triton backend: portable GPU kernels (NVIDIA and AMD); on the CPU they run in Triton's interpreter.
 
 `passes.py` has statistics, apply and its second half apply_solved, `rules.py` solve, `simplex.py` weights,
-`min_norm.py` min_norm and upgrad, `advantages.py` gae and group_normalize. They use `tokens.py`, which loads
-tokens, `statistics.py` and `reduce.py`, which compute sums, `apply.py`, the pass over tokens, `rows.py`, the
-pass over sequences, and `active_set.py`, which solves quadratic problems.
+`min_norm.py` min_norm and upgrad, `advantages.py` gae and group_normalize. They use `problem.py`, the
+arguments of kernels, `tokens.py`, which loads tokens, `statistics.py`, `row_sums.py` and `reduce.py`, which
+compute sums, `apply.py`, the pass over tokens, `rows.py`, the pass over sequences, `combine.py`, what both
+share, and `active_set.py`, which solves quadratic problems.
 """
 
 from __future__ import annotations

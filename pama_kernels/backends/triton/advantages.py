@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pama_kernels._call import Number
+from pama_kernels.backends.arguments import Gae
 
-from .launch import check_memory, launch, number, number_of, power_of_two
+from .launch import check_memory, launch, number, number_of, options_of, power_of_two
 from .simplex import power_of_two_of
 from .tokens import read, rounded, truth
 
@@ -129,37 +129,23 @@ def gae_kernel(
         value = tl.where(any_found, tl.sum(earliest, 0), value)
 
 
-def gae(
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    dones: Tensor | None,
-    truncated: Tensor | None,
-    last_values: Tensor | None,
-    final_values: Tensor | None,
-    gamma: Number,
-    lam: Number,
-) -> tuple[Tensor, Tensor]:
+def gae(problem: Gae) -> tuple[Tensor, Tensor]:
+    rewards, values, *_, gamma, lam = problem
     rows, width, n = rewards.shape
     dtype = torch.promote_types(rewards.dtype, values.dtype)
     advantages = torch.empty(rewards.shape, dtype=dtype, device=rewards.device)
     returns = torch.empty_like(advantages)
     if advantages.numel() == 0:
         return advantages, returns
-    check_memory(
-        rewards=rewards, values=values, mask=mask, dones=dones, truncated=truncated, last_values=last_values,
-        final_values=final_values,
-    )  # fmt: skip
     block = min(power_of_two(n), 16)
     arrays: list[Any] = []
-    for x, dimensions in (
-        (rewards, 3), (values, 3), (mask, 2), (dones, 2), (truncated, 2), (last_values, 2), (final_values, 3),
-    ):  # fmt: skip
+    for (name, x), dimensions in zip(problem._asdict().items(), (3, 3, 2, 2, 2, 2, 3), strict=False):
+        check_memory(**{name: x})
         arrays += [x, *((0,) * dimensions if x is None else x.stride())]
+    options = options_of(n=n, STEPS=_STEPS // max(block, 4), BLOCK=block)
     launch(
-        gae_kernel, rewards.device, rows * triton.cdiv(n, block), *arrays, advantages, returns,
-        *number(gamma),
-        *number(lam), width, n=n, STEPS=_STEPS // max(block, 4), BLOCK=block,
+        gae_kernel, rewards.device, rows * triton.cdiv(n, block), options, *arrays, advantages, returns,
+        *number(gamma), *number(lam), width,
     )  # fmt: skip
     return advantages, returns
 
@@ -272,9 +258,9 @@ def group_normalize(
     # Two variants, not one for each size of a group or a batch.
     small = group_ids is not None or group_size <= _SMALL
     members = min(_MEMBERS // block, _SMALL if small else _MEMBERS)
+    options = options_of(n=n, SCALE=scale, MEMBERS=members, BLOCK=block, num_warps=2)
     launch(
-        group_normalize_kernel, rewards.device, groups * triton.cdiv(n, block), rewards, *rewards.stride(),
-        order, ids, result, eps, rows, group_size, n=n, SCALE=scale, MEMBERS=members, BLOCK=block,
-        num_warps=2,
+        group_normalize_kernel, rewards.device, groups * triton.cdiv(n, block), options, rewards,
+        *rewards.stride(), order, ids, result, eps, rows, group_size,
     )  # fmt: skip
     return result

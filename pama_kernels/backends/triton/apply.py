@@ -1,15 +1,12 @@
 """The pass over tokens: computes any of the statistics, the combined advantages, and the loss with its
-gradient.
-
-Abar_t = sum_i c_i(t) A_{i,t} = up_t + down_t;  loss_t = -up_t pos_t - down_t neg_t + kl_coef (e^r - r - 1)
-"""
+gradient."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,159 +14,43 @@ from torch import Tensor
 from pama_kernels._call import Number
 from pama_kernels.backends._counter import counter
 
-from .launch import launch, number, number_of, programs
+from .combine import (
+    _BATCH,
+    _FACTORS,
+    _HEAD,
+    _NONE,
+    _ROW,
+    _SCORES,
+    _SOFTMIN,
+    FACTORS,
+    NONE,
+    SCORES,
+    SOFTMIN,
+    coefficients,
+    combine,
+    finish,
+    loss_and_slope,
+)
+from .launch import Options, launch, number, number_of, options_of, programs
+from .problem import ANY_SIZE, Constants, Problem
 from .reduce import (
-    HEAD,
-    added_number,
-    added_slots,
     clear,
-    is_last,
     slot_size,
     store_pairs,
-    store_statistics,
     store_sums,
 )
-from .rules import ratio, scores_of, store_batch_weights
 from .simplex import preference_of, softmin, solve
 from .statistics import share_of
 from .terms import CHUNK, FIELD_COUNT, add_token_pairs, add_token_terms, no_pairs, no_sums
 from .tokens import (
-    ANY_SIZE,
-    Problem,
-    at_tokens,
-    by_sign,
     clip_of,
-    exponential,
     load_factors,
     load_terms,
     locate,
     part_range,
-    read,
     rounded,
     tokens_in_all,
 )
-
-# WEIGHTS: none (statistics alone); one set; one for each row; solved per token; already in up and down of
-# each row
-NONE, BATCH, ROW, SCORES, SOFTMIN, FACTORS = range(6)
-_NONE, _BATCH, _ROW, _SCORES, _SOFTMIN, _FACTORS = map(tl.constexpr, range(6))
-_HEAD = tl.constexpr(HEAD)
-
-
-@triton.jit
-def coefficients(
-    weights, effective, row, inside, here,
-    n: tl.constexpr, N: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """The weights c (1 or TOKENS, N), given or solved. SHARE: divided by the sum of the preferences of the
-    objectives present.
-
-    row: (TOKENS, 1), and whether it exists; 0 and true if all rows have the same weights.
-    """
-    i = tl.arange(0, N)[None, :]
-    some = inside & (i < n)
-    c = read(weights[0] + row * weights[1] + i * weights[2], some, D)
-    if SHARE:
-        if effective[0] is not None:
-            p = read(effective[0] + row * effective[1] + i, some, D)
-        else:
-            p = tl.where(i < n, tl.full([1, N], 1.0 / n, D), 0.0)
-        share = tl.sum(tl.where(here, p, 0.0), axis=1, keep_dims=True)
-        c = tl.where(here & (share > 0), c / tl.where(share > 0, share, 1.0), 0.0)
-    return c
-
-
-@triton.jit
-def combine(c, a, NOON: tl.constexpr):
-    """The sums of c_i A_i over positive and over negative advantages, (TOKENS,) each."""
-    up, down = by_sign(a, NOON)
-    return tl.sum(c * up, axis=1), tl.sum(c * down, axis=1)
-
-
-@triton.jit
-def loss_and_slope(
-    factors,
-    up,
-    down,
-    ref,
-    kl_coef,
-    row,
-    token,
-    inside,
-    UNIT: tl.constexpr,
-    NOON: tl.constexpr,
-    D: tl.constexpr,
-):
-    """Each token's loss and its derivative in logp, (TOKENS,)."""
-    valid, logp, ratio, pos, neg, grad_pos, grad_neg, _, _, _ = factors
-    value = -up * pos
-    slope = -up * grad_pos
-    if not NOON:
-        value -= down * neg
-        slope -= down * grad_neg
-    slope *= ratio
-    if ref[0] is not None:
-        infinity: tl.constexpr = float("inf")
-        r = tl.where(valid, read(at_tokens(ref, row, token, UNIT), inside, D) - logp, 0.0)
-        clamped = tl.minimum(tl.maximum(r, -20.0), 20.0)
-        _, rest = exponential(clamped)
-        usable = tl.abs(r) < infinity
-        coefficient = tl.cast(kl_coef, D)
-        value += coefficient * tl.where(usable, rest, float("nan"))
-        rise = tl.where(tl.abs(r) > 20.0, 0.0, clamped + rest)
-        slope -= coefficient * tl.where(usable, rise, float("nan"))
-    return value, slope
-
-
-@triton.jit
-def report(
-    partial,
-    slots,
-    STRIDE: tl.constexpr,
-    sums,
-    weights,
-    preference,
-    reported,
-    optimum,
-    n: tl.constexpr,
-    N: tl.constexpr,
-    BY_TOKEN: tl.constexpr,
-):
-    """Stores the reported weights and optimum: one set of weights with a.c, or the means over tokens of
-    weights per token (the preference if there are no valid tokens)."""
-    i = tl.arange(0, N)
-    if BY_TOKEN:
-        tokens = tl.load(sums + FIELD_COUNT * n)
-        c = ratio(added_slots(partial + _HEAD, slots, STRIDE, i, i < n, 32), tokens)
-        c = tl.where(tokens != 0, c, preference_of(preference, n, N))
-        best = ratio(added_number(partial, slots, STRIDE, 1), tokens)
-    else:
-        c = read(weights[0] + i * weights[2], i < n, tl.float64)
-        _, score = scores_of(sums, n, N)
-        best = tl.sum(c * score, axis=0)
-    tl.store(reported + i, c, mask=i < n)
-    tl.store(optimum, best)
-
-
-@triton.jit
-def finish(
-    partial, counter, setting, c, preference, loss, square_sum, weights, optimum, sums, effective,
-    n: tl.constexpr, N: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr, PAIRS: tl.constexpr,
-    PRESENT: tl.constexpr, SOLVE: tl.constexpr, STRIDE: tl.constexpr,
-):  # fmt: skip
-    """In the last program: adds the slots, and solves for or reports the weights."""
-    slots = tl.num_programs(0)
-    if is_last(counter, slots):
-        if loss is not None:
-            tl.store(loss, added_number(partial, slots, STRIDE, 0))
-        if square_sum is not None:
-            tl.store(square_sum, added_number(partial, slots, STRIDE, 2))
-        if STATISTICS:
-            store_statistics(partial + _HEAD + n, slots, STRIDE, sums, n, PAIRS, PRESENT)
-            if SOLVE >= 0:
-                store_batch_weights(sums, preference, setting, weights, optimum, effective, n, N, SOLVE, 1)
-            elif WEIGHTS != _NONE:
-                report(partial, slots, STRIDE, sums, c, preference, weights, optimum, n, N, WEIGHTS != _BATCH)
 
 
 @triton.jit(do_not_specialize=[*ANY_SIZE, "c_row", "c_step", "e_row", "parts"])
@@ -342,6 +223,7 @@ def tokens_kernel(
 class Pass:
     """What a launch of `tokens_kernel` does, and where its results go."""
 
+    sums: Tensor  # the statistics
     weights: int = NONE  # WEIGHTS
     statistics: bool = False
     pairs: bool = False
@@ -362,7 +244,6 @@ class Pass:
     square_sum: Tensor | None = None
     reported: Tensor | None = None
     optimum: Tensor | None = None
-    sums: Tensor | None = None
     row_fields: Tensor | None = None
     parts: int = 1
 
@@ -372,38 +253,70 @@ class Pass:
         return made
 
 
-def run_tokens(p: Problem, x: Pass) -> None:
-    n, present = p.constants["n"], p.arguments[4] is not None
+class _Plan(NamedTuple):
+    options: Options
+    tokens: int  # of a tile
+    stride: int  # of a slot
+    each: int  # programs per processor
+
+
+@functools.cache
+def _plan(
+    c: Constants,
+    form: tuple[bool, bool, bool],
+    weights: int,
+    statistics: bool,
+    pairs: bool,
+    share: bool,
+    solve: int,
+    count: bool,
+) -> _Plan:
+    """All that does not depend on sizes. form: whether there are an objective mask, `row_fields` and
+    `row_counts`."""
+    present, by_part, counted = form
     # Sums need registers in addition to the results, and so does float64, which scores of both signs may
     # need.
-    by_token = x.weights in (SCORES, SOFTMIN)
-    signed = x.weights == SCORES and not p.constants["NOON"]
-    if x.pairs:
-        area = (512 if present else 1024) // (2 if by_token else 1)
-        constants = p.tile(area, max(2, p.constants["N"] ** 2))
+    by_token = weights in (SCORES, SOFTMIN)
+    if pairs:
+        tokens = c.tile((512 if present else 1024) // (2 if by_token else 1), max(2, c.N**2))
+    elif weights == FACTORS:
+        tokens = c.tile(256, 1)
     else:
-        area = 128 if signed else 256 if by_token else 512 if x.statistics else 1024
-        constants = p.tile(256, 1) if x.weights == FACTORS else p.tile(area)
-    stride = slot_size(n, x.statistics, x.pairs, present)
-    tiles = -(-p.total // constants["TOKENS"])
-    units = tiles if x.row_fields is None else p.rows * x.parts
+        signed = weights == SCORES and not c.NOON
+        tokens = c.tile(128 if signed else 256 if by_token else 512 if statistics else 1024)
     # The programs on one processor share its registers; more programs hide more memory latency.
-    simple = p.constants["DENSE"] and p.constants["LAYOUT"] == 0 and x.row_counts is None
-    few = by_token or present or x.row_fields is not None
-    each = 8 if not x.statistics else 2 if few else 4 if simple and not x.pairs else 3
-    slots = programs(p.device, units, each)
+    simple = c.DENSE and c.LAYOUT == 0 and not counted
+    few = by_token or present or by_part
+    each = 8 if not statistics else 2 if few else 4 if simple and not pairs else 3
+    stride = slot_size(c.n, statistics, pairs, present)
+    options = options_of(
+        each if statistics else 1, TOKENS=tokens, WEIGHTS=weights, STATISTICS=statistics, PAIRS=pairs,
+        SHARE=share, SOLVE=solve, COUNT=count, STRIDE=stride, **c._asdict(),
+    )  # fmt: skip
+    return _Plan(options, tokens, stride, each)
+
+
+def run_tokens(p: Problem, x: Pass) -> None:
+    form = p.arguments[4] is not None, x.row_fields is not None, x.row_counts is not None
+    plan = _plan(p.constants, form, x.weights, x.statistics, x.pairs, x.share, x.solve, x.count)
+    units = -(-p.total // plan.tokens) if x.row_fields is None else p.rows * x.parts
+    slots = programs(p.device, units, plan.each)
     partial = count = None
     if x.statistics or x.loss is not None or x.square_sum is not None:
-        partial = torch.empty(slots * stride, device=p.device, dtype=torch.float64)
+        partial = x.sums.new_empty(slots * plan.stride)
         count = counter(p.device)
-    by_row = x.c is not None and x.c.dim() == 2
-    strides: tuple[Any, ...] = (0, 0) if x.c is None else (x.c.stride(0) if by_row else 0, x.c.stride(-1))
+    c_row, c_step = weight_strides(x.c)
     launch(
-        tokens_kernel, p.device, slots, *p.arguments, x.preference, *number(x.setting), x.c, *strides,
-        x.effective, n if by_row else 0, x.row_counts, x.row_factors, *number(x.denominator),
-        *number(x.kl_coef),
-        x.combined, x.gradient, x.loss, x.square_sum, x.reported, x.optimum, x.sums, x.row_fields, x.parts,
-        partial,
-        count, **constants, WEIGHTS=x.weights, STATISTICS=x.statistics, PAIRS=x.pairs, SHARE=x.share,
-        SOLVE=x.solve, COUNT=x.count, STRIDE=stride, each=each if x.statistics else 1,
+        tokens_kernel, p.device, slots, plan.options, *p.arguments, x.preference, *number(x.setting),
+        x.c, c_row, c_step, x.effective, p.constants.n if c_row else 0, x.row_counts, x.row_factors,
+        *number(x.denominator), *number(x.kl_coef), x.combined, x.gradient, x.loss, x.square_sum,
+        x.reported, x.optimum, x.sums, x.row_fields, x.parts, partial, count,
     )  # fmt: skip
+
+
+def weight_strides(c: Tensor | None) -> tuple[int, ...]:
+    """The row stride and the stride of weights (N,) or (B, N)."""
+    if c is None:
+        return 0, 0
+    strides = c.stride()
+    return strides if len(strides) == 2 else (0, *strides)

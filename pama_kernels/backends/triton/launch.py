@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,18 +32,21 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def check_address(name: str, x: Tensor) -> None:
+    """Raises an error for a tensor without memory, which a kernel would read through a null pointer."""
+    try:
+        address = x.data_ptr()
+    except RuntimeError:  # a functorch wrapper
+        address = 0
+    if address == 0 and x.numel() != 0:
+        what = "a tensor with memory of its own, got one without (freed storage or a wrapper)"
+        raise NoMemory(f"{name}: expected {what}")
+
+
 def check_memory(**tensors: Tensor | None) -> None:
-    """Raises an error for tensors without memory, which a kernel would read through a null pointer."""
     for name, x in tensors.items():
-        if x is None:
-            continue
-        try:
-            address = x.data_ptr()
-        except RuntimeError:  # a functorch wrapper
-            address = 0
-        if address == 0 and x.numel() != 0:
-            what = "a tensor with memory of its own, got one without (freed storage or a wrapper)"
-            raise NoMemory(f"{name}: expected {what}")
+        if x is not None:
+            check_address(name, x)
 
 
 def aligned(*tensors: Tensor | None) -> bool:
@@ -83,8 +87,8 @@ def number_of(value, at):
 # Triton's own launcher inspects every argument at every call, and compiles a variant for each combination of
 # aligned pointers. Here a kernel has two variants: for pointers that are all multiples of 16 bytes, and for
 # pointers without assumed alignment. With a row stride (LAYOUT) only the second is used, since rows after the
-# first need not be aligned. Integers are never compiled in. A variant is therefore determined by types,
-# dtypes and constants, and is looked up in a dictionary from the second call on.
+# first need not be aligned. Integers are never compiled in. A variant is therefore determined by dtypes and
+# constants, and is looked up in a dictionary from the second call on.
 
 
 class _Place(NamedTuple):
@@ -101,18 +105,35 @@ def _place_of(device: torch.device) -> _Place:
     return _Place(device.index, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def launch(
-    kernel: Any, device: torch.device, programs: int, *arguments: Any, each: int = 1, **options: Any
-) -> None:
-    """Runs the given number of programs of a kernel on the current stream of the device. All launches go
-    through this function.
+class Options(dict[str, Any]):
+    """The constants of a kernel and Triton's options. Equal ones are one object, see `options_of`.
 
     each: number of programs that share the registers of a processor.
     """
-    if NVIDIA:
+
+    def __init__(self, each: int, constants: dict[str, Any]) -> None:
+        super().__init__(constants)
+        self.each, self.key = each, next(_keys)
+
+    def compile_options(self) -> dict[str, Any]:
+        if not NVIDIA:
+            return self
         # Without a limit, ptxas spills registers to make room for more programs than are launched.
-        threads = 32 * options.get("num_warps", 4)
-        options["maxnreg"] = min(255, 2**16 // (threads * each) // 8 * 8)
+        threads = 32 * self.get("num_warps", 4)
+        return {**self, "maxnreg": min(255, 2**16 // (threads * self.each) // 8 * 8)}
+
+
+_keys = itertools.count()
+
+
+@functools.lru_cache(maxsize=None, typed=True)
+def options_of(each: int = 1, **constants: Any) -> Options:
+    return Options(each, constants)
+
+
+def launch(kernel: Any, device: torch.device, programs: int, options: Options, *arguments: Any) -> None:
+    """Runs the given number of programs of a kernel on the current stream of the device. All launches go
+    through this function."""
     around: contextlib.AbstractContextManager[Any] | None = None
     index = _place_of(device).index
     if INTERPRETED:
@@ -126,7 +147,7 @@ def launch(
         run(kernel, programs, arguments, options)
 
 
-def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: Options) -> None:
     """Called by `launch`; ahead-of-time compilation and tests replace it."""
     if INTERPRETED:
         kernel[(programs,)](*arguments, **options)
@@ -185,46 +206,44 @@ def _pointers_of(kernel: Any, count: int) -> tuple[int, ...]:
     return tuple(place for place, known in enumerate(annotated) if not known)
 
 
-def variant_of(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Variant, list[Any]]:
+def variant_of(kernel: Any, arguments: tuple[Any, ...], options: Options) -> tuple[Variant, list[Any]]:
     """The compiled kernel for a call, and the arguments with addresses in the place of tensors."""
     places = _places.get(id(kernel))
     if places is None:
         _places[id(kernel)] = places = _pointers_of(kernel, len(arguments))
     values, addresses = list(arguments), 0
-    dtypes: list[torch.dtype | None] = []
+    dtypes: list[Any] = []  # with the positions of the tensors
     for place in places:
         x = values[place]
-        if x is None:
-            dtypes.append(None)
-        else:
-            dtypes.append(x.dtype)
+        if x is not None:
+            dtypes += place, x.dtype
             values[place] = address = x.data_ptr()
             addresses |= address
     even = addresses % ALIGNMENT == 0 and not options.get("LAYOUT")
-    device = driver.active.get_current_device()
-    key = id(kernel), device, even, *dtypes, *options.values()
-    return _variants.get(key) or _made(key, kernel, arguments, even, options), values
+    key = id(kernel), options.key, driver.active.get_current_device(), even, *dtypes
+    return _variants.get(key) or _made(key, kernel, arguments, options), values
 
 
-def _made(key: Any, kernel: Any, arguments: tuple[Any, ...], even: bool, options: dict[str, Any]) -> Variant:
+def _made(key: Any, kernel: Any, arguments: tuple[Any, ...], options: Options) -> Variant:
+    _, _, device, even, *_ = key
     constants = tuple(options[p.name] for p in kernel.params[len(arguments) :])
-    _variants[key] = made = Variant(compiled(kernel, arguments, even, options), key[1], constants)
+    _variants[key] = made = Variant(compiled(kernel, arguments, even, options), device, constants)
     return made
 
 
-def _is_even(arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
+def _is_even(arguments: tuple[Any, ...], options: Options) -> bool:
     return aligned(*(x for x in arguments if isinstance(x, Tensor))) and not options.get("LAYOUT")
 
 
-def compiled(kernel: Any, arguments: tuple[Any, ...], even: bool, options: dict[str, Any]) -> Any:
+def compiled(kernel: Any, arguments: tuple[Any, ...], even: bool, options: Options) -> Any:
     """Triton's compiled kernel for arguments like these, on the current device."""
     like = (_Pointer(x.dtype, even) if isinstance(x, Tensor) else x for x in arguments)
-    return kernel.warmup(*like, grid=(1,), **options)
+    return kernel.warmup(*like, grid=(1,), **options.compile_options())
 
 
 # --- ahead of the first launch -----------------------------------------------------------------------------
 
-Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # kernel, arguments, options
+Launch = tuple[Any, tuple[Any, ...], Options]  # kernel, arguments, options
 _collected: ContextVar[list[Launch] | None] = ContextVar(
     "launches that are collected, not made", default=None
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 from pama_kernels._call import Number
 
 from .active_set import any_of, minimise, multiply
-from .launch import check_memory, launch, number, number_of, power_of_two
+from .launch import check_memory, launch, number, number_of, options_of, power_of_two
 from .simplex import normalised, power_of_two_of, preference_of
 from .tokens import read
 
@@ -148,11 +148,11 @@ def _solve(
     source = gram.reshape(-1, n, n)
     block = power_of_two(n)
     problems, warps = (1, UPGRAD[block][1]) if upgrad else _MIN_NORM[block]
+    projections = UPGRAD[block][0] if upgrad else 0
+    options = options_of(n=n, PROBLEMS=problems, N=block, PROJECTIONS=projections, num_warps=warps)
     launch(
-        gram_kernel, gram.device, triton.cdiv(source.shape[0], problems), source, *source.stride(),
-        preference,
-        *number(regularization), result, optimum, source.shape[0], n=n, PROBLEMS=problems, N=block,
-        PROJECTIONS=UPGRAD[block][0] if upgrad else 0, num_warps=warps,
+        gram_kernel, gram.device, triton.cdiv(source.shape[0], problems), options, source, *source.stride(),
+        preference, *number(regularization), result, optimum, source.shape[0],
     )  # fmt: skip
 
 

@@ -30,14 +30,16 @@ from pama_kernels._call import (
 from pama_kernels.backends.normalize import with_normalize
 from pama_kernels.backends.operators import empty_results
 
-from .apply import _ROW, _SCORES, BATCH, FACTORS, NONE, ROW, SCORES, SOFTMIN, Pass, run_tokens
-from .launch import INTERPRETED, check_memory, launch, number, number_of, power_of_two, programs
+from .apply import Pass, run_tokens, weight_strides
+from .combine import _ROW, _SCORES, BATCH, FACTORS, NONE, ROW, SCORES, SOFTMIN
+from .launch import INTERPRETED, check_memory, launch, number, number_of, options_of, power_of_two, programs
+from .problem import Problem, check_tokens_memory, problem
 from .rows import Rows
 from .rules import solve_into
 from .simplex import preference_of, softmin, solve_scaled
 from .statistics import PAIRS_IN_REGISTERS, store_pairs_of, valid_count
 from .terms import ADVANTAGE_SUM, BOUND_SQUARE_SUM, BOUND_SUM, COUNT, FIELD_COUNT, added, repeated
-from .tokens import Problem, check_tokens_memory, problem, read, row_range, valid_tokens
+from .tokens import read, row_range, valid_tokens
 
 _SOLVED_INLINE = 16  # objectives whose weights the last program of the statistics finds without spilling
 
@@ -71,7 +73,6 @@ class _Call:
             assert self.problem is not None
             run_tokens(self.problem, x)
         if pairs and not x.pairs:
-            assert x.sums is not None
             if self.rows is not None:
                 self.rows.store_pairs(x.sums)
             else:
@@ -88,7 +89,7 @@ def statistics(tokens: Tokens, pairs: bool) -> Tensor:
     check_tokens_memory(tokens)
     call = _Call(tokens, by_token=False)
     sums = call.new(statistics_size(call.n, pairs))
-    call.run(Pass(statistics=True, pairs=pairs, sums=sums))
+    call.run(Pass(sums, statistics=True, pairs=pairs))
     return sums
 
 
@@ -136,12 +137,10 @@ def row_weights_kernel(
 def _row_weights(call: _Call, x: Pass, fields: Tensor, parts: int, effective: Tensor) -> None:
     rows, n, block = call.given.rows, call.n, power_of_two(call.n)
     each = max(1, 256 // block)
-    strides = (0, 0) if x.c is None else x.c.stride()
+    options = options_of(n=n, N=block, ROWS=each, WEIGHTS=x.weights, NOON=call.given.noon)
     launch(
-        row_weights_kernel, call.device, max(1, -(-rows // each)), fields, parts, x.preference,
-        *number(x.setting),
-        x.c, *strides, x.reported, x.optimum, effective, rows, n=n, N=block, ROWS=each, WEIGHTS=x.weights,
-        NOON=call.given.noon,
+        row_weights_kernel, call.device, max(1, -(-rows // each)), options, fields, parts, x.preference,
+        *number(x.setting), x.c, *weight_strides(x.c), x.reported, x.optimum, effective, rows,
     )  # fmt: skip
 
 
@@ -198,11 +197,12 @@ def apply(
     else:
         kind = BATCH if batch else SOFTMIN if rule.kind == Kind.SOFTMIN else SCORES
     x = Pass(
-        weights=kind, statistics=True, pairs=outputs.pairs, preference=preference, setting=rule.number,
+        results.sums, weights=kind, statistics=True, pairs=outputs.pairs, preference=preference,
+        setting=rule.number,
         c=None if weights is None else weights.detach(), effective=preference,
         share=tokens.objective_mask is not None and kind in (BATCH, ROW) and rule.kind != Kind.GIVEN,
-        reported=results.weights, optimum=results.optimum, sums=results.sums,
-        square_sum=results.square_sum,
+        reported=results.weights, optimum=results.optimum,
+        square_sum=results.square_sum if outputs.advantages else None,
     )  # fmt: skip
     solved = batch or (by_row and call.rows is None)  # statistics come first, and x.c has the weights
     if solved:
@@ -238,24 +238,25 @@ def apply_solved(
     check_tokens_memory(tokens)
     tokens = _without_ref(tokens, outputs)
     if factors is not None and not outputs.advantages:
-        _loss_of_rows(tokens, outputs, results, factors)
+        _loss_of_rows(problem(tokens, True, True), tokens, outputs, results, factors)
         return
     x = Pass(
-        weights=BATCH, c=results.weights, effective=effective, share=tokens.objective_mask is not None,
-        sums=results.sums, square_sum=results.square_sum,
+        results.sums, weights=BATCH, c=results.weights, effective=effective,
+        share=tokens.objective_mask is not None,
+        square_sum=results.square_sum if outputs.advantages else None,
     )  # fmt: skip
     rule = Rule(Kind.SOLVED, WeightsPer.BATCH, 0.0)
     _second_pass(_Call(tokens, by_token=False), x, rule, outputs, results, True)
 
 
-def _loss_of_rows(tokens: Tokens, outputs: Outputs, results: Results, factors: Tensor) -> None:
+def _loss_of_rows(p: Problem, tokens: Tokens, outputs: Outputs, results: Results, factors: Tensor) -> None:
     """The loss from sums of c_i A_i over positive and over negative advantages, and omega, of each row."""
     denominator, count = _denominator(tokens, outputs, results.sums)
     x = Pass(
-        weights=FACTORS, row_factors=factors, denominator=denominator, count=count, kl_coef=outputs.kl_coef,
-        loss=results.loss, gradient=results.gradient if outputs.gradient else None,
+        results.sums, weights=FACTORS, row_factors=factors, denominator=denominator, count=count,
+        kl_coef=outputs.kl_coef, loss=results.loss, gradient=results.gradient if outputs.gradient else None,
     )  # fmt: skip
-    run_tokens(problem(tokens, True, without_objectives=True), x)
+    run_tokens(p, x)
 
 
 def _second_pass(call: _Call, x: Pass, rule: Rule, outputs: Outputs, results: Results, solved: bool) -> None:
@@ -268,7 +269,7 @@ def _second_pass(call: _Call, x: Pass, rule: Rule, outputs: Outputs, results: Re
             x.combined, x.row_factors = combined, factors
             call.run(x)
         if factors is not None:
-            _loss_of_rows(tokens, outputs, results, factors)
+            _loss_of_rows(call.rows.problem, tokens, outputs, results, factors)
         return
     picked = combined
     if combined is not None and one_result_per_row(tokens, rule):
@@ -285,6 +286,7 @@ def _second_pass(call: _Call, x: Pass, rule: Rule, outputs: Outputs, results: Re
         assert tokens.cu_seqlens is not None
         mask = tokens.mask
         launch(
-            first_token_kernel, call.device, rows, mask, 0 if mask is None else mask.stride(0),
-            tokens.cu_seqlens, tokens.cu_seqlens.stride(0), tokens.width, combined, picked, TOKENS=128,
+            first_token_kernel, call.device, rows, options_of(TOKENS=128), mask,
+            0 if mask is None else mask.stride(0), tokens.cu_seqlens, tokens.cu_seqlens.stride(0),
+            tokens.width, combined, picked,
         )  # fmt: skip

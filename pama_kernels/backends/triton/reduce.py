@@ -19,6 +19,7 @@ from .terms import (
     FIELD_COUNT,
     PAIR_COUNT,
     TOTAL_COUNT,
+    pairs_in_slot,
     summed_pairs,
 )
 
@@ -26,7 +27,7 @@ HEAD = 3  # plus n
 
 
 def slot_size(n: int, statistics: bool, pairs: bool, present: bool) -> int:
-    fields = len(FIELDS) * n + len(TOTALS) + (summed_pairs(present) * n * n if pairs else 0)
+    fields = len(FIELDS) * n + len(TOTALS) + (pairs_in_slot(present) * n * n if pairs else 0)
     return HEAD + n + (fields if statistics else 0)
 
 

@@ -5,6 +5,9 @@ float64.
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -13,139 +16,33 @@ from torch import Tensor
 from pama_kernels._call import Aggregation, Tokens
 from pama_kernels.backends._counter import counter
 
-from .apply import _BATCH, _NONE, _SCORES, _SOFTMIN, NONE, Pass, coefficients, combine, finish
-from .launch import INTERPRETED, launch, number, number_of, power_of_two, programs
+from .apply import Pass, weight_strides
+from .combine import _BATCH, _NONE, _SCORES, _SOFTMIN, NONE, coefficients, combine, finish
+from .launch import INTERPRETED, Options, launch, number, number_of, options_of, power_of_two, programs
+from .problem import BEFORE_REF, FROM_OFFSETS, OFFSETS, objective_strides, problem
 from .reduce import HEAD, clear, slot_size, store_pair_tile, store_pairs, store_sums
+from .row_sums import ROW_TOKENS, load_row_advantages, load_rows, row_sums_kernel, sums_options
 from .simplex import preference_of, softmin, solve_scaled
 from .statistics import finish_pairs, pair_slots
 from .terms import (
     BOUND_SQUARE_SUM,
     BOUND_SUM,
     FIELD_COUNT,
-    ROW_COUNTED,
-    ROW_SUM_COUNT,
     ROW_SUMS,
     TOTAL_COUNT,
     VALID,
     add_row_pairs,
-    add_row_sums,
     added,
-    factors_are_one,
     no_pairs,
     no_sums,
-    repeated,
+    pairs_in_slot,
     row_terms,
-    summed_pairs,
 )
-from .tokens import (
-    ANY_SIZE,
-    BEFORE_REF,
-    FROM_OFFSETS,
-    OFFSETS,
-    by_sign,
-    clip_of,
-    load_advantages,
-    load_factors,
-    objective_strides,
-    part_range,
-    problem,
-    rounded,
-    valid_tokens,
-)
+from .tokens import by_sign, rounded
 
-_TOKENS = 128 if INTERPRETED else 256
 _BLOCK = 8  # objectives of a block of pairs
 _HEAD = tl.constexpr(HEAD)
 _ROW_SIZES = ["a_row", "a_objective", "o_row", "o_objective", "cu_step", "rows", "width", "parts"]
-
-
-@triton.jit(do_not_specialize=[*ANY_SIZE, "parts"])
-def row_sums_kernel(
-    mask, m_row: tl.int64, m_token: tl.int64, logprobs, l_row: tl.int64, l_token: tl.int64,
-    old, b_row: tl.int64, b_token: tl.int64, importance, w_row: tl.int64, w_token: tl.int64,
-    cu, cu_step: tl.int64, rows: tl.int64, width: tl.int64,
-    low: tl.float64, low_at, high: tl.float64, high_at, dual: tl.float64, dual_at, row_sums, parts: tl.int64,
-    TOKENS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, PLAIN: tl.constexpr,
-):  # fmt: skip
-    """(rows * parts, ROW_SUMS); or, PLAIN, (rows * parts, 1): if all factors are 1, the number of valid
-    tokens suffices."""
-    D: tl.constexpr = tl.float64 if WIDE else tl.float32
-    mask = (mask, m_row, m_token)
-    cu = (cu, cu_step)
-    clip = clip_of(low, low_at, high, high_at, dual, dual_at)
-    for unit in range(tl.program_id(0), rows * parts, tl.num_programs(0)):
-        own = tl.cast(unit, tl.int64) // parts
-        begin, end = part_range(cu, own, width, tl.cast(unit, tl.int64) % parts, parts, TOKENS)
-        counts = repeated(tl.zeros([TOKENS], tl.int32), ROW_COUNTED)
-        sums = repeated(tl.zeros([TOKENS], tl.float64), ROW_SUM_COUNT - ROW_COUNTED)
-        for first in range(begin, end, TOKENS):
-            at = first + tl.arange(0, TOKENS)
-            row = tl.zeros_like(at) + own
-            if PLAIN:
-                valid = valid_tokens(mask, row, at, at < end, UNIT).to(tl.int32)
-                counts = (counts[VALID] + valid, counts[1], counts[2])
-            else:
-                factors = load_factors(
-                    mask, (logprobs, l_row, l_token), (old, b_row, b_token), (importance, w_row, w_token),
-                    clip, row, at, at < end, UNIT, D,
-                )  # fmt: skip
-                counts, sums = add_row_sums(counts, sums, factors)
-        to = row_sums + tl.cast(unit, tl.int64) * (1 if PLAIN else ROW_SUM_COUNT)
-        for k in tl.static_range(1 if PLAIN else ROW_COUNTED):
-            tl.store(to + k, tl.sum(counts[k].to(tl.int64), axis=0).to(tl.float64))
-        if not PLAIN:
-            for k in tl.static_range(ROW_SUM_COUNT - ROW_COUNTED):
-                tl.store(to + ROW_COUNTED + k, tl.sum(sums[k], axis=0))
-
-
-@triton.jit
-def _sum_of(row_sums, row, inside, parts, k: tl.constexpr, size: tl.constexpr):
-    total = tl.zeros(row.shape, tl.float64)
-    for part in range(parts):
-        total += tl.load(row_sums + (row * parts + part) * size + k, mask=inside, other=0.0)
-    return total
-
-
-@triton.jit
-def load_rows(row_sums, cu, row, inside, width, parts, PLAIN: tl.constexpr, OMEGA: tl.constexpr):
-    """The valid tokens, omega, and the sums times omega of rows, (ROWS, 1) each. OMEGA: it is 1 / tokens,
-    else 1."""
-    if row_sums is None:
-        if cu[0] is not None:
-            begin = tl.load(cu[0] + row * cu[1], mask=inside, other=0).to(tl.int64)
-            end = tl.load(cu[0] + (row + 1) * cu[1], mask=inside, other=0).to(tl.int64)
-            if width >= 0:
-                begin = tl.maximum(begin, 0)
-                end = tl.minimum(end, tl.cast(width, tl.int64))
-            tokens = tl.maximum(end - begin, 0).to(tl.float64)
-        else:
-            tokens = tl.where(inside, tl.cast(width, tl.float64), tl.zeros(row.shape, tl.float64))
-    else:
-        tokens = _sum_of(row_sums, row, inside, parts, VALID, 1 if PLAIN else ROW_SUM_COUNT)
-    omega = tl.where(tokens > 0, 1.0, tl.zeros_like(tokens))
-    if OMEGA:
-        omega /= tl.maximum(tokens, 1.0)
-    w = omega[:, None]
-    t = tokens[:, None] * w
-    sums = (t,)
-    for k in tl.static_range(1, ROW_SUM_COUNT):
-        if not PLAIN:
-            sums = sums + (_sum_of(row_sums, row, inside, parts, k, ROW_SUM_COUNT)[:, None] * w,)
-        elif factors_are_one(k):
-            sums = sums + (t,)
-        else:
-            sums = sums + (tl.zeros_like(t),)
-    return tokens, omega, sums
-
-
-@triton.jit
-def load_row_advantages(advantages, presence, row, tokens, lead, n: tl.constexpr, N: tl.constexpr):
-    """A' and presence (ROWS, N) of the objectives from `lead` on, in rows with a valid token."""
-    objective = (tl.cast(lead, tl.int64) + tl.arange(0, N))[None, :]
-    zero = tl.zeros_like(row)[:, None]
-    return load_advantages(
-        advantages, presence, row[:, None], zero, objective, (tokens > 0)[:, None], n, False, tl.float64
-    )
 
 
 @triton.jit(do_not_specialize=[*_ROW_SIZES, "c_row", "c_step"])
@@ -281,6 +178,36 @@ def row_pairs_kernel(
     store_pair_tile(partial, slot, sums, i, j, n, BLOCK, PRESENT)
 
 
+class _Constants(NamedTuple):
+    n: int
+    NOON: bool
+    PLAIN: bool
+    OMEGA: bool
+
+
+class _Plan(NamedTuple):
+    options: Options
+    count: int  # rows of a tile
+    stride: int  # of a slot
+
+
+@functools.cache
+def _plan(
+    c: _Constants, present: bool, by_row: bool, weights: int, statistics: bool, pairs: bool, share: bool,
+    solve: int,
+) -> _Plan:  # fmt: skip
+    """All that does not depend on sizes."""
+    block = power_of_two(c.n)
+    area = (256 if present else 512) // block**2 if pairs else 256 // block
+    count = max(1, min(area, 64 if INTERPRETED else 128))
+    stride = slot_size(c.n, statistics, pairs, present)
+    options = options_of(
+        N=block, ROWS=count, WEIGHTS=weights, STATISTICS=statistics, PAIRS=pairs, SHARE=share, SOLVE=solve,
+        BY_ROW=by_row and weights != NONE, STRIDE=stride, **c._asdict(),
+    )  # fmt: skip
+    return _Plan(options, count, stride)
+
+
 class Rows:
     """A call whose advantages are per sequence, with the sums over its tokens."""
 
@@ -289,18 +216,18 @@ class Rows:
         self.plain = given.logprobs is None and given.importance_weights is None
         self.sums: Tensor | None = None
         self.parts = 1
-        p = problem(given, True, without_objectives=True)
+        self.problem = p = problem(given, True, without_objectives=True)
         if not self.plain or given.mask is not None:
             rows = max(given.rows, 1)
             each = -(-p.total // rows)
-            self.parts = max(1, min(programs(self.device, 1 << 30, 8) // rows, -(-each // _TOKENS)))
+            self.parts = max(1, min(programs(self.device, 1 << 30, 8) // rows, -(-each // ROW_TOKENS)))
             units = given.rows * self.parts
             size = units * (1 if self.plain else ROW_SUMS)
             self.sums = torch.empty(size, device=self.device, dtype=torch.float64)
+            options = sums_options(p.constants.UNIT, p.constants.WIDE, self.plain)
             launch(
-                row_sums_kernel, self.device, programs(self.device, units, 8), *p.arguments[BEFORE_REF],
-                *p.arguments[FROM_OFFSETS], self.sums, self.parts, TOKENS=_TOKENS, UNIT=p.constants["UNIT"],
-                WIDE=given.wide, PLAIN=self.plain, each=4,
+                row_sums_kernel, self.device, programs(self.device, units, 8), options,
+                *p.arguments[BEFORE_REF], *p.arguments[FROM_OFFSETS], self.sums, self.parts,
             )  # fmt: skip
         a = objective_strides(given.advantages, True)
         o = objective_strides(given.objective_mask, True)
@@ -308,41 +235,30 @@ class Rows:
             given.advantages, a[0], a[2], given.objective_mask, o[0], o[2], *p.arguments[OFFSETS], self.sums,
             self.parts,
         )  # fmt: skip
-        self.constants = {
-            "n": self.n,
-            "NOON": given.noon,
-            "PLAIN": self.plain,
-            "OMEGA": given.aggregation == Aggregation.SEQ_MEAN_TOKEN_MEAN,
-        }
+        omega = given.aggregation == Aggregation.SEQ_MEAN_TOKEN_MEAN
+        self.constants = _Constants(self.n, given.noon, self.plain, omega)
+        self.present = given.objective_mask is not None
 
     def run(self, x: Pass, by_row: bool = False) -> None:
         """Runs the pass; writes `x.row_factors`."""
-        n, block = self.n, power_of_two(self.n)
-        present = self.given.objective_mask is not None
-        area = (256 if present else 512) // block**2 if x.pairs else 256 // block
-        count = max(1, min(area, 64 if INTERPRETED else 128))
+        plan = _plan(self.constants, self.present, by_row, x.weights, x.statistics, x.pairs, x.share, x.solve)
         # The last program adds all slots: few of them, unless there are many rows.
-        slots = programs(self.device, -(-self.given.rows // count), 2)
+        slots = programs(self.device, -(-self.given.rows // plan.count), 2)
         slots = min(slots, max(64, self.given.rows // 256))
-        stride = slot_size(n, x.statistics, x.pairs, present)
-        partial = torch.empty(slots * stride, device=self.device, dtype=torch.float64)
-        strides = (0, 0) if x.c is None else (x.c.stride(0) if x.c.dim() == 2 else 0, x.c.stride(-1))
+        partial = x.sums.new_empty(slots * plan.stride)
         launch(
-            rows_kernel, self.device, slots, *self.arguments, x.preference, *number(x.setting), x.c, *strides,
-            x.effective, x.combined, x.row_factors, x.square_sum, x.reported, x.optimum, x.sums, partial,
-            counter(self.device), **self.constants, N=block, ROWS=count, WEIGHTS=x.weights,
-            STATISTICS=x.statistics, PAIRS=x.pairs, SHARE=x.share, SOLVE=x.solve,
-            BY_ROW=by_row and x.weights != NONE, STRIDE=stride,
+            rows_kernel, self.device, slots, plan.options, *self.arguments, x.preference, *number(x.setting),
+            x.c, *weight_strides(x.c), x.effective, x.combined, x.row_factors, x.square_sum, x.reported,
+            x.optimum, x.sums, partial, counter(self.device),
         )  # fmt: skip
 
     def store_pairs(self, sums: Tensor) -> None:
         """Writes the N x N blocks of a buffer whose fields are computed already."""
-        n, present = self.n, self.given.objective_mask is not None
+        n, present = self.n, self.present
         count = 8 if present else 16
         slots = pair_slots(self.device, n, -(-self.given.rows // count))
-        partial = torch.empty(slots * summed_pairs(present) * n * n, device=self.device, dtype=torch.float64)
-        launch(
-            row_pairs_kernel, self.device, slots * (-(-n // _BLOCK)) ** 2, *self.arguments, partial, slots,
-            **self.constants, ROWS=count, BLOCK=_BLOCK, PRESENT=present,
-        )  # fmt: skip
+        partial = sums.new_empty(slots * pairs_in_slot(present) * n * n)
+        options = options_of(ROWS=count, BLOCK=_BLOCK, PRESENT=present, **self.constants._asdict())
+        blocks = (-(-n // _BLOCK)) ** 2
+        launch(row_pairs_kernel, self.device, slots * blocks, options, *self.arguments, partial, slots)
         finish_pairs(partial, slots, sums, n, present)

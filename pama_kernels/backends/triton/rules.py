@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pama_kernels._call import Kind, Rule
 
-from .launch import check_memory, launch, number, number_of, power_of_two
+from .launch import check_memory, launch, number, number_of, options_of, power_of_two
 from .min_norm import UPGRAD as PROJECTIONS
 from .min_norm import check_objectives, min_norm_of, upgrad_of
 from .simplex import normalised, preference_of, solve_scaled
@@ -149,9 +149,10 @@ def solve_into(
     if matrix:
         check_objectives(n)
     problems, warps = PROJECTIONS[block] if matrix else (0, 1)
+    options = options_of(n=n, N=block, KIND=kind, PROBLEMS=problems, num_warps=warps)
     launch(
-        solve_kernel, sums.device, 1, sums, preference, *number(rule.number), weights, optimum, effective,
-        n=n, N=block, KIND=kind, PROBLEMS=problems, num_warps=warps,
+        solve_kernel, sums.device, 1, options, sums, preference, *number(rule.number), weights, optimum,
+        effective,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pama_kernels._call import Number
 
-from .launch import check_memory, launch, number, number_of, power_of_two
+from .launch import check_memory, launch, number, number_of, options_of, power_of_two
 from .tokens import read
 
 _TILE = 256  # scores per program: more would spill registers
@@ -244,6 +244,6 @@ def weights(
     rows, block = source.shape[0], power_of_two(n)
     each = max(1, min(_TILE // block, 4 if rows <= _FEW else _TILE))  # two variants, for few rows and many
     launch(
-        weights_kernel, scores.device, triton.cdiv(rows, each), source, *source.stride(), preference,
-        *number(regularization), scale, stride, result, optimum, rows, n=n, ROWS=each, N=block,
+        weights_kernel, scores.device, triton.cdiv(rows, each), options_of(n=n, ROWS=each, N=block), source,
+        *source.stride(), preference, *number(regularization), scale, stride, result, optimum, rows,
     )  # fmt: skip

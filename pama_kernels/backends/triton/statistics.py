@@ -11,23 +11,11 @@ from torch import Tensor
 from pama_kernels._call import PAIRS, Tokens
 from pama_kernels.backends._counter import counter
 
-from .launch import INTERPRETED, launch, programs
+from .launch import INTERPRETED, launch, options_of, programs
+from .problem import ANY_SIZE, MASK, OFFSETS, Problem, problem
 from .reduce import add_pairs_kernel, added_number, is_last, store_pair_tile
-from .terms import add_token_pairs, no_pairs, summed_pairs
-from .tokens import (
-    ANY_SIZE,
-    MASK,
-    OFFSETS,
-    Problem,
-    clip_of,
-    load_factors,
-    load_terms,
-    locate,
-    problem,
-    row_range,
-    tokens_in_all,
-    valid_tokens,
-)
+from .terms import add_token_pairs, no_pairs, pairs_in_slot
+from .tokens import clip_of, load_factors, load_terms, locate, row_range, tokens_in_all, valid_tokens
 
 PAIRS_IN_REGISTERS = 8  # up to this number of objectives, the pass over tokens also computes the N x N sums
 _COUNTED = 128 if INTERPRETED else 1024  # tokens at a time if only the mask is read
@@ -77,10 +65,11 @@ def valid_count(given: Tokens, by_row: bool) -> Tensor:
     slots = programs(p.device, units, 4)
     counts = torch.empty(given.rows if by_row else slots, device=p.device, dtype=torch.float64)
     total = None if by_row else torch.empty((), device=p.device, dtype=torch.float64)
+    c = p.constants
+    options = options_of(TOKENS=_COUNTED, LAYOUT=c.LAYOUT, NARROW=c.NARROW, UNIT=c.UNIT, BY_ROW=by_row)
     launch(
-        count_kernel, p.device, slots, *p.arguments[MASK], *p.arguments[OFFSETS], counts, total,
-        None if by_row else counter(p.device), TOKENS=_COUNTED, LAYOUT=p.constants["LAYOUT"],
-        NARROW=p.constants["NARROW"], UNIT=p.constants["UNIT"], BY_ROW=by_row,
+        count_kernel, p.device, slots, options, *p.arguments[MASK], *p.arguments[OFFSETS], counts, total,
+        None if by_row else counter(p.device),
     )  # fmt: skip
     return counts if total is None else total
 
@@ -141,27 +130,16 @@ def pair_slots(device: torch.device, n: int, units: int) -> int:
 
 def finish_pairs(partial: Tensor, slots: int, sums: Tensor, n: int, present: bool) -> None:
     k = 256
-    launch(
-        add_pairs_kernel,
-        sums.device,
-        -(-len(PAIRS) * n * n // k),
-        partial,
-        slots,
-        sums,
-        n=n,
-        K=k,
-        PRESENT=present,
-    )
+    options = options_of(n=n, K=k, PRESENT=present)
+    launch(add_pairs_kernel, sums.device, -(-len(PAIRS) * n * n // k), options, partial, slots, sums)
 
 
 def store_pairs_of(p: Problem, present: bool, row_counts: Tensor | None, sums: Tensor) -> None:
     """Writes the N x N blocks of a buffer whose fields are computed already."""
-    n = p.constants["n"]
-    constants = p.tile(128 if present else 256, _BLOCK)
-    slots = pair_slots(p.device, n, -(-p.total // constants["TOKENS"]))
-    partial = torch.empty(slots * summed_pairs(present) * n * n, device=p.device, dtype=torch.float64)
-    launch(
-        pairs_kernel, p.device, slots * (-(-n // _BLOCK)) ** 2, *p.arguments, row_counts, partial, slots,
-        **constants, BLOCK=_BLOCK, PRESENT=present,
-    )  # fmt: skip
+    n, tokens = p.constants.n, p.constants.tile(128 if present else 256, _BLOCK)
+    slots = pair_slots(p.device, n, -(-p.total // tokens))
+    partial = torch.empty(slots * pairs_in_slot(present) * n * n, device=p.device, dtype=torch.float64)
+    options = options_of(TOKENS=tokens, BLOCK=_BLOCK, PRESENT=present, **p.constants._asdict())
+    blocks = (-(-n // _BLOCK)) ** 2
+    launch(pairs_kernel, p.device, slots * blocks, options, *p.arguments, row_counts, partial, slots)
     finish_pairs(partial, slots, sums, n, present)

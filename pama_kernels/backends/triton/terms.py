@@ -157,11 +157,13 @@ def row_terms(a, here, s, NOON: tl.constexpr):
 # present ---
 
 
-@triton.constexpr_function
-def summed_pairs(present):
+def pairs_in_slot(present: bool) -> int:
     """The number of N x N blocks that are summed; the others follow from the fields if every objective is
     present."""
     return len(PAIRS) if present else 2
+
+
+summed_pairs = triton.constexpr_function(pairs_in_slot)  # in kernels; calls from the host take 3 us
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Loads tokens: the tensors of a call, the factors of the surrogate, and the terms of each objective.
+"""Loads tokens: the factors of the surrogate, and the terms of each objective.
 
     d = logp - old, u = exp(clamp(d, -20, 20)), w the importance weight
     g = w min(min(u, dual) A, clip(u, 1 - eps_low, 1 + eps_high) A) = max(A, 0) pos + min(A, 0) neg
@@ -13,136 +13,13 @@ factors of its token, NaN.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from pama_kernels._call import Tokens
-
-from .launch import ALIGNMENT, INTERPRETED, check_memory, number, number_of, power_of_two
+from .launch import INTERPRETED, number_of
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
-
-# Sizes and strides change from step to step, so kernels that take the arguments of `Problem` are not
-# specialised on them.
-ANY_SIZE = [
-    *(
-        "a_row",
-        "a_token",
-        "a_objective",
-        "o_row",
-        "o_token",
-        "o_objective",
-        "m_row",
-        "m_token",
-        "l_row",
-        "l_token",
-    ),
-    *("b_row", "b_token", "w_row", "w_token", "r_row", "r_token", "cu_step", "rows", "width"),
-]
-
-
-# Parts of `Problem.arguments`.
-MASK, BEFORE_REF, OFFSETS, FROM_OFFSETS = slice(8, 11), slice(8, 20), slice(23, 27), slice(23, None)
-
-
-class Problem(NamedTuple):
-    """The tensors of a call as kernel arguments."""
-
-    arguments: tuple[Any, ...]  # from `advantages` to `dual_at`
-    constants: dict[str, Any]
-    rows: int
-    width: int
-    total: int  # tokens, or an estimate if only the offsets have the number
-    flat: bool  # whether all rows are processed as one
-    device: torch.device
-
-    def tile(self, area: int, n: int | None = None) -> dict[str, Any]:
-        """The constants with tiles of `area` tokens times objectives (N, or n)."""
-        most = 128 if INTERPRETED else 1024
-        wide = 2 if self.constants["WIDE"] else 1
-        tokens = max(1, min(most, area // wide // (n or self.constants["N"])))
-        return {**self.constants, "TOKENS": tokens}
-
-
-def _strides(x: Tensor | None) -> tuple[int, ...]:
-    """(B, T) or (M,)."""
-    if x is None:
-        return _ZERO2
-    strides = x.stride()
-    return strides if len(strides) == 2 else (0, *strides)
-
-
-def objective_strides(x: Tensor | None, per_sequence: bool) -> tuple[int, ...]:
-    """(B, T, N), (B, N) or (M, N)."""
-    if x is None:
-        return _ZERO3
-    strides = x.stride()
-    if len(strides) == 3:
-        return strides
-    first, last = strides
-    return (first, 0, last) if per_sequence else (0, first, last)
-
-
-_ZERO2, _ZERO3 = (0, 0), (0, 0, 0)
-_TENSORS = Tokens._fields[: Tokens._fields.index("rows")]
-_UNCLIPPED = float("inf"), None
-
-
-def check_tokens_memory(given: Tokens) -> None:
-    tensors: Any = zip(_TENSORS, given, strict=False)
-    check_memory(**dict(tensors))
-
-
-def problem(given: Tokens, by_row: bool, without_objectives: bool = False) -> Problem:
-    """by_row: whether the kernel depends on the row of a token. If not, contiguous sequences are processed as
-    one."""
-    (
-        advantages, mask, presence, logprobs, old, ref, importance, cu, rows, width, by_sequence,
-        mask_by_sequence, _, noon, low, high, dual,
-    ) = given  # fmt: skip
-    n = advantages.shape[-1]
-    if without_objectives:
-        own, presence, a, o = None, None, _ZERO3, _ZERO3
-    else:
-        own = advantages
-        a = objective_strides(advantages, by_sequence)
-        o = objective_strides(presence, mask_by_sequence)
-        by_row = by_row or by_sequence or (presence is not None and mask_by_sequence)
-    per_token = mask, logprobs, old, importance, ref
-    strides = [_strides(x) for x in per_token]
-    total = rows * width if cu is None else width if width >= 0 else 256 * rows
-    unit, flat, addresses = True, not by_row, 0
-    for x, (row, token) in zip((*per_token, own, presence), (*strides, a[:2], o[:2]), strict=True):
-        if x is not None:
-            unit = unit and (token == 1 or x is own or x is presence)
-            if cu is None:
-                flat = flat and (rows == 1 or row == width * token)
-                addresses |= x.data_ptr()
-    flat = flat and addresses % ALIGNMENT == 0
-    if flat and cu is None:
-        rows, width = 1, total
-        a, o = (0, *a[1:]), (0, *o[1:])
-        strides = [(0, token) for _, token in strides]
-    arrays = [y for x, s in zip(per_token, strides, strict=True) for y in (x, *s)]
-    arguments = (
-        own, *a, presence, *o, *arrays, cu, 0 if cu is None else cu.stride(0), rows, width, *number(low),
-        *(_UNCLIPPED if high is None else number(high)), *(_UNCLIPPED if dual is None else number(dual)),
-    )  # fmt: skip
-    constants = {
-        "n": n,
-        "N": power_of_two(n),
-        "LAYOUT": 0 if flat else 1 if cu is None else 2,
-        "NARROW": total < 2**31,
-        "UNIT": unit,
-        "DENSE": a[1] == n and a[2] == 1,
-        "NOON": noon,
-        "WIDE": given.wide,
-    }
-    return Problem(arguments, constants, rows, width, total, flat, advantages.device)
 
 
 @triton.jit
