@@ -207,6 +207,8 @@ struct Applied {
             Partial none{};
             k.row_apply(pass, nullptr, up.data(), down.data(), 0, tokens.rows, none, scratch(bytes));
         }
+        row_pass.keep = gradient && !first_gradient && !tokens.wide && row_pass.gradient.dtype == Dtype::f32 &&
+                        !tokens.importance_weights && row_pass.kl_coef == 0;
         rows = pama::row_sums(tokens, first_gradient ? with_gradient(row_pass) : row_pass, threads);
         if (pass.statistics) row_statistics(tokens, pass.omega, rows, pass.outputs.pairs, sums, threads);
         pass.statistics = false;
@@ -217,6 +219,7 @@ struct Applied {
             k.row_apply(pass, rows.data(), up_needed ? up.data() : nullptr, up_needed ? down.data() : nullptr, first,
                         last, partial, scratch(bytes));
         });
+        if (row_pass.keep) row_pass.kept = rows.data();
         if (up_needed) row_gradient(tokens, with_gradient(row_pass), threads);
     }
 };

@@ -39,6 +39,10 @@ struct RowPass {
     const double* omega = nullptr;
     double scale = 0, kl_coef = 0;
     Array gradient;
+    // Where the gradient follows in a second pass: the first one (`keep`) leaves there what it has computed of it, in
+    // float32; the second one receives the rows' sums (`kept`).
+    bool keep = false;
+    const double* kept = nullptr;
 };
 
 // Gram matrices (rows, n, n) in float or double, and the arrays that receive the solutions, in the same type.
