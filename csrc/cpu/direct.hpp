@@ -144,6 +144,7 @@ inline void apply_block(const Pass& pass, int64_t first, int64_t last, Partial& 
                 add_fields(tokens, tile, omega, partial.sums);
                 if (pass.outputs.pairs) add_pairs(tokens, tile, omega, partial.sums);
             });
+        if (!partial.sums && pass.rule.kind == Kind::scores) bound_terms(tokens, w.tile);
         if (!pass.known) token_weights(pass, w, omega, partial);
         apply_tile(pass, w, at, omega, pass.known ? w.weights : nullptr, pass.divided ? w.divisor : nullptr, partial);
     });

@@ -30,6 +30,20 @@ inline void objective_sums(const Tile<T>& tile, const T* a, const T* present, T*
     totals<kFields - 1>(s + 1, sums + 1);
 }
 
+// Computes the bound terms I in `tile.bound`.
+template <class T, class V = typename Lanes<T>::V>
+inline void bound_terms(const Tokens& tokens, const Tile<T>& tile) {
+    const V zero{};
+    for (int64_t i = 0; i < tokens.n; ++i)
+        for (int64_t t = 0, at = i * kTileTokens; t < tile.padded; t += Lanes<T>::count, at += Lanes<T>::count) {
+            V surrogate, bound;
+            surrogate_terms(tokens.noon, load<V>(tile.advantages + at), zero, zero, load<V>(tile.grad_pos + t),
+                            tokens.noon ? zero : load<V>(tile.grad_neg + t), surrogate, bound);
+            if (tile.present) bound = load<V>(tile.present + at) != zero ? bound : zero;
+            store(tile.bound + at, bound);
+        }
+}
+
 // two_totals: the sums of x and of y over the tokens of a tile. dot: the sum of their product.
 template <class T, class V = typename Lanes<T>::V>
 inline void two_totals(const T* x, const T* y, int64_t padded, T* sums) {
