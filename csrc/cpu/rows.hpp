@@ -62,21 +62,30 @@ inline Chunk<T> load_chunk(const Tokens& tokens, bool with_ref, int64_t row, int
     return chunk;
 }
 
-// The lanes whose tokens are valid. Reads PAMA_VECTOR_BYTES / 4 flags.
+// The lanes whose tokens are valid. Reads one flag for each lane.
 template <class V>
 inline auto valid_lanes(const unsigned char* valid) {
+    constexpr bool single = sizeof(V{}[0]) == sizeof(float);
     decltype(V{} < V{}) flags;
 #if defined(__AVX512F__)
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(valid));
-    const __m512i wide =
-        sizeof(V{}[0]) == 4 ? _mm512_maskz_cvtepu8_epi32(0xffff, bytes) : _mm512_maskz_cvtepu8_epi64(0xff, bytes);
+    __m512i wide;
+    if constexpr (single)
+        wide = _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(valid)));
+    else
+        wide = _mm512_maskz_cvtepu8_epi64(0xff, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(valid)));
     memcpy(&flags, &wide, sizeof flags);
 #elif defined(__AVX2__)
-    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(valid));
-    const __m256i wide = sizeof(V{}[0]) == 4 ? _mm256_cvtepu8_epi32(bytes) : _mm256_cvtepu8_epi64(bytes);
+    __m256i wide;
+    if constexpr (single) {
+        wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(valid)));
+    } else {
+        int four;
+        memcpy(&four, valid, sizeof four);
+        wide = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+    }
     memcpy(&flags, &wide, sizeof flags);
 #else
-    for (unsigned k = 0; k < sizeof(V) / sizeof(V{}[0]); ++k) flags[k] = valid[k];
+    for (unsigned k = 0; k < sizeof(V) / (single ? sizeof(float) : sizeof(double)); ++k) flags[k] = valid[k];
 #endif
     return flags != 0;
 }
