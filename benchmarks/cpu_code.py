@@ -40,7 +40,7 @@ KERNELS = (
         r"void \S+::objective_sums<false, false, float",
         "most",
     ),
-    ("per token: sums of one objective, Noon", r"void \S+::objective_sums<true, false, float", "most"),
+    ("per token: statistics of one objective, Noon", r"void \S+::objective_sums<true, false, float", "most"),
     ("per token: products of a block of pairs", r"void \S+::add_products<float>", "most"),
     ("weights per token, N=8, regularization > 0", r".*::simplex_sorted<float __vector\(\d+\), 8>", "whole"),
 )
