@@ -125,6 +125,7 @@ class Outputs(NamedTuple):
     advantages: bool  # the combined advantages
     loss: bool
     gradient: bool
+    statistics: bool  # False: a backend may leave them out, and fill `sums` with NaN
     pairs: bool  # the pair statistics too
     normalize: bool  # divide the combined advantages by their root mean square
     normalizer: Number | None  # replaces the denominator of the loss

@@ -170,6 +170,7 @@ def combine_advantages(
         advantages=True,
         loss=False,
         gradient=False,
+        statistics=True,
         pairs=pairs and merged is None,
         normalize=normalize and not merges,
         normalizer=None,

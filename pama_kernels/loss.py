@@ -187,6 +187,7 @@ def pama_loss(
     kl_coef: Number = 0.0,
     cu_seqlens: Tensor | None = None,
     process_group: ProcessGroup | None = None,
+    statistics: bool = True,
 ) -> PamaLossOutput:
     """The clipped surrogate of N objectives, weighted by a rule, with its gradient, in one fused call.
 
@@ -221,6 +222,8 @@ def pama_loss(
         kl_coef: coefficient of the k3 estimate of KL to the reference policy; at least 0.
         cu_seqlens: as in `combine_advantages`.
         process_group: as in `combine_advantages`; the loss keeps its local denominator.
+        statistics: False leaves the statistics out where the weights do not need them. With given weights and
+            advantages per token, this is about twice as fast on a CPU. What is left out is NaN.
 
     `clip_range`, `dual_clip`, `normalizer`, `kl_coef` and a rule's number may be 0-d tensors if they change
     from step to step: torch.compile then keeps one graph.
@@ -268,6 +271,7 @@ def pama_loss(
         advantages=False,
         loss=True,
         gradient=differentiated or _forward_mode(),
+        statistics=bool(statistics) and merged is None,
         pairs=pairs and merged is None,
         normalize=False,
         normalizer=None if normalizer is None else _normalizer(normalizer, logprobs),
@@ -275,11 +279,11 @@ def pama_loss(
     )
     call = _differentiable if outputs.gradient else operators.apply
     result = call(tokens, asked, arguments.Apply(p, given), outputs)
-    statistics = merged or ObjectiveStatistics(result.sums, layout.objectives, pairs)
+    found = merged or ObjectiveStatistics(result.sums, layout.objectives, pairs)
     optimum = result.optimum
     if merged is not None and result.weights.dim() == 1:
         optimum = merged_optimum(merged, solved, result.weights)
-    return PamaLossOutput(result.loss, result.weights, optimum, statistics)
+    return PamaLossOutput(result.loss, result.weights, optimum, found)
 
 
 def _normalizer(normalizer: object, logprobs: Tensor) -> Number:

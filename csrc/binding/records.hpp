@@ -79,9 +79,9 @@ struct RuleNames {
 
 struct OutputNames {
     static constexpr const char* record = "outputs";
-    enum Field { advantages, loss, gradient, pairs, normalize, normalizer, kl_coef, count };
-    static constexpr const char* names[count] = {"advantages", "loss",       "gradient", "pairs",
-                                                 "normalize",  "normalizer", "kl_coef"};
+    enum Field { advantages, loss, gradient, statistics, pairs, normalize, normalizer, kl_coef, count };
+    static constexpr const char* names[count] = {"advantages", "loss",      "gradient",   "statistics",
+                                                 "pairs",      "normalize", "normalizer", "kl_coef"};
 };
 
 struct ResultNames {
@@ -195,6 +195,7 @@ inline Outputs read_outputs(const py::handle& asked, const py::handle& results, 
     const Record<OutputNames> record(asked);
     const Record<ResultNames> into(results);
     Outputs outputs;
+    outputs.statistics = truth(record[OutputNames::statistics]);
     outputs.pairs = truth(record[OutputNames::pairs]);
     outputs.normalizer = number(record[OutputNames::normalizer], kNoNormalizer);
     outputs.kl_coef = number(record[OutputNames::kl_coef]);

@@ -73,15 +73,15 @@ PAMA_HD inline V exponential_series(V r) {
 
 // e^x = 2^k e^r with r = x - k log 2, |r| <= log(2)/2, e^r = 1 + r + r^2 q(r); q by its Taylor series, to
 // half a unit in the last place of the type. `k3` receives e^x - 1 - x, without cancellation where k = 0.
-// Beyond the range of the type it is infinity above and its smallest normal number below.
-template <class V>
+// Beyond the range of the type it is infinity above and its smallest normal number below. Bounded: |x| < 80.
+template <bool Bounded = false, class V>
 PAMA_HD inline V exponential(V given, V& k3) {
     typedef typename LaneOf<V>::type T;
     typedef typename LaneOf<V>::Bits Bits;
     constexpr bool single = sizeof(T) == sizeof(float);
     const V zero = V{}, one = zero + T(1), most = zero + T(single ? 89 : 710), least = zero - T(single ? 87 : 708);
     const T magic = single ? T(12582912) : T(6755399441055744);  // 1.5 * 2^mantissa: rounds to an integer
-    const V x = max_of(min_of(given, most), least);
+    const V x = Bounded ? given : max_of(min_of(given, most), least);
     const V shifted = x * T(1.4426950408889634) + magic, k = shifted - magic;
     const V r =
         (x - k * T(single ? 0.693145752 : 0.6931471803691238)) - k * T(single ? 1.42860677e-6 : 1.9082149292705877e-10);

@@ -56,6 +56,7 @@ constexpr double kNoNormalizer = -INFINITY;
 
 // The results that `apply` computes and the memory that it writes them to; an absent array is not computed.
 struct Outputs {
+    bool statistics = true;
     bool pairs = false;
     double normalizer = kNoNormalizer;  // any other value replaces the denominator of the loss
     double kl_coef = 0;

@@ -147,15 +147,21 @@ PAMA_HD inline void add_row(const double* r, bool noon, V a, Mask here, V (&sums
     sums[kClippedCount] += choose(above, zero + r[kOffPos], noon ? zero : choose(below, zero + r[kOffNeg], zero));
 }
 
+// Whether the sums are finite.
+template <class T>
+PAMA_HD inline bool row_is_finite(const T* sums) {
+    T poison = T(0);
+    PAMA_UNROLL
+    for (int k = kRowCounted; k < kRowStatistics; ++k) poison += T(0) * sums[k];
+    return poison == T(0);
+}
+
 // Whether the sums were computed without overflow or underflow in T: squares in float32 overflow above 1e19 and
 // underflow below 1e-19.
 template <class T>
 PAMA_HD inline bool row_in_range(const T (&sums)[kRowSums]) {
     const T tiny = static_cast<T>(0x1p-80);
-    T poison = T(0);
-    PAMA_UNROLL
-    for (int k = kRowCounted; k < kRowStatistics; ++k) poison += T(0) * sums[k];
-    return poison == T(0) && (sums[kGradPosSquare] >= tiny || sums[kGradPos] == T(0)) &&
+    return row_is_finite(sums) && (sums[kGradPosSquare] >= tiny || sums[kGradPos] == T(0)) &&
            (sums[kGradNegSquare] >= tiny || sums[kGradNeg] == T(0));
 }
 

@@ -46,7 +46,7 @@ PAMA_HD inline TokenFactors<V> token_factors(const ClipIn<T>& clip, Mask valid, 
     const auto outside = (d > limit) | (d < -limit);
     TokenFactors<V> f;
     V k3;
-    f.ratio = exponential(max_of(min_of(d, limit), -limit), k3);
+    f.ratio = exponential<true>(max_of(min_of(d, limit), -limit), k3);
     f.logp = logp;
     f.off_pos = (d > zero + clip.log_high) | outside;
     f.off_neg = (d > zero + clip.log_dual) | (d < zero + clip.log_low) | outside;
@@ -98,7 +98,7 @@ PAMA_HD inline void ref_terms(Mask valid, V ref, V logp, V& kl, V& slope) {
     const V poison = zero * ref;
     const V r = choose(valid, ref - logp, zero), clamped = max_of(min_of(r, limit), -limit);
     V k3;
-    exponential(clamped, k3);
+    exponential<true>(clamped, k3);
     kl = k3 + poison;
     slope = poison - choose((r > limit) | (r < -limit), zero, clamped + k3);
 }

@@ -146,27 +146,4 @@ inline void apply_row(const Pass& pass, int64_t row, Workspace<T>& w, Partial& p
     });
 }
 
-template <class T>
-inline void apply_block(const Pass& pass, int64_t first, int64_t last, Partial& partial, void* scratch) {
-    const Tokens& tokens = pass.tokens;
-    const int n = tokens.n;
-    Workspace<T> w = allocate<T>(tokens, scratch);
-    if (pass.by_rows()) {
-        for (int64_t row = first; row < last; ++row) apply_row(pass, row, w, partial);
-        return;
-    }
-    if (pass.known) load_values(pass.weights, 0, pass.weights.objective, n, false, w.weights);
-    for (int i = 0; i < n; ++i) w.divisor[i] = static_cast<T>(pass.preference[i]);
-    for_each_tile(tokens, pass.omega, first, last, [&](int64_t at, int64_t count, double omega) {
-        load_tile(tokens, at, count, pass.outputs.kl_coef != 0, w.tile, w.arena);
-        if (partial.sums)
-            with_fields(tokens, w, at, [&](const auto& tile) {
-                add_fields(tokens, tile, omega, partial.sums);
-                if (pass.outputs.pairs) add_pairs(tokens, tile, omega, partial.sums);
-            });
-        if (!pass.known) token_weights(pass, w, omega, partial);
-        apply_tile(pass, w, at, omega, pass.known ? w.weights : nullptr, pass.divided ? w.divisor : nullptr, partial);
-    });
-}
-
 PAMA_END

@@ -1,5 +1,7 @@
 // The driver of the CPU backend: statistics of a batch, and the weights, advantages, loss and gradient computed from
 // them.
+#include <algorithm>
+
 #include "../core/statistics.hpp"
 #include "plan.hpp"
 #include "values.hpp"
@@ -70,6 +72,7 @@ struct Applied {
     const int threads, n;
     const bool solved_here;  // one set of weights for the batch, solved by this call
     double* const sums;
+    bool summed = false;  // the statistics are in `sums`
     std::vector<int64_t> counts;
     std::vector<double> omega, rows, c, effective;
 
@@ -89,6 +92,7 @@ struct Applied {
         pass.known = weights_known(rule.kind);
         pass.per_row = pass.known && per_row;
         pass.divided = rule.kind == Kind::solved;
+        pass.statistics = outputs.statistics || solved_here;
         if (tokens.aggregation == Aggregation::seq_mean_token_mean) counts = count_rows(tokens, threads);
         omega = token_weights(tokens, counts);
         pass.omega = omega.empty() ? nullptr : omega.data();
@@ -106,7 +110,7 @@ struct Applied {
         const double optimum = solve(sums, pass.rule, preference.data, n, c.data(), effective.data());
         store_value(pass.outputs.optimum, 0, optimum);
         for (int i = 0; i < n; ++i) store_value(pass.outputs.weights, i, c[static_cast<size_t>(i)]);
-        pass.known = pass.divided = true;
+        pass.known = pass.divided = summed = true;
         pass.statistics = false;
         pass.weights = Array{c.data(), Dtype::f64, 0, 0, 1};
         pass.preference = effective.data();
@@ -124,11 +128,18 @@ struct Applied {
     }
 
     double valid_tokens() {
-        if (!pass.statistics && pass.omega == nullptr) return sums[total_offset(n) + kTokenCount];
+        if (summed && pass.omega == nullptr) return sums[total_offset(n) + kTokenCount];
         if (counts.empty()) counts = count_rows(collapsed(pass.tokens), threads);
         double total = 0;
         for (const int64_t count : counts) total += static_cast<double>(count);
         return total;
+    }
+
+    // The sum of the token weights.
+    double weight_of_tokens() {
+        const double valid = valid_tokens();  // counts the rows
+        if (!pass.omega) return valid;
+        return static_cast<double>(std::count_if(counts.begin(), counts.end(), [](int64_t x) { return x > 0; }));
     }
 
     // Runs work(first, last, partial) over blocks of `units` and writes the results computed from the partial sums.
@@ -149,15 +160,18 @@ struct Applied {
         if (pass.statistics) {
             std::memcpy(sums, merged.data() + own, sizeof(double) * static_cast<size_t>(size - own));
             if (pass.outputs.pairs) complete_pairs(pass.tokens, sums);
+        } else if (!summed) {
+            std::fill(sums, sums + statistics_size(n, pass.outputs.pairs), NAN);
         }
         if (!solved_here && !pass.by_rows()) report(merged.data());
     }
 
     // Reports given weights, or the mean of the weights per token.
     void report(const double* merged) {
-        const double count = sums[total_offset(n) + kTokenCount];
+        const bool without = !pass.statistics && !summed;
+        const double count = without ? weight_of_tokens() : sums[total_offset(n) + kTokenCount];
         double optimum = count > 0 ? merged[1] / count : 0.0;
-        if (pass.known) optimum = 0;
+        if (pass.known) optimum = without ? NAN : 0;
         for (int i = 0; i < n; ++i) {
             double weight = count > 0 ? merged[3 + i] / count : pass.preference[i];
             if (pass.known) {
@@ -207,9 +221,12 @@ struct Applied {
             Partial none{};
             k.row_apply(pass, nullptr, up.data(), down.data(), 0, tokens.rows, none, scratch(bytes));
         }
+        row_pass.keep = gradient && !first_gradient && !tokens.wide && row_pass.gradient.dtype == Dtype::f32 &&
+                        !tokens.importance_weights && row_pass.kl_coef == 0;
         rows = pama::row_sums(tokens, first_gradient ? with_gradient(row_pass) : row_pass, threads);
-        if (pass.statistics) row_statistics(tokens, pass.omega, rows, pass.outputs.pairs, sums, threads);
+        row_statistics(tokens, pass.omega, rows, pass.outputs.pairs, sums, threads);
         pass.statistics = false;
+        summed = true;
         if (solved_here) solve_batch();
         if (!first_gradient) find_scale();
         const bool up_needed = gradient && !first_gradient;
@@ -217,6 +234,7 @@ struct Applied {
             k.row_apply(pass, rows.data(), up_needed ? up.data() : nullptr, up_needed ? down.data() : nullptr, first,
                         last, partial, scratch(bytes));
         });
+        if (row_pass.keep) row_pass.kept = rows.data();
         if (up_needed) row_gradient(tokens, with_gradient(row_pass), threads);
     }
 };

@@ -18,7 +18,7 @@ struct Pass {
     bool divided = false;           // known weights are divided by the preference of the objectives present
     const double* omega = nullptr;  // (rows) token weights; null: 1
     double scale = 0;               // factor of every token's loss
-    bool statistics = true;         // false: the statistics are known already
+    bool statistics = true;         // false: the statistics are known already, or not requested
 
     bool by_rows() const { return known ? per_row : rule.weights_per == WeightsPer::sequence; }
     double token_weight(int64_t row) const { return omega ? omega[row] : 1.0; }
@@ -39,6 +39,10 @@ struct RowPass {
     const double* omega = nullptr;
     double scale = 0, kl_coef = 0;
     Array gradient;
+    // Where the gradient follows in a second pass: the first one (`keep`) leaves there what it has computed of it, in
+    // float32; the second one receives the rows' sums (`kept`).
+    bool keep = false;
+    const double* kept = nullptr;
 };
 
 // Gram matrices (rows, n, n) in float or double, and the arrays that receive the solutions, in the same type.

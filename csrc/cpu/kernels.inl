@@ -1,5 +1,6 @@
 // The kernels of one instruction set; PAMA_ISA names it.
 #include "count.hpp"
+#include "direct.hpp"
 #include "min_norm_rows.hpp"
 #include "row_objectives.hpp"
 

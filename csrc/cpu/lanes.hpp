@@ -143,11 +143,13 @@ inline V solve_lanes(int given, const T* a, const T* present, long stride, int l
     if constexpr (N > 0)
         if (uniform && !present) {
             optimum = simplex_sorted<V, N>(x, rho, keep);
-            V ties = zero;
-            for (int i = 0; i < n; ++i) ties += choose(load<V>(a + i * stride) == nearest, one, zero);
-            const V share = reciprocal(ties);
-            for (int i = 0; i < n; ++i)
-                keep[i] = choose(settled, choose(load<V>(a + i * stride) == nearest, share, zero), keep[i]);
+            if (any(settled)) {
+                V ties = zero;
+                for (int i = 0; i < n; ++i) ties += choose(load<V>(a + i * stride) == nearest, one, zero);
+                const V share = reciprocal(ties);
+                for (int i = 0; i < n; ++i)
+                    keep[i] = choose(settled, choose(load<V>(a + i * stride) == nearest, share, zero), keep[i]);
+            }
         }
     if (N == 0 || !uniform || present) {
         for (int i = 0; i < n; ++i) {
@@ -163,8 +165,9 @@ inline V solve_lanes(int given, const T* a, const T* present, long stride, int l
     }
     optimum = choose(exact, choose(one_sided, nearest, zero), max_of(low, min_of(high, optimum * unit)));
     const auto none = present ? count == zero : count != count;
-    for (int i = 0; i < n; ++i)
-        store(c + i * stride, choose(none, zero + static_cast<T>(preference[i]), keep[i] + poison));
+    if (any(none | (poison != zero)))
+        for (int i = 0; i < n; ++i) keep[i] = choose(none, zero + static_cast<T>(preference[i]), keep[i] + poison);
+    for (int i = 0; i < n; ++i) store(c + i * stride, keep[i]);
     optimum = choose(none, zero, optimum) + poison;
     const V smaller = min_of(-low, high);
     const auto unsure = exact & (low < zero) & (high > zero) & (smaller < largest * narrow<T>());

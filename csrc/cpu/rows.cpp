@@ -4,7 +4,7 @@
 namespace pama {
 namespace {
 
-constexpr int64_t kChunkMultiple = 256;
+constexpr int64_t kChunkMultiple = 512;
 
 // The row that holds a token.
 int64_t row_of(const Tokens& tokens, int64_t token) {

@@ -49,6 +49,28 @@ inline FloatV reciprocal(FloatV x) {
 }
 #endif
 
+#if defined(__AVX512F__) || defined(__AVX2__)
+// One instruction also for a constant, which GCC 12 compares and blends.
+#define PAMA_LESSER(NAME, V, INSIDE, ...)                                                    \
+    template <>                                                                              \
+    inline V NAME(V given, V other) {                                                        \
+        const auto x = reinterpret_cast<INSIDE>(given), y = reinterpret_cast<INSIDE>(other); \
+        return reinterpret_cast<V>(__VA_ARGS__);                                             \
+    }
+#if defined(__AVX512F__)
+PAMA_LESSER(min_of, FloatV, __m512, _mm512_maskz_min_ps(0xffff, x, y))
+PAMA_LESSER(max_of, FloatV, __m512, _mm512_maskz_max_ps(0xffff, x, y))
+PAMA_LESSER(min_of, DoubleV, __m512d, _mm512_maskz_min_pd(0xff, x, y))
+PAMA_LESSER(max_of, DoubleV, __m512d, _mm512_maskz_max_pd(0xff, x, y))
+#else
+PAMA_LESSER(min_of, FloatV, __m256, _mm256_min_ps(x, y))
+PAMA_LESSER(max_of, FloatV, __m256, _mm256_max_ps(x, y))
+PAMA_LESSER(min_of, DoubleV, __m256d, _mm256_min_pd(x, y))
+PAMA_LESSER(max_of, DoubleV, __m256d, _mm256_max_pd(x, y))
+#endif
+#undef PAMA_LESSER
+#endif
+
 // The power of two at or below x > 0 (normal), but one that has a normal reciprocal.
 inline FloatV power_below(FloatV x) {
     typedef int Bits __attribute__((vector_size(PAMA_VECTOR_BYTES)));

@@ -30,6 +30,20 @@ inline void objective_sums(const Tile<T>& tile, const T* a, const T* present, T*
     totals<kFields - 1>(s + 1, sums + 1);
 }
 
+// Computes the bound terms I in `tile.bound`.
+template <class T, class V = typename Lanes<T>::V>
+inline void bound_terms(const Tokens& tokens, const Tile<T>& tile) {
+    const V zero{};
+    for (int64_t i = 0; i < tokens.n; ++i)
+        for (int64_t t = 0, at = i * kTileTokens; t < tile.padded; t += Lanes<T>::count, at += Lanes<T>::count) {
+            V surrogate, bound;
+            surrogate_terms(tokens.noon, load<V>(tile.advantages + at), zero, zero, load<V>(tile.grad_pos + t),
+                            tokens.noon ? zero : load<V>(tile.grad_neg + t), surrogate, bound);
+            if (tile.present) bound = load<V>(tile.present + at) != zero ? bound : zero;
+            store(tile.bound + at, bound);
+        }
+}
+
 // two_totals: the sums of x and of y over the tokens of a tile. dot: the sum of their product.
 template <class T, class V = typename Lanes<T>::V>
 inline void two_totals(const T* x, const T* y, int64_t padded, T* sums) {
@@ -102,29 +116,56 @@ inline void add_fields(const Tokens& tokens, const Tile<T>& tile, double omega, 
     for (int64_t k = 0; k < statistics_size(tokens.n, false); ++k) sums[k] += omega * tile.fields[k];
 }
 
+// The sums of x_i y_j over the tile for kPairRows rows x and kPairColumns rows y, with all of them in registers.
+constexpr int64_t kPairRows = 4, kPairColumns = PAMA_VECTOR_BYTES == 64 ? 4 : 2;
+template <class T, class V = typename Lanes<T>::V>
+inline void product_block(const T* const* x, const T* const* y, int64_t padded, T* sums) {
+    V s[kPairRows * kPairColumns] = {};
+    for (int64_t t = 0; t < padded; t += Lanes<T>::count)
+        for (int64_t i = 0; i < kPairRows; ++i)
+            for (int64_t j = 0; j < kPairColumns; ++j) s[i * kPairColumns + j] += load<V>(x[i] + t) * load<V>(y[j] + t);
+    totals<kPairRows * kPairColumns>(s, sums);
+}
+
+// block (n, n) += omega sum_t x_i y_j; of a symmetric sum, the lower triangle is copied from the upper one.
+template <class T>
+inline void add_products(int64_t n, int64_t padded, double omega, const T* x, const T* y, double* block) {
+    const bool symmetric = x == y;
+    const auto row = [n](const T* rows, int64_t i) { return rows + (i < n ? i : n - 1) * kTileTokens; };
+    for (int64_t i = 0; i < n; i += kPairRows)
+        for (int64_t j = symmetric ? i : 0; j < n; j += kPairColumns) {
+            const T *left[kPairRows], *right[kPairColumns];
+            T sums[kPairRows * kPairColumns];
+            for (int64_t k = 0; k < kPairRows; ++k) left[k] = row(x, i + k);
+            for (int64_t k = 0; k < kPairColumns; ++k) right[k] = row(y, j + k);
+            product_block(left, right, padded, sums);
+            for (int64_t k = 0; k < kPairRows * kPairColumns; ++k) {
+                const int64_t to = i + k / kPairColumns, from = j + k % kPairColumns;
+                if (to >= n || from >= n || (symmetric && from < to)) continue;
+                const double value = omega * static_cast<double>(sums[k]);
+                block[to * n + from] += value;
+                if (symmetric && from > to) block[from * n + to] += value;
+            }
+        }
+}
+
 // Adds the pair statistics of the tile to `sums`.
 template <class T>
 inline void add_pairs(const Tokens& tokens, const Tile<T>& tile, double omega, double* sums) {
     const int64_t n = tokens.n, padded = tile.padded;
-    const auto add = [&](int pair, const T* x, const T* y, bool symmetric) {
-        double* block = sums + pair_offset(n, pair);
-        for (int64_t i = 0; i < n; ++i)
-            for (int64_t j = symmetric ? i : 0; j < n; ++j) {
-                const double value = omega * dot(x + i * kTileTokens, y + j * kTileTokens, padded);
-                block[i * n + j] += value;
-                if (symmetric && j > i) block[j * n + i] += value;
-            }
+    const auto add = [&](int pair, const T* x, const T* y) {
+        add_products(n, padded, omega, x, y, sums + pair_offset(n, pair));
     };
-    add(kBoundProduct, tile.bound, tile.bound, true);
-    add(kAdvantageProduct, tile.advantages, tile.advantages, true);
+    add(kBoundProduct, tile.bound, tile.bound);
+    add(kAdvantageProduct, tile.advantages, tile.advantages);
     if (!tile.present) return;  // the driver computes the other pair statistics from the fields
-    add(kPairCount, tile.present, tile.present, true);
-    add(kPairAdvantage, tile.advantages, tile.present, false);
+    add(kPairCount, tile.present, tile.present);
+    add(kPairAdvantage, tile.advantages, tile.present);
     for (int64_t i = 0; i < n; ++i) {
         T *PAMA_RESTRICT square = tile.squares + i * kTileTokens, *PAMA_RESTRICT a = tile.advantages + i * kTileTokens;
         for (int64_t t = 0; t < padded; ++t) square[t] = a[t] * a[t];
     }
-    add(kPairAdvantageSquare, tile.squares, tile.present, false);
+    add(kPairAdvantageSquare, tile.squares, tile.present);
 }
 
 PAMA_END

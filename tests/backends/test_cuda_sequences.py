@@ -53,7 +53,7 @@ def _tokens(problem: Any, **settings: Any) -> Tokens:
 
 
 def _outputs(advantages: bool, **asked: Any) -> Outputs:
-    given = {"loss": False, "gradient": False, "pairs": True, "normalize": False}
+    given = {"loss": False, "gradient": False, "statistics": True, "pairs": True, "normalize": False}
     return Outputs(advantages, **given | asked, normalizer=None, kl_coef=0.0)
 
 

@@ -1,0 +1,153 @@
+// Loss and gradient under known weights of the batch, where the objectives of a token are adjacent in memory: from the
+// inputs to the gradient in registers.
+#pragma once
+
+#include "apply.hpp"
+#include "rows.hpp"
+
+PAMA_BEGIN
+
+// Whether `direct_pass` computes everything that the pass asks for.
+inline bool is_direct(const Pass& pass, const Partial& partial) {
+    const Tokens& tokens = pass.tokens;
+    const Outputs& outputs = pass.outputs;
+    const int n = tokens.n;
+    const bool plain = !tokens.objective_mask && !tokens.importance_weights && outputs.kl_coef == 0;
+    return plain && pass.known && !pass.by_rows() && !partial.sums && outputs.loss && !outputs.advantages &&
+           !tokens.wide && tokens.advantages.objective == 1 && tokens.advantages.token == n &&
+           (n == 1 || n == 2 || n == 4 || n == 8 || n % 16 == 0);
+}
+
+// One chunk. a (padded, n): advantages; c (n): weights. Adds the loss without its factor `by` to `gain`. Returns false
+// if a value is not finite: the pass over a tile must then compute the chunk.
+template <bool Noon, int N, class V = FloatV>
+inline bool direct_chunk(const Chunk<float>& in, const ClipIn<float>& clip, int64_t given, const float* a,
+                         const float* c, float by, double& gain, float* gradient) {
+    constexpr int64_t width = Lanes<float>::count, ahead = 1024;  // floats
+    const int64_t n = N < 16 ? N : given;
+    const float limit = static_cast<float>(kMaxLogRatio);
+    const V zero{}, high = zero + clip.high, low = zero + clip.low, dual = zero + clip.dual, most = zero + limit,
+                    log_high = zero + clip.log_high, log_low = zero + clip.log_low, log_dual = zero + clip.log_dual;
+    V s[2] = {};
+    for (int64_t t = 0; t < in.padded; t += width) {
+        const auto valid = valid_lanes<V>(in.valid + t);
+        const V d = choose(valid, load<V>(in.logp + t) - load<V>(in.old + t), zero);
+        const V clamped = max_of(min_of(d, most), -most);
+        V k3, up{}, down{}, poison{};
+        const V u = exponential<true>(clamped, k3);
+        for (int64_t block = 0; block < n; block += N) {
+            V v[N];
+            for (int64_t k = 0; k < N * width; k += width) {
+                const float* from = a + (t + k / N) * n + block + k % N;
+                ask(from + ahead);
+                v[k / width] = load<V>(from);
+            }
+            deinterleave<N>(v);
+            for (int i = 0; i < N; ++i) {
+                const V weight = zero + c[block + i], positive = v[i] < 0 ? zero : v[i];
+                up += weight * positive;
+                if constexpr (Noon)
+                    poison += zero * v[i];
+                else
+                    down += weight * (v[i] - positive);
+            }
+        }
+        up = valid ? up : zero;
+        down = valid ? down : zero;
+        const auto inside = valid & (clamped == d);
+        V slope = inside & (d <= log_high) ? up : zero;
+        s[0] += up * min_of(u, high);
+        if constexpr (!Noon) {
+            s[0] += down * max_of(min_of(u, dual), low);
+            slope = inside & (d >= log_low) & (d <= log_dual) ? slope + down : slope;
+        }
+        s[1] += zero * d + (valid ? poison : zero);
+        store(gradient + t, slope * u * -by);
+    }
+    float sums[2];
+    totals<2>(s, sums);
+    gain += static_cast<double>(sums[0]);
+    return 0 * sums[0] + sums[1] == 0;
+}
+
+template <bool Noon>
+inline auto direct_chunk_of(int n) {
+    switch (n) {
+        case 1:
+            return direct_chunk<Noon, 1>;
+        case 2:
+            return direct_chunk<Noon, 2>;
+        case 4:
+            return direct_chunk<Noon, 4>;
+        case 8:
+            return direct_chunk<Noon, 8>;
+        default:
+            return direct_chunk<Noon, 16>;
+    }
+}
+
+// The chunk's advantages as float, padded by zeros: a pointer to the tensor's memory if that suffices, else `buffer`.
+inline const float* direct_advantages(const Tokens& tokens, int64_t row, int64_t t, const Chunk<float>& chunk,
+                                      float* buffer) {
+    const Array& array = tokens.advantages;
+    const int64_t offset = row * array.row + t * array.token, n = tokens.n;
+    if (array.dtype == Dtype::f32 && chunk.count == chunk.padded) return static_cast<const float*>(array.data) + offset;
+    load_values(array, offset, 1, chunk.count * n, false, buffer);
+    memset(buffer + chunk.count * n, 0, sizeof(float) * static_cast<size_t>((chunk.padded - chunk.count) * n));
+    return buffer;
+}
+
+inline void direct_pass(const Pass& pass, int64_t first, int64_t last, Workspace<float>& w, Partial& partial) {
+    const Tokens& tokens = pass.tokens;
+    const Array& to = pass.outputs.gradient;
+    const ClipIn<float> clip(tokens.clip);
+    const auto run = tokens.noon ? direct_chunk_of<true>(tokens.n) : direct_chunk_of<false>(tokens.n);
+    const int64_t step = tile_tokens(tokens.n);
+    ChunkBuffers<float> buffers;
+    for_each_segment(tokens, first, last - first, [&](int64_t row, int64_t t, int64_t at, int64_t piece) {
+        const double omega = pass.token_weight(row), by = pass.scale * omega;
+        for (int64_t done = 0; done < piece; done += step) {
+            const int64_t count = piece - done < step ? piece - done : step, place = first + at + done;
+            const Chunk<float> chunk = load_chunk(tokens, false, row, t + done, count, buffers);
+            const bool in_place = to && to.dtype == Dtype::f32 && count == chunk.padded;
+            float* const gradient = in_place ? static_cast<float*>(to.data) + place : buffers.gradient;
+            const float* a = direct_advantages(tokens, row, t + done, chunk, w.tile.bound);
+            double gain = 0;
+            if (!run(chunk, clip, tokens.n, a, w.weights, static_cast<float>(by), gain, gradient)) {
+                load_tile(tokens, place, count, false, w.tile, w.arena);
+                apply_tile(pass, w, place, omega, w.weights, static_cast<const float*>(nullptr), partial);
+                continue;
+            }
+            partial.loss -= by * gain;
+            if (to && !in_place) store_values(to, place, count, gradient);
+        }
+    });
+}
+inline void direct_pass(const Pass&, int64_t, int64_t, Workspace<double>&, Partial&) {}
+
+template <class T>
+inline void apply_block(const Pass& pass, int64_t first, int64_t last, Partial& partial, void* scratch) {
+    const Tokens& tokens = pass.tokens;
+    const int n = tokens.n;
+    Workspace<T> w = allocate<T>(tokens, scratch);
+    if (pass.by_rows()) {
+        for (int64_t row = first; row < last; ++row) apply_row(pass, row, w, partial);
+        return;
+    }
+    if (pass.known) load_values(pass.weights, 0, pass.weights.objective, n, false, w.weights);
+    if (is_direct(pass, partial)) return direct_pass(pass, first, last, w, partial);
+    for (int i = 0; i < n; ++i) w.divisor[i] = static_cast<T>(pass.preference[i]);
+    for_each_tile(tokens, pass.omega, first, last, [&](int64_t at, int64_t count, double omega) {
+        load_tile(tokens, at, count, pass.outputs.kl_coef != 0, w.tile, w.arena);
+        if (partial.sums)
+            with_fields(tokens, w, at, [&](const auto& tile) {
+                add_fields(tokens, tile, omega, partial.sums);
+                if (pass.outputs.pairs) add_pairs(tokens, tile, omega, partial.sums);
+            });
+        if (!partial.sums && pass.rule.kind == Kind::scores) bound_terms(tokens, w.tile);
+        if (!pass.known) token_weights(pass, w, omega, partial);
+        apply_tile(pass, w, at, omega, pass.known ? w.weights : nullptr, pass.divided ? w.divisor : nullptr, partial);
+    });
+}
+
+PAMA_END

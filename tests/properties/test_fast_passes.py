@@ -1,0 +1,117 @@
+"""The passes of the CPU backend that leave something out give the results of those that do not."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pama_kernels as pk
+from pama_kernels import reference
+
+INF, NAN = math.inf, math.nan
+ROWS, WIDTH = 5, 611  # a last chunk that fills no vector
+RULES: dict[str, Any] = {
+    "default": pk.Pama(),
+    "UPGrad": pk.UPGrad(),
+    "token": pk.Pama.paper("token"),
+    "token, regularized": pk.Pama("token"),
+    "sequence": pk.Pama("sequence"),
+    "softmin": pk.SoftMin(),
+}
+
+
+def _problem(n: int, per_sequence: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(n)
+    old = torch.randn(ROWS, WIDTH, generator=g) - 2
+    logprobs = old + 0.3 * torch.randn(ROWS, WIDTH, generator=g)
+    logprobs[:, :12] += torch.linspace(-30, 30, 12)  # some beyond the clamp of the log ratio
+    mask = torch.rand(ROWS, WIDTH, generator=g) < 0.8
+    logprobs[~mask] = NAN
+    shape = (ROWS, n) if per_sequence else (ROWS, WIDTH, n)
+    advantages = torch.randn(shape, generator=g)
+    return logprobs.to(dtype), old.to(dtype), advantages.to(dtype), mask
+
+
+def _loss(function: Any, logprobs: Tensor, *rest: Tensor, **settings: Any) -> tuple[Any, Tensor]:
+    leaf = logprobs.detach().requires_grad_()
+    output = function(leaf, *rest, **settings)
+    output.loss.backward()
+    assert leaf.grad is not None
+    return output, leaf.grad
+
+
+@pytest.mark.parametrize("per_sequence", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [3, 8])
+def test_the_loss_without_statistics_is_that_with_them(
+    n: int, dtype: torch.dtype, per_sequence: bool
+) -> None:
+    problem = _problem(n, per_sequence, dtype)
+    cases: dict[str, dict[str, Any]] = {name: {"rule": rule} for name, rule in RULES.items()}
+    cases["given"] = {"weights": torch.arange(1.0, n + 1) / n}
+    cases["given per sequence"] = {"weights": torch.rand(ROWS, n, generator=torch.Generator().manual_seed(0))}
+    for name, case in cases.items():
+        given = name.startswith("given")
+        for aggregation in ("token-mean", "seq-mean-token-mean") if given else ("token-mean",):
+            settings = {**case, "aggregation": aggregation, "clip_range": (0.2, 0.3), "dual_clip": 3.0}
+            whole, gradient = _loss(pk.pama_loss, *problem, **settings)
+            less, same = _loss(pk.pama_loss, *problem, **settings, statistics=False)
+            # one rounding of the gradient, or eight float32 operations in another order
+            error = 8 * torch.finfo(torch.float32).eps + (0 if dtype == torch.float32 else 2.0**-8)
+            assert torch.allclose(less.loss, whole.loss, rtol=1e-5, atol=1e-6), name
+            assert torch.allclose(same, gradient, rtol=error, atol=1e-9), name
+            assert torch.allclose(less.weights, whole.weights, rtol=1e-5, atol=1e-6), name
+            if not given:
+                continue
+            exact, wanted = _loss(reference.pama_loss, *problem, **settings)
+            assert torch.allclose(less.loss.double(), exact.loss.double(), rtol=1e-4, atol=1e-5), name
+            assert torch.allclose(same.double(), wanted.double(), rtol=2 * error + 1e-5, atol=1e-7), name
+            if name == "given" and not per_sequence:
+                assert less.optimum.isnan(), name
+                assert less.statistics.buffer.isnan().all(), name
+
+
+@pytest.mark.parametrize("noon", [True, False])
+@pytest.mark.parametrize("place", ["logprobs", "old", "advantages"])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_a_value_that_is_not_finite_spoils_no_other_row(value: float, place: str, noon: bool) -> None:
+    """Such a chunk is computed by the general pass: the gradient is NaN where the reference has NaN, and else
+    that of the same weights without the value."""
+    for per_sequence in (True, False):
+        logprobs, old, advantages, mask = _problem(4, per_sequence, torch.float32)
+        mask[2, 40] = True
+        logprobs[2, 40] = old[2, 40]
+        clean = logprobs, old, advantages, mask
+        spoiled = [x.clone() for x in clean]
+        by_row = per_sequence and place == "advantages"
+        spoiled[("logprobs", "old", "advantages").index(place)][2, 0 if by_row else 40] = value
+        for weights in (torch.full((4,), 0.25), torch.full((ROWS, 4), 0.25)):
+            settings = {"weights": weights, "rule": pk.Pama(bound="scores", noon=noon), "statistics": False}
+            _, gradient = _loss(pk.pama_loss, *spoiled, **settings)
+            _, expected = _loss(pk.pama_loss, *clean, **settings)
+            other = [row for row in range(ROWS) if row != 2]  # in its chunk rounded in another order
+            assert torch.allclose(
+                gradient[other], expected[other], rtol=8 * torch.finfo(torch.float32).eps, atol=0
+            )
+            nan = gradient[2].isnan()
+            assert nan[40]
+            assert nan[mask[2]].all() if by_row else nan.sum() == 1
+
+
+def test_one_row_that_is_not_finite_leaves_the_gradient_of_the_others_with_solved_weights() -> None:
+    """The second pass takes the ratios that the first one has kept, except for such rows."""
+    logprobs, old, advantages, mask = _problem(3, True, torch.float32)
+    rule = pk.Pama("sequence")
+    spoiled = logprobs.clone()
+    mask[1, 7], spoiled[1, 7] = True, NAN
+    _, gradient = _loss(pk.pama_loss, spoiled, old, advantages, mask, rule=rule, normalizer=float(mask.sum()))
+    _, expected = _loss(
+        pk.pama_loss, logprobs, old, advantages, mask, rule=rule, normalizer=float(mask.sum())
+    )
+    other = [0, 2, 3, 4]
+    assert torch.equal(gradient[other], expected[other])
+    assert gradient[1][mask[1]].isnan().all()
