@@ -64,9 +64,10 @@ def combine(session: Session, n: int, dtype: torch.dtype, shape: tuple[int, int]
     def ours(x: tuple[Tensor, Tensor]) -> Tensor:
         return pk.combine_advantages(*x).advantages
 
-    def check(c: Contestant) -> float:
-        exact = pk.reference.combine_advantages(advantages, mask).advantages
-        return float((c.call(c.inputs[0]).double() - exact).abs().max())
+    def check(c: Contestant) -> float:  # of the first rows: the reference has every objective at every token
+        some = slice(max(4 * losses.CHECKED // (n * width), 1))
+        exact = pk.reference.combine_advantages(advantages[some], mask[some]).advantages
+        return float((c.call((advantages[some], mask[some])).double() - exact).abs().max())
 
     pool = [(advantages.clone(), mask.clone()) for _ in range(copies(size))]
     tolerance = losses.TOLERANCE[torch.float32]
