@@ -1,7 +1,8 @@
-"""python -m benchmarks [PART ...] [--quick] [--out DIR] | --docs
+"""python -m benchmarks [PART ...] [--quick] [--resume] [--out DIR] | --docs
 
-Every part times our call beside its peers in one process, in interleaved rounds, after it has
-checked that they agree, and writes PART.csv and PART.png. --docs writes the tables of the
+Every part times our call beside its peers in one process, in interleaved rounds, after it has checked
+that they agree, and writes PART.csv and PART.png. A peer that fails or disagrees gets no time; the rest
+runs, and the command ends with the failures and exit status 1. --docs writes the tables of the
 documentation instead, from the results that are part of the repository:
 `python -m benchmarks --out benchmarks/results` makes those.
 """
@@ -13,6 +14,7 @@ import importlib
 import os
 import shlex
 from pathlib import Path
+from time import perf_counter
 
 # One thread each: what NumPy and SciPy load reads these once, before the first import.
 for _name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -20,7 +22,7 @@ for _name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 # To add a part, write a module with `run(session)` and name it here, with the seconds that ours and one peer
 # have together for one case; all parts together stay within ten minutes.
-PARTS = {"solvers": 0.5, "tokens": 0.35, "headline": 1.0, "step": 3.0}
+PARTS = {"sequence": 0.5, "tokens": 0.4, "solvers": 0.25, "headline": 0.6, "step": 2.0}
 QUICK_SECONDS = 0.1
 
 HERE = Path(__file__).resolve().parent
@@ -35,7 +37,10 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds: to see that it works")
     parser.add_argument(
-        "--out", type=Path, default=LOCAL, metavar="DIR", help="for results (benchmarks/local)"
+        "--out", type=Path, metavar="DIR", help="of results (benchmarks/local; for --docs benchmarks/results)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out parts whose CSV is of this commit and command"
     )
     parser.add_argument("--docs", action="store_true", help="write the documentation's tables")
     arguments = parser.parse_args()
@@ -46,10 +51,7 @@ def main() -> None:
     if arguments.docs:
         from . import report
 
-        try:
-            report.fill(RESULTS)
-        except FileNotFoundError as error:
-            parser.error(f"{error.filename} is missing: python -m benchmarks --out benchmarks/results")
+        report.fill(arguments.out or RESULTS)
         return
 
     import torch
@@ -57,15 +59,27 @@ def main() -> None:
     from .harness import Session
 
     torch.set_num_threads(1)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    out = arguments.out or LOCAL
+    out.mkdir(parents=True, exist_ok=True)
+    failures = []
     for part in arguments.parts or PARTS:
         command = ["python", "-m", "benchmarks", part] + ["--quick"] * arguments.quick
         seconds = QUICK_SECONDS if arguments.quick else PARTS[part]
-        session = Session(part, arguments.out, arguments.quick, shlex.join(command), seconds)
+        session = Session(part, out, arguments.quick, shlex.join(command), seconds)
+        if arguments.resume and session.measured():
+            print(f"{session.csv} is there")
+            continue
+        start = perf_counter()
         try:
             importlib.import_module(f"{__package__}.{part}").run(session)
-        except ImportError as error:
-            print(f"{part}: missing: {error}")
+        except Exception as error:  # a package that is not there, a plot without points: the other parts run
+            session.failures.append(f"{part}: {type(error).__name__}: {error}")
+        print(f"{part}: {perf_counter() - start:.0f} s", flush=True)
+        failures += session.failures
+    for failure in failures:
+        print(f"failed: {failure}")
+    if failures:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from .harness import read
+from .harness import provenance_of, read
 
 WEIGHTS, COMBINE = "statistics and weights", "combine_advantages"
 PER_SEQUENCE, PER_TOKEN = "pama_loss, advantages per sequence", "pama_loss per batch"
@@ -68,7 +67,7 @@ def gpu(results: Path) -> str:
         waits = [found("compilation waited for", "", f"{name}: {b}") for b in ("cuda", "triton")]
         cells = [f"{float(r['microseconds']) * 1e-6:.3f} s" for r in waits]
         lines.append(f"| compilation waited for, lengths changing: {name} | {' | '.join(cells)} | | {goal} |")
-    head = dict(re.findall(r"^# ([\w ]+): (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE))
+    head = provenance_of(path)
     about = f"`{head['command']}`, {head['date']}, commit {head['commit']}: {head['note 1']}."
     ceiling = f"A copy of device memory moves {bandwidth:,.0f} GB/s."
     return "\n".join([about, ceiling, "", *lines])

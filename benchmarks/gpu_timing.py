@@ -24,6 +24,7 @@ from torch import Tensor
 from pama_kernels.backends import registry
 
 from .harness import Row, Session
+from .timing import summary
 
 CACHE_BYTES = 200e6  # more than the second-level cache of any GPU here
 ROUNDS = 9
@@ -168,12 +169,6 @@ def chosen(backend: str | None) -> Any:
         else:
             os.environ["PAMA_BACKEND"] = before
         registry.find.cache_clear()
-
-
-def summary(times: Sequence[float]) -> tuple[float, float]:
-    """Median and relative interquartile range."""
-    low, middle, high = statistics.quantiles(times, n=4)
-    return middle, (high - low) / middle
 
 
 def available(device: torch.device) -> list[str]:

@@ -1,61 +1,30 @@
-"""Interleaved timing of one piece of work by several contestants, ours first, and the records of it."""
+"""The record of one part: ours beside its peers, checked, timed, printed and written to a CSV."""
 
 from __future__ import annotations
 
 import csv
-import ctypes
 import datetime
-import gc
 import importlib.metadata
-import itertools
 import os
+import re
 import statistics
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from time import perf_counter_ns
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from pama_kernels.tools import info
 
-SLICE = 2e-3  # seconds of one contestant's turn
-SLOW_SLICE = 0.1  # the same where up to 20 calls take longer
+from .timing import Contestant, Missing, interleaved, peak_memory, summary
+
 PACKAGES = (
     *("torch", "numpy", "daqp", "quadprog", "piqp", "proxsuite", "qpsolvers", "torchjd", "cvxpy"),
-    *("transformers", "trl", "verl"),
+    *("transformers", "trl", "verl", "liger-kernel"),
 )
-ROUNDS = 11  # at least, unless single calls take longer than a share of the time: then LEAST_ROUNDS
-LEAST_ROUNDS = 3
-
-
-@dataclass
-class Contestant:
-    """`call` does the work on one of `inputs` (the pool, in the form that this contestant takes).
-
-    `check` gives how far its results on the pool are from ours; above `tolerance` the benchmark stops, unless
-    the contestant is known to be inexact (`tolerance` None): its distance is reported.
-    """
-
-    name: str
-    call: Callable[[Any], Any]
-    inputs: Sequence[Any]
-    check: Callable[[Contestant], float] | None = None
-    tolerance: float | None = None
-    note: str = ""
-    threads: int = 1
-    moved: float | None = None  # bytes that one call has to read and write
-
-
-@dataclass
-class Missing:
-    """A contestant that is not there, and why."""
-
-    name: str
-    reason: str
 
 
 @dataclass
@@ -76,6 +45,10 @@ class Row:
     input_megabytes: float | None = None  # of one call
 
 
+class Disagreement(RuntimeError):
+    """Results that should be equal are not."""
+
+
 @dataclass
 class Session:
     """One part: its rows, printed as they come, and its CSV."""
@@ -87,10 +60,18 @@ class Session:
     seconds: float  # for ours and one peer together
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
-    def works(self, cases: Iterable[Any], total: int) -> Iterator[Any]:
-        """The cases, with a progress bar."""
-        return iter(tqdm(cases, total=total, desc=self.part, unit="case", disable=None))
+    def each(self, works: Sequence[Callable[[], None]]) -> None:
+        """Runs all of them with a progress bar, whichever fail, and writes the CSV."""
+        for work in tqdm(works, desc=self.part, unit="case", disable=None):
+            try:
+                work()
+            except Exception:  # noqa: PERF203 any: the others run
+                lines = traceback.format_exc()
+                self.failures.append(f"{self.part}: {lines.strip().splitlines()[-1]}")
+                tqdm.write(lines)
+        self.write()
 
     def measure(
         self,
@@ -105,8 +86,8 @@ class Session:
         """Checks that the contestants agree, times them, and keeps and prints their rows.
 
         Ours takes turns with one peer at a time: some slow down what runs after them in the same process.
-        Our own row is from the first pair. With `input_bytes`, those of one call, peak memory
-        is measured too.
+        Our own row is from the first pair. A peer that fails or disagrees has a row without a time, and is a
+        failure of the session. With `input_bytes`, those of one call, peak memory is measured too.
         """
         ours, *others = contestants
         assert isinstance(ours, Contestant)
@@ -114,7 +95,7 @@ class Session:
         rows: list[Row] = []
 
         def row(c: Contestant, times: list[float], ratio: float, difference: float | None) -> Row:
-            middle, spread = _summary(times)
+            middle, spread = summary(times)
             speed = None if c.moved is None else c.moved / middle * 1e-3
             peak = None if input_bytes is None else peak_memory(c)
             return Row(
@@ -122,18 +103,27 @@ class Session:
                 *(None if x is None else x * 1e-6 for x in (peak, input_bytes)),
             )
 
-        own_difference = _agreement(ours, where)
+        own_difference = _agreement(ours)
+        own: list[float] = []
         for c in others:
+            if isinstance(c, Contestant):
+                try:
+                    difference = _agreement(c)
+                    mine, theirs = interleaved((ours, c), self.seconds)
+                except Exception as error:  # each peer has its own
+                    reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
+                    self.failures.append(f"{where}: {c.name}: {reason}")
+                    c = Missing(c.name, reason)
             if isinstance(c, Missing):
                 reason = f"missing: {c.reason}"
                 rows.append(Row(work, case, n, c.name, 1, None, None, None, None, reason, size))
                 continue
-            difference = _agreement(c, where)
-            own, theirs = interleaved((ours, c), self.seconds)
-            if not any(r.contestant == ours.name for r in rows):
-                rows.insert(0, row(ours, own, 1.0, own_difference))
-            ratio = statistics.median(t / o for t, o in zip(theirs, own, strict=True))
+            own = own or mine
+            ratio = statistics.median(t / o for t, o in zip(theirs, mine, strict=True))
             rows.append(row(c, theirs, ratio, difference))
+        if not own:
+            (own,) = interleaved((ours,), self.seconds)
+        rows.insert(0, row(ours, own, 1.0, own_difference))
         self.add(rows)
         return rows
 
@@ -160,6 +150,13 @@ class Session:
     @property
     def csv(self) -> Path:
         return self.out / f"{self.part}.csv"
+
+    def measured(self) -> bool:
+        """Whether the CSV there is of this command and of this commit, without changes."""
+        if not self.csv.exists():
+            return False
+        head = provenance_of(self.csv)
+        return (head["command"], head["commit"]) == (self.command, _commit()) and " " not in _commit()
 
     def write(self) -> None:
         with self.csv.open("w", newline="", encoding="utf-8") as file:
@@ -198,6 +195,11 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(line for line in file if not line.startswith("#")))
 
 
+def provenance_of(path: Path) -> dict[str, str]:
+    """The head of a CSV."""
+    return dict(re.findall(r"^# ([\w ]+): (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE))
+
+
 def _extra(row: Row) -> str:
     speed, peak = row.gigabytes_per_second, row.peak_megabytes
     return f"  {speed or 0:.1f} GB/s" * (speed is not None) + f"  +{peak or 0:.0f} MB" * (peak is not None)
@@ -232,110 +234,10 @@ def _commit() -> str:
     return head + (" with changes" if changed else "")
 
 
-def _agreement(c: Contestant, where: str) -> float | None:
+def _agreement(c: Contestant) -> float | None:
     if c.check is None:
         return None
     difference = c.check(c)
     if c.tolerance is not None and not difference <= c.tolerance:
-        raise RuntimeError(
-            f"{where}: {c.name} differs from ours by {difference:.2e}, more than {c.tolerance:g}"
-        )
+        raise Disagreement(f"{c.name} differs by {difference:.2e}, more than {c.tolerance:g}")
     return difference
-
-
-def _summary(times: list[float]) -> tuple[float, float]:
-    """Median and relative interquartile range."""
-    low, middle, high = statistics.quantiles(times, n=4)
-    return middle, (high - low) / middle
-
-
-def interleaved(contestants: Sequence[Contestant], seconds: float) -> list[list[float]]:
-    """Microseconds per call of each contestant, one figure for each round, for about that long.
-
-    In each round everyone has one slice of `SLICE` seconds, or of up to 20 calls where these take longer:
-    short and many, so that the median passes over slices in which another process had the core. Each comes
-    after a tenth of it untimed, since the others have left their data in the caches. The order turns from
-    round to round, and slices go on through the pool where the last one stopped.
-    """
-    slices: list[Iterator[Sequence[Any]]] = []
-    round_seconds = 0.0
-    turn = min(SLOW_SLICE, seconds / (ROUNDS * len(contestants)))
-    for c in contestants:
-        with _threads(c.threads):
-            start, calls = perf_counter_ns(), 0
-            while calls < min(20, len(c.inputs)) and perf_counter_ns() - start < 1e8:
-                c.call(c.inputs[calls])
-                calls += 1
-            once = max((perf_counter_ns() - start) * 1e-9 / calls, 1e-7)
-        count = max(int(min(SLICE, turn) / once), min(20, int(turn / once)), 1)
-        round_seconds += count * once
-        slices.append(_slices(c.inputs, count))
-    times: list[list[float]] = [[] for _ in contestants]
-    rounds = max(LEAST_ROUNDS, int(seconds / round_seconds))
-    enabled = gc.isenabled()
-    gc.disable()
-    end = perf_counter_ns() + 2e9 * seconds  # where the estimate was wrong
-    try:
-        for number in range(rounds):
-            if number >= LEAST_ROUNDS and perf_counter_ns() > end:
-                break
-            for k in range(len(contestants)):
-                i = (k + number) % len(contestants)
-                c, inputs = contestants[i], next(slices[i])
-                call = c.call
-                with _threads(c.threads):
-                    for x in inputs[: len(inputs) // 10]:
-                        call(x)
-                    start = perf_counter_ns()
-                    for x in inputs:
-                        call(x)
-                    times[i].append((perf_counter_ns() - start) * 1e-3 / len(inputs))
-            gc.collect(0)
-    finally:
-        if enabled:
-            gc.enable()
-    return times
-
-
-def _slices(pool: Sequence[Any], count: int) -> Iterator[Sequence[Any]]:
-    endless = itertools.cycle(pool)
-    while True:
-        yield list(itertools.islice(endless, count))
-
-
-class _threads:
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __enter__(self) -> None:
-        self.before = torch.get_num_threads()
-        if self.count != self.before:
-            torch.set_num_threads(self.count)
-
-    def __exit__(self, *_: object) -> None:
-        if self.count != self.before:
-            torch.set_num_threads(self.before)
-
-
-def peak_memory(c: Contestant) -> float | None:
-    """Bytes resident at the peak of one call beyond those before it, its result included; None off Linux."""
-    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-
-    def resident(key: str) -> int:
-        line = next(line for line in status.read_text().splitlines() if line.startswith(key))
-        return int(line.split()[1]) * 1024
-
-    try:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what is free, but kept, would hide what the call takes
-        reset.write_text("5")
-        before = resident("VmRSS:")
-        with _threads(c.threads):
-            c.call(c.inputs[0])
-        return float(max(resident("VmHWM:") - before, 0))
-    except (OSError, AttributeError, StopIteration):
-        return None
-
-
-def available_threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

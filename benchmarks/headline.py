@@ -10,6 +10,7 @@ what the methods need differs. Random weights in the shape of GPT-2, one thread.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from torch import Tensor
 import pama_kernels as pk
 
 from . import models, peers, plots
-from .harness import Contestant, Missing, Session, read
+from .harness import Session, read
+from .timing import Contestant, Missing
 
 ROWS, WIDTH = 4, 16  # answers and their tokens: few, which suits MGDA
 LARGEST = 5e8  # elements of all gradients on a CPU, so that all benchmarks together stay within ten minutes
@@ -42,15 +44,17 @@ def run(session: Session) -> None:
         "difference, MGDA: |norm^2 of the gradient of the weighted loss - c'Mc| over c'Mc",
         "difference, PAMA: largest |c - reference|",
     ]
-    cases = [(shape, n) for shape in models.shapes(session.quick) for n in sizes(session.quick)]
     held: dict[str, models.Policy] = {}
-    for shape, n in session.works(cases, len(cases)):
+
+    def work(shape: models.Shape, n: int) -> None:
         if shape.name not in held:
             held.clear()  # one model at a time
             held[shape.name] = models.policy(shape, WIDTH)
         to_weights(session, held[shape.name], shape.name, n)
-    milliseconds(session)
-    session.write()
+
+    part = functools.partial
+    works = [part(work, shape, n) for shape in models.shapes(session.quick) for n in sizes(session.quick)]
+    session.each(works)
     plot(session.csv)
 
 
@@ -96,17 +100,8 @@ def to_weights(session: Session, policy: models.Policy, name: str, n: int) -> No
         return float((pama(None).cpu().double() - exact).abs().max())
 
     def solved(variables: Sequence[Tensor]) -> pk.WeightSolution:
-        rows = torch.empty(n, sum(x.numel() for x in variables), dtype=variables[0].dtype, device=device)
-        for row, loss in zip(rows, losses, strict=True):
-            parts = row.split([x.numel() for x in variables])
-            for part, gradient in zip(
-                parts, torch.autograd.grad(loss, variables, retain_graph=True), strict=True
-            ):
-                part.copy_(gradient.flatten())
-        gram = torch.zeros(n, n, dtype=torch.float64, device=device)
-        for block in rows.split(BLOCK, dim=1):  # one float32 sum over all parameters would be far off
-            gram += block.float() @ block.float().T
-        return pk.min_norm_weights(gram.cpu())
+        rows = gradients(losses, variables)
+        return pk.min_norm_weights(gram(rows))
 
     def mgda(name: str, variables: Sequence[Tensor]) -> Contestant:
         def apart(_: Contestant) -> float:
@@ -127,6 +122,25 @@ def to_weights(session: Session, policy: models.Policy, name: str, n: int) -> No
         contestants.append(mgda(MGDA, parameters))
     contestants.append(mgda(MGDA_UB, [hidden]))
     session.measure("time to the weights", name, n, contestants, size=policy.size)
+
+
+def gradients(losses: Sequence[Tensor], variables: Sequence[Tensor]) -> Tensor:
+    """(n, d)."""
+    sizes = [x.numel() for x in variables]
+    rows = torch.empty(len(losses), sum(sizes), dtype=variables[0].dtype, device=variables[0].device)
+    for row, loss in zip(rows, losses, strict=True):
+        found = torch.autograd.grad(loss, variables, retain_graph=True)
+        for part, gradient in zip(row.split(sizes), found, strict=True):
+            part.copy_(gradient.flatten())
+    return rows
+
+
+def gram(rows: Tensor) -> Tensor:
+    """(n, n) on the CPU, in blocks: one float32 sum over all parameters would be far off."""
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+    for block in rows.split(BLOCK, dim=1):
+        total += block.float() @ block.float().T
+    return total.cpu()
 
 
 def tolerance() -> float:
@@ -154,45 +168,6 @@ def available_memory() -> float:
     except OSError:
         return float("inf")
     return 1024.0 * int(text.split("MemAvailable:")[1].split()[0])
-
-
-def milliseconds(session: Session) -> None:
-    """The paper's "within milliseconds": 128 answers, the batch of its GPT-2 experiment, of 140 tokens; N=2.
-
-    The solve alone is one call on two scores; beside it everything from advantages to weights.
-    """
-    g = torch.Generator().manual_seed(0)
-    device = models.device()
-    shape = (128, 140)
-    advantages = torch.randn(*shape, 2, generator=g).to(device)
-    old = (torch.randn(shape, generator=g) - 2).to(device)
-    mask = torch.ones(shape, dtype=torch.bool, device=device)
-    scores = torch.tensor([0.3, 0.1], device=device)
-
-    def whole(_: Any) -> Tensor:
-        return pk.combine_advantages(
-            advantages,
-            mask,
-            rule=RULE,
-            logprobs=old,
-            old_logprobs=old,
-            clip_range=peers.CLIP,
-        ).weights
-
-    session.measure(
-        "within milliseconds",
-        "128 answers of 140 tokens",
-        2,
-        [
-            Contestant(
-                "pama_weights, the solve",
-                settled(lambda _: pk.pama_weights(scores, regularization=0.1)),
-                [None],
-            ),
-            Contestant("combine_advantages, all of it", settled(whole), [None]),
-        ],
-        size=shape[0] * shape[1],
-    )
 
 
 # --- plot --------------------------------------------------------------------------------------------

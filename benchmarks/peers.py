@@ -1,4 +1,4 @@
-"""What people compute today on the tensors that `pama_loss` takes: eager PyTorch, TRL and verl.
+"""What people compute today on the tensors that `pama_loss` takes: eager PyTorch, TRL, verl, Liger.
 
 The eager functions are written with care: Noon makes the clipped loss of the combination equal to the
 combination of clipped losses, so the objectives are combined first and the rest costs as one objective.
@@ -91,17 +91,18 @@ def eager_statistics(
 def compiled_loss(weights_per: str) -> Loss:
     """`eager_loss` compiled, which needs a C++ compiler; compiled here, so that a failure shows here."""
     compiled: Loss = torch.compile(eager_loss(weights_per), dynamic=False)
-    logprobs = torch.zeros(2, 8, requires_grad=True)
+    _compile(compiled, torch.ones(2, 8, 2))
+    return compiled
+
+
+def _compile(loss: Loss, advantages: Tensor) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler's own
-            loss = compiled(
-                logprobs, torch.zeros(2, 8), torch.ones(2, 8, 2), torch.ones(2, 8, dtype=torch.bool)
-            )
-            loss.backward()
+            logprobs = torch.zeros(2, 8, requires_grad=True)
+            loss(logprobs, torch.zeros(2, 8), advantages, torch.ones(2, 8, dtype=torch.bool)).backward()
     except Exception as error:  # whatever the compiler says
         raise ImportError(f"torch.compile fails: {str(error).strip().splitlines()[0][:100]}") from error
-    return compiled
 
 
 class _OneProcess:
@@ -189,6 +190,29 @@ def verl_loss() -> Loss:
         )[0]
         return result
 
+    return loss
+
+
+def liger_loss() -> Loss:
+    """The loss function inside `LigerFusedLinearGRPOLoss` ("bnpo", a token mean), compiled as it compiles it.
+
+    The log-probabilities are given; advantages are (B, 1), since it takes one of each sequence.
+    """
+    function = _named("liger_kernel", "liger_kernel.chunked_loss.grpo_loss", "LigerFusedLinearGRPOFunction")
+    compiled = torch.compile(function.ppo_loss_fn)
+
+    def loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        result: Tensor = compiled(
+            *(logprobs, mask, advantages.squeeze(1), mask),
+            old_per_token_logps=old_logprobs,
+            epsilon_low=CLIP,
+            epsilon_high=CLIP,
+            beta=0.0,
+            loss_type="bnpo",
+        )[0]
+        return result
+
+    _compile(loss, torch.ones(2, 1))
     return loss
 
 

@@ -1,22 +1,25 @@
-"""Tables of the documentation from the CSVs, so that no figure in it is typed by hand.
+"""What the documentation says of speed, from the CSVs, so that no figure in it is typed by hand.
 
-`python -m benchmarks --docs` writes `TABLES[NAME]` between `<!-- benchmark: NAME -->` and `<!-- end -->`.
+`python -m benchmarks --docs` writes `TABLES[NAME]` between `<!-- benchmark: NAME -->` and `<!-- end -->`. The
+goals are data: each names the rows of a CSV whose ratios it bounds.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from . import gpu_report, headline, step, tokens
+from . import headline, losses, qp, solvers
 from .harness import read
+from .losses import BATCH, DEFAULT, GIVEN, LOSS, TOKEN, TOKEN_REGULARIZED, UPGRAD
+from .tables import TABLES, digits, duration, markdown, one, rows_of, times
+from .timing import FLOOR
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "docs/performance.md", "docs/gpu.md")
 MARKED = re.compile(r"(<!-- benchmark: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-Row = dict[str, str]
 
 
 def fill(results: Path, root: Path = ROOT) -> None:
@@ -28,265 +31,197 @@ def fill(results: Path, root: Path = ROOT) -> None:
 
 
 def filled(text: str, results: Path) -> str:
-    return MARKED.sub(lambda m: f"{m[1]}{TABLES[m[2]](results)}\n{m[3]}", text)
+    def table(mark: re.Match[str]) -> str:
+        try:
+            inside = TABLES[mark[2]](results)
+        except FileNotFoundError as error:
+            inside = f"Not measured: {Path(error.filename).name} is missing."
+        return f"{mark[1]}{inside}\n{mark[3]}"
+
+    return MARKED.sub(table, text)
 
 
-# --- pieces ------------------------------------------------------------------------------------------
+# --- goals -------------------------------------------------------------------------------------------
 
 
-def rows_of(results: Path, part: str, **wanted: str | int) -> list[Row]:
-    chosen = {key: str(value) for key, value in wanted.items()}
-    rows = read(results / f"{part}.csv")
-    return [r for r in rows if all(r[key] == value for key, value in chosen.items())]
+@dataclass(frozen=True)
+class Goal:
+    """A bound on the ratio (time of the peer over ours) of every row of a CSV that `where` chooses."""
+
+    work: str
+    against: str
+    sign: str  # ">=" | "<="
+    bound: float
+    part: str
+    where: dict[str, Any] = field(default_factory=dict)  # a column: its value, or a container of its values
+    inverse: bool = False  # bounds our time over the peer's
+    unit: str = "x"  # or "%"
+
+    def shown(self, x: float) -> str:
+        return f"{100 * x:.0f}%" if self.unit == "%" else times(x)
+
+    def line(self, results: Path) -> list[str]:
+        bound = f"{100 * self.bound:g}%" if self.unit == "%" else f"{self.bound:g}x"
+        head = [self.work, self.against, f"{self.sign} {bound}"]
+        path = results / f"{self.part}.csv"
+        rows = [r for r in read(path) if self.chooses(r)] if path.exists() else []
+        if not rows:
+            return [*head, "-", "not measured"]
+        ratios = [1 / float(r["ratio"]) if self.inverse else float(r["ratio"]) for r in rows]
+        least = self.sign == ">="
+        worst = min(ratios) if least else max(ratios)
+        met = worst >= self.bound if least else worst <= self.bound
+        where = f" (N={rows[ratios.index(worst)]['n']})" * (len(rows) > 1)
+        return [*head, self.shown(worst) + where, "yes" if met else "no"]
+
+    def chooses(self, row: dict[str, str]) -> bool:
+        def fits(key: str, wanted: Any) -> bool:
+            if isinstance(wanted, (str, int)):
+                return row[key] == str(wanted)
+            return row[key] in {str(x) for x in wanted}
+
+        return bool(row["ratio"]) and all(fits(key, wanted) for key, wanted in self.where.items())
 
 
-def one(results: Path, part: str, **wanted: str | int) -> Row:
-    rows = rows_of(results, part, **wanted)
-    if len(rows) != 1:
-        raise ValueError(f"{part}.csv: expected one row with {wanted}, got {len(rows)}")
-    return rows[0]
+PER_SEQUENCE, PER_TOKEN = "per sequence, float32", "padded, float32"
+MIDDLE = {"work": losses.WORK, "n": 8, "size": 2**18}
+ALL_N = range(2, solvers.ALL + 1)
+EAGER_PPO = "eager PPO loss of one objective"
+WHOLE = "`pama_loss` and gradient"
 
 
-def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    listed = [head, ["---"] * len(head), *lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in listed)
+def _combine(dtype: str) -> Goal:
+    work = f"`combine_advantages` (B, N), {dtype} mask of 512 x 4096, N=8"
+    where = {"work": "combine", "n": 8, "case": f"mask 512 x 4096, {dtype}", "contestant": FLOOR}
+    return Goal(work, "a read of the mask", "<=", 2, "sequence", where, inverse=True)
 
 
-def duration(microseconds: str | float) -> str:
-    """Three digits and a unit."""
-    if microseconds == "":
-        return "-"
-    x = float(microseconds)
-    for unit, size in (("s", 1e6), ("ms", 1e3), ("µs", 1.0)):
-        if x >= size:
-            return f"{digits(x / size)} {unit}"
-    return f"{digits(x * 1e3)} ns"
+def _floor(rule: str, bound: float) -> Goal:
+    where = {**MIDDLE, "case": f"{PER_TOKEN}, {rule}", "contestant": FLOOR}
+    work = f"{WHOLE}, per token, 262,144 tokens, N=8, {rule}"
+    return Goal(work, "floor", ">=", bound, "tokens", where, unit="%")
 
 
-def digits(x: float) -> str:
-    """Three of them, without an exponent."""
-    if x >= 100:
-        return f"{x:,.0f}"
-    return f"{x:.1f}" if x >= 10 else f"{x:.2f}"
+def _many(rule: str, bound: float) -> Goal:
+    where = {**MIDDLE, "n": 32, "case": f"{PER_TOKEN}, {rule}", "contestant": losses.PPO}
+    return Goal(f"{WHOLE}, per token, 262,144 tokens, N=32, {rule}", EAGER_PPO, ">=", bound, "tokens", where)
 
 
-def times(ratio: str | float) -> str:
-    return "-" if ratio == "" else f"{digits(float(ratio))}x"
+def _small(part: str, layout: str, rules: tuple[str, ...]) -> Goal:
+    cases = [f"{layout}, {rule}" for rule in rules]
+    where = {"work": losses.WORK, "n": 4, "size": 64, "case": cases, "contestant": losses.PPO}
+    name = layout.partition(",")[0].replace("padded", "per token")
+    work = f"{WHOLE}, {name}, 64 tokens, N=4, {' and '.join(rules)}"
+    return Goal(work, EAGER_PPO, ">=", 2, part, where)
 
 
-def percent(share: str) -> str:
-    return f"{100 * float(share):.0f}%"
+def _variant(part: str, work: str, case: str, name: str, sign: str, bound: float, against: str) -> Goal:
+    where = {"work": "variants", "case": case, "contestant": name}
+    return Goal(work, against, sign, bound, part, where)
 
 
-def spread(row: Row) -> str:
-    return percent(row["spread"]) if row["spread"] else "-"
+def _solver(kind: str, work: str, contestant: str, bound: float, n: Any = ALL_N, also: str = "") -> Goal:
+    where = {"work": work, "case": f"float64, {kind} pool", "contestant": contestant, "n": n}
+    every = f"N={n}" if isinstance(n, int) else f"N={n[0]}..{n[-1]}"
+    function = {"gram": "min_norm_weights", "upgrad": "upgrad_weights"}[work]
+    return Goal(f"`{function}`, {kind} matrices, {every}", also or contestant, ">=", bound, "solvers", where)
 
 
-def latencies(results: Path, work: str, case: str) -> str:
-    """Contestants down, N across; in brackets how many times our time."""
-    rows = rows_of(results, "solvers", work=work, case=case)
-    sizes = sorted({int(r["n"]) for r in rows})
-    shown = [n for n in sizes if n & (n - 1) == 0]
-    names = list(dict.fromkeys(r["contestant"] for r in rows))
-
-    def cell(name: str, n: int) -> str:
-        found = [r for r in rows if r["contestant"] == name and r["n"] == str(n)]
-        if not found or not found[0]["microseconds"]:
-            return "-"
-        time = duration(found[0]["microseconds"])
-        return f"**{time}**" if name == names[0] else f"{time} ({times(found[0]['ratio'])})"
-
-    lines = [[name, *(cell(name, n) for n in shown)] for name in names]
-    table = markdown(["", *(f"N={n}" for n in shown)], lines)
-    missing = {r["contestant"]: r["note"] for r in rows if not r["microseconds"]}
-    return table + "".join(f"\n\n{name}: {note}." for name, note in missing.items())
+def _scores(contestant: str, bound: float) -> Goal:
+    where = {"work": "scores", "n": 4, "contestant": contestant}
+    return Goal("`pama_weights`, one row, N=4", contestant, ">=", bound, "solvers", where)
 
 
-# --- tables ------------------------------------------------------------------------------------------
+def _batch(threads: str, bound: float) -> Goal:
+    case = "10,000 square Wishart matrices, float64" + threads
+    where = {"work": "batch", "case": case, "contestant": "loop over DAQP"}
+    work = f"`min_norm_weights`, 10,000 matrices, N=8{threads}"
+    return Goal(work, "a loop over DAQP", ">=", bound, "solvers", where)
 
 
-def runs(results: Path) -> str:
-    """Where each CSV comes from."""
-    keys = ("command", "date", "commit", "processor", "kernels")
-    lines = []
-    for part in ("solvers", "tokens", "headline", "step"):
-        text = (results / f"{part}.csv").read_text(encoding="utf-8")
-        head = dict(re.findall(r"^# ([\w ]+): (.*)$", text, re.MULTILINE))
-        lines.append([f"`{head[keys[0]]}`", *(head[key] for key in keys[1:])])
-    versions = head["versions"]
-    return f"{markdown(keys, lines)}\n\nVersions: {versions}."
+def _rows(case: str, bound: float) -> Goal:
+    where = {"work": "rows", "case": f"1e6 rows, float32, {case}", "contestant": "copy of as many bytes"}
+    return Goal(f"`pama_weights`, 1e6 rows, N=4, {case}", "copy", ">=", bound, "solvers", where, unit="%")
 
 
-def scores(results: Path) -> str:
-    return latencies(results, "scores", "float32, mixed pool")
-
-
-def gram(results: Path) -> str:
-    return latencies(results, "gram", "float64, regular pool")
-
-
-def gram_singular(results: Path) -> str:
-    return latencies(results, "gram", "float64, singular pool")
-
-
-def upgrad(results: Path) -> str:
-    return latencies(results, "upgrad", "float64, regular pool")
-
-
-def many_rows(results: Path) -> str:
-    ours = "pama_weights(out=)"
-    cases = dict.fromkeys(r["case"] for r in rows_of(results, "solvers", work="rows"))
-    lines = []
-    for case in cases:
-        time = one(results, "solvers", work="rows", case=case, contestant=ours)
-        copy = one(results, "solvers", work="rows", case=case, contestant="copy of as many bytes")
-        lines.append([case, duration(time["microseconds"]), percent(copy["ratio"])])
-    return markdown(["rows", "time", "share of copy bandwidth"], lines)
-
-
-def bandwidth(results: Path) -> str:
-    rows = rows_of(results, "tokens", work="bandwidth")
-    return markdown(["", "GB/s"], [[r["contestant"], digits(float(r["gigabytes_per_second"]))] for r in rows])
-
-
-def statistics(results: Path) -> str:
-    rows = rows_of(results, "tokens", work="statistics", contestant="objective_statistics")
-    lines = []
-    for r in rows:
-        same = {key: r[key] for key in ("case", "n", "size")}
-        reading = one(results, "tokens", work="statistics", contestant=tokens.READ, **same)
-        eager = one(results, "tokens", work="statistics", contestant=tokens.EAGER, **same)
-        lines.append(
-            [
-                *(r["case"], f"{int(r['size']):,}", r["n"], duration(r["microseconds"])),
-                *(digits(float(r["gigabytes_per_second"])), percent(reading["ratio"]), times(eager["ratio"])),
-            ]
+GOALS = (
+    _combine("bool"),
+    _combine("int64"),
+    Goal(
+        f"{WHOLE}, per sequence, 262,144 tokens, N=8, {DEFAULT}",
+        *(EAGER_PPO, ">=", 8, "sequence"),
+        {**MIDDLE, "case": f"{PER_SEQUENCE}, {DEFAULT}", "contestant": losses.PPO},
+    ),
+    _variant(
+        *("sequence", f"{WHOLE}, per sequence, N=64", f"{PER_SEQUENCE}, {DEFAULT}", "N=64"),
+        *("<=", 1.1, "N=1"),
+    ),
+    *(_floor(rule, bound) for rule, bound in ((GIVEN, 0.85), (TOKEN, 0.75), (BATCH, 0.9))),
+    *(_floor(rule, 0.85) for rule in (DEFAULT, UPGRAD)),
+    _variant(
+        *("tokens", f"{WHOLE}, {TOKEN_REGULARIZED}, N=8", f"{PER_TOKEN}, {TOKEN}", TOKEN_REGULARIZED),
+        *("<=", 1.3, "regularization 0"),
+    ),
+    *(
+        _variant(
+            *("tokens", f"{WHOLE}, bfloat16, N=8, {rule}", f"padded, bfloat16, {rule}", "float32"),
+            *(">=", 1.6, "float32"),
         )
-    return markdown(["input", "tokens", "N", "time", "GB/s", "of read bandwidth", "eager takes"], lines)
+        for rule in (BATCH, DEFAULT)
+    ),
+    _many(TOKEN, 1.5),
+    _many(BATCH, 1.0),
+    _small("sequence", PER_SEQUENCE, (DEFAULT,)),
+    _small("tokens", PER_TOKEN, (DEFAULT, TOKEN)),
+    *(_solver(kind, "upgrad", solvers.TORCHJD, 30) for kind in ("regular", "singular")),
+    *(_solver(kind, "gram", qp.DAQP, 1) for kind in ("regular", "singular")),
+    *(_solver("regular", "gram", qp.DAQP, bound, n) for n, bound in ((32, 1.7), (64, 2.5))),
+    _solver("regular", "gram", "TorchJD MGDA", 100, range(4, solvers.ALL + 1)),
+    *(_scores(*x) for x in (("eager PyTorch", 10), ("TorchJD MGDA", 100), ("cvxpy (Clarabel)", 200))),
+    _batch("", 6),
+    _batch(", 2 threads", 10),
+    _rows("non-negative", 0.7),
+    _rows("mixed signs", 0.5),
+    _rows("mixed signs, regularization 0.1", 0.45),
+)
 
 
-def loss(results: Path) -> str:
-    """One size, every contestant: time, ratio, peak memory."""
-    lines = []
-    for work in ("loss and gradient", "loss without gradient"):
-        for r in rows_of(results, "tokens", work=work, n=8, size=2**18):
-            if not r["case"].startswith("padded, float32"):
-                continue
-            peak = f"{float(r['peak_megabytes']):.1f}" if r["peak_megabytes"] else "-"
-            weights = r["case"].removeprefix("padded, float32, ")
-            weights += ", no gradient" * (work == "loss without gradient")
-            ours = r["contestant"] == tokens.LOSS
-            name = f"**{r['contestant']}**" if ours else r["contestant"]
-            time = duration(r["microseconds"]) if r["microseconds"] else r["note"]
-            lines.append([weights, name, time, times(r["ratio"]), spread(r), peak])
-    return markdown(["weights", "", "time", "over ours", "spread", "peak MB"], lines)
+def goals(results: Path) -> str:
+    head = ["work", "against", "goal", "measured", "met"]
+    return markdown(head, [goal.line(results) for goal in GOALS])
 
 
-def loss_cases(results: Path) -> str:
-    """Every other size, layout and dtype: ours, and what the peers take over it."""
-    rows = rows_of(results, "tokens", work="loss and gradient", contestant=tokens.LOSS)
-    peers = (tokens.EAGER, tokens.COMPILED, tokens.PPO, tokens.TRL, tokens.VERL)
-    lines = []
-    for r in rows:
-        same = {key: r[key] for key in ("work", "case", "n", "size")}
-        beside = {x["contestant"]: times(x["ratio"]) for x in rows_of(results, "tokens", **same)}
-        per_token = float(r["microseconds"]) * 1e3 / int(r["size"])
-        lines.append(
-            [
-                *(r["case"], f"{int(r['size']):,}", r["n"], duration(r["microseconds"])),
-                *(f"{digits(per_token)} ns", *(beside.get(name, "-") for name in peers)),
-            ]
-        )
-    return markdown(["input", "tokens", "N", "ours", "per token", *peers], lines)
-
-
-def combine(results: Path) -> str:
-    lines = []
-    for r in rows_of(results, "tokens", work="combine", contestant=tokens.COMBINE):
-        reading = one(results, "tokens", work="combine", n=r["n"], contestant=tokens.MASK)
-        lines.append([r["case"], r["n"], duration(r["microseconds"]), times(1 / float(reading["ratio"]))])
-    return markdown(["input", "N", "time", "over a read of the mask"], lines)
-
-
-def headline_table(results: Path) -> str:
-    rows = rows_of(results, "headline", work="time to the weights")
-    names = (headline.PAMA, headline.MGDA_UB, headline.MGDA)
-    lines = []
-    for case, size, n in dict.fromkeys((r["case"], r["size"], r["n"]) for r in rows):
-        found = {r["contestant"]: r for r in rows if (r["case"], r["n"]) == (case, n)}
-        cells = [duration(found[name]["microseconds"]) for name in names]
-        lines.append([case, f"{int(size):,}", n, *cells])
-    return markdown(["model", "parameters", "n", *names], lines)
-
-
-def milliseconds(results: Path) -> str:
-    rows = rows_of(results, "headline", work="within milliseconds")
-    return markdown(
-        ["", "time", "spread"], [[r["contestant"], duration(r["microseconds"]), spread(r)] for r in rows]
-    )
-
-
-def steps(results: Path) -> str:
-    names = (step.PAMA, step.SINGLE, step.PAMA_SHARE, step.SINGLE_SHARE)
-    lines = []
-    for case in dict.fromkeys(r["case"] for r in rows_of(results, "step")):
-        found = [one(results, "step", case=case, contestant=name) for name in names]
-        shares = [
-            f" ({100 * float(r['ratio']):.2f}%)" * (name in names[2:])
-            for name, r in zip(names, found, strict=True)
-        ]
-        cells = [duration(r["microseconds"]) + share for r, share in zip(found, shares, strict=True)]
-        lines.append([case, *cells])
-    return markdown(["model", *names], lines)
+# --- README ------------------------------------------------------------------------------------------
 
 
 def figures(results: Path) -> str:
-    """The three of the README."""
-    ppo = one(
-        *(results, "tokens"),
-        work="loss and gradient",
-        case=f"padded, float32, {tokens.BATCH}",
-        n=8,
-        size=2**18,
-        contestant=tokens.PPO,
-    )
-    solver: dict[str, str | int] = {"work": "gram", "case": "float64, regular pool", "n": 8}
-    ours = one(results, "solvers", contestant="min_norm_weights", **solver)
-    daqp = one(results, "solvers", contestant="DAQP", **solver)
+    """What decides: the loss per sequence, the weights, the solvers."""
+    case: dict[str, Any] = {**MIDDLE, "case": f"{PER_SEQUENCE}, {DEFAULT}"}
+    loss, ppo = (one(results, "sequence", contestant=name, **case) for name in (LOSS, losses.PPO))
     largest = max(int(r["size"]) for r in rows_of(results, "headline", contestant=headline.MGDA))
-    weights: dict[str, str | int] = {"work": "time to the weights", "n": 4, "size": largest}
-    pama = one(results, "headline", contestant=headline.PAMA, **weights)
-    mgda = one(results, "headline", contestant=headline.MGDA, **weights)
-    ratio = float(ppo["ratio"])
-    beside = f"{digits(ratio)} times faster than" if ratio >= 1 else f"{digits(1 / ratio)} times slower than"
-    pama_time, mgda_time, our_time, daqp_time = (
-        duration(r["microseconds"]) for r in (pama, mgda, ours, daqp)
+    weights: dict[str, Any] = {"work": "time to the weights", "n": headline.MODEL_N, "size": largest}
+    pama, mgda = (
+        one(results, "headline", contestant=name, **weights)["microseconds"]
+        for name in (headline.PAMA, headline.MGDA)
     )
+
+    def beside(work: str, ours: str, peer: str) -> str:
+        where: dict[str, Any] = {"work": work, "case": "float64, regular pool", "n": 8}
+        time = one(results, "solvers", contestant=ours, **where)["microseconds"]
+        other = one(results, "solvers", contestant=peer, **where)
+        return f"{duration(time)} ({peer.partition(',')[0]}: {duration(other['microseconds'])})"
+
+    ratio, millions, time = float(ppo["ratio"]), largest // 10**6, duration(loss["microseconds"])
+    beside_ppo = f"{digits(max(ratio, 1 / ratio))} times {'faster' if ratio >= 1 else 'slower'} than"
     return (
-        f"- The loss of 8 objectives with its gradient (262,144 tokens, one thread): {beside}\n"
-        "  eager PyTorch's PPO loss of one objective.\n"
-        f"- From the advantages of 4 objectives to their weights: {pama_time}; from the gradients\n"
-        f"  of a model of {largest / 1e6:.0f} million parameters (MGDA): {mgda_time}.\n"
-        f"- The min-norm problem of 8 objectives, whole call from Python: {our_time}; DAQP,\n"
-        f"  a fast QP solver: {daqp_time} ({times(daqp['ratio'])})."
+        "- The loss of 8 objectives with its gradient, advantages per sequence (262,144 tokens, one\n"
+        f"  thread): {time}, {beside_ppo} eager PyTorch's PPO loss of one objective.\n"
+        f"- From the advantages of {headline.MODEL_N} objectives to their weights: {duration(pama)};\n"
+        f"  from the gradients of a model of {millions} million parameters (MGDA): {duration(mgda)}.\n"
+        "- The min-norm problem of 8 objectives, whole call from Python:\n"
+        f"  {beside('gram', 'min_norm_weights', qp.DAQP)}; UPGrad's:\n"
+        f"  {beside('upgrad', 'upgrad_weights', solvers.TORCHJD)}."
     )
 
 
-TABLES: dict[str, Callable[[Path], str]] = {
-    "figures": figures,
-    "runs": runs,
-    "scores": scores,
-    "gram": gram,
-    "gram-singular": gram_singular,
-    "upgrad": upgrad,
-    "rows": many_rows,
-    "bandwidth": bandwidth,
-    "statistics": statistics,
-    "loss": loss,
-    "loss-cases": loss_cases,
-    "combine": combine,
-    "headline": headline_table,
-    "milliseconds": milliseconds,
-    "step": steps,
-    "gpu": gpu_report.gpu,
-}
+TABLES |= {"figures": figures, "goals": goals}

@@ -1,11 +1,12 @@
 """PAMA's share of one real policy step: forward, loss, backward, optimiser.
 
-The same step with the single-objective loss stands beside it. Random weights in the shape of GPT-2, AdamW,
-one thread.
+The same step with the single-objective loss, and with MGDA (a gradient of all parameters for each objective),
+stands beside it. Random weights in the shape of GPT-2, AdamW, one thread.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable
 from time import perf_counter_ns
@@ -16,11 +17,13 @@ from torch import Tensor
 
 import pama_kernels as pk
 
-from . import models, peers
-from .harness import Contestant, Row, Session
+from . import headline, models, peers
+from .harness import Row, Session
+from .timing import Contestant
 
 ROWS, WIDTH, N = 4, 64, 4
 PAMA, SINGLE = "step with pama_loss", "step with eager PPO, one objective"
+MGDA = f"step with MGDA, {N} gradients"
 PAMA_SHARE, SINGLE_SHARE = "pama_loss within its step", "eager PPO within its step"
 
 Parts = list[tuple[float, float]]  # microseconds of the loss with its gradient, and of the whole step
@@ -29,13 +32,15 @@ Parts = list[tuple[float, float]]  # microseconds of the loss with its gradient,
 def run(session: Session) -> None:
     session.notes += [
         f"{ROWS} answers of {WIDTH} tokens on {models.device().type}, AdamW; size: parameters",
-        "ratio of the step with one objective: its time over that of the step with pama_loss",
+        "ratio of the other steps: their time over that of the step with pama_loss",
         f"{PAMA_SHARE}, {SINGLE_SHARE}: from log-probabilities to their gradient; ratio: its share",
     ]
     shapes = models.shapes(session.quick)
-    for shape in session.works(shapes, len(shapes)):
-        step(session, models.policy(shape, WIDTH), shape.name)
-    session.write()
+    session.each([functools.partial(work, session, shape) for shape in shapes])
+
+
+def work(session: Session, shape: models.Shape) -> None:
+    step(session, models.policy(shape, WIDTH), shape.name)
 
 
 def step(session: Session, policy: models.Policy, name: str) -> None:
@@ -77,9 +82,20 @@ def step(session: Session, policy: models.Policy, name: str) -> None:
 
         return call
 
+    def mgda(_: Any) -> None:
+        logprobs = policy(tokens)
+        losses = [peers.ppo_loss(logprobs, old, a, mask) for a in advantages.unbind(-1)]
+        parameters = list(policy.parameters())
+        rows = headline.gradients(losses, parameters)
+        weights = pk.min_norm_weights(headline.gram(rows)).weights.to(rows)
+        combined = (weights @ rows).split([p.numel() for p in parameters])
+        for p, gradient in zip(parameters, combined, strict=True):
+            p.grad = gradient.view_as(p)
+        optimiser.step()
+
     ours = Contestant(PAMA, whole(pama, within[PAMA_SHARE]), [None])
     peer = Contestant(SINGLE, whole(one, within[SINGLE_SHARE]), [None])
-    session.measure("policy step", name, N, [ours, peer], size=policy.size)
+    session.measure("policy step", name, N, [ours, peer, Contestant(MGDA, mgda, [None])], size=policy.size)
     for part, parts in within.items():
         low, middle, high = statistics.quantiles([loss for loss, _ in parts], n=4)
         share = statistics.median(loss / total for loss, total in parts)
