@@ -7,7 +7,7 @@ import functools
 import math
 import sys
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -185,6 +185,13 @@ def clip_bounds(clip_range: object, dual_clip: object = None) -> tuple[Number, N
         raise ValueError(f"dual_clip: expected None where clip_range has no upper end, got {dual_clip!r}")
     least = 1.0 if isinstance(eps_high, Tensor) else 1.0 + eps_high
     return eps_low, eps_high, check_number("dual_clip", dual_clip, least, exclusive=True)
+
+
+def check_group_size(group_size: object) -> None:
+    if isinstance(group_size, bool) or not isinstance(group_size, (Integral, torch.SymInt)):
+        raise TypeError(f"group_size: expected an integer, got {type(group_size).__name__}")
+    if group_size < 1:
+        raise ValueError(f"group_size: expected at least 1, got {group_size}")
 
 
 def check_process_group(process_group: object, *, batch: bool, setting: str = "process_group") -> None:

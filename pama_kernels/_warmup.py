@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from numbers import Integral
@@ -12,12 +12,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._call import WeightsPer
 from ._solve import AveragedRule
-from ._validate import AGGREGATIONS, FLOATS, MASKS, Preference, check_choice, check_flag
+from ._validate import (
+    AGGREGATIONS,
+    FLOATS,
+    MASKS,
+    Preference,
+    check_choice,
+    check_flag,
+    check_group_size,
+    preference_tensor,
+)
 from .advantages import combine_advantages, group_normalize, multi_objective_gae
 from .backends.registry import load
 from .loss import pama_loss
-from .rules import Rule, RuleLike, needs_pairs, noon_of, resolve_rule
+from .rules import Rule, RuleLike, needs_pairs, noon_of, record, resolve_rule
 from .statistics import objective_statistics
 
 LAYOUTS = ("per-sequence", "padded", "flat", "packed", "packed-per-sequence")
@@ -88,7 +98,7 @@ def compile_kernels(
         slices: also compile for tensors that are slices of larger ones, for example micro-batches. If tokens,
             or the objectives of a token, are not adjacent in memory, kernels are compiled at their first
             call.
-        device: the GPU. On "cpu" there is nothing to compile.
+        device: the GPU. On "cpu" the arguments are checked; there is nothing to compile.
 
     Returns:
         A `CompiledKernels`.
@@ -103,16 +113,27 @@ def compile_kernels(
         raise ValueError(f"objectives: expected at least 1, got {objectives}")
     check_choice("layout", layout, LAYOUTS)
     check_choice("aggregation", aggregation, AGGREGATIONS)
-    for name, names, known in (("functions", functions, FUNCTIONS), ("given", given, OPTIONAL)):
-        for value in [names] if isinstance(names, str) else names:
-            check_choice(name, value, known)
+    functions = _names("functions", functions, FUNCTIONS)
+    given = _names("given", given, OPTIONAL)
     _check_dtype("logprobs_dtype", logprobs_dtype, FLOATS)
     _check_dtype("advantages_dtype", advantages_dtype, FLOATS)
     if mask_dtype is not None:
         _check_dtype("mask_dtype", mask_dtype, MASKS)
+    if group_size is not None:
+        check_group_size(group_size)
     rules = [resolve_rule(one) for one in (rule if isinstance(rule, (list, tuple)) else [rule])]
     merged, slices = check_flag("merged", merged), check_flag("slices", slices)
-    place = torch.device(device)
+    on = preference.device if isinstance(preference, Tensor) else torch.device("cpu")
+    preference_tensor(preference, int(objectives), on)
+    if layout == "flat" and aggregation != "token-mean" and not set(functions).isdisjoint(FUNCTIONS[:3]):
+        raise ValueError(f"aggregation: {aggregation!r} needs cu_seqlens, expected 'token-mean' where flat")
+    for one in rules if not set(functions).isdisjoint(FUNCTIONS[:2]) else ():
+        per = record(one).weights_per
+        if layout == "flat" and per == WeightsPer.SEQUENCE:
+            raise ValueError(f"rule: weights per sequence need cu_seqlens, got {one!r} with layout 'flat'")
+        if merged and per != WeightsPer.BATCH:
+            raise ValueError(f"merged: needs rules with one set of weights for the batch, got {one!r}")
+    place = _device(device)
     triton = load("triton", place.type)
     if isinstance(triton, str):
         if place.type == "cpu":
@@ -123,15 +144,36 @@ def compile_kernels(
     for sliced in (False, True) if slices else (False,):
         batch = _Batch(int(objectives), layout, sliced, place)
         tensors = batch.tensors(given, mask_dtype, logprobs_dtype, advantages_dtype)
-        for function in (functions,) if isinstance(functions, str) else functions:
+        for function in functions:
             if function in FUNCTIONS[:3]:
-                settings = {"aggregation": aggregation if layout != "flat" else "token-mean"}
+                settings = {"aggregation": aggregation}
                 calls += [_token_call(function, tensors, one, preference, settings, merged) for one in rules]
             else:
                 calls.append(_reward_call(function, batch, advantages_dtype, mask_dtype, group_size))
     with torch.enable_grad(), torch.cuda.device(place) if place.type == "cuda" else nullcontext():
         compiled: int = triton.compile_launches(lambda: [call() for call in calls])
     return CompiledKernels(compiled, time.perf_counter() - start)
+
+
+def _names(argument: str, names: object, known: tuple[str, ...]) -> tuple[str, ...]:
+    """One name, or several."""
+    if isinstance(names, str):
+        names = (names,)
+    if not isinstance(names, Iterable):
+        raise TypeError(f"{argument}: expected a name or a list of names, got {type(names).__name__}")
+    listed = tuple(names)
+    for name in listed:
+        check_choice(argument, name, known)
+    return listed
+
+
+def _device(device: object) -> torch.device:
+    if not isinstance(device, (torch.device, str, int)) or isinstance(device, bool):
+        raise TypeError(f"device: expected a torch.device or its name, got {type(device).__name__}")
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device: expected a device of torch, got {device!r}") from None
 
 
 def _check_dtype(name: str, dtype: object, known: tuple[torch.dtype, ...]) -> None:

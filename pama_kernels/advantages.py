@@ -4,7 +4,6 @@ uses."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from ._validate import (
     check_flag,
     check_float,
     check_float_like,
+    check_group_size,
     check_mask_like,
     check_memory,
     check_number,
@@ -309,9 +309,8 @@ def group_normalize(
         check_shape("group_ids", group_ids, (rows,))
     size = rows
     if group_size is not None:
-        if isinstance(group_size, bool) or not isinstance(group_size, (Integral, torch.SymInt)):
-            raise TypeError(f"group_size: expected an integer, got {type(group_size).__name__}")
-        if group_size < 1 or rows % group_size:
+        check_group_size(group_size)
+        if rows % group_size:
             raise ValueError(f"group_size: expected a positive divisor of the {rows} rows, got {group_size}")
         size = int(group_size)
     number = check_number("eps", eps, 0.0)  # a tensor is not accepted, since its value would have to be read

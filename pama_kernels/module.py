@@ -71,7 +71,10 @@ class PamaLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.rule = resolve_rule(rule)
-        number = check_number("momentum", momentum, 0.0, 1.0)
+        try:
+            number = check_number("momentum", momentum, 0.0, 1.0)
+        except ValueError:
+            number = 1.0
         if isinstance(number, Tensor) or number == 1.0:
             raise ValueError(f"momentum: expected a number in [0, 1), got {momentum!r}")
         self.momentum = number

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from problems import AGGREGATIONS, INF, LAYOUTS, RULES, Problem, make
 
+import pama_kernels as pk
 from pama_kernels import Fixed, Pama, SoftMin, UPGrad, reference
 
 # --- statistics and loss -------------------------------------------------------------------------
@@ -330,3 +331,37 @@ def test_group_normalization() -> None:
     assert torch.allclose(by_id[[1, 4, 5], 0], torch.tensor([3.0, 4.0, 4.0]).double() - 11 / 3)
     for eps in (0.0, 1e-4):  # exactly, whatever the mean rounds to
         assert not reference.group_normalize(torch.full((7, 1), 0.3).double(), eps=eps).any()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0,)], ids=str)
+def test_the_loss_of_no_tokens_is_differentiable(shape: tuple[int, ...]) -> None:
+    for module in (pk, reference):
+        logprobs = torch.zeros(shape, requires_grad=True)
+        loss = module.pama_loss(logprobs, None, torch.zeros(*shape, 2)).loss
+        loss.backward()
+        assert loss == 0
+        assert logprobs.grad is not None
+
+
+# --- what is undefined ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", [pk, reference], ids=["kernels", "reference"])
+def test_flat_tokens_have_no_sequences(module: Any) -> None:
+    """Without `cu_seqlens` weights per sequence and means over sequences are undefined: an error, in the
+    kernels' functions and in the specification."""
+    advantages, logprobs, offsets = torch.ones(6, 2), torch.zeros(6), torch.tensor([0, 2, 6])
+    for rule in (Pama("sequence"), Pama.paper("sequence"), SoftMin()):
+        with pytest.raises(ValueError, match="rule: weights per sequence need cu_seqlens"):
+            module.pama_loss(logprobs, None, advantages, rule=rule)
+        with pytest.raises(ValueError, match="rule: weights per sequence need cu_seqlens"):
+            module.combine_advantages(advantages, torch.ones(6), rule=rule)
+        assert module.pama_loss(logprobs, None, advantages, rule=rule, cu_seqlens=offsets).loss.dim() == 0
+    for aggregation in AGGREGATIONS[1:]:
+        with pytest.raises(ValueError, match=r"aggregation: .* needs cu_seqlens"):
+            module.pama_loss(logprobs, None, advantages, aggregation=aggregation)
+        with pytest.raises(ValueError, match=r"aggregation: .* needs cu_seqlens"):
+            module.objective_statistics(logprobs, None, advantages, aggregation=aggregation)
+    for rows in (1, 6):
+        with pytest.raises(ValueError, match=r"weights: expected shape \(2,\)"):
+            module.pama_loss(logprobs, None, advantages, weights=torch.ones(rows, 2))

@@ -169,6 +169,9 @@ PAMA_HD constexpr int64_t total_offset(int64_t n) { return kFields * n; }
 PAMA_HD constexpr int64_t pair_offset(int64_t n, int pair) { return kFields * n + kTotals + pair * n * n; }
 PAMA_HD constexpr int64_t statistics_size(int64_t n, bool pairs) { return pair_offset(n, pairs ? kPairs : 0); }
 
+// A sum or mean of squares below this counts as underflowed: it has lost digits, or is 0.
+constexpr double kLeastSquare = 0x1p-972;
+
 // Score a_i = mean of I_i over the tokens where i is present; 0 where there are none.
 PAMA_HD inline double score(const double* statistics, int64_t n, int64_t i) {
     const double count = statistics[kCount * n + i];

@@ -21,7 +21,8 @@ PAMA_HD inline double vector_weights(const Rule& rule, int n, double* a, double*
     if constexpr (!Batch) {
         if (rule.kind == Kind::softmin) return softmin_solve(N > 0 ? N : n, a, p, rule.number, c);
     }
-    return simplex_row<N>(n, a, p, rule.number, scale, c);
+    // Squares that underflow give no scale: -1 stands for max a^2.
+    return simplex_row<N>(n, a, p, rule.number, scale < kLeastSquare ? -1.0 : scale, c);
 }
 
 // As vector_weights, with the values read from the statistics of a batch or a sequence; the scale is the largest mean

@@ -73,6 +73,7 @@ struct Applied {
     const bool solved_here;  // one set of weights for the batch, solved by this call
     double* const sums;
     bool summed = false;  // the statistics are in `sums`
+    bool finite = true;   // loss and means of weights per token
     std::vector<int64_t> counts;
     std::vector<double> omega, rows, c, effective;
 
@@ -155,6 +156,7 @@ struct Applied {
                        part[1] = partial.optimum;
                        part[2] = partial.square;
                    });
+        for (int64_t k = 0; k < own; ++k) finite = finite && 0 * merged[static_cast<size_t>(k)] == 0;
         if (pass.outputs.loss) store_value(pass.outputs.loss, 0, merged[0]);
         if (pass.outputs.square_sum) *pass.outputs.square_sum = merged[2];
         if (pass.statistics) {
@@ -259,6 +261,10 @@ void apply(const Tokens& tokens, const Rule& rule, const double* preference, con
         applied.row_passes();
     else
         applied.token_passes();
+    if (applied.finite || tokens.wide) return;
+    Tokens wide = tokens;  // terms out of the range of float32, unless an input is not finite
+    wide.wide = true;
+    apply(wide, rule, preference, weights, per_row, outputs, threads);
 }
 
 }  // namespace pama

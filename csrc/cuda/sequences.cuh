@@ -228,7 +228,7 @@ __device__ inline double block_sum(double value, double* table) {
 }
 
 // The root mean square of the combined advantages; 1 if they are 0 up to rounding, since dividing would amplify
-// rounding errors.
+// rounding errors, or too small for exact squares. NaN if the squares overflow.
 __device__ inline double root_of(const Sequences& s, const SequenceMemory& m, double square) {
     const int n = s.p.n;
     const double tokens = m.sums[kTokenCount], root = std::sqrt(square / (tokens > 0 ? tokens : 1));
@@ -237,8 +237,10 @@ __device__ inline double root_of(const Sequences& s, const SequenceMemory& m, do
         const double count = m.statistics[kCount * n + i];
         if (count > 0) terms += m.weights[i] * std::sqrt(m.statistics[kAdvantageSquareSum * n + i] / count);
     }
-    const double rounding = s.weights.dtype == Dtype::f64 ? 0x1p-52 : 0x1p-23;
-    return root <= 32 * rounding * terms ? 1.0 : root;
+    const bool wide = s.weights.dtype == Dtype::f64;
+    const double rounding = wide ? 0x1p-52 : 0x1p-23, least = wide ? 0x1p-486 : 0x1p-126;
+    if (square == INFINITY) return NAN;
+    return root <= max_of(32 * rounding * terms, least) ? 1.0 : root;
 }
 
 // Writes the results of each sequence, which need the weights.

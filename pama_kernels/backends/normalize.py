@@ -10,12 +10,18 @@ from torch import Tensor
 
 from pama_kernels._call import FIELDS, Outputs, Results, Rule, Tokens
 
+# The smallest root mean square by which combined advantages are divided.
+LEAST = {torch.float32: 2.0**-126, torch.float64: 2.0**-486}
+
 Apply = Callable[[Tokens, Rule, Tensor | None, Tensor | None, Outputs], Results]
 
 
 def root_mean_square(square: Tensor, sums: Tensor, n: int, weights: Tensor) -> Tensor:
-    """The root mean square of the combined advantages, whose squares add up to `square`; 1 if they are 0 up
-    to rounding, since dividing would amplify rounding errors."""
+    """The root mean square of the combined advantages, whose squares add up to `square`.
+
+    1 if they are 0 up to rounding, since dividing would amplify rounding errors, or below LEAST, where they
+    or their squares lose digits. NaN if the squares overflow.
+    """
     tokens = sums[len(FIELDS) * n]
     root = (square / tokens.clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
     first = FIELDS.index("advantage_square_sum") * n
@@ -23,7 +29,9 @@ def root_mean_square(square: Tensor, sums: Tensor, n: int, weights: Tensor) -> T
     mean_square = torch.where(count > 0, sums[first : first + n] / count, 0.0)
     share = weights.detach().abs().to(torch.float64)
     terms = ((share.mean(0) if share.dim() == 2 else share) * mean_square.sqrt()).sum()
-    return torch.where(root <= 32 * torch.finfo(weights.dtype).eps * terms, 1.0, root)
+    noise = (32 * torch.finfo(weights.dtype).eps * terms).clamp(min=LEAST[weights.dtype])
+    root = torch.where(root <= noise, 1.0, root)
+    return torch.where(square == torch.inf, torch.nan, root)
 
 
 def divided(combined: Tensor, root: Tensor, dtype: torch.dtype) -> Tensor:

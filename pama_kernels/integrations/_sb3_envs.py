@@ -60,6 +60,10 @@ class VectorReward(gymnasium.Wrapper):
 
     def __init__(self, env: Any, objectives: Sequence[str] | None = None) -> None:
         super().__init__(env)
+        if is_wrapped(env, VectorReward):
+            raise ValueError(
+                "env: expected an environment outside VectorReward, got one inside: it would pass on the sum"
+            )
         try:
             count = int(np.prod(env.get_wrapper_attr("reward_space").shape))
         except AttributeError:
@@ -83,6 +87,11 @@ class VectorReward(gymnasium.Wrapper):
                 f"reward: expected {len(self.objectives)} numbers, one for each of {self.objectives}, got "
                 f"{len(vector)}; name them by VectorReward(env, objectives=[...])"
             )
+        if not np.isfinite(vector).all():
+            wrong = [
+                name for name, value in zip(self.objectives, vector, strict=True) if not np.isfinite(value)
+            ]
+            raise ValueError(f"reward: expected finite numbers, got {vector.tolist()}, wrong in {wrong}")
         self._total += vector
         info = {**info, "vector_reward": vector}
         if terminated or truncated:
@@ -175,9 +184,15 @@ class VecNormalizeObjectives(VecNormalize):
     returns: Any
 
     def __init__(self, venv: VecEnv, *others: Any, **named: Any) -> None:
+        objectives_of(venv)
         super().__init__(VectorRewards(venv), *others, **named)
 
     def set_venv(self, venv: VecEnv) -> None:
+        names, known = objectives_of(venv), np.shape(self.ret_rms.var)
+        if known not in ((), (len(names),)):
+            raise ValueError(
+                f"venv: expected {known[0]} objectives, as the statistics were saved with, got {names}"
+            )
         super().set_venv(VectorRewards(venv))
 
     def _update_reward(self, reward: Any) -> None:

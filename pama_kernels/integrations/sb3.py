@@ -136,9 +136,11 @@ class PamaPPO(PPO):
                 stacklevel=3,
             )
         if not issubclass(self.policy_class, ValueHeads):
+            plain = self.policy_class in PPO.policy_aliases.values()
+            hint = "; a model that PPO saved has one value head: PPO.load reads it" if plain else ""
             raise ValueError(
                 f"policy: expected one of {', '.join(self.policy_aliases)}, or a class with ValueHeads "
-                f"before its other bases, got {self.policy_class.__name__}"
+                f"before its other bases, got {self.policy_class.__name__}{hint}"
             )
         if self.rollout_buffer_class is None:
             several = isinstance(self.observation_space, spaces.Dict)

@@ -74,6 +74,8 @@ def group_normalize(
             if len(values) < 2 or bool((values == values[0]).all()):
                 result[member, i] = values - values  # 0, or NaN
                 continue
-            centred = values - values.mean()
-            result[member, i] = centred / (values.std(correction=1) + eps) if scale else centred
+            unit = values.abs().max()  # squares of any finite values stay in range
+            centred = values / unit - (values / unit).mean()
+            deviation = centred.square().sum().div(len(values) - 1).sqrt()
+            result[member, i] = centred / (deviation + eps / unit) if scale else centred * unit
     return result

@@ -11,15 +11,17 @@ from torch import Tensor
 from pama_kernels.rules import Fixed, Pama, RuleLike, SoftMin, UPGrad, noon_of, resolve_rule
 
 from .solvers import (
+    LEAST_SQUARE,
     min_norm_weights,
     normalized,
     normalized_preference,
     pama_weights,
     softmin_weights,
     upgrad_weights,
+    without_underflow,
 )
 from .statistics import Statistics, batch_statistics
-from .tokens import MAX_LOG_RATIO, Dense, Terms, dense, ratio, terms, token_weights
+from .tokens import MAX_LOG_RATIO, Dense, Terms, check_sequences, dense, ratio, terms, token_weights
 
 
 class Combined(NamedTuple):
@@ -65,7 +67,7 @@ def batch_weights(
             statistics.scores,
             preference=p,
             regularization=float(rule.regularization),
-            scale=statistics.second_moments[part].amax(),
+            scale=without_underflow(statistics.second_moments[part].amax()),
             present=part,
         )
     return *solution, effective
@@ -112,7 +114,7 @@ def _token_coefficients(
                 means,
                 preference=p,
                 regularization=float(rule.regularization),
-                scale=squares.amax(-1),
+                scale=without_underflow(squares.amax(-1)),
                 present=counts > 0,
             )
         rowwise = torch.stack([_in_row(p, present) for present in counts > 0]) if rows else p.expand(0, n)
@@ -159,6 +161,7 @@ def combine_advantages(
 ) -> Combined:
     rule = resolve_rule(rule)
     x = dense(advantages, mask, logprobs, old_logprobs, None, None, objective_mask, cu_seqlens)
+    check_sequences(x.layout, aggregation, rule, weights)
     t = terms(x, clip_range, noon_of(rule), None)
     statistics, omega = batch_statistics(x, t, aggregation), token_weights(x, aggregation)
     c, reported, optimum = _token_coefficients(x, t, statistics, rule, preference, weights, omega)
@@ -170,7 +173,9 @@ def combine_advantages(
         share = reported.abs().mean(0) if reported.dim() == 2 else reported.abs()
         dtype = torch.float64 if advantages.dtype == torch.float64 else torch.float32
         noise = 32 * torch.finfo(dtype).eps * (share * size).sum()  # rounding of the specified arithmetic
-        combined = combined if root <= noise else combined / root
+        least = LEAST_SQUARE**0.5 if dtype == torch.float64 else torch.finfo(dtype).tiny
+        root = torch.where(torch.isinf(root), math.nan, root)
+        combined = combined if root <= max(noise, least) else combined / root
     by_token = getattr(rule, "weights_per", "batch") == "token" and weights is None and logprobs is not None
     if not x.layout.per_sequence or by_token:
         return Combined(x.pack(combined), reported, optimum, statistics)
@@ -206,6 +211,7 @@ def pama_loss(
     x = dense(
         advantages, mask, logprobs, old_logprobs, ref_logprobs, importance_weights, objective_mask, cu_seqlens
     )
+    check_sequences(x.layout, aggregation, rule, weights)
     t = terms(x, clip_range, noon_of(rule), dual_clip)
     statistics, omega = batch_statistics(x, t, aggregation), token_weights(x, aggregation)
     c, reported, optimum = _token_coefficients(x, t, statistics, rule, preference, weights, omega)
@@ -227,4 +233,6 @@ def pama_loss(
     loss = (per_token * omega).sum() / denominator
     if not x.valid.any():
         loss = per_token.sum()
+    if logprobs.numel() == 0:
+        loss = loss + logprobs.double().sum()  # 0, and differentiable
     return Loss(loss, reported, optimum, statistics)

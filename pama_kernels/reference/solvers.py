@@ -11,6 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+MAX_NORM_RATIO = 1024.0
+LEAST_SQUARE = 2.0**-972  # a mean of squares below it counts as underflowed
+
 
 class Solution(NamedTuple):
     weights: Tensor
@@ -59,10 +62,15 @@ def _solve_scalar(a: Tensor, p: Tensor, rho: float) -> Solution:
     return Solution(c, a @ c if rho > 0 else a.new_zeros(()))
 
 
+def without_underflow(squares: Tensor) -> Tensor:
+    """The scale of the regularization; -1, for max a^2, where squares underflow."""
+    return torch.where(squares < LEAST_SQUARE, -1.0, squares)
+
+
 def _scalar_problem(
     a: Tensor, p: Tensor, regularization: float, scale: Tensor | None, present: Tensor
 ) -> Solution:
-    """Solves one row. Absent objectives are excluded; scores are first scaled to magnitude 1."""
+    """Solves one row, scaled to magnitude 1. A scale of None or below 0 stands for max a^2."""
     if not present.any():
         return Solution(p.clone(), a.new_zeros(()))
     kept, share = a[present], normalized(p[present])
@@ -75,7 +83,8 @@ def _scalar_problem(
     if unit == 0:
         weights[present] = share
         return Solution(weights, a.new_zeros(()))
-    rho = regularization if scale is None else regularization * float(scale) / unit / unit
+    given = scale is not None and not scale < 0
+    rho = regularization * float(scale) / unit / unit if given else regularization  # type: ignore[arg-type]
     rho = rho if rho > 1e-280 else 0.0
     solution = (
         Solution(share, kept @ share / unit) if math.isinf(rho) else _solve_scalar(kept / unit, share, rho)
@@ -133,8 +142,8 @@ def pama_weights(
 def _min_norm_problem(m: Tensor, p: Tensor, regularization: float, present: Tensor) -> Solution:
     """minimise 1/2 c'Mc + rho/2 ||c - p||^2 over the simplex, choosing the minimiser nearest to p.
 
-    With rho = 0 a ridge of 1e-13 stands for the limit rho -> 0. The support is found by Lawson and
-    Hanson's method on the equivalent least-squares problem, one index at a time.
+    With rho = 0 a ridge far above rounding stands for the limit rho -> 0. Proximal steps in the units of each
+    objective then remove its bias: the weights are exact for objectives of any scale.
     """
     if not present.any():
         return Solution(p.clone(), m.new_zeros(()))
@@ -146,45 +155,60 @@ def _min_norm_problem(m: Tensor, p: Tensor, regularization: float, present: Tens
     if unit <= 0:
         weights[present] = share
         return Solution(weights, m.new_zeros(()))
-    kept = (kept + kept.T) / (2 * unit)
-    ridge = regularization if regularization > 0 else 1e-13
+    kept = kept / (2 * unit) + kept.T / (2 * unit)
+    ridge = regularization if regularization > 0 else 1e-8
     c = _lawson_hanson(kept + ridge * torch.eye(len(kept), dtype=kept.dtype), ridge * share)
+    own = kept.diagonal()
+    own = torch.where(own > 0, own, own[own > 0].min())
+    for step in range(20 if regularization == 0 else 0):
+        if _is_min_norm(kept, c):
+            break
+        metric = own * ridge * 10.0 ** min(0, max(6 - step, -6))  # smaller for nearly parallel gradients
+        c = _lawson_hanson(kept + torch.diag(metric), metric * c)
     weights[present] = c
     return Solution(weights, (c @ kept @ c * unit).clamp(min=0))
 
 
+def _is_min_norm(m: Tensor, c: Tensor) -> bool:
+    """Whether c satisfies the optimality conditions up to the rounding of each product (Mc)_i."""
+    product, rounding = m @ c, 1e-15 * (m.abs() @ c)
+    excess = product - product @ c
+    tolerance = rounding + rounding @ c
+    return bool((torch.where(c > 0, excess.abs(), -excess) <= tolerance).all())
+
+
 def _lawson_hanson(h: Tensor, q: Tensor) -> Tensor:
-    """minimise 1/2 c'Hc - q.c over the simplex, H positive definite."""
+    """minimise 1/2 c'Hc - q.c over the simplex, H positive definite: Lawson and Hanson's method on the
+    equivalent least-squares problem, one index at a time."""
     n = len(q)
     c = torch.zeros(n, dtype=h.dtype)
     support = torch.zeros(n, dtype=torch.bool)
     first = int((h.diagonal() / 2 - q).argmin())
     c[first], support[first] = 1.0, True
     for _ in range(10 * n + 10):
-        gradient = h @ c - q
+        gradient, rounding = h @ c - q, 1e-15 * (h.abs() @ c + q.abs())
         level = gradient @ c
-        outside = torch.where(support, math.inf, gradient - level)
+        outside = torch.where(support, math.inf, gradient - level + rounding + rounding @ c)
         enter = int(outside.argmin())
-        if float(outside[enter]) >= -1e-15:
+        if float(outside[enter]) >= 0:
             return c
         support[enter] = True
         while True:
             index = support.nonzero().squeeze(1)
-            size = len(index)
-            system = torch.ones(size + 1, size + 1, dtype=h.dtype)
-            system[:size, :size] = h[index][:, index]
-            system[size, size] = 0.0
-            right = torch.cat([q[index], torch.ones(1, dtype=h.dtype)])
-            trial = torch.linalg.lstsq(system, right.unsqueeze(1), driver="gelsd").solution
+            scale = h.diagonal()[index].rsqrt()  # solved with a diagonal of 1
+            right = torch.stack([scale, q[index] * scale], 1)
+            system = h[index][:, index] * scale[:, None] * scale
+            direction, centre = torch.linalg.lstsq(system, right, driver="gelsd").solution.T * scale
             target = torch.zeros_like(c)
-            target[index] = trial[:size, 0]
+            target[index] = centre + direction * ((1 - centre.sum()) / direction.sum())
             if float(target[index].min()) > 0:
                 c = target
                 break
             falling = support & (target <= 0)
             step = float((c[falling] / (c[falling] - target[falling])).min())
             c = c + step * (target - c)
-            support &= c > 1e-16
+            support &= c > 0
+            support &= ~(falling & (c <= 1e-300))
             c[~support] = 0.0
             c = c / c.sum()
     return c
@@ -237,11 +261,24 @@ def _non_negative_least_squares(h: Tensor, q: Tensor) -> Tensor:
     return v
 
 
+def _projection(h: Tensor, own: Tensor, metric: Tensor) -> Tensor:
+    """minimise 1/2 z'Hz + own.z over z >= 0, choosing the minimiser with the smallest sum of metric z^2."""
+    z = torch.zeros_like(own)
+    for step in range(20):
+        ridge = metric * 10.0 ** -max(9, min(step + 1, 14))  # smaller for nearly parallel gradients
+        z = _non_negative_least_squares(h + torch.diag(ridge), ridge * z - own)
+        gradient, rounding = h @ z + own, 1e-15 * (h.abs() @ z + own.abs())
+        if bool((torch.where(z > 0, gradient.abs(), -gradient) <= rounding).all()):
+            break
+    return z
+
+
 def _upgrad_problem(m: Tensor, p: Tensor, present: Tensor) -> Solution:
     """c = sum_i c^(i), c^(i) = argmin c'Mc over c >= p_i e_i, normalised to sum 1.
 
     With D = diag(sqrt(M_ii)) and C the cosines, c^(i) = p_i (e_i + d_i D^-1 z), z = argmin 1/2 z'Cz + C_i.z
-    over z >= 0, whatever the scales. A ridge of 1e-12 chooses among the minimisers of a singular problem.
+    over z >= 0, whatever the scales. If M is singular, c^(i) is the minimiser nearest to p_i e_i: a ridge in
+    the units of c chooses it (ratios of norms are capped), and proximal steps remove its bias.
     """
     weights = p.clone()
     if not present.any():
@@ -256,10 +293,11 @@ def _upgrad_problem(m: Tensor, p: Tensor, present: Tensor) -> Solution:
         inverse = torch.where(d > 0, 1 / d, 0.0)
         h = (kept / 2 + kept.T / 2) * inverse[:, None] * inverse
         total = share.clone()
-        regular = h + 1e-12 * torch.eye(len(h), dtype=h.dtype)
+        metric = (d.max() * inverse).clamp(max=MAX_NORM_RATIO).square()
+        metric = torch.where(d > 0, metric, 1.0)
         for i in range(len(share)):
             if share[i] > 0 and d[i] > 0:
-                z = torch.where(d > 0, _non_negative_least_squares(regular, -h[i]), 0.0)
+                z = torch.where(d > 0, _projection(h, h[i], metric), 0.0)
                 total = total + share[i] * d[i] * inverse * z
         weights[present] = total / total.sum()
     c = weights[present]

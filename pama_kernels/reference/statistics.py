@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .tokens import Dense, Terms, dense, ratio, terms, token_weights
+from .tokens import Dense, Terms, check_sequences, dense, ratio, terms, token_weights
 
 
 @dataclass(frozen=True)
@@ -94,4 +94,5 @@ def objective_statistics(
     cu_seqlens: Tensor | None = None,
 ) -> Statistics:
     x = dense(advantages, mask, logprobs, old_logprobs, None, importance_weights, objective_mask, cu_seqlens)
+    check_sequences(x.layout, aggregation)
     return batch_statistics(x, terms(x, clip_range, noon, dual_clip), aggregation)

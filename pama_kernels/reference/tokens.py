@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pama_kernels._layout import Layout, resolve_layout
+from pama_kernels._layout import Layout, check_weights, resolve_layout
+from pama_kernels.rules import RuleLike
 
 MAX_LOG_RATIO = 20.0
 
@@ -104,6 +105,20 @@ def dense(
 
 
 # --- the surrogate and its bound ---------------------------------------------------------------------
+
+
+def check_sequences(
+    layout: Layout, aggregation: str, rule: RuleLike = None, weights: Tensor | None = None
+) -> None:
+    """Flat tokens without `cu_seqlens` have no sequences: a mean or weights per sequence are undefined."""
+    if weights is not None:
+        check_weights(weights, layout, weights.device)
+    if layout.sequences:
+        return
+    if aggregation != "token-mean":
+        raise ValueError(f"aggregation: {aggregation!r} needs cu_seqlens where tensors are flat, got none")
+    if weights is None and getattr(rule, "weights_per", "batch") == "sequence":
+        raise ValueError("rule: weights per sequence need cu_seqlens where tensors are flat, got none")
 
 
 class Terms(NamedTuple):

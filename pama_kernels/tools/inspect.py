@@ -115,7 +115,7 @@ def inspect_rewards(
         group_sizes=(int(sizes.min()), int(sizes.max())),
         steps=len(set(map(_key, steps))),
         step_column=step_column,
-        mean=values.nanmean(0),
+        mean=torch.tensor([_mean(column) for column in values.T], dtype=torch.float64),
         deviation=torch.tensor([_deviation(column) for column in values.T], dtype=torch.float64),
         applies=present.double().mean(0),
         varies=_share_of_groups(advantages != 0, group_ids) / _share_of_groups(present, group_ids),
@@ -125,9 +125,22 @@ def inspect_rewards(
     )
 
 
+def _mean(column: Tensor) -> float:
+    known = column[~column.isnan()]
+    unit = _unit(known)
+    return float((known / unit).mean() * unit)
+
+
 def _deviation(column: Tensor) -> float:
     known = column[~column.isnan()]
-    return float(known.std(correction=0)) if len(known) else math.nan
+    unit = _unit(known)
+    return float((known / unit).std(correction=0) * unit) if len(known) else math.nan
+
+
+def _unit(known: Tensor) -> Tensor:
+    """A unit in which neither sums nor squares of the values leave the range of float64."""
+    largest = known.abs().max() if len(known) else known.new_ones(())
+    return torch.where(largest > 0, largest, 1.0)
 
 
 # --- groups -------------------------------------------------------------------------------------------------

@@ -49,11 +49,12 @@ def check_picture(path: Path) -> None:
     matplotlib()
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"picture: expected a name that ends in {', '.join(FORMATS)}, got {path.name}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"picture: expected a folder that exists, found no {path.parent}")
 
 
 def save(figure: Any, path: Path) -> None:
     """Replaces `path` atomically, so that a viewer never reads an incomplete picture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, format=path.suffix[1:].lower(), dpi=140, bbox_inches="tight", facecolor="white")
     os.replace(partial, path)

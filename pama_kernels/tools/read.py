@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from torch import Tensor
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 ABSENT = ("", "nan", "none", "null", "na", "n/a")
 BOOLEANS = {"true": 1.0, "false": 0.0}
+
+DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+([eE][-+]?\d+)?")
 
 STEP_COLUMNS = ("step", "global_step", "train/global_step", "iteration")
 GROUP_COLUMNS = ("prompt_id", "group_id", "group", "uid", "prompt", "prompts", "input", "question", "query")
@@ -83,17 +86,25 @@ def _columns(path: Path) -> dict[str, list[Any]]:
         return _csv(path)
     if path.suffix in (".jsonl", ".ndjson"):
         return _json_lines(path)
-    raise ValueError(f"file: expected a name that ends in {' '.join(SUFFIXES)}, got {path.name}")
+    packed = "; unpack it" if path.suffix in (".gz", ".zip", ".zst", ".xz", ".bz2") else ""
+    raise ValueError(f"file: expected a name that ends in {' '.join(SUFFIXES)}, got {path.name}{packed}")
 
 
 def _csv(path: Path) -> dict[str, list[Any]]:
     with path.open(newline="", encoding="utf-8-sig") as lines:
         reader = csv.reader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
-        names = next(reader, [])
+        rows = _rows(reader, path)
+        names = next(rows, [])
+        for separator, called in ((";", "semicolons"), ("\t", "tabs")):
+            if len(names) < 2 and separator in "".join(names):
+                raise ValueError(
+                    f"file: expected commas between the columns (tabs in a .tsv), got {called} in the header "
+                    f"of {path.name}"
+                )
         if len(set(names)) != len(names):
             raise ValueError(f"file: expected different column names, got {', '.join(names)} in {path.name}")
         columns: dict[str, list[Any]] = {name: [] for name in names}
-        for row in _rows(reader, path):
+        for row in rows:
             if not row:
                 continue
             if len(row) != len(names):
@@ -111,17 +122,26 @@ def _rows(reader: Iterable[list[str]], path: Path) -> Iterator[list[str]]:
         yield from reader
     except csv.Error as error:
         raise ValueError(f"file: expected CSV in {path.name}: {error}") from None
+    except UnicodeDecodeError as error:
+        raise _wrong_encoding(path, error) from None
+
+
+def _wrong_encoding(path: Path, error: UnicodeDecodeError) -> ValueError:
+    known = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "a gzip archive"}
+    with path.open("rb") as file:
+        found = known.get(file.read(2), f"byte {error.object[error.start]:#04x}")
+    return ValueError(f"file: expected text in UTF-8 in {path.name}, got {found}")
 
 
 def _json_lines(path: Path) -> dict[str, list[Any]]:
     rows: list[dict[str, Any]] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(_decoded(lines, path), 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"file: expected a JSON object in line {number} of {path.name}: {error}"
                 ) from None
@@ -132,6 +152,13 @@ def _json_lines(path: Path) -> dict[str, list[Any]]:
             rows.append(row)
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _decoded(lines: Iterable[str], path: Path) -> Iterator[str]:
+    try:
+        yield from lines
+    except UnicodeDecodeError as error:
+        raise _wrong_encoding(path, error) from None
 
 
 def _parquet(path: Path) -> dict[str, list[Any]]:
@@ -157,7 +184,10 @@ def number(cell: Any) -> float:
         text = cell.strip().lower()
         return math.nan if text in ABSENT else BOOLEANS[text] if text in BOOLEANS else float(text)
     if isinstance(cell, (bool, int, float)):
-        return float(cell)
+        try:
+            return float(cell)
+        except OverflowError:
+            return math.inf
     raise ValueError(type(cell).__name__)
 
 
@@ -179,6 +209,11 @@ def reward_columns(table: Table, asked: Sequence[str] | None, others: Sequence[s
             for name, cells in table.columns.items()
             if _may_be_reward(name) and name not in others and _numeric(cells)
         ]
+        for name, cells in table.columns.items():
+            if _may_be_reward(name) and name not in others and _decimal_commas(cells):
+                raise ValueError(
+                    f"{name}: expected numbers with a decimal point, got decimal commas in {table.source}"
+                )
         if not names:
             raise ValueError(f"rewards: expected numeric columns, found none among {table.listed()}")
     if len(names) < 2:
@@ -205,6 +240,14 @@ def _numeric(cells: Sequence[Any]) -> bool:
     return True
 
 
+def _decimal_commas(cells: Sequence[Any]) -> bool:
+    """Whether all cells that aren't empty are numbers, some of them with a decimal comma."""
+    known = [cell for cell in cells if isinstance(cell, str) and cell.strip().lower() not in ABSENT]
+    commas = [DECIMAL_COMMA.fullmatch(cell.strip()) is not None for cell in known]
+    rest = (cell for cell, comma in zip(known, commas, strict=True) if not comma)
+    return any(commas) and _numeric(list(rest))
+
+
 def reward_matrix(table: Table, names: Sequence[str]) -> Tensor:
     """(rows, N) float64, NaN where a cell is empty: the reward does not apply there."""
     columns = []
@@ -216,7 +259,8 @@ def reward_matrix(table: Table, names: Sequence[str]) -> Tensor:
             except ValueError:
                 value = math.inf
             if math.isinf(value):
-                raise ValueError(f"{name}: expected finite numbers or empty cells, got {cell!r} in row {row}")
+                text = repr(cell) if not isinstance(cell, int) else "an integer beyond 1e308"
+                raise ValueError(f"{name}: expected finite numbers or empty cells, got {text} in row {row}")
             values.append(value)
         columns.append(values)
     return torch.tensor(columns, dtype=torch.float64).T.contiguous()

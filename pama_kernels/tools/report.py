@@ -28,6 +28,13 @@ def two_digits(value: float) -> str:
     return f"{value:.2f}" if abs(value) >= 0.005 else "0.00"
 
 
+def figure(value: float) -> str:
+    """Two decimals, or an exponent where these would say little or too much."""
+    if math.isnan(value) or value == 0 or 0.005 <= abs(value) < 1e5:
+        return two_digits(value)
+    return f"{value:.1e}"
+
+
 def _marked(value: float) -> str:
     """Formats a number, with an exclamation mark if it is below -SMALL."""
     return two_digits(value) + ("!" if value < -SMALL else " ")
@@ -87,8 +94,8 @@ def _rewards(found: Inspection) -> str:
     rows = [
         (
             short_name(name),
-            two_digits(float(found.mean[i])),
-            two_digits(float(found.deviation[i])),
+            figure(float(found.mean[i])),
+            figure(float(found.deviation[i])),
             percent(float(found.applies[i])),
             percent(float(found.varies[i])),
             verdict(found, i),

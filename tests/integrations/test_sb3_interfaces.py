@@ -224,3 +224,54 @@ def test_custom_policy_class() -> None:
     model = PamaPPO(Wide, vectors(), policy_kwargs={"net_arch": [16]}, **SMALL)
     assert model.policy.value_net.out_features == 3
     assert model.policy_kwargs == {"net_arch": [16]}
+
+
+class _Broken(gymnasium.Wrapper):
+    """Returns a reward that is not finite."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__(levers())
+        self.value = value
+
+    def step(self, action: Any) -> Any:
+        observation, reward, *others = self.env.step(action)
+        return observation, np.array([reward[0], self.value, reward[2]]), *others
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_rewards_that_are_not_finite_are_named(value: float) -> None:
+    env = make_vec_env(lambda: _Broken(value), 2, objectives=NAMES)
+    with pytest.raises(ValueError, match=r"reward: expected finite numbers, .* wrong in \['right'\]"):
+        trained(env=env)
+
+
+def test_vector_reward_around_vector_reward_is_refused() -> None:
+    for inner in (VectorReward(levers()), Monitor(VectorReward(levers()))):
+        with pytest.raises(ValueError, match="env: expected an environment outside VectorReward"):
+            VectorReward(inner)
+
+
+def test_normalize_needs_vector_rewards() -> None:
+    plain = DummyVecEnv([lambda: gymnasium.make("CartPole-v1")])
+    with pytest.raises(ValueError, match="env: expected environments in VectorReward"):
+        VecNormalizeObjectives(plain)
+
+
+def test_normalize_of_other_objectives_is_refused(tmp_path: Path) -> None:
+    """Statistics that were saved with three objectives do not fit two."""
+    env = VecNormalizeObjectives(vectors(count=3))
+    trained(env=env)
+    env.save(str(tmp_path / "normalize.pkl"))
+    with pytest.raises(ValueError, match=r"venv: expected 3 objectives, .* got \['left', 'right'\]"):
+        VecNormalizeObjectives.load(str(tmp_path / "normalize.pkl"), vectors(count=2))
+    again = VecNormalizeObjectives.load(str(tmp_path / "normalize.pkl"), vectors(count=3))
+    assert again.ret_rms.var.shape == (3,)
+    trained(env=again)
+
+
+@pytest.mark.parametrize("with_env", [False, True])
+def test_a_file_of_plain_ppo_is_named(with_env: bool, tmp_path: Path) -> None:
+    PPO("MlpPolicy", "CartPole-v1", **SMALL).save(tmp_path / "plain")
+    env = make_vec_env("CartPole-v1") if with_env else None
+    with pytest.raises(ValueError, match=r"policy: .* PPO saved has one value head: PPO\.load reads it"):
+        PamaPPO.load(tmp_path / "plain", env=env)

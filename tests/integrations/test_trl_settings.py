@@ -46,6 +46,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "pama_bound: 'gram' needs pama_weights_per='batch', got pama_weights_per='token'",
     ),
     ({"pama_momentum": 1.0}, r"pama_momentum: expected a number in \[0, 1\)"),
+    ({"pama_momentum": 1.5}, r"pama_momentum: expected a number in \[0, 1\), got 1.5"),
+    ({"pama_momentum": -0.1}, r"pama_momentum: expected a number in \[0, 1\), got -0.1"),
     ({"pama_momentum": 0.5, "pama_weights_per": "token"}, "pama_momentum: needs a rule with one set"),
     ({"pama_regularization": -1.0}, "pama_regularization: expected"),
     ({"pama_noon": "no"}, "pama_noon: expected True or False, got 'no'"),

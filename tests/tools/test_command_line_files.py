@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -101,13 +102,35 @@ def test_wrong_tables(columns: dict[str, list[Any]], arguments: dict[str, Any], 
         ("rewards.csv", "a,b\n1,2\n1\n", "file: expected 2 cells as in the header, got 1 in line 3"),
         ("rewards.jsonl", '{"a": 1}\n{"a"\n', "file: expected a JSON object in line 2"),
         ("rewards.jsonl", "[1]\n", "file: expected a JSON object, got list in line 1"),
+        ("rewards.csv", "a;b\n1;2\n", "file: expected commas between the columns .*, got semicolons"),
+        ("rewards.csv", "a\tb\n1\t2\n", "file: expected commas between the columns .*, got tabs"),
+        (
+            "rewards.csv",
+            'id,a,b\n0,"1,5",2\n0,2,3\n',
+            "a: expected numbers with a decimal point, got decimal",
+        ),
+        ("rewards.csv", "id,a\n0,1\n0,2\n", "rewards: expected at least two columns, got a"),
+        ("rewards.csv", b"id,a,b\n0,1,\xe9\n", "file: expected text in UTF-8 in rewards.csv, got byte 0xe9"),
+        ("rewards.csv", "a,b\n1,2\n".encode("utf-16"), "file: expected text in UTF-8 .*, got UTF-16"),
+        ("rewards.csv", b"\x1f\x8b\x08\x08", "file: expected text in UTF-8 .*, got a gzip archive"),
+        (
+            "rewards.csv.gz",
+            b"\x1f\x8b\x08\x08",
+            "file: expected a name that .*, got rewards.csv.gz; unpack it",
+        ),
+        ("rewards.jsonl", b'{"a": 1, "\xe9": 2}\n', "file: expected text in UTF-8 in rewards.jsonl"),
+        (
+            "rewards.jsonl",
+            f'{{"id": 0, "a": {10**400}, "b": 1}}\n{{"id": 0, "a": 2, "b": 2}}\n',
+            "a: expected finite numbers or empty cells, got an integer beyond 1e308 in row 1",
+        ),
     ],
 )
 def test_wrong_files(
-    name: str, text: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, text: str | bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if text is not None:
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
     assert main(["inspect", str(tmp_path / name)]) == 2
     said = capsys.readouterr()
     assert not said.out
@@ -153,3 +176,48 @@ def test_a_group_size_that_contradicts_the_prompt_column_is_an_error(tmp_path: P
     ):
         inspect_rewards(read_table(path), group_size=8)
     assert inspect_rewards(read_table(path)).group_sizes == (8, 8)
+
+
+def test_scales_of_any_size_are_readable(tmp_path: Path) -> None:
+    """Neither 0.00 for a small reward nor 300 digits for a large one; sums and squares stay in range."""
+    path = tmp_path / "rewards.csv"
+    path.write_text("id,small,large,plain\n0,1e-5,1e300,1\n0,2e-5,3e300,2\n0,3e-300,1e308,-4\n0,3e-5,1e9,2\n")
+    found = inspect_rewards(read_table(path), group_column="id")
+    assert found.mean.isfinite().all()
+    assert found.deviation.isfinite().all()
+    text = format_inspection(found)
+    assert re.search(r"small +1\.5e-05 +1\.1e-05 ", text)
+    assert re.search(r"large +2\.5e\+307 +4\.3e\+307 ", text)
+    assert re.search(r"plain +0\.25 +2\.49 ", text)
+
+
+def test_nested_values_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "rewards.jsonl"
+    rows = ('{"id": 0, "a": %d, "b": %d, "more": {"x": 1}, "list": [1]}' % (i, -i) for i in range(4))  # noqa: UP031
+    path.write_text("\ufeff" + "\n".join(rows))
+    found = inspect_rewards(read_table(path), group_column="id")
+    assert found.names == ["a", "b"]
+    assert found.left_out == ["id", "more", "list"]
+
+
+def test_a_picture_needs_a_folder_that_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    for command in (["plot", str(tmp_path), "--out"], ["inspect", str(tmp_path), "--plot"]):
+        assert main([*command, str(tmp_path / "gone" / "picture.png")]) == 2
+        assert (
+            f"picture: expected a folder that exists, found no {tmp_path / 'gone'}" in capsys.readouterr().err
+        )
+    assert not (tmp_path / "gone").exists()
+
+
+def test_a_reader_that_stops_early(tmp_path: Path) -> None:
+    """`inspect FILE | head` ends without a traceback."""
+    path = write(tmp_path / "rewards.csv", small_table())
+    command = [sys.executable, "-m", "pama_kernels", "inspect", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert said == ""
+    assert process.returncode == 0

@@ -90,6 +90,7 @@ def test_tensorboard(prefix: str, tmp_path: Path) -> None:
 
 def test_picture_of_a_training(trained: Path, tmp_path: Path, drawn: list[Any]) -> None:
     out = tmp_path / "new" / "picture.png"
+    out.parent.mkdir()
     assert main(["plot", str(trained), "--out", str(out)]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
     assert os.listdir(out.parent) == ["picture.png"]

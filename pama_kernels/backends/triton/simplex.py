@@ -131,13 +131,12 @@ def _rows(a, p, here, regularization, scale, N: tl.constexpr):
     high = tl.max(tl.where(here, a, -infinity), axis=1, keep_dims=True)
     x = (a * lift) * inverse
     x = tl.where(tl.abs(x) < nothing, 0.0, x)
-    if scale is None:
-        peak = (largest * lift) * inverse
-        size = (peak * peak).to(tl.float64)
-    else:
+    peak = (largest * lift) * inverse
+    size = (peak * peak).to(tl.float64)
+    if scale is not None:
         up = lift.to(tl.float64)
         down = inverse.to(tl.float64)
-        size = scale * up * down * up * down
+        size = tl.where(scale < 0, size, scale * up * down * up * down)
         if regularization > 0:
             unusable = unusable | ~(tl.abs(scale) < infinity)
     rho = (regularization * tl.where(unusable, 0.0, size)).to(a.dtype)
@@ -182,8 +181,10 @@ def solve(a, p, here, regularization, scale, N: tl.constexpr, ONE_SIGN: tl.const
 
 @triton.jit
 def solve_scaled(a, moments, p, here, regularization, N: tl.constexpr, ONE_SIGN: tl.constexpr = False):
-    """`solve` with the largest of the moments (R, N) as the scale; NaN if one of them is NaN."""
+    """`solve` with the largest of the moments (R, N) as the scale; NaN if one of them is NaN. Moments that
+    underflow (below 2^-972) give no scale: -1 stands for max a^2."""
     scale = tl.max(moments, axis=1, keep_dims=True)
+    scale = tl.where(scale < 2.5057e-293, -1.0, scale)
     unusable = tl.max((moments != moments).to(tl.int32), axis=1, keep_dims=True) > 0
     return solve(a, p, here, regularization, tl.where(unusable, float("nan"), scale), N, ONE_SIGN)
 
