@@ -1,12 +1,12 @@
 """Builds, repairs and checks wheels of the CPU module: manylinux_2_28, one for each Python given.
 
-    python wheels/build.py [--out FOLDER] [PYTHON ...]
+    python wheels/build.py [--out FOLDER] [--build-only] [PYTHON ...]
 
 By default for every python3.10 to python3.14 on the PATH. Each wheel is built from the sdist, linked so that
 glibc 2.28 and the libstdc++ of GCC 8 suffice, and repaired by auditwheel, which leaves libgomp.so.1 out:
 PyTorch brings its own, and with a second one each would start its own threads. The wheel is then installed
 with PyTorch into an empty environment, where smoke.py must find one OpenMP runtime and the bits of the source
-build that runs this script.
+build that runs this script. `--build-only` leaves this out, where an environment with PyTorch is too much.
 """
 
 from __future__ import annotations
@@ -93,11 +93,22 @@ def smoke(python: str | Path, folder: Path) -> dict[str, Any]:
     return found
 
 
+def check(wheel: Path, python: str, folder: Path, source: dict[str, Any]) -> None:
+    """Installs the wheel into an environment of its own; its bits must be those of the source build."""
+    own = environment(python, folder / "installed")
+    run(own, "-m", "pip", "install", "-q", "-c", CONSTRAINTS, wheel)
+    found = smoke(own, folder)
+    if found["bits"] != source["bits"]:
+        raise SystemExit(f"{wheel.name} computes {found['bits']}, the source build {source['bits']}")
+    print(f"  the bits of the source build; {json.dumps(found)}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
+    parser.add_argument("--build-only", action="store_true", help="install and run nothing")
     parser.add_argument("pythons", nargs="*", metavar="PYTHON")
     options = parser.parse_args()
     pythons = options.pythons or interpreters()
@@ -108,22 +119,16 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        source = smoke(sys.executable, scratch)
+        source = None if options.build_only else smoke(sys.executable, scratch)
         run(sys.executable, "-m", "build", "--sdist", "--outdir", scratch, ROOT)
         (sdist,) = scratch.glob("*.tar.gz")
         for number, python in enumerate(pythons):
             part = scratch / str(number)
             part.mkdir()
             wheel = repair(build(sdist, python, part), options.out)
-            own = environment(python, part / "installed")
-            run(own, "-m", "pip", "install", "-q", "-c", CONSTRAINTS, wheel)
-            found = smoke(own, part)
-            if found["bits"] != source["bits"]:
-                raise SystemExit(f"{wheel.name} computes {found['bits']}, the source build {source['bits']}")
-            size = wheel.stat().st_size / 1e3
-            print(
-                f"{wheel.name}: {size:.0f} kB, the bits of the source build; " + json.dumps(found), flush=True
-            )
+            print(f"{wheel.name}: {wheel.stat().st_size / 1e3:.0f} kB", flush=True)
+            if source is not None:
+                check(wheel, python, part, source)
             shutil.rmtree(part)
 
 
