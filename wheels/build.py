@@ -51,21 +51,40 @@ def environment(python: str, folder: Path) -> Path:
     return folder / "bin" / "python"
 
 
-def build(sdist: Path, python: str, scratch: Path) -> Path:
-    """The unrepaired wheel."""
+def compiler_flags(scratch: Path) -> dict[str, str]:
+    """The environment in which what is compiled and linked runs with older system libraries."""
     shim = scratch / "libstdcxx_gcc8.o"
     compiler = os.environ.get("CXX", "c++")
     run(compiler, "-std=c++17", "-O2", "-fPIC", "-c", HERE / "libstdcxx_gcc8.cpp", "-o", shim)
-    env = {
+    return {
         **os.environ,
         "CXX": compiler,
         "CXXFLAGS": f"{os.environ.get('CXXFLAGS', '')} -include {HERE / 'glibc_2_28.hpp'}",
         "LDFLAGS": f"{os.environ.get('LDFLAGS', '')} {shim}",
         "PIP_CONSTRAINT": str(CONSTRAINTS),
     }
-    settings = [f"--config-settings=cmake.define.{option}" for option in ("PAMA_OPENMP=ON", "PAMA_CUDA=OFF")]
+
+
+def unpacked(scratch: Path) -> Path:
+    """The sources that the sdist contains."""
+    run(sys.executable, "-m", "build", "--sdist", "--outdir", scratch, ROOT)
+    (sdist,) = scratch.glob("*.tar.gz")
+    shutil.unpack_archive(sdist, scratch, filter="data")
+    return scratch / sdist.name.removesuffix(".tar.gz")
+
+
+def build(sources: Path, python: str, scratch: Path, env: dict[str, str]) -> Path:
+    """The unrepaired wheel. What does not depend on Python is compiled for the first one only."""
+    objects = sources.parent / "cmake"
+    (objects / "CMakeCache.txt").unlink(missing_ok=True)  # it names the Python before
+    settings = {
+        "build-dir": str(objects),
+        "cmake.define.PAMA_OPENMP": "ON",
+        "cmake.define.PAMA_CUDA": "OFF",
+    }
+    given = [f"--config-settings={name}={value}" for name, value in settings.items()]
     own = environment(python, scratch / "build")
-    run(own, "-m", "pip", "wheel", "-q", "--no-deps", *settings, "-w", scratch / "raw", sdist, env=env)
+    run(own, "-m", "pip", "wheel", "-q", "--no-deps", *given, "-w", scratch / "raw", sources, env=env)
     (wheel,) = (scratch / "raw").glob("*.whl")
     return wheel
 
@@ -120,12 +139,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         source = None if options.build_only else smoke(sys.executable, scratch)
-        run(sys.executable, "-m", "build", "--sdist", "--outdir", scratch, ROOT)
-        (sdist,) = scratch.glob("*.tar.gz")
+        sources, env = unpacked(scratch), compiler_flags(scratch)
         for number, python in enumerate(pythons):
             part = scratch / str(number)
             part.mkdir()
-            wheel = repair(build(sdist, python, part), options.out)
+            wheel = repair(build(sources, python, part, env), options.out)
             print(f"{wheel.name}: {wheel.stat().st_size / 1e3:.0f} kB", flush=True)
             if source is not None:
                 check(wheel, python, part, source)

@@ -11,7 +11,6 @@ import json
 import platform
 import sys
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +78,7 @@ def main() -> None:
     found = {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "package": version("pama-kernels"),
+        "package": pk.__version__,
         "module": _cpu.__file__,
         "compiler": _cpu.build_info()["compiler"],
         "openmp": runtimes[0],
