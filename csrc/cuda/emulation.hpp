@@ -1,5 +1,5 @@
-// Runs the kernels on the host, to test them without a GPU: every thread of the grid is a fibre, and the scheduler
-// picks the next one at random. Missing barriers, wrong indices and errors in the detection of the last block then show
+// Runs the kernels on the host, to test them without a GPU: every thread of the grid is a fibre, and the
+// next one is picked at random. Missing barriers, wrong indices and errors in the detection of the last block then show
 // in tests; a barrier or shuffle that some threads never reach ends the program.
 #pragma once
 
@@ -103,7 +103,26 @@ inline void* shared(const void* key, std::size_t bytes) {
     return memory.get();
 }
 
-inline void pause() { swapcontext(&grid->current->context, &grid->scheduler); }
+// Takes a random thread from those that can go on, to run next.
+inline void pick() {
+    std::vector<Fibre*>& ready = grid->ready;
+    std::swap(ready[order() % ready.size()], ready.back());
+    grid->current = ready.back();
+    ready.pop_back();
+    threadIdx = grid->current->thread;
+    blockIdx = grid->current->block;
+}
+
+// Goes on with another thread, without the scheduler in between: switches are most of the time that tests take.
+inline void pause() {
+    Fibre* const from = grid->current;
+    if (grid->ready.empty()) {  // all wait
+        swapcontext(&from->context, &grid->scheduler);
+        return;
+    }
+    pick();
+    if (grid->current != from) swapcontext(&from->context, &grid->current->context);
+}
 
 // Waits until `all` threads have reached the barrier `waiting`.
 inline void meet(std::vector<Fibre*>& waiting, std::size_t all) {
@@ -169,12 +188,7 @@ inline void run(dim3 size, unsigned threads, const std::function<void()>& body) 
     gridDim = size;
     std::size_t done = 0;
     while (!state.ready.empty()) {
-        const std::size_t pick = order() % state.ready.size();
-        std::swap(state.ready[pick], state.ready.back());
-        state.current = state.ready.back();
-        state.ready.pop_back();
-        threadIdx = state.current->thread;
-        blockIdx = state.current->block;
+        pick();
         swapcontext(&state.scheduler, &state.current->context);
         done += state.current->done;
     }
