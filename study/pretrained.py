@@ -276,9 +276,10 @@ def correlation(advantages: Tensor, combined: Tensor, tokens: Tensor) -> Tensor:
     return torch.where(spread > 0, (weight @ (a * b)) / spread, 0.0)
 
 
-def run(folder: Path, quick: bool = False) -> None:
+def run(folder: Path, quick: bool = False, seeds: tuple[int, ...] = ()) -> None:
     """Seed by seed, so that a study that was stopped early still compares all rules."""
     settings = QUICK if quick else Settings()
+    settings = replace(settings, seeds=seeds or settings.seeds)
     steps, curve = Store(folder / f"{PART}_steps.csv.gz"), Store(folder / f"{PART}.csv.gz")
     jobs = [
         (rule, seed)
@@ -305,9 +306,10 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "local", help="folder of the logs"
     )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[], help="only these")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    run(options.out, options.quick)
+    run(options.out, options.quick, tuple(options.seeds))
 
 
 if __name__ == "__main__":
