@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import pama_kernels as pk
 
+from . import ranges
 from .split_model import Rollout, SplitModel
 from .store import Store
 
@@ -40,8 +41,7 @@ RULES: dict[str, pk.Pama | pk.UPGrad | pk.Fixed] = {
     "paper-token": pk.Pama.paper("token"),
     "paper-batch": pk.Pama.paper("batch"),
 }
-# The worst and the best mean of each reward that a policy can be expected to have; fixed before the runs.
-LOW, HIGH = torch.tensor([-0.2, -0.4, 0.0]), torch.tensor([0.6, 0.4, 1.0])
+LOW, HIGH = torch.tensor(ranges.LOW[PART]), torch.tensor(ranges.HIGH[PART])
 
 
 @dataclass(frozen=True)
@@ -276,10 +276,10 @@ def correlation(advantages: Tensor, combined: Tensor, tokens: Tensor) -> Tensor:
     return torch.where(spread > 0, (weight @ (a * b)) / spread, 0.0)
 
 
-def run(folder: Path, quick: bool = False, seeds: tuple[int, ...] = ()) -> None:
+def run(folder: Path, quick: bool = False, seeds: tuple[int, ...] = (), rules: tuple[str, ...] = ()) -> None:
     """Seed by seed, so that a study that was stopped early still compares all rules."""
     settings = QUICK if quick else Settings()
-    settings = replace(settings, seeds=seeds or settings.seeds)
+    settings = replace(settings, seeds=seeds or settings.seeds, rules=rules or settings.rules)
     steps, curve = Store(folder / f"{PART}_steps.csv.gz"), Store(folder / f"{PART}.csv.gz")
     jobs = [
         (rule, seed)
@@ -307,9 +307,10 @@ def main() -> None:
         "--out", type=Path, default=Path(__file__).parent / "local", help="folder of the logs"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="only these")
+    parser.add_argument("--rules", nargs="+", choices=tuple(RULES), default=[], help="only these")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    run(options.out, options.quick, tuple(options.seeds))
+    run(options.out, options.quick, tuple(options.seeds), tuple(options.rules))
 
 
 if __name__ == "__main__":

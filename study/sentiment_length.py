@@ -26,6 +26,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 import pama_kernels as pk
 
+from . import ranges
 from .corpus import END, Corpus
 from .store import Store
 from .tiny_model import Policy, Shape, fit
@@ -39,7 +40,7 @@ RULES: dict[str, pk.Pama | pk.Fixed] = {
     "paper-batch": pk.Pama.paper("batch"),
 }
 OBJECTIVES = ("sentiment", "length")
-LOW, HIGH = torch.tensor([-1.0, 0.5]), torch.tensor([1.0, 1.5])  # what each reward can be
+LOW, HIGH = torch.tensor(ranges.LOW[PART]), torch.tensor(ranges.HIGH[PART])
 SHAPE = Shape()
 USUAL_TOKENS = 16  # in the place of the paper's 140 characters
 
