@@ -131,8 +131,19 @@ def differences(found: dict[Run, list[Row]], names: tuple[str, ...], rates: list
     return table(["rule", *header, "seeds"], lines)
 
 
+def late_rollouts(run: list[Row]) -> float:
+    """Mean reward of the rollouts of the second half of the steps, in units of the rewards' ranges."""
+    low, high = ranges.LOW["pretrained"], ranges.HIGH["pretrained"]
+    late = run[len(run) // 2 :]
+    return float(
+        np.mean([[row[f"reward_{i}"] / (high[i] - low[i]) for i in range(len(low))] for row in late])
+    )
+
+
 def steps_table(found: dict[Run, list[Row]]) -> str:
-    """Means over all steps of all runs: weights, correlations with the update, and how often negative."""
+    """Means over all steps of all runs: weights, correlations with the update, how often these are negative;
+    and the reward of the later rollouts, to Fixed, paired over seeds."""
+    rates = {rate for _, rate, _ in found}
     lines = []
     for rule in rules_of(found):
         rows = [row for (name, _, _), run in found.items() if name == rule for row in run]
@@ -141,9 +152,11 @@ def steps_table(found: dict[Run, list[Row]]) -> str:
         ]
         negative = [f"{np.mean([row[f'correlation_{i}'] < -1e-4 for row in rows]):.0%}" for i in range(3)]
         some = f"{np.mean([row['sacrificed'] for row in rows]):.0%}"
-        lines.append([name_of(rule), *(number(float(np.mean(x)), 2) for x in columns), *negative, some])
+        late = to_baseline(found, rule, lambda run, base: late_rollouts(run) - late_rollouts(base), rates)
+        means = [number(float(np.mean(x)), 2) for x in columns]
+        lines.append([name_of(rule), *means, *negative, some, "" if rule == BASELINE else signed(late)])
     header = [f"{kind}, {name}" for kind in ("weight", "correlation", "negative") for name in OBJECTIVES]
-    return table(["rule", *header, "any negative"], lines)
+    return table(["rule", *header, "any negative", "reward of later rollouts"], lines)
 
 
 def replies(folder: Path) -> list[dict[str, Any]]:
