@@ -15,6 +15,7 @@ from ._validate import (
     ClipRange,
     Preference,
     check_device,
+    check_flag,
     check_float,
     check_number,
     check_positive,
@@ -257,6 +258,7 @@ def pama_loss(
         aggregation=aggregation,
         noon=noon_of(rule),
     )
+    statistics = check_flag("statistics", statistics)
     if ref_logprobs is not None and not penalty:
         tokens = tokens._replace(ref_logprobs=None)
     asked = record(rule)
@@ -271,7 +273,7 @@ def pama_loss(
         advantages=False,
         loss=True,
         gradient=differentiated or _forward_mode(),
-        statistics=bool(statistics) and merged is None,
+        statistics=statistics and merged is None,
         pairs=pairs and merged is None,
         normalize=False,
         normalizer=None if normalizer is None else _normalizer(normalizer, logprobs),

@@ -6,6 +6,8 @@
 // problem sizes.
 #pragma once
 
+#include <stdint.h>
+
 #include "config.hpp"
 
 PAMA_BEGIN
@@ -71,9 +73,9 @@ PAMA_HD inline bool solve(int k, int ld, const Scratch& s, bool strict) {
     double *const solution = s.solution, *const panel = s.panel;
     const double* const floor = s.floor;
     for (int j = 0; j < end; j += kBlock) {
-        double* block = columns + static_cast<long>(j) * ld;
+        double* block = columns + static_cast<int64_t>(j) * ld;
         for (int i = 0; i < j; ++i) {  // the block's rows of L
-            const double* row = columns + static_cast<long>(i) * ld + j;
+            const double* row = columns + static_cast<int64_t>(i) * ld + j;
             scale_block(row, inverse[i], panel + kBlock * i);
         }
         double lower[kBlock][kBlock], w[kBlock];
@@ -81,7 +83,7 @@ PAMA_HD inline bool solve(int k, int ld, const Scratch& s, bool strict) {
             Vector tile[kBlock][kVectors];
             for (int c = 0; c < kBlock; ++c)
                 for (int v = 0; v < kVectors; ++v)
-                    tile[c][v] = vector_at(block + static_cast<long>(c) * ld + row + v * kLanes);
+                    tile[c][v] = vector_at(block + static_cast<int64_t>(c) * ld + row + v * kLanes);
             const double* left = columns + row;
             const double* factor = panel;
             for (int i = 0; i < j; ++i, left += ld, factor += kBlock)
@@ -116,7 +118,7 @@ PAMA_HD inline bool solve(int k, int ld, const Scratch& s, bool strict) {
                 Vector& z = vector_at(rhs + row + v * kLanes);
                 for (int c = 0; c < kBlock; ++c) {
                     for (int b = 0; b < c; ++b) tile[c][v] -= lower[b][c] * tile[b][v];
-                    vector_at(block + static_cast<long>(c) * ld + row + v * kLanes) = tile[c][v];
+                    vector_at(block + static_cast<int64_t>(c) * ld + row + v * kLanes) = tile[c][v];
                     z -= w[c] * tile[c][v];
                 }
             }
@@ -126,14 +128,14 @@ PAMA_HD inline bool solve(int k, int ld, const Scratch& s, bool strict) {
     // L' y = forward, four unknowns at a time from the end.
     for (int v = 0; v < kVectors; ++v) vector_at(solution + end + v * kLanes) = Vector{};
     for (int j = end - kBlock; j >= 0; j -= kBlock) {
-        const double* block = columns + static_cast<long>(j) * ld;
+        const double* block = columns + static_cast<int64_t>(j) * ld;
         Vector dot[kBlock] = {};
         for (int r = j + kBlock; r < end; r += kLanes)
             for (int c = 0; c < kBlock; ++c)
-                dot[c] += vector_at(block + static_cast<long>(c) * ld + r) * vector_at(solution + r);
+                dot[c] += vector_at(block + static_cast<int64_t>(c) * ld + r) * vector_at(solution + r);
         for (int c = kBlock - 1; c >= 0; --c) {
             double sum = sum_lanes(dot[c]);
-            for (int b = c + 1; b < kBlock; ++b) sum += block[static_cast<long>(c) * ld + j + b] * solution[j + b];
+            for (int b = c + 1; b < kBlock; ++b) sum += block[static_cast<int64_t>(c) * ld + j + b] * solution[j + b];
             solution[j + c] = forward[j + c] - sum * inverse[j + c];
         }
     }

@@ -2,6 +2,7 @@
 // Templates over V work on one number, or on one number per SIMD lane (a GCC vector type).
 #pragma once
 
+#include <stdint.h>
 #include <string.h>
 
 #include <type_traits>
@@ -16,9 +17,9 @@ PAMA_HD inline bool any(int x) { return x != 0; }
 
 template <class Mask>
 inline bool any(const Mask& mask) {
-    unsigned long words[sizeof(Mask) / sizeof(unsigned long)], bits = 0;
+    uint64_t words[sizeof(Mask) / sizeof(uint64_t)], bits = 0;
     memcpy(words, &mask, sizeof mask);
-    for (unsigned long word : words) bits |= word;
+    for (uint64_t word : words) bits |= word;
     return bits != 0;
 }
 
@@ -56,7 +57,7 @@ struct LaneOf<float> {
 template <>
 struct LaneOf<double> {
     typedef double type;
-    typedef unsigned long Bits;
+    typedef uint64_t Bits;
 };
 
 PAMA_HD constexpr double inverse_factorial(int k) { return k < 2 ? 1.0 : inverse_factorial(k - 1) / k; }

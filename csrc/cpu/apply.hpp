@@ -39,7 +39,7 @@ inline void apply_weights(const Pass& pass, const Workspace<T>& w, int64_t first
     for (int64_t t = 0; t < tile.padded; t += Lanes<T>::count) {
         V up = zero, down = zero;
         for (int i = 0; i < n; ++i) {
-            ask(tile.ahead.at(t, i));
+            prefetch(tile.ahead.at(t, i));
             const V a = load<V>(tile.advantages + i * kTileTokens + t), positive = a < 0 ? zero : a;
             const V weight = Own ? load<V>(own + i * kTileTokens + t) : zero + fixed[i];
             up += weight * positive;
@@ -71,7 +71,7 @@ inline void apply_weights(const Pass& pass, const Workspace<T>& w, int64_t first
             slope -= coefficient * load<V>(tile.ref_slope + t);
         }
         sums[0] -= by * gain;
-        ask_to_write(next_gradient + t * size);
+        prefetch_for_writing(next_gradient + t * size);
         store(gradient + t, masked ? zero : -by * slope);
     }
     T result[2];

@@ -39,7 +39,7 @@ inline bool direct_chunk(const Chunk<float>& in, const ClipIn<float>& clip, int6
             V v[N];
             for (int64_t k = 0; k < N * width; k += width) {
                 const float* from = a + (t + k / N) * n + block + k % N;
-                ask(from + ahead);
+                prefetch(from + ahead);
                 v[k / width] = load<V>(from);
             }
             deinterleave<N>(v);

@@ -256,15 +256,20 @@ void statistics(const Tokens& tokens, bool pairs, double* out, int threads) {
 
 void apply(const Tokens& tokens, const Rule& rule, const double* preference, const Array& weights, bool per_row,
            const Outputs& outputs, int threads) {
-    Applied applied(tokens, rule, preference, weights, per_row, outputs, threads);
-    if (applied.by_row_sums())
-        applied.row_passes();
-    else
-        applied.token_passes();
-    if (applied.finite || tokens.wide) return;
-    Tokens wide = tokens;  // terms out of the range of float32, unless an input is not finite
+    const auto finite = [&](const Tokens& chosen) {
+        Applied applied(chosen, rule, preference, weights, per_row, outputs, threads);
+        if (applied.by_row_sums())
+            applied.row_passes();
+        else
+            applied.token_passes();
+        return applied.finite;
+    };
+    if (finite(tokens) || tokens.wide) return;
+    Tokens wide = tokens;  // for terms out of the range of float32
     wide.wide = true;
-    apply(wide, rule, preference, weights, per_row, outputs, threads);
+    // If that does not help, an input is not finite. The float32 results are then restored: those of other rows must
+    // not depend on it, not even in their last bits.
+    if (!finite(wide)) finite(tokens);
 }
 
 }  // namespace pama

@@ -36,7 +36,7 @@ void apply(const Tokens& tokens, const Rule& rule, const double* preference, con
            const Outputs& outputs, int threads);
 
 // Solves the scalar problem for many rows. scores, scale, weights and optimum have one dtype, float or double.
-void weights(long rows, int n, const Array& scores, const double* prior, bool uniform, double regularization,
+void weights(int64_t rows, int n, const Array& scores, const double* prior, bool uniform, double regularization,
              const Array& scale, void* weights, void* optimum, int threads);
 
 // Solve the min-norm problem and UPGrad for many matrices. They return -1, or the index of the first matrix that is

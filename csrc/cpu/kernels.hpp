@@ -59,7 +59,7 @@ struct Gram {
 // The first matrix of a batch without a solution: clearly not a Gram matrix (residual 0), or with a residual above
 // kPromisedResidual.
 struct Refused {
-    long row = -1;
+    int64_t row = -1;
     double residual = 0;
     explicit operator bool() const { return row >= 0; }
 };
@@ -89,14 +89,14 @@ struct Kernels {
     void (*row_apply)(const Pass&, const double* row_sums, double* up, double* down, int64_t first, int64_t last,
                       Partial&, void* scratch);
     // Rows of the scalar problem: float32 scores, at most kLaneObjectives of them.
-    void (*weights)(long rows, int n, const float* scores, long row, long objective, const double* prior, bool uniform,
-                    double regularization, const double* scale, long scale_row, float* weights, float* optimum,
-                    void* scratch);
-    long (*min_norm_scratch)(int n);  // bytes
+    void (*weights)(int64_t rows, int n, const float* scores, int64_t row, int64_t objective, const double* prior,
+                    bool uniform, double regularization, const double* scale, int64_t scale_row, float* weights,
+                    float* optimum, void* scratch);
+    int64_t (*min_norm_scratch)(int n);  // bytes
     // Matrices of the min-norm problem, float or double; `present` (n bytes) may be null.
     Refused (*min_norm)(const Gram& gram, const double* preference, const unsigned char* present, double regularization,
-                        long first, long last, void* scratch);
-    Refused (*upgrad)(const Gram& gram, const double* preference, long first, long last, void* scratch);
+                        int64_t first, int64_t last, void* scratch);
+    Refused (*upgrad)(const Gram& gram, const double* preference, int64_t first, int64_t last, void* scratch);
 };
 
 extern const Kernels kernels_portable, kernels_avx2, kernels_avx512;

@@ -8,7 +8,7 @@ PAMA_BEGIN
 
 // Solves one lane in double, for problems beyond the precision of T. row: 3 n doubles.
 template <class T>
-__attribute__((noinline)) T solve_lane(int n, const T* a, const T* present, long stride, const double* preference,
+__attribute__((noinline)) T solve_lane(int n, const T* a, const T* present, int64_t stride, const double* preference,
                                        double regularization, double scale, double* row, T* c) {
     for (int i = 0; i < n; ++i) {
         row[i] = static_cast<double>(a[i * stride]);
@@ -23,12 +23,12 @@ __attribute__((noinline)) T solve_lane(int n, const T* a, const T* present, long
 template <class T, class V>
 inline T lane(const V& v, int k) {
     T x;
-    memcpy(&x, reinterpret_cast<const char*>(&v) + static_cast<long>(sizeof(T)) * k, sizeof x);
+    memcpy(&x, reinterpret_cast<const char*>(&v) + static_cast<int64_t>(sizeof(T)) * k, sizeof x);
     return x;
 }
 template <class T, class V>
 inline void set_lane(V& v, int k, T x) {
-    memcpy(reinterpret_cast<char*>(&v) + static_cast<long>(sizeof(T)) * k, &x, sizeof x);
+    memcpy(reinterpret_cast<char*>(&v) + static_cast<int64_t>(sizeof(T)) * k, &x, sizeof x);
 }
 
 template <class T>
@@ -45,7 +45,7 @@ constexpr double weak_regularization() {
 // lanes and those with a score below narrow() times `largest`. Not inlined, to save registers in the common case.
 // Returns the optima.
 template <class V, class T>
-__attribute__((noinline)) V solve_unsure(int n, const T* a, const T* present, long stride, int lanes,
+__attribute__((noinline)) V solve_unsure(int n, const T* a, const T* present, int64_t stride, int lanes,
                                          const double* preference, double regularization, const double* scale,
                                          const V& largest, const V& marked, V optimum, double* row, T* c) {
     for (int k = 0; k < lanes; ++k) {
@@ -68,7 +68,7 @@ __attribute__((noinline)) V solve_unsure(int n, const T* a, const T* present, lo
 // max a^2. `non_negative`: no score is negative and there is no regularization. work: 3 n vectors; row: 3 n doubles. A
 // compile-time N > 0 replaces n and lets the compiler keep values in registers.
 template <class V, int N, class T>
-inline V solve_lanes(int given, const T* a, const T* present, long stride, int lanes, const double* preference,
+inline V solve_lanes(int given, const T* a, const T* present, int64_t stride, int lanes, const double* preference,
                      bool uniform, double regularization, bool non_negative, T* c, V* work, double* row,
                      const double* scale = nullptr) {
     const V zero = V{}, one = zero + static_cast<T>(1);
@@ -203,22 +203,23 @@ inline auto with_lanes_size(int n, Visit visit) {
 
 // Solves rows of N float32 scores, one SIMD register of rows at a time; contiguous rows are transposed in registers.
 template <int N>
-inline void weights_rows(long rows, const float* PAMA_RESTRICT scores, long row, long objective,
+inline void weights_rows(int64_t rows, const float* PAMA_RESTRICT scores, int64_t row, int64_t objective,
                          const double* preference, bool uniform, double regularization, const double* scale,
-                         long scale_row, float* PAMA_RESTRICT weights, float* PAMA_RESTRICT optimum, double* buffer) {
+                         int64_t scale_row, float* PAMA_RESTRICT weights, float* PAMA_RESTRICT optimum,
+                         double* buffer) {
     constexpr int width = Lanes<float>::count;
-    constexpr long ahead = 1024;  // floats
+    constexpr int64_t ahead = 1024;  // floats
     const bool contiguous = row == N && objective == 1;
-    for (long at = 0; at < rows; at += width) {
+    for (int64_t at = 0; at < rows; at += width) {
         const int used = static_cast<int>(rows - at < width ? rows - at : width);
         FloatV v[N], c[N];
         if (contiguous && used == width) {
             for (int i = 0; i < N; ++i) {
-                ask(scores + at * N + i * width + ahead);
-                ask_to_write(weights + at * N + i * width + ahead);
+                prefetch(scores + at * N + i * width + ahead);
+                prefetch_for_writing(weights + at * N + i * width + ahead);
                 v[i] = load<FloatV>(scores + at * N + i * width);
             }
-            ask_to_write(optimum + at + ahead);
+            prefetch_for_writing(optimum + at + ahead);
         } else {
             memset(v, 0, sizeof v);
             for (int t = 0; t < used; ++t)
@@ -249,24 +250,24 @@ inline void weights_rows(long rows, const float* PAMA_RESTRICT scores, long row,
 
 // Solves float32 rows of any number n of objectives, transposed in pieces through memory; N as in `solve_lanes`.
 template <int N>
-__attribute__((noinline)) void weights_pieces(long rows, int n, const float* scores, long row, long objective,
+__attribute__((noinline)) void weights_pieces(int64_t rows, int n, const float* scores, int64_t row, int64_t objective,
                                               const double* preference, bool uniform, double regularization,
-                                              const double* scale, long scale_row, float* weights, float* optimum,
+                                              const double* scale, int64_t scale_row, float* weights, float* optimum,
                                               void* scratch) {
     constexpr int width = Lanes<float>::count;
-    constexpr long piece = 16 * width;
+    constexpr int64_t piece = 16 * width;
     auto* work = static_cast<FloatV*>(scratch);
     auto* a = reinterpret_cast<float*>(work + 3 * n);
     float* c = a + n * piece;
     auto* size = reinterpret_cast<double*>(c + n * piece);
     double* buffer = size + piece;
-    for (long first = 0; first < rows; first += piece) {
-        const long count = rows - first < piece ? rows - first : piece;
-        for (long t = count; t < count + width && t < piece; ++t)
+    for (int64_t first = 0; first < rows; first += piece) {
+        const int64_t count = rows - first < piece ? rows - first : piece;
+        for (int64_t t = count; t < count + width && t < piece; ++t)
             for (int i = 0; i < n; ++i) a[i * piece + t] = 0;
         rows_to_columns(n, scores + first * row, row, objective, count, a, piece);
-        for (long t = 0; t < count; ++t) size[t] = scale ? scale[(first + t) * scale_row] : 0;
-        for (long t = 0; t < count; t += width) {
+        for (int64_t t = 0; t < count; ++t) size[t] = scale ? scale[(first + t) * scale_row] : 0;
+        for (int64_t t = 0; t < count; t += width) {
             const int used = static_cast<int>(count - t < width ? count - t : width);
             bool non_negative = regularization == 0;
             for (int i = 0; non_negative && i < n; ++i) non_negative = !any(load<FloatV>(a + i * piece + t) < 0.0f);
@@ -279,9 +280,9 @@ __attribute__((noinline)) void weights_pieces(long rows, int n, const float* sco
     }
 }
 
-inline void weights_rows(long rows, int n, const float* scores, long row, long objective, const double* preference,
-                         bool uniform, double regularization, const double* scale, long scale_row, float* weights,
-                         float* optimum, void* scratch) {
+inline void weights_rows(int64_t rows, int n, const float* scores, int64_t row, int64_t objective,
+                         const double* preference, bool uniform, double regularization, const double* scale,
+                         int64_t scale_row, float* weights, float* optimum, void* scratch) {
     if (with_constant(n, [&](auto size) {
             weights_rows<size>(rows, scores, row, objective, preference, uniform, regularization, scale, scale_row,
                                weights, optimum, static_cast<double*>(scratch));

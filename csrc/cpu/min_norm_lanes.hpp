@@ -37,7 +37,7 @@ inline ldlt::Mask<V> solve_lanes(const V* full, V largest, const double* prefere
 // Solves those of the `used` matrices from `first` on that need no general solver. Returns a bit mask of the solved
 // ones.
 template <class V, class T>
-inline unsigned min_norm_lanes(const Gram& gram, const double* preference, double regularization, long first,
+inline unsigned min_norm_lanes(const Gram& gram, const double* preference, double regularization, int64_t first,
                                int used) {
     using namespace min_norm;
     constexpr int lanes = sizeof(V) / sizeof(double);

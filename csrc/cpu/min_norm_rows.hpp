@@ -6,15 +6,15 @@
 
 PAMA_BEGIN
 
-inline long min_norm_scratch(int n) {
-    return static_cast<long>(sizeof(double)) * (static_cast<long>(nnqp::workspace(n)) + n);
+inline int64_t min_norm_scratch(int n) {
+    return static_cast<int64_t>(sizeof(double)) * (static_cast<int64_t>(nnqp::workspace(n)) + n);
 }
 
 // Checks each matrix and solves it with solve(matrix, c); matrices for which `skip` returns true are solved already.
 template <class T, class Solve>
-inline Refused solve_matrices(const Gram& gram, long first, long last, unsigned skip, double* c, double* workspace,
-                              Solve solve) {
-    for (long row = first; row < last; ++row) {
+inline Refused solve_matrices(const Gram& gram, int64_t first, int64_t last, unsigned skip, double* c,
+                              double* workspace, Solve solve) {
+    for (int64_t row = first; row < last; ++row) {
         if (skip && (skip >> (row - first) & 1u)) continue;
         const T* matrix = static_cast<const T*>(gram.data) + row * gram.batch;
         if (gram.checked && !is_gram(gram.n, matrix, gram.row, gram.column, workspace)) return {row, 0.0};
@@ -29,12 +29,12 @@ inline Refused solve_matrices(const Gram& gram, long first, long last, unsigned 
 
 template <class T>
 inline Refused min_norm_rows(const Gram& gram, const double* preference, const unsigned char* present,
-                             double regularization, long first, long last, void* scratch) {
+                             double regularization, int64_t first, int64_t last, void* scratch) {
     double* c = static_cast<double*>(scratch);
     double* workspace = c + gram.n;
     const bool small = !present && min_norm::is_small(gram.n, regularization);
     constexpr int lanes = Lanes<double>::count;
-    for (long group = first; group < last; group += lanes) {
+    for (int64_t group = first; group < last; group += lanes) {
         const int used = static_cast<int>(last - group < lanes ? last - group : lanes);
         unsigned solved = 0;
         if (small && used > 1) solved = min_norm_lanes<DoubleV, T>(gram, preference, regularization, group, used);
@@ -53,13 +53,13 @@ inline Refused min_norm_rows(const Gram& gram, const double* preference, const u
 }
 
 inline Refused min_norm_rows(const Gram& gram, const double* preference, const unsigned char* present,
-                             double regularization, long first, long last, void* scratch) {
+                             double regularization, int64_t first, int64_t last, void* scratch) {
     return gram.wide ? min_norm_rows<double>(gram, preference, present, regularization, first, last, scratch)
                      : min_norm_rows<float>(gram, preference, present, regularization, first, last, scratch);
 }
 
 template <class T>
-inline Refused upgrad_rows(const Gram& gram, const double* preference, long first, long last, void* scratch) {
+inline Refused upgrad_rows(const Gram& gram, const double* preference, int64_t first, int64_t last, void* scratch) {
     double* c = static_cast<double*>(scratch);
     double* workspace = c + gram.n;
     return solve_matrices<T>(gram, first, last, 0, c, workspace, [&](const T* matrix, double* out) {
@@ -67,7 +67,7 @@ inline Refused upgrad_rows(const Gram& gram, const double* preference, long firs
     });
 }
 
-inline Refused upgrad_rows(const Gram& gram, const double* preference, long first, long last, void* scratch) {
+inline Refused upgrad_rows(const Gram& gram, const double* preference, int64_t first, int64_t last, void* scratch) {
     return gram.wide ? upgrad_rows<double>(gram, preference, first, last, scratch)
                      : upgrad_rows<float>(gram, preference, first, last, scratch);
 }

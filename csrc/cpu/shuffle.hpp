@@ -90,13 +90,13 @@ PAMA_INLINE void totals(V* v, T* sums) {
 // Transposes N contiguous floats of each of `count` rows to N arrays `stride` apart, applying `change`(vector, first
 // row) to each vector. Rows are `row` floats apart: N, or any number if a vector has at most N elements.
 template <int N, class Row, class Change>
-inline void rows_to_columns(const float* PAMA_RESTRICT rows, Row row, long count, float* PAMA_RESTRICT columns,
-                            long stride, Change change) {
-    constexpr long width = Lanes<float>::count;
-    long t = 0;
+inline void rows_to_columns(const float* PAMA_RESTRICT rows, Row row, int64_t count, float* PAMA_RESTRICT columns,
+                            int64_t stride, Change change) {
+    constexpr int64_t width = Lanes<float>::count;
+    int64_t t = 0;
     for (; t + width <= count; t += width) {
         FloatV v[N];
-        for (long k = 0; k < N * width; k += width) v[k / width] = load<FloatV>(rows + (t + k / N) * row + k % N);
+        for (int64_t k = 0; k < N * width; k += width) v[k / width] = load<FloatV>(rows + (t + k / N) * row + k % N);
         deinterleave<N>(v);
         for (int i = 0; i < N; ++i) store(columns + i * stride + t, change(v[i], t));
     }
@@ -105,9 +105,10 @@ inline void rows_to_columns(const float* PAMA_RESTRICT rows, Row row, long count
 }
 
 template <int N>
-inline void columns_to_rows(const float* PAMA_RESTRICT columns, long stride, long count, float* PAMA_RESTRICT rows) {
-    constexpr long width = Lanes<float>::count;
-    long t = 0;
+inline void columns_to_rows(const float* PAMA_RESTRICT columns, int64_t stride, int64_t count,
+                            float* PAMA_RESTRICT rows) {
+    constexpr int64_t width = Lanes<float>::count;
+    int64_t t = 0;
     for (; t + width <= count; t += width) {
         FloatV v[N];
         for (int i = 0; i < N; ++i) memcpy(&v[i], columns + i * stride + t, sizeof v[i]);
@@ -141,8 +142,8 @@ inline bool with_constant(int n, Visit visit) {
 
 // Whether there is a transposition in registers.
 template <class Change>
-inline bool contiguous_rows_to_columns(int n, const float* rows, long row, long objective, long count, float* columns,
-                                       long stride, Change change) {
+inline bool contiguous_rows_to_columns(int n, const float* rows, int64_t row, int64_t objective, int64_t count,
+                                       float* columns, int64_t stride, Change change) {
     if (objective != 1) return false;
     if (n % 16 == 0) {
         for (int i = 0; i < n; i += 16) rows_to_columns<16>(rows + i, row, count, columns + i * stride, stride, change);
@@ -152,18 +153,19 @@ inline bool contiguous_rows_to_columns(int n, const float* rows, long row, long 
            with_constant(n, [&](auto size) { rows_to_columns<size>(rows, size, count, columns, stride, change); });
 }
 
-inline void rows_to_columns(int n, const float* rows, long row, long objective, long count, float* columns,
-                            long stride) {
-    if (contiguous_rows_to_columns(n, rows, row, objective, count, columns, stride, [](FloatV x, long) { return x; }))
+inline void rows_to_columns(int n, const float* rows, int64_t row, int64_t objective, int64_t count, float* columns,
+                            int64_t stride) {
+    if (contiguous_rows_to_columns(n, rows, row, objective, count, columns, stride,
+                                   [](FloatV x, int64_t) { return x; }))
         return;
     for (int i = 0; i < n; ++i)
 #pragma omp simd
-        for (long t = 0; t < count; ++t) columns[i * stride + t] = rows[t * row + i * objective];
+        for (int64_t t = 0; t < count; ++t) columns[i * stride + t] = rows[t * row + i * objective];
 }
 
-inline void columns_to_rows(int n, const float* columns, long stride, long count, float* rows) {
+inline void columns_to_rows(int n, const float* columns, int64_t stride, int64_t count, float* rows) {
     if (with_constant(n, [&](auto size) { columns_to_rows<size>(columns, stride, count, rows); })) return;
-    for (long t = 0; t < count; ++t)
+    for (int64_t t = 0; t < count; ++t)
         for (int i = 0; i < n; ++i) rows[t * n + i] = columns[i * stride + t];
 }
 

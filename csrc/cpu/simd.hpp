@@ -82,7 +82,7 @@ inline FloatV power_below(FloatV x) {
     return x;
 }
 inline DoubleV power_below(DoubleV x) {
-    typedef long Bits __attribute__((vector_size(PAMA_VECTOR_BYTES)));
+    typedef int64_t Bits __attribute__((vector_size(PAMA_VECTOR_BYTES)));
     Bits bits;
     memcpy(&bits, &x, sizeof x);
     bits &= 0x7ff0000000000000;
@@ -115,10 +115,10 @@ inline void store(T* to, V x) {
     memcpy(to, &x, sizeof x);
 }
 
-// Software prefetch for reading (ask) and for writing (ask_to_write). One cache line is prefetched between two
+// Software prefetch for reading and for writing. One cache line is prefetched between two
 // computations, so that the memory access overlaps with them; the hardware prefetcher does not look ahead past the work
 // on one tile.
-inline void ask(const void* from) { __builtin_prefetch(from, 0, 2); }
-inline void ask_to_write(const void* to) { __builtin_prefetch(to, 1, 2); }
+inline void prefetch(const void* from) { __builtin_prefetch(from, 0, 2); }
+inline void prefetch_for_writing(const void* to) { __builtin_prefetch(to, 1, 2); }
 
 PAMA_END

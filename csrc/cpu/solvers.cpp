@@ -40,13 +40,13 @@ int64_t upgrad(const Gram& gram, const double* preference, int threads) {
     });
 }
 
-void weights(long rows, int n, const Array& scores, const double* prior, bool uniform, double regularization,
+void weights(int64_t rows, int n, const Array& scores, const double* prior, bool uniform, double regularization,
              const Array& scale, void* weights, void* optimum, int threads) {
     const Kernels& k = kernels();
     const Blocks blocks(rows, rows * n, 64);
     if (scores.dtype == Dtype::f32 && n <= kLaneObjectives) {
-        for_each_block(blocks.count, blocks.threads(threads), [&](long block) {
-            const long first = blocks.first(block);
+        for_each_block(blocks.count, blocks.threads(threads), [&](int64_t block) {
+            const int64_t first = blocks.first(block);
             k.weights(blocks.last(block) - first, n, static_cast<const float*>(scores.data) + first * scores.row,
                       scores.row, scores.objective, prior, uniform, regularization,
                       scale ? static_cast<const double*>(scale.data) + first * scale.row : nullptr, scale.row,
@@ -57,10 +57,10 @@ void weights(long rows, int n, const Array& scores, const double* prior, bool un
     }
     const auto solve = [&](auto zero) {
         using T = decltype(zero);
-        for_each_block(blocks.count, blocks.threads(threads), [&](long block) {
-            double* a = static_cast<double*>(scratch(static_cast<long>(sizeof(double)) * 3 * n));
+        for_each_block(blocks.count, blocks.threads(threads), [&](int64_t block) {
+            double* a = static_cast<double*>(scratch(static_cast<int64_t>(sizeof(double)) * 3 * n));
             double *p = a + n, *c = p + n;
-            for (long row = blocks.first(block); row < blocks.last(block); ++row) {
+            for (int64_t row = blocks.first(block); row < blocks.last(block); ++row) {
                 const T* source = static_cast<const T*>(scores.data) + row * scores.row;
                 for (int i = 0; i < n; ++i) {
                     a[i] = static_cast<double>(source[i * scores.objective]);

@@ -16,7 +16,7 @@ inline void objective_sums(const Tile<T>& tile, const T* a, const T* present, T*
     const V zero{}, unit = zero + 1;
     V s[kFields] = {};
     for (int64_t t = 0; t < padded; t += Lanes<T>::count) {
-        ask(ahead.at(t, objective));
+        prefetch(ahead.at(t, objective));
         TokenFactors<V> f;
         f.logp = load<V>(logp + t);
         f.pos = load<V>(pos + t);

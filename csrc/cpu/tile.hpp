@@ -104,8 +104,8 @@ inline void store_factors(const Tokens& tokens, const T* logp, const T* old, con
     const ClipIn<T> clip(tokens.clip);
     const V zero{}, one = zero + 1;
     for (int64_t t = 0; t < tile.padded; t += Lanes<T>::count) {
-        ask(next_logp.at(t));
-        ask(next_old.at(t));
+        prefetch(next_logp.at(t));
+        prefetch(next_old.at(t));
         const TokenFactors<V> f =
             token_factors(clip, load<V>(tile.valid + t) != zero, load<V>(logp + t), load<V>(old + t), load<V>(w + t));
         store(tile.logp + t, f.logp);

@@ -18,6 +18,7 @@ N = 3
 P = [1.0, 2.0, 3.0]
 RULES: dict[str, dict[str, Any]] = {
     "default": {},
+    "cosines": {"rule": Pama()},
     "scores": {"rule": Pama(bound="scores", noon=True), "preference": P},
     "paper": {"rule": Pama.paper("batch")},
     "upgrad": {"rule": UPGrad(), "preference": P},
@@ -227,7 +228,7 @@ def test_loss(ranks: Ranks, name: str) -> None:
         return
     statistics = pk.ObjectiveStatistics(results[0][3], N, len(results[0][3]) > 9 * N + 2)
     for rank, result in enumerate(results):  # alone, with the statistics of all
-        rule = options.get("rule", Pama())
+        rule = options.get("rule", UPGrad())
         module = pk.PamaLoss(**{"rule": rule, **options}, momentum=0.5).eval()
         module.running_statistics, module.batches = statistics.buffer / 2, torch.ones(()).double()
         leaf = rank_batch(world, rank)["logprobs"].requires_grad_()

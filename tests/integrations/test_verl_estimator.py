@@ -10,6 +10,7 @@ import pytest
 import torch
 from verl_setup import RULES, Batch, configuration, section
 
+import pama_kernels as pk
 from pama_kernels.integrations import _verl_algorithms as algorithms
 from pama_kernels.integrations import _verl_trainers as trainers
 
@@ -103,17 +104,19 @@ def test_metrics() -> None:
         algorithms.compute_pama_advantage(torch.zeros(24, 7), batch.mask, config=section(), index=batch.uid)
     finally:
         algorithms.current_rollout.reset(token)
+    advantages, _, _ = batch.reference(section(), pk.UPGrad())
+    second_moment = float((advantages[:, :1].square() * batch.mask).sum() / batch.mask.sum())
     assert rollout.metrics == {
         "pama/weight/correct": 1.0,
         "pama/weight/concise": 0.0,
         "pama/covariance/correct": pytest.approx(rollout.metrics["pama/covariance/correct"]),
         "pama/covariance/concise": 0.0,
-        "pama/cosine/correct": pytest.approx(1.0),
-        "pama/cosine/concise": 0.0,
+        "pama/second_moment/correct": pytest.approx(second_moment),
+        "pama/second_moment/concise": 0.0,
         "pama/signal/correct": 2.0,
         "pama/signal/concise": 1.0,
         "pama/signal/polite": 0.0,
-        "pama/optimum": pytest.approx(1.0),
+        "pama/optimum": pytest.approx(second_moment),
     }
     assert rollout.metrics["pama/covariance/correct"] > 0
 

@@ -87,9 +87,10 @@ FUNCTIONS = {
         {**TOKENS, **RULES, "logprobs": LOGPROBS, "dual_clip": DUAL_CLIP, "kl_coef": COEFFICIENT}
         | dict.fromkeys(("old_logprobs", "importance_weights", "ref_logprobs"), PER_TOKEN)
         | {
+            "statistics": FLAG,
             "normalizer": Kind(
                 (0.0, -2.0, NAN, INF, torch.tensor(-2.0), ones(1), ones(device="meta")), (True, "7")
-            )
+            ),
         },
     ),
     "PamaLoss": Function(

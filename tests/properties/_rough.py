@@ -11,7 +11,7 @@ from torch import Tensor
 
 import pama_kernels as pk
 
-UNIQUE = ("default", "gram noon", "scores", "paper batch", "fixed", "sequence", "token", "softmin")
+UNIQUE = ("cosines", "gram noon", "scores", "paper batch", "fixed", "sequence", "token", "softmin")
 
 
 def rough(

@@ -48,7 +48,7 @@ tilted.noon = True  # type: ignore[attr-defined]
 tilted.pairs = False  # type: ignore[attr-defined]
 
 BATCH = {
-    "default": None,
+    "cosines": Pama(),
     "gram": Pama(regularization=0.0),
     "gram noon": Pama(noon=True),
     "scores": Pama(bound="scores"),

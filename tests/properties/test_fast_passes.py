@@ -15,7 +15,7 @@ from pama_kernels import reference
 INF, NAN = math.inf, math.nan
 ROWS, WIDTH = 5, 611  # a last chunk that fills no vector
 RULES: dict[str, Any] = {
-    "default": pk.Pama(),
+    "cosines": pk.Pama(),
     "UPGrad": pk.UPGrad(),
     "token": pk.Pama.paper("token"),
     "token, regularized": pk.Pama("token"),

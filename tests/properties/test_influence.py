@@ -18,7 +18,7 @@ from pama_kernels import reference
 from pama_kernels.rules import noon_of, resolve_rule
 
 INF, NAN = math.inf, math.nan
-SAMPLE = ("default", "paper batch", "upgrad", "sequence", "token", "softmin", "softmin token", "given")
+SAMPLE = ("cosines", "paper batch", "upgrad", "sequence", "token", "softmin", "softmin token", "given")
 
 
 def everything(problem: Problem, **options: Any) -> dict[str, Tensor]:
@@ -128,7 +128,7 @@ def test_results_that_depend_on_a_nan_or_infinity(name: str, bad: float, rule: s
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize(
-    "rule", ["default", "scores", "paper batch", "upgrad", "sequence", "token", "paper token"]
+    "rule", ["cosines", "scores", "paper batch", "upgrad", "sequence", "token", "paper token"]
 )
 def test_advantages_that_depend_on_a_nan_or_infinity(rule: str, bad: float) -> None:
     problem = make(rows=4, width=6, seed=1, mask=None)
@@ -152,7 +152,7 @@ def test_advantages_that_depend_on_a_nan_or_infinity(rule: str, bad: float) -> N
 def test_a_nan_in_one_sequence_of_advantages_per_sequence() -> None:
     advantages = torch.tensor([[1.0, 2.0], [0.5, NAN], [3.0, 1.0]])
     mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]])
-    rows = {"sequence": [False, True, False], "default": [True] * 3, "token": [False, True, False]}
+    rows = {"sequence": [False, True, False], "cosines": [True] * 3, "token": [False, True, False]}
     for name, wanted in rows.items():
         got = pk.combine_advantages(advantages, mask, rule=RULES[name])
         assert got.advantages.isnan().tolist() == wanted
@@ -178,7 +178,7 @@ def test_only_logprobs_have_a_gradient() -> None:
     for x in leaves.values():
         if x.is_floating_point():
             x.requires_grad_()
-    for name in ("default", "sequence", "token", "callable"):
+    for name in ("cosines", "sequence", "token", "callable"):
         output = pk.pama_loss(**leaves, rule=RULES[name], kl_coef=0.1)
         output.loss.backward()
         assert [k for k, v in leaves.items() if v.grad is not None] == ["logprobs"]
@@ -189,10 +189,10 @@ def test_only_logprobs_have_a_gradient() -> None:
 def test_inputs_are_not_modified_and_results_share_no_memory() -> None:
     problem = make(importance_weights=True, ref_logprobs=True, objective_mask=torch.bool)
     before = copied(problem)
-    for name in ("default", "sequence", "token", "given"):
+    for name in ("cosines", "sequence", "token", "given"):
         first = everything(problem, **weighting(name, problem))
         kept = {key: value.clone() for key, value in first.items()}
-        everything(make(rows=9, width=50, objectives=4, ref_logprobs=True, seed=5), rule=RULES["default"])
+        everything(make(rows=9, width=50, objectives=4, ref_logprobs=True, seed=5), rule=RULES["cosines"])
         everything(problem, **weighting(name, problem))
         assert all(torch.equal(first[key], value) for key, value in kept.items())
     for name, x in vars(problem).items():

@@ -48,7 +48,7 @@ def test_micro_batches_add_up(
         assert torch.equal(merged.gram, whole.gram)
         assert torch.equal(merged.conflict, whole.conflict)
         solved = pk.min_norm_weights(merged.cosines, regularization=0.1)
-        combined = pk.combine_advantages(**problem.combine_arguments(), clip_range=0.2)
+        combined = pk.combine_advantages(**problem.combine_arguments(), rule=pk.Pama(), clip_range=0.2)
         if merged.signal.all() and (merged.second_moments > 0).all():
             close(combined.weights.double(), solved.weights, 3 * EPS32)
 
@@ -68,7 +68,7 @@ def test_sequences_are_independent() -> None:
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@pytest.mark.parametrize("name", ["default", "upgrad", "scores", "paper batch", "fixed"])
+@pytest.mark.parametrize("name", ["cosines", "upgrad", "scores", "paper batch", "fixed"])
 def test_weights_of_the_batch_are_those_of_its_statistics(name: str, aggregation: str) -> None:
     """The pieces give what the whole gives: statistics, then the solvers, then given weights."""
     problem = make(rows=6, width=100, objective_mask=torch.bool, importance_weights=True)
@@ -77,7 +77,7 @@ def test_weights_of_the_batch_are_those_of_its_statistics(name: str, aggregation
     options = {"aggregation": aggregation}
     s = pk.objective_statistics(**problem.statistics_arguments(), noon=noon, pairs=True, **options)
     wanted = {
-        "default": lambda: pk.min_norm_weights(s.cosines, regularization=0.1),
+        "cosines": lambda: pk.min_norm_weights(s.cosines, regularization=0.1),
         "upgrad": lambda: pk.upgrad_weights(s.gram),
         "scores": lambda: pk.pama_weights(s.scores, regularization=0.1, scale=s.second_moments.max()),
         "paper batch": lambda: pk.pama_weights(s.scores),

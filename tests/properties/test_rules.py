@@ -72,8 +72,8 @@ def test_two_whitened_objectives_get_equal_weights() -> None:
 @pytest.mark.parametrize("k", [1e-6, 1.0, 1e6])
 def test_cosines_are_invariant_to_scale_and_sparsity(k: float) -> None:
     x = randn(200, 3)
-    base = pk.combine_advantages(x).weights
-    scaled = pk.combine_advantages(x * torch.tensor([1.0, k, 1.0])).weights
+    base = pk.combine_advantages(x, rule=Pama()).weights
+    scaled = pk.combine_advantages(x * torch.tensor([1.0, k, 1.0]), rule=Pama()).weights
     assert torch.allclose(scaled, base, rtol=0, atol=64 * EPS32)  # n-term sums over rho = 0.1, float32 sums
     sparse = x.clone()
     sparse[20:, 1] = 0.0  # nearly solved: nine groups of ten are constant
@@ -147,7 +147,7 @@ def test_one_objective_is_ppo_whatever_the_rule(dtype: torch.dtype, clip_range: 
     wanted = clipped_loss(leaf, old, advantages, mask, low, high)
     wanted.backward()
     eps = torch.finfo(dtype).eps
-    for name in ("default", "upgrad", "scores", "fixed", "sequence", "token", "softmin", "softmin token"):
+    for name in ("cosines", "upgrad", "scores", "fixed", "sequence", "token", "softmin", "softmin token"):
         mine = logp.clone().requires_grad_()
         output = pk.pama_loss(mine, old, advantages[..., None], mask, rule=RULES[name], clip_range=clip_range)
         output.loss.backward()
@@ -159,7 +159,7 @@ def test_one_objective_is_ppo_whatever_the_rule(dtype: torch.dtype, clip_range: 
 
 def test_the_loss_is_the_weighted_sum_of_single_losses() -> None:
     problem = make(rows=4, width=9, dtype=torch.float64)
-    for name in ("default", "gram noon", "upgrad", "scores"):
+    for name in ("cosines", "gram noon", "upgrad", "scores"):
         output, _ = loss_of(problem, rule=RULES[name])
         noon = Pama(noon=getattr(RULES[name], "noon", False))
         total = 0.0
@@ -173,7 +173,7 @@ def test_the_loss_is_the_weighted_sum_of_single_losses() -> None:
 def test_the_normalizer_replaces_the_denominator(aggregation: str, denominator: float | None) -> None:
     problem = make(rows=4, width=6, dtype=torch.float64)
     count = denominator or float(problem.valid().sum())
-    for name in ("default", "sequence", "token"):
+    for name in ("cosines", "sequence", "token"):
         options: dict[str, Any] = {"rule": RULES[name], "aggregation": aggregation}
         output, gradient = loss_of(problem, **options)
         for normalizer in (2.0 * count, torch.tensor(2.0 * count), torch.tensor(2 * int(count))):
@@ -283,7 +283,7 @@ def test_a_weighting_of_a_gram_matrix_is_a_rule() -> None:
 
 def test_names_and_defaults() -> None:
     problem = make(rows=4, width=9)
-    same = {None: Pama(), "pama": Pama(), "upgrad": UPGrad(), "fixed": Fixed(), "softmin": SoftMin()}
+    same = {None: UPGrad(), "pama": Pama(), "upgrad": UPGrad(), "fixed": Fixed(), "softmin": SoftMin()}
     for name, rule in same.items():
         (one, gradient), (other, also) = loss_of(problem, rule=name), loss_of(problem, rule=rule)
         assert torch.equal(one.loss, other.loss)
@@ -294,7 +294,7 @@ def test_names_and_defaults() -> None:
     assert Pama.paper("token") == Pama("token", "scores", True, 0.0)
 
 
-@pytest.mark.parametrize("name", ["default", "upgrad", "sequence", "paper token", "softmin"])
+@pytest.mark.parametrize("name", ["cosines", "upgrad", "sequence", "paper token", "softmin"])
 def test_metrics_name_objectives_and_pairs(name: str) -> None:
     names = ["helpful", "short", "safe"]
     problem = make(rows=4, width=9, seed=4)

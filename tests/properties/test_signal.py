@@ -19,7 +19,7 @@ from pama_kernels.rules import resolve_rule
 
 NAN = math.nan
 SOLVING = tuple(name for name in BATCH if name != "callable")  # rules per batch that exclude objectives
-SIGNED = ("default", "gram", "upgrad", "scores")
+SIGNED = ("cosines", "gram", "upgrad", "scores")
 
 
 @pytest.mark.parametrize(("name", "dtype"), diagonal(SOLVING, FLOATS))
@@ -160,7 +160,7 @@ def test_an_absent_objective_is_excluded(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "layout"), diagonal(["default", "upgrad", "fixed", "scores"], ["per-sequence", "padded"])
+    ("name", "layout"), diagonal(["cosines", "upgrad", "fixed", "scores"], ["per-sequence", "padded"])
 )
 def test_disjoint_tasks_keep_their_full_advantages(name: str, layout: str) -> None:
     """Each completion has one reward: with equal weights its combined advantage is that reward's."""
@@ -183,7 +183,7 @@ def test_disjoint_tasks_keep_their_full_advantages(name: str, layout: str) -> No
         assert torch.equal(pk.combine_advantages(rewards, objective_mask=here, rule=Fixed()).advantages, own)
 
 
-@pytest.mark.parametrize("name", ["default", "upgrad", "fixed", "scores", "sequence", "softmin"])
+@pytest.mark.parametrize("name", ["cosines", "upgrad", "fixed", "scores", "sequence", "softmin"])
 def test_preferences_with_zeros(name: str) -> None:
     """Allowed; a token at which only objectives of preference 0 are present has no advantage (per batch)."""
     problem = make(rows=6, width=5, objective_mask=torch.bool, seed=3)

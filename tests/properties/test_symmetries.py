@@ -76,7 +76,7 @@ def test_one_objective_of_another_magnitude() -> None:
         for place in range(3):
             problem = make(rows=2, width=7, seed=4)
             problem.advantages[..., place] *= k
-            for name in ("default", "upgrad", "scores", "paper batch", "sequence", "token"):
+            for name in ("cosines", "upgrad", "scores", "paper batch", "sequence", "token"):
                 arguments = problem.combine_arguments()
                 got = pk.combine_advantages(**arguments, rule=RULES[name], clip_range=0.2)
                 wanted = reference.combine_advantages(**arguments, rule=RULES[name], clip_range=0.2)
@@ -87,7 +87,7 @@ def test_one_objective_of_another_magnitude() -> None:
                 assert (got.weights >= 0).all()
 
 
-@pytest.mark.parametrize("name", ["default", "upgrad", "scores", "token"])
+@pytest.mark.parametrize("name", ["cosines", "upgrad", "scores", "token"])
 def test_views_and_layouts_of_the_same_tokens_give_the_same_bits(name: str) -> None:
     problem = rough(rows=5, width=60, importance_weights=True, ref_logprobs=True)
     arguments, options = problem.loss_arguments(), {"rule": RULES[name], "kl_coef": 0.1}
@@ -117,7 +117,7 @@ def test_views_and_layouts_of_the_same_tokens_give_the_same_bits(name: str) -> N
             assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("name", ["default", "sequence", "token"])
+@pytest.mark.parametrize("name", ["cosines", "sequence", "token"])
 def test_broadcast_inputs(name: str) -> None:
     problem = make(rows=4, width=6)
     arguments = {k: v for k, v in problem.loss_arguments().items() if v is not None}

@@ -38,7 +38,7 @@ def everything(x: Problem) -> list[Tensor]:
     results: list[Tensor] = []
     row = Problem(x.logprobs, x.old_logprobs, x.advantages[:, 0], x.mask, ref_logprobs=x.ref_logprobs)
     for name in (
-        "default",
+        "cosines",
         "upgrad",
         "paper batch",
         "sequence",
@@ -108,7 +108,7 @@ def test_weights_of_given_statistics_are_the_same_on_every_instruction_set() -> 
 
     sizes = (1, 2, 3, 5, 8, 12, 16, 17, 33, 64)
     statistics = [pk.objective_statistics(None, None, torch.randn(200, n), pairs=True) for n in sizes]
-    names = ("default", "gram", "scores", "paper batch", "upgrad", "fixed")
+    names = ("cosines", "gram", "scores", "paper batch", "upgrad", "fixed")
     rules = [resolve_rule(RULES[name]) for name in names]
     found: dict[str, list[Tensor]] = {}
     for isa in ("portable", "avx2", "avx512"):

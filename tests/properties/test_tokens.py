@@ -110,7 +110,7 @@ def test_every_option(
 
 @given(
     kinds=st.tuples(*[st.sampled_from(FLOATS)] * 5),
-    name=st.sampled_from(["default", "scores noon", "sequence", "token", "given"]),
+    name=st.sampled_from(["cosines", "scores noon", "sequence", "token", "given"]),
     layout=st.sampled_from(["padded", "per-sequence", "packed-per-sequence", "flat"]),
     offsets=st.sampled_from([torch.int32, torch.int64]),
 )
@@ -130,9 +130,9 @@ def test_many_tokens(n: int, layout: str) -> None:
     width = 700 if n < 70 else 150
     problem = make(layout, rows=14, width=width, objectives=n, importance_weights=True, seed=1)
     for aggregation in AGGREGATIONS[:: 1 if layout == "packed-per-sequence" else 3]:
-        assert_agrees(problem, rule=RULES["default" if n < 70 else "scores"], aggregation=aggregation)
+        assert_agrees(problem, rule=RULES["cosines" if n < 70 else "scores"], aggregation=aggregation)
     absent = make(layout, rows=5, width=300, objectives=n, objective_mask=torch.bool, ref_logprobs=True)
-    name = ("upgrad", "scores", "paper batch", "default")[n % 4]
+    name = ("upgrad", "scores", "paper batch", "cosines")[n % 4]
     assert_agrees(absent, **weighting(name, absent), kl_coef=0.1, dual_clip=3.0)
 
 
@@ -193,7 +193,7 @@ def test_mask_values(dtype: torch.dtype) -> None:
 # --- forms without log-probabilities -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["default", "upgrad", "paper batch", "sequence", "token", "softmin"])
+@pytest.mark.parametrize("name", ["cosines", "upgrad", "paper batch", "sequence", "token", "softmin"])
 @pytest.mark.parametrize("form", ["(B, N)", "(B, N) with mask", "(B, T, N)", "packed", "one row"])
 def test_without_logprobs(name: str, form: str) -> None:
     g = torch.Generator().manual_seed(0)
@@ -219,7 +219,7 @@ def test_without_logprobs(name: str, form: str) -> None:
         assert torch.allclose(got.statistics.gram, wanted.statistics.gram, rtol=16 * EPS32)
 
 
-@pytest.mark.parametrize("name", ["default", "upgrad", "sequence", "token"])
+@pytest.mark.parametrize("name", ["cosines", "upgrad", "sequence", "token"])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_normalize_divides_by_the_root_mean_square(name: str, aggregation: str) -> None:
     for dtype in FLOATS:
@@ -331,7 +331,7 @@ def test_equal_sizes_do_not_change_the_layout(rows: int) -> None:
     for width in (3, 5):
         for layout in ("per-sequence", "padded", "packed", "packed-per-sequence"):
             problem = make(layout, rows=rows, width=width, objective_mask=torch.bool, seed=rows + width)
-            for name in ("default", "sequence", "token"):
+            for name in ("cosines", "sequence", "token"):
                 assert_agrees(problem, rule=RULES[name])
     advantages, mask = torch.randn(3, 3), torch.ones(3, 3)
     assert pk.combine_advantages(advantages, mask).advantages.shape == (3,)

@@ -208,7 +208,7 @@ def test_replies_end_with_their_first_end_token() -> None:
 
 
 def test_float32_optimizer_adds_up_steps_that_bfloat16_would_lose() -> None:
-    Float32AdamW = module("align_language_model").Float32AdamW
+    Float32AdamW = module("smollm2").Float32AdamW
     weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     optimizer = Float32AdamW([weight], lr=1e-3, weight_decay=0)
     for _ in range(20):

@@ -73,8 +73,8 @@ def min_norm_of(m, present, p, regularization, N, BLOCK: tl.constexpr):
     c, failed = minimise(m, diagonal, part, own, tl.zeros_like(own), weight, N, BLOCK, True)
     value = _optimum(m, c, scale)
     good = finite & ~failed
-    nobody = ~any_of(present)
-    c = tl.where(good[:, None], tl.where(nobody[:, None], p, c), float("nan"))
+    none_present = ~any_of(present)
+    c = tl.where(good[:, None], tl.where(none_present[:, None], p, c), float("nan"))
     return c, tl.where(good, value, float("nan"))
 
 

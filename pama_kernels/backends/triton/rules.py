@@ -101,8 +101,8 @@ def batch_weights(
             m = m / _root(count)[:, None] / _root(count)[None, :]
             c, best = upgrad_of(m[None, :, :], signal[None, :], given[None, :], n, N, PROBLEMS)
         c = tl.sum(c, axis=0)
-    nobody = tl.max(signal.to(tl.int32), axis=0) == 0
-    return tl.where(nobody, given, c), tl.where(nobody, 0.0, best), effective
+    none_present = tl.max(signal.to(tl.int32), axis=0) == 0
+    return tl.where(none_present, given, c), tl.where(none_present, 0.0, best), effective
 
 
 @triton.jit

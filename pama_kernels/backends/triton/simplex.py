@@ -205,8 +205,8 @@ def softmin(a, p, here, temperature):
     total = tl.sum(part, axis=1, keep_dims=True)
     c = part / tl.where(total > 0, total, 1.0)
     c = tl.where(unusable, float("nan"), c)
-    nobody = tl.sum(keep, axis=1, keep_dims=True) == 0
-    return tl.where(nobody, p, c), tl.where(nobody, 0.0, tl.sum(c * a, axis=1, keep_dims=True))
+    none_present = tl.sum(keep, axis=1, keep_dims=True) == 0
+    return tl.where(none_present, p, c), tl.where(none_present, 0.0, tl.sum(c * a, axis=1, keep_dims=True))
 
 
 @triton.jit(do_not_specialize=["rows", "row", "column", "scale_stride"])
