@@ -104,8 +104,9 @@ def test_metrics() -> None:
         algorithms.compute_pama_advantage(torch.zeros(24, 7), batch.mask, config=section(), index=batch.uid)
     finally:
         algorithms.current_rollout.reset(token)
-    advantages, _, _ = batch.reference(section(), pk.UPGrad())
-    second_moment = float((advantages[:, :1].square() * batch.mask).sum() / batch.mask.sum())
+    advantages, present, _ = batch.reference(section(), pk.UPGrad())
+    valid = batch.mask * present[:, :1]
+    second_moment = float((advantages[:, :1].square() * valid).sum() / valid.sum())
     assert rollout.metrics == {
         "pama/weight/correct": 1.0,
         "pama/weight/concise": 0.0,
