@@ -69,7 +69,7 @@ def first_pass(bench: Bench, tokens: int, n: int) -> None:
             Work(f"statistics and weights: {name}", weights_of, moved, name),
             Work(f"objective_statistics: {name}", lambda x: pk.objective_statistics(**x), moved, name),
         ]
-        for title, rule in (("default rule", pk.Pama()), ("UPGrad", pk.UPGrad())):
+        for title, rule in (("Pama()", pk.Pama()), ("UPGrad", pk.UPGrad())):
             call = functools.partial(weights_of, rule=rule)
             works.append(Work(f"statistics and weights, {title}: {name}", call, moved, name))
     works.append(Work("eager PyTorch, scores and weights alone", eager_statistics, moved))
@@ -116,7 +116,7 @@ def with_gradient(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor
 
 
 def per_sequence_loss(bench: Bench, rows: int, width: int, n: int) -> None:
-    """The default rule with one advantage per sequence and objective, beside eager PPO with one objective."""
+    """`Pama()` with one advantage per sequence and objective, beside eager PPO with one objective."""
 
     def made(seed: int) -> Inputs:
         x = inputs(rows * width, 1, bench.device, seed)
@@ -130,7 +130,7 @@ def per_sequence_loss(bench: Bench, rows: int, width: int, n: int) -> None:
 
     def ours(x: Inputs) -> Tensor:
         given = {name: x[name] for name in ("old_logprobs", "advantages", "mask")}
-        return with_gradient(lambda leaf: pk.pama_loss(leaf, **given).loss)(x["logprobs"])
+        return with_gradient(lambda leaf: pk.pama_loss(leaf, **given, rule=pk.Pama()).loss)(x["logprobs"])
 
     def theirs(x: Inputs) -> Tensor:
         one = x["advantages"][:, :1].expand(rows, width)

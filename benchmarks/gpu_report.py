@@ -9,15 +9,15 @@ from .harness import provenance_of, read
 WEIGHTS, COMBINE = "statistics and weights", "combine_advantages"
 PER_SEQUENCE, PER_TOKEN = "pama_loss, advantages per sequence", "pama_loss per batch"
 SCORES, SUMS = f"{WEIGHTS} (scores), 1M tokens, N=4", "`objective_statistics`, 64M tokens, N=4"
-GRAM_LOSS = "`pama_loss` and gradient, default rule, (B, N), 512 x 4096, N=8"
+GRAM_LOSS = "`pama_loss` and gradient, Pama(), (B, N), 512 x 4096, N=8"
 SCORES_LOSS = "`pama_loss` and gradient, scores, per token, 1M tokens, N=4"
 # What is shown, its work, what its case begins with, the contestant, the kind of time, the goal.
 ROWS = (
     (SCORES, WEIGHTS, "1048576", WEIGHTS, "device", "12 µs"),
-    ("the same, the default rule", WEIGHTS, "1048576", f"{WEIGHTS}, default rule", "device", ""),
+    ("the same, `Pama()`", WEIGHTS, "1048576", f"{WEIGHTS}, Pama()", "device", ""),
     ("the same, UPGrad", WEIGHTS, "1048576", f"{WEIGHTS}, UPGrad", "device", ""),
     (SUMS, WEIGHTS, "67108864", "objective_statistics", "device", "80% of copy"),
-    (f"{WEIGHTS}, default rule, 64M tokens", WEIGHTS, "67108864", f"{WEIGHTS}, default rule", "device", ""),
+    (f"{WEIGHTS}, Pama(), 64M tokens", WEIGHTS, "67108864", f"{WEIGHTS}, Pama()", "device", ""),
     (f"`{COMBINE}` (B, N), mask 512 x 4096, N=8", f"{COMBINE} per sequence", "", COMBINE, "device", ""),
     ("the same, the whole call", f"{COMBINE} per sequence", "", COMBINE, "eager", "40 µs"),
     (GRAM_LOSS, PER_SEQUENCE, "", "pama_loss", "device", ""),

@@ -26,7 +26,7 @@ from .timing import Contestant, Missing
 
 ROWS, WIDTH = 4, 16  # answers and their tokens: few, which suits MGDA
 LARGEST = 5e8  # elements of all gradients on a CPU, so that all benchmarks together stay within ten minutes
-RULE = pk.Pama()
+RULE = pk.UPGrad()
 MODEL_N = 4  # objectives where d varies
 LARGEST_N = 16
 COPIES = 2  # gradients in memory beside the n: the one at work

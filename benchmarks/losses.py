@@ -24,12 +24,12 @@ TRAINERS = (TRL, VERL, LIGER)
 CHECKED = 2**20  # advantages that are compared with the reference, where a batch is larger
 CHECKED_ROWS = 2**9  # the same where the reference solves a problem for each token, one after the other
 
-DEFAULT, UPGRAD, GIVEN = "default rule", "UPGrad", "given weights"
+DEFAULT, PAMA, GIVEN = "UPGrad (default)", "Pama", "given weights"
 BATCH, SCALAR, TOKEN = (f"paper, per {per}" for per in ("batch", "sequence", "token"))
 TOKEN_REGULARIZED = f"{TOKEN}, regularization 0.1"
 RULES: dict[str, pk.Pama | pk.UPGrad] = {
-    DEFAULT: pk.Pama(),
-    UPGRAD: pk.UPGrad(),
+    DEFAULT: pk.UPGrad(),
+    PAMA: pk.Pama(),
     GIVEN: pk.Pama.paper("batch"),
     BATCH: pk.Pama.paper("batch"),
     SCALAR: pk.Pama.paper("sequence"),
@@ -38,7 +38,7 @@ RULES: dict[str, pk.Pama | pk.UPGrad] = {
 }
 # The paper's rule has an eager form to compare with; what has none is compared with the reference.
 EAGER_RULES = {GIVEN: "given", BATCH: "batch", SCALAR: "sequence", TOKEN: "token"}
-TWO_PASSES = (DEFAULT, UPGRAD, BATCH)  # weights of the batch need all inputs before the first gradient
+TWO_PASSES = (DEFAULT, PAMA, BATCH)  # weights of the batch need all inputs before the first gradient
 
 NOTES = (
     "microseconds: median over rounds of ours and one peer in turns; spread: interquartile range over it",

@@ -33,7 +33,7 @@ def run(session: Session) -> None:
     session.notes += losses.NOTES
     part = functools.partial
     case, loss = MIDDLE, part(losses.loss, session)
-    rules = (losses.DEFAULT, losses.UPGRAD, losses.GIVEN, losses.BATCH, losses.SCALAR)
+    rules = (losses.DEFAULT, losses.PAMA, losses.GIVEN, losses.BATCH, losses.SCALAR)
     works: list[Callable[[], None]] = [part(loss, case, rules, losses.TRAINERS)]
     works += [part(loss, replace(case, n=n), rules[:1]) for n in ((64,) if session.quick else SIZES)]
     works.append(part(loss, Case(64, 4, SEQUENCE, width=16), rules[:1]))
@@ -85,7 +85,7 @@ def plot(path: Path) -> None:
     with plots.figure(path.with_suffix(".png"), 1) as panels:
         for axes in panels:
             plots.lines(axes, series, STYLES)
-            title = f"loss and gradient, default rule, {MIDDLE.tokens:,} tokens"
+            title = f"loss and gradient, UPGrad, {MIDDLE.tokens:,} tokens"
             axes.set_title(title, loc="left", fontsize=11)
             axes.set_xlabel("objectives N (eager PPO: one)")
             axes.set_ylabel("nanoseconds per token, one thread (lower is better)")
