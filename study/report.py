@@ -70,16 +70,21 @@ def figure(f: Figures, name: str) -> str:
     raise KeyError(f"figure: unknown name {name!r}")
 
 
+def filled(text: str, folder: Path) -> str:
+    """The page with the tables and figures of the results in `folder`."""
+    found = Figures(folder)
+    known = tables.all_tables(found)
+    known |= {name: partial(str, table) for name, table in pretrained_report.tables(folder).items()}
+    return fill(text, known, lambda key: figure(found, key))
+
+
 def write(folder: Path) -> None:
     found = Figures(folder)
     if not found.by_problem:
         raise SystemExit(f"no figures in {folder}: run `python -m study --out {folder}` first")
-    filled = tables.all_tables(found)
-    filled |= {name: partial(str, text) for name, text in pretrained_report.tables(folder).items()}
     for name in PAGES:
         page = DOCS / name
-        text = fill(page.read_text(encoding="utf-8"), filled, lambda key: figure(found, key))
-        page.write_text(text, encoding="utf-8")
+        page.write_text(filled(page.read_text(encoding="utf-8"), folder), encoding="utf-8")
         print(f"wrote {page}")
     pictures.draw(found, DOCS / "images")
     pretrained_report.pictures(DOCS / "images", folder)

@@ -13,8 +13,7 @@ import pama_kernels as pk
 
 pytest.importorskip("quadprog", reason="quadprog is not installed: pip install 'pama-kernels[study]'")
 
-from study import criterion, measures, report, store, sweep, tables, theory
-from study.figures import Figures
+from study import criterion, measures, report, store, sweep, theory
 from study.problems import Answers, Softmax
 from study.rules import RAW_ONLY, RULES, Combiner, CovarianceTargets, mgda_weights, variance_weights
 from study.words import Words, whiten
@@ -272,9 +271,8 @@ def test_a_page_is_filled_and_filled_again() -> None:
 
 @pytest.mark.parametrize("name", report.PAGES)
 def test_the_pages_say_what_the_committed_figures_say(name: str) -> None:
-    found = Figures(Path(report.__file__).parent / "results")
     page = (report.DOCS / name).read_text(encoding="utf-8")
-    filled = report.fill(page, tables.all_tables(found), lambda key: report.figure(found, key))
+    filled = report.filled(page, Path(report.__file__).parent / "results")
     assert filled == page, "run `python -m study report`"
 
 
