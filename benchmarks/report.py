@@ -211,7 +211,7 @@ def figures(results: Path) -> str:
         other = one(results, "solvers", contestant=peer, **where)
         return f"{duration(time)} ({peer.partition(',')[0]}: {duration(other['microseconds'])})"
 
-    ratio, millions, time = float(ppo["ratio"]), largest // 10**6, duration(loss["microseconds"])
+    ratio, millions, time = float(ppo["ratio"]), round(largest / 10**6), duration(loss["microseconds"])
     beside_ppo = f"{digits(max(ratio, 1 / ratio))} times {'faster' if ratio >= 1 else 'slower'} than"
     return (
         "- The loss of 8 objectives with its gradient, advantages per sequence (262,144 tokens, one\n"

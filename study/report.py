@@ -6,6 +6,7 @@ figure. A name that is not known is an error.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from . import pictures, pretrained_report, tables
-from .criterion import selected
+from .criterion import CANDIDATES, selected
 from .figures import HELD_OUT, Figures
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -35,9 +36,10 @@ def fill(text: str, found: Mapping[str, Callable[[], str]], figure: Callable[[st
 
 
 def figure(f: Figures, name: str) -> str:
-    """`selection`; `default`; `held-out`; `without/PROBLEM`; `runs`; `d/PROBLEM/RULE`, the difference to
-    Fixed in balance, or `d/PROBLEM/RULE/MEASURE`; `mean/PROBLEM/RULE/MEASURE`; `t/PROBLEM/RULE/WHAT`, of
-    the values of the theory part: max, min, mean, or negative, the share below 0."""
+    """`selection`; `default`; `held-out`; `without/PROBLEM`; `margin` and `margin/PROBLEM`, without it;
+    `runs`; `d/PROBLEM/RULE`, the difference to Fixed in balance, or `d/PROBLEM/RULE/MEASURE`;
+    `mean/PROBLEM/RULE/MEASURE`; `t/PROBLEM/RULE/WHAT`, of the values of the theory part: max, min,
+    mean, or negative, the share below 0."""
     kind, *rest = name.split("/")
     if kind == "selection":
         return tables.selection(f)
@@ -47,6 +49,12 @@ def figure(f: Figures, name: str) -> str:
     if kind == "without":  # the mean gains without one problem
         found = f.verdicts([name for name in f.voting if name != rest[0]])
         return " and ".join(f"{v.gain:+.4f}" for v in found)
+    if kind == "margin":  # of the second candidate's mean gain over the first's, without a problem
+        first, second = CANDIDATES
+        each = [f.difference(name, second, baseline=first) for name in f.voting if name not in rest]
+        known = [d for d in each if d is not None]
+        half = math.sqrt(sum(d.half**2 for d in known)) / len(known)
+        return f"{sum(d.mean for d in known) / len(known):+.4f} ± {half:.4f}"
     if kind == "held-out":
         texts = [f"{tables.label(v.rule)} {v.gain:+.3f}" for v in f.verdicts([HELD_OUT])]
         return " and ".join(texts)

@@ -86,7 +86,8 @@ def selection(f: Figures) -> str:
     found = f.verdicts(f.voting)
     rule = selected(found)
     parts = [
-        f"{label(v.rule)}: worse on {', '.join(v.failed) or 'no problem'}, mean gain {v.gain:+.4f}"
+        f"{label(v.rule)}: significantly worse on {', '.join(v.failed) or 'no problem'}, "
+        f"mean gain {v.gain:+.4f}"
         for v in found
     ]
     answer = f"the criterion selects **{label(rule)}**" if rule else "**no candidate satisfies (1)**"

@@ -254,7 +254,7 @@ def _of_rules(found: Inspection) -> Iterator[str]:
     best = min(worst.values())
     rules = ", ".join(rule for rule, share in worst.items() if share == best)
     if best == 0:
-        yield f"Without a sacrifice{many * ' in any step'}: {rules}."
+        yield f"Without a sacrifice{many * ' in any step'} (none below -{SMALL}): {rules}."
     elif many:
         yield f"Fewest sacrifices: {rules} (no reward in more than {percent(best)} of the steps)."
     else:

@@ -157,7 +157,7 @@ def on_mixed_processors(world: int, rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {"isa": used}
     for n in (2, 5, 12, 16, 33):
         advantages = torch.randn(300, n, generator=torch.Generator().manual_seed(n + 100 * rank))
-        for name, rule in (("default", None), ("upgrad", UPGrad()), ("scores", Pama(bound="scores"))):
+        for name, rule in (("default", None), ("pama", Pama()), ("scores", Pama(bound="scores"))):
             got = pk.combine_advantages(advantages, rule=rule, process_group=dist.group.WORLD)
             found[f"{name} {n}"] = (got.weights, got.optimum)
     return found

@@ -41,7 +41,7 @@ def first_two(statistics: pk.ObjectiveStatistics) -> Tensor:
 
 RULES: dict[str, dict[str, Any]] = {
     "default": {},
-    "upgrad": {"pama_rule": "upgrad"},
+    "pama": {"pama_rule": "pama"},
     "fixed": {"pama_rule": "fixed"},
     "softmin": {"pama_rule": "softmin"},
     "paper": {"pama_rule": "paper", "pama_weights_per": "batch"},
@@ -149,7 +149,7 @@ def test_every_rule_trains_and_is_logged_as_in_grpo(rule: str, tmp_path: Path) -
         assert sum(ours[f"pama/weight/{name}"] for name in NAMES) == pytest.approx(1)
     given = {
         "default": pk.UPGrad(),
-        "upgrad": pk.UPGrad(),
+        "pama": pk.Pama(),
         "fixed": pk.Fixed(),
         "softmin": pk.SoftMin(),
         "paper": pk.Pama.paper("batch"),
@@ -180,7 +180,7 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     return advantages
 
 
-@pytest.mark.parametrize("rule", ["default", "upgrad", "fixed"])
+@pytest.mark.parametrize("rule", ["default", "pama", "fixed"])
 @pytest.mark.parametrize("whiten", [False, True])
 def test_kl_penalty_is_not_an_objective(rule: str, whiten: bool, tmp_path: Path) -> None:
     """A saturated reward is excluded although KL is subtracted from it; weights are those without KL."""
@@ -203,7 +203,7 @@ def test_kl_penalty_is_not_an_objective(rule: str, whiten: bool, tmp_path: Path)
     if not whiten:
         rollout = made.rollouts[1]  # in the first one the policy still is the reference
         advantages = leave_one_out(rollout["rewards"].double())
-        rule_of = {"default": pk.UPGrad(), "upgrad": pk.UPGrad(), "fixed": pk.Fixed()}[rule]
+        rule_of = {"default": pk.UPGrad(), "pama": pk.Pama(), "fixed": pk.Fixed()}[rule]
         without = pk.reference.combine_advantages(
             advantages, rollout["mask"], rule=rule_of, aggregation="seq-mean-token-mean"
         )

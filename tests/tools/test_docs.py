@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -91,3 +91,17 @@ def test_links(page: Path) -> None:
     # The benchmarks' pictures come with their results, which tests/tools/test_benchmarks.py checks.
     targets = [target for target in targets if "benchmarks/results/" not in target]
     assert not [target for target in targets if not (page.parent / target).exists()]
+
+
+def test_numbers_of_how_it_works_are_those_of_its_call() -> None:
+    """In the comments, and in the picture."""
+    page = ROOT / "docs" / "how_it_works.md"
+    namespace: dict[str, Any] = {}
+    exec(blocks(page)[0].compiled(), namespace)
+    picture = (ROOT / "docs" / "pipeline.svg").read_text(encoding="utf-8").replace("\N{MINUS SIGN}", "-")
+    shown = re.findall(r"print\(combined\.(\w+)\)  # (.*)", page.read_text(encoding="utf-8"))
+    assert [name for name, _ in shown] == ["weights", "advantages"]
+    for name, numbers in shown:
+        found = [f"{value:.2f}" for value in getattr(namespace["combined"], name).tolist()]
+        assert found == numbers.split(", ")
+        assert all(f">{number}<" in picture for number in found)
