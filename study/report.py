@@ -19,7 +19,7 @@ from .criterion import CANDIDATES, selected
 from .figures import HELD_OUT, Figures
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = ("study.md", "study_appendix.md", "study_models.md")
+PAGES = ("study.md", "study_appendix.md", "study_models.md", "../README.md")
 
 
 def fill(text: str, found: Mapping[str, Callable[[], str]], figure: Callable[[str], str]) -> str:
