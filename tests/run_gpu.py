@@ -13,7 +13,8 @@ without a GPU, on small problems.
 - suite: the tests whose marker is not `gpu`, `cpu` or `slow`, with their tensors on the device. They
   compile thousands of variants of the Triton kernels, a second or two of one core each. So a run takes a
   share of the parameters of tests that have many; `--share 2/5` takes the next, and five runs take all.
-- sanitizers: compute-sanitizer memcheck (both backends) and racecheck (CUDA C++).
+- sanitizers: a short run of every kernel, then compute-sanitizer memcheck (both backends) and racecheck (CUDA
+  C++) on the same run.
 """
 
 from __future__ import annotations
@@ -267,6 +268,16 @@ class Plan:
         self.runner.run(300, *(self.pytest(f"suite-{b}", b, each, *tests) for b in self.backends))
 
     def sanitizers(self) -> None:
+        script = str(BACKENDS / "sanitized.py")
+        cases = [(backend, case) for backend in self.backends for case in "012"]
+        # Without a sanitizer first, so that no kernel has to be compiled under it.
+        self.runner.run(
+            80,
+            *(
+                Job(f"kernels-{backend}-{case}", [sys.executable, script, case], {"PAMA_BACKEND": backend})
+                for backend, case in cases
+            ),
+        )
         jobs = []
         for backend in self.backends:  # Triton answers itself for what it does with shared memory
             for checker in ("memcheck", "racecheck") if backend == "cuda" else ("memcheck",):
@@ -279,10 +290,10 @@ class Plan:
                     command = [sanitizer, "--tool", checker, "--error-exitcode", "3"]
                     if checker == "racecheck":
                         command += ["--kernel-name", "kns=pama"]  # not Triton's
-                command += [sys.executable, str(BACKENDS / "sanitized.py")]
+                command += [sys.executable, script]
                 own = {"PAMA_BACKEND": backend, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
                 jobs += [Job(f"{checker}-{backend}-{case}", [*command, case], own) for case in "012"]
-        self.runner.run(100, *jobs)
+        self.runner.run(120, *jobs)
 
 
 if __name__ == "__main__":
