@@ -22,8 +22,7 @@ namespace upgrad {
 
 constexpr double kLargestUnit = 1024.0;
 constexpr double kCosine = 1.0 + 1e-12;
-constexpr double kLargestRatio = 0x1p1000;                      // of two objectives' norms
-constexpr double kPairSmallest = 1e-140, kPairLargest = 1e140;  // diagonal entries of two objectives
+constexpr double kLargestRatio = 0x1p1000;  // of two objectives' norms
 
 // m = f 2^e, 1 <= f < 2.
 PAMA_HD inline int exponent_of(double m) {
@@ -99,18 +98,30 @@ struct Problem : nnqp::ActiveSet<Problem> {
     }
 };
 
-// Two objectives, in closed form: a = M_11, b = M_12, d = M_22.
+// Two objectives, in closed form at any scale: a = M_11, b = M_12, d = M_22, at least one of a and d positive; p and q
+// sum to 1. The unknowns are those of `gather`: M is scaled to 1 <= M_ii < 4.
 PAMA_HD inline SolverResult solve_pair(double a, double b, double d, double p, double q, double* first,
                                        double* second) {
-    const double bound = std::sqrt(a) * std::sqrt(d), overlap = b < -bound ? bound : b < 0.0 ? -b : 0.0;
-    const double c = p + q * (overlap / a), e = q + p * (overlap / d), share = 1.0 / (c + e);
+    const double largest = a > d ? a : d;
+    const int odd = exponent_of(largest) & 1;
+    const double halved = odd ? 0.5 : 1.0;
+    // An objective without a gradient keeps its preference.
+    const double u = unit_of(a > 0.0 ? a : largest, odd), v = unit_of(d > 0.0 ? d : largest, odd);
+    const bool both = a > 0.0 && d > 0.0;
+    const double m = u * a * u * halved, own = v * d * v * halved, across = both ? u * b * v * halved : 0.0;
+    const double bound = std::sqrt(m) * std::sqrt(own);
+    const double cut = across < -bound ? -bound : across > kCosine * bound ? bound : across;
+    const double overlap = cut < 0.0 ? -cut : 0.0;
+    const double down = min_of(u / v, kLargestRatio), up = min_of(v / u, kLargestRatio);
+    const double c = both ? p + q * (down * (overlap / m)) : p, e = both ? q + p * (up * (overlap / own)) : q;
+    const double share = 1.0 / (c + e);
     *first = c * share;
     *second = e * share;
-    const double across = b < -bound ? -bound : b;
-    const double own = *first * (*first * a + *second * across) + *second * (*first * across + *second * d);
-    const double defect = b < -bound ? -b / bound - 1.0 : 0.0;
-    return {own > 0.0 ? own : 0.0, defect, defect > kPromisedResidual ? SolveStatus::indefinite : SolveStatus::solved,
-            0};
+    const double x = a > 0.0 ? *first / u : 0.0, y = d > 0.0 ? *second / v : 0.0;
+    const double value = x * (x * m + y * cut) + y * (x * cut + y * own);
+    const double defect = across < -bound ? -across / bound - 1.0 : 0.0;
+    return {value > 0.0 ? value / halved : 0.0, defect,
+            defect > kPromisedResidual ? SolveStatus::indefinite : SolveStatus::solved, 0};
 }
 
 constexpr int kSmallestSmall = 3, kLargestSmall = 4;
@@ -315,19 +326,21 @@ template <class T>
 PAMA_HD inline SolverResult upgrad_solve(int n, const T* gram, std::ptrdiff_t row_stride, std::ptrdiff_t column_stride,
                                          const double* preference, const unsigned char* present, double* weights,
                                          double* workspace) {
-    if (n == 2 && !present) {
+    if (n == 2 && !present) {  // without workspace
         const double a = gram[0], d = gram[row_stride + column_stride];
         const double b = 0.5 * gram[column_stride] + 0.5 * gram[row_stride];
         const double mass = preference ? preference[0] + preference[1] : 1.0;
-        const double p = preference ? preference[0] / mass : 0.5, q = preference ? preference[1] / mass : 0.5;
-        const nnqp::Scale scale(a > d ? a : d);  // so that M times any power of two gives the same bits
-        const double first = scale(a), across = scale(b), second = scale(d);
-        if (first > upgrad::kPairSmallest && first < upgrad::kPairLargest && second > upgrad::kPairSmallest &&
-            second < upgrad::kPairLargest && std::fabs(across) < upgrad::kPairLargest && p + q > 0.0) {
-            SolverResult result = upgrad::solve_pair(first, across, second, p, q, weights, weights + 1);
-            result.optimum = scale.undo(result.optimum);
-            return result;
+        const double poison = 0.0 * a + 0.0 * b + 0.0 * d + 0.0 * mass;
+        const double p = preference ? preference[0] : 0.5, q = preference ? preference[1] : 0.5;
+        if (poison != 0.0) {
+            weights[0] = weights[1] = nnqp::kNan;
+            return {nnqp::kNan, nnqp::kNan, SolveStatus::not_finite, 0};
         }
+        if (mass > 0.0 && (a > 0.0 || d > 0.0))
+            return upgrad::solve_pair(a, b, d, p / mass, q / mass, weights, weights + 1);
+        weights[0] = mass > 0.0 ? p / mass : p;
+        weights[1] = mass > 0.0 ? q / mass : q;
+        return {0.0, 0.0, SolveStatus::solved, 0};
     }
     return upgrad::solve_general(n, gram, row_stride, column_stride, preference, present, weights, workspace);
 }
