@@ -10,6 +10,7 @@ range used in the tests, or near the log of a dual clip.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 from pama_kernels import Fixed, Pama, SoftMin, UPGrad, reference
 
 INF = math.inf
+ON_GPU = os.environ.get("PAMA_TEST_DEVICE") == "cuda"
 LAYOUTS = (
     "padded",
     "strided",
@@ -44,6 +46,15 @@ CLIPS: tuple[Any, ...] = (0.2, (0.2, 0.28), (0.0, 0.0), (1.0, INF), (0.0, INF), 
 EPS32, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
 # Float32 runs over at most 256 tokens (error at most 256 eps of the sum of the sizes); 16 roundings per term.
 SUM_ERROR = 272
+
+
+def same(x: Tensor, y: Tensor) -> bool:
+    """Bitwise equal. On a GPU a call with other addresses, strides or optional tensors may run another
+    variant of a kernel, which adds in another order: there up to rounding."""
+    if not ON_GPU or x.dtype == torch.bool:
+        return torch.equal(x, y)
+    rounding = 2.0**-44 if x.dtype == torch.float64 else max(2.0**-18, torch.finfo(x.dtype).eps)
+    return torch.allclose(x, y, rtol=rounding, atol=rounding * 2.0**-4, equal_nan=True)
 
 
 @dataclass(frozen=True)

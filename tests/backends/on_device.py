@@ -57,8 +57,10 @@ class Mover:
         self.storages: dict[int, Tensor] = {}
 
     def tensor(self, x: Tensor) -> Tensor:
-        if type(x) not in (Tensor, torch.nn.Parameter) or x.is_neg() or x.device.type != "cpu":
+        if type(x) not in (Tensor, torch.nn.Parameter) or x.device.type != "cpu":
             return x
+        if x.is_neg():
+            return torch._neg_view(self.tensor(torch._neg_view(x)))
         storage = x.untyped_storage()
         key = storage.data_ptr()
         if key not in self.storages or key == 0:

@@ -169,6 +169,7 @@ def resources(compiled: Any) -> dict[str, int]:
         code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     given["instructions"] = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", code, re.MULTILINE))
     given["barriers"] = code.count("BAR.SYNC")
+    given["fused"] = compiled.asm["ptx"].count("fma.rn.f64")
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", usage).groups())
     return {"registers": registers, "spills": stack + local, **given}
 

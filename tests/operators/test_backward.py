@@ -38,6 +38,7 @@ def test_backward_scales_accumulates_and_can_be_repeated() -> None:
         loss.backward()
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("upstream", [1.0, 0.5])
 def test_the_last_backward_makes_no_copy(upstream: float) -> None:
     loss, leaf = loss_of(make_batch())
@@ -77,6 +78,7 @@ def test_saved_tensor_hooks() -> None:
     assert torch.equal(leaf.grad, gradient_of(make_batch()))
 
 
+@pytest.mark.cpu
 def test_func() -> None:
     x, wanted = make_batch(), gradient_of(make_batch())
 
@@ -95,6 +97,7 @@ def test_func() -> None:
 SECOND = pytest.raises(RuntimeError, match=r"pama_loss: the second derivative is not implemented")
 
 
+@pytest.mark.cpu
 def test_the_second_derivative_is_an_error() -> None:
     """It is not implemented, and must not count as 0: a gradient penalty would add it to another gradient."""
     x = make_batch()
@@ -112,6 +115,7 @@ def test_the_second_derivative_is_an_error() -> None:
         torch.func.grad(slope)(x["logprobs"])
 
 
+@pytest.mark.cpu
 def test_forward_mode_is_an_error() -> None:
     """A tangent must not be dropped silently."""
     x = make_batch()
@@ -125,6 +129,7 @@ def test_forward_mode_is_an_error() -> None:
         )
 
 
+@pytest.mark.cpu
 def test_vmap_of_the_gradient_is_an_error() -> None:
     x = make_batch()
     logprobs = torch.stack([x["logprobs"], x["logprobs"] + 0.1])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import ON_GPU
 from torch import Tensor
 
 import pama_kernels as pk
@@ -70,7 +71,7 @@ def test_the_loss_without_statistics_is_that_with_them(
             exact, wanted = _loss(reference.pama_loss, *problem, **settings)
             assert torch.allclose(less.loss.double(), exact.loss.double(), rtol=1e-4, atol=1e-5), name
             assert torch.allclose(same.double(), wanted.double(), rtol=2 * error + 1e-5, atol=1e-7), name
-            if name == "given" and not per_sequence:
+            if name == "given" and not per_sequence and not ON_GPU:  # where they cost nothing extra
                 assert less.optimum.isnan(), name
                 assert less.statistics.buffer.isnan().all(), name
 

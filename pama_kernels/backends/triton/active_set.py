@@ -200,22 +200,27 @@ def _nonnegative(
 
 
 @triton.jit
-def _leaders(m, p, present, diagonal, BLOCK: tl.constexpr):
-    """The first objective that is identical to each: equal products with a random vector, M_ii and p.
+def _leaders(m, raw, present, BLOCK: tl.constexpr):
+    """The first objective that is identical to each: equal rows of M and equal preferences, compared by a
+    hash of their bits. Integer sums do not depend on their order, so every thread gets the same hash.
 
-    Rows that differ by rounding errors only may count as identical; sharing their weight changes the
-    objective by rounding errors only.
+    raw: the preference as it was given, since a normalised one contains a sum.
     """
     index = tl.arange(0, BLOCK)[None, :]
     bits = (index.to(tl.int64) + 1) * 6364136223846793005
     bits = (bits ^ ((bits >> 29) & 0x7FFFFFFFF)) * 3935559000370003845
-    bits = (bits ^ ((bits >> 32) & 0xFFFFFFFF)) * 2862933555777941757
-    random = ((bits >> 12) & 0xFFFFFFFFFFFFF | 0x3FF0000000000000).to(tl.float64, bitcast=True)
-    mark = multiply(m, tl.where(present, random, 0.0))
-    same = (mark[:, :, None] == mark[:, None, :]) & (diagonal[:, :, None] == diagonal[:, None, :])
-    same = same & (p[:, :, None] == p[:, None, :]) & present[:, :, None] & present[:, None, :]
+    odd = ((bits ^ ((bits >> 32) & 0xFFFFFFFF)) * 2862933555777941757) | 1
+    rows = _mixed((m + 0.0).to(tl.int64, bitcast=True)) * odd[:, :, None]  # + 0: -0 becomes 0
+    mark = tl.sum(tl.where(present[:, :, None], rows, 0), 1) + _mixed((raw + 0.0).to(tl.int64, bitcast=True))
+    same = (mark[:, :, None] == mark[:, None, :]) & present[:, :, None] & present[:, None, :]
     leader = tl.min(tl.where(same, tl.arange(0, BLOCK)[None, :, None], BLOCK), 1)
     return tl.where(present, leader, index)
+
+
+@triton.jit
+def _mixed(bits):
+    bits = (bits ^ ((bits >> 33) & 0x7FFFFFFF)) * 4768777513237032717
+    return bits ^ ((bits >> 29) & 0x7FFFFFFFF)
 
 
 @triton.jit
@@ -228,13 +233,13 @@ def _shared(point, leader):
 
 
 @triton.jit
-def minimise(m, diagonal, present, p, q, weight, N, BLOCK: tl.constexpr, SIMPLEX: tl.constexpr):
+def minimise(m, diagonal, present, p, raw, q, weight, N, BLOCK: tl.constexpr, SIMPLEX: tl.constexpr):
     """Returns (c or v, failed) of problems that are finite and scaled to 1 <= max_i M_ii < 2. If no objective
     is present, the result is p or 0.
 
     present (P, BLOCK): the objectives that are included; M is 0 in the rows and columns of others. diagonal:
-    M_ii. p: preference on the simplex of the objectives present, 0 for others. weight: (P,). q: only for
-    problems over the cone.
+    M_ii. p: preference on the simplex of the objectives present, 0 for others; raw: as it was given. weight:
+    (P,). q: only for problems over the cone.
     """
     index = tl.arange(0, BLOCK)[None, :]
     smallest = tl.min(tl.where(present, diagonal, LARGEST), 1)
@@ -242,7 +247,7 @@ def minimise(m, diagonal, present, p, q, weight, N, BLOCK: tl.constexpr, SIMPLEX
     origin = p
     start = present & (q > 0.0)
     if SIMPLEX:
-        leader = _leaders(m, p, present, diagonal, BLOCK)
+        leader = _leaders(m, raw, present, BLOCK)
         twins = tl.max(tl.max((present & (leader != index)).to(tl.int32), 1), 0) > 0
         # the indices with a positive weight after one Jacobi step from the centre of the simplex
         sums = multiply(m, present.to(tl.float64))

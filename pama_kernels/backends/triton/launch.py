@@ -116,11 +116,15 @@ class Options(dict[str, Any]):
         self.each, self.key = each, next(_keys)
 
     def compile_options(self) -> dict[str, Any]:
+        # Threads that hold copies of a sum of products add the terms in different orders. The copies are
+        # equal only if products are rounded before they are added: with fused multiply-adds a number may
+        # differ from its copies, and threads take different branches.
+        given = {**self, "enable_fp_fusion": False}
         if not NVIDIA:
-            return self
+            return given
         # Without a limit, ptxas spills registers to make room for more programs than are launched.
         threads = 32 * self.get("num_warps", 4)
-        return {**self, "maxnreg": min(255, 2**16 // (threads * self.each) // 8 * 8)}
+        return {**given, "maxnreg": min(255, 2**16 // (threads * self.each) // 8 * 8)}
 
 
 _keys = itertools.count()

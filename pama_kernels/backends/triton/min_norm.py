@@ -70,7 +70,7 @@ def min_norm_of(m, present, p, regularization, N, BLOCK: tl.constexpr):
     largest = tl.max(diagonal, 1)
     factor = tl.where(regularization < LARGEST_REGULARIZATION, regularization, LARGEST_REGULARIZATION)
     weight = tl.where(finite, factor, 0.0) * largest
-    c, failed = minimise(m, diagonal, part, own, tl.zeros_like(own), weight, N, BLOCK, True)
+    c, failed = minimise(m, diagonal, part, own, p, tl.zeros_like(own), weight, N, BLOCK, True)
     value = _optimum(m, c, scale)
     good = finite & ~failed
     none_present = ~any_of(present)
@@ -94,7 +94,7 @@ def upgrad_of(m, present, p, N, BLOCK: tl.constexpr, PROBLEMS: tl.constexpr):
         chosen = (tl.arange(0, BLOCK)[None, :, None] == i[:, :, None]).to(tl.float64)
         q = tl.where(part, -tl.sum(m * chosen, 1), 0.0)
         zero = tl.zeros_like(q)
-        v, lost = minimise(m, diagonal + zero, part, zero, q, tl.sum(zero, 1), N, BLOCK, False)
+        v, lost = minimise(m, diagonal + zero, part, zero, zero, q, tl.sum(zero, 1), N, BLOCK, False)
         c += tl.sum(share[:, None] * v, 0)[None, :]
         failed = failed | (tl.max(lost.to(tl.int32), 0) > 0)
     c /= tl.sum(c, 1)[:, None]
