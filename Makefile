@@ -137,6 +137,8 @@ test-cuda: $(VENV)/test.stamp
 	PAMA_CUDA_EMULATED=$$($(BIN)/python tests/backends/cuda_emulation.py $(VENV)/emulated) \
 		PYTHONPATH=tests/backends $(PORTABLE) -p cuda_emulation tests/properties tests/backends/test_cuda_emulated.py \
 		tests/backends/test_cuda_sequences.py
+	PAMA_CUDA_EMULATED=$$(ls $(VENV)/emulated/_cuda.*.so) PYTHONPATH=tests/backends $(BIN)/python -m pytest \
+		-m 'not slow and not cpu' -p cuda_emulation tests/solvers
 
 test-integrations: $(VENV)-verl/stamp
 	$(VENV)-verl/bin/python -m pytest tests/integrations/test_verl*.py

@@ -172,8 +172,7 @@ def _nonnegative(
         blockwise = extend & (additions == count)
         single = (extend & (blockwise == 0)) | one_by_one
         lowest = tl.where(violated, multiplier, LARGEST)
-        lowest_index = tl.where(lowest == tl.min(lowest, 1)[:, None], index, BLOCK)
-        worst = tl.where(extend, tl.min(lowest_index, 1), worst)
+        worst = tl.where(extend, tl.argmin(lowest, 1), worst)
 
         # the next state
         ended = optimal | settled | (gave_up & strict) | (accepted & (alive == 0))
