@@ -126,43 +126,43 @@ PAMA_HD inline SolverResult solve_pair(double a, double b, double d, double p, d
 
 constexpr int kSmallestSmall = 3, kLargestSmall = 4;
 
-// solve_all in registers: one exchange per objective. Returns false if the exchange does not solve one of them.
+// The problem of up to N objectives in registers, one exchange per projection. Padding has M_ii = 1 and target -1: it
+// stays outside every support.
 template <int N>
-PAMA_HD inline bool solve_small(const Problem& s, double* answer, SolverResult* result) {
+struct Small {
     nnqp::SmallSystem<double, N> x;
-    double sum[N], unit[N], preference[N];
-    bool apart = true;  // no two objectives are identical; duplicates are averaged by the general solver
-    PAMA_UNROLL
-    for (int i = 0; i < N; ++i) {
+    double unit[N], preference[N];
+
+    // Whether no two of the objectives are identical: duplicates are averaged by the general solver.
+    PAMA_HD bool start() {
+        bool apart = true;
         PAMA_UNROLL
-        for (int j = 0; j <= i; ++j) x.m(i, j) = s.row_of(i)[j];
-        unit[i] = s.unit[i];
-        sum[i] = preference[i] = s.preference[i];
-        x.shift[i] = 0.0;
-        x.diagonal[i] = x.m(i, i);
+        for (int i = 0; i < N; ++i) {
+            x.shift[i] = 0.0;
+            x.diagonal[i] = x.m(i, i);
+            PAMA_UNROLL
+            for (int j = 0; j < i; ++j) apart = apart && (x.m(i, j) != x.m(i, i) || x.m(i, j) != x.m(j, j));
+        }
+        x.fixed_total = 1.0;
+        return apart;
     }
-    PAMA_UNROLL
-    for (int i = 0; i < N; ++i) {
-        PAMA_UNROLL
-        for (int j = 0; j < i; ++j) apart = apart && (x.m(i, j) != x.m(i, i) || x.m(i, j) != x.m(j, j));
-    }
-    if (!apart) return false;
-    x.fixed_total = 1.0;
-    for (int own = 0; own < N; ++own) {
+    // Adds p_i x of the projection i = own to `sum`. Returns whether the exchange solved it.
+    PAMA_HD bool project(int own, int n, double* sum, double* residual) {
         double share = 0.0, scale = 1.0, row[N];
         PAMA_UNROLL
         for (int j = 0; j < N; ++j) {
             row[j] = 0.0;
             PAMA_UNROLL
             for (int i = 0; i < N; ++i) row[j] = i == own ? x.m.symmetric(i, j) : row[j];
+            row[j] = j < n ? row[j] : 1.0;
             share = j == own ? preference[j] : share;
             scale = j == own ? unit[j] : scale;
             x.fixed_terms = j == own ? x.m(j, j) : x.fixed_terms;
             x.target[j] = -row[j];
             x.inside[j] = row[j] < 0.0 ? 1.0 : 0.0;
         }
-        if (share == 0.0) continue;
-        if (!nnqp::exchange<double>(x, N, true) || x.tied) return false;
+        if (share == 0.0) return true;
+        if (!nnqp::exchange<double>(x, n, true) || x.tied) return false;
         double total = 1.0, least = 0.0, slack = 0.0;
         PAMA_UNROLL
         for (int j = 0; j < N; ++j) {
@@ -172,19 +172,45 @@ PAMA_HD inline bool solve_small(const Problem& s, double* answer, SolverResult* 
             slack += x.y[j] * std::fabs(gradient);
             sum[j] += x.y[j] > 0.0 ? share * min_of(ratio, kLargestRatio) * x.y[j] : 0.0;
         }
-        const double residual = max_of(-least / total, slack / total / total);
-        if (!(residual <= nnqp::kCertified)) return false;
-        result->residual = max_of(residual, result->residual);
+        const double violation = max_of(-least / total, slack / total / total);
+        *residual = max_of(violation, *residual);
+        return violation <= nnqp::kCertified;
     }
+};
+
+// solve_all in registers. Returns false if the exchange does not solve a projection.
+template <int N>
+PAMA_HD inline bool solve_small(const Problem& s, double* answer, SolverResult* result) {
+    Small<N> small;
+    double sum[N];
+    PAMA_UNROLL
+    for (int i = 0; i < N; ++i) {
+        PAMA_UNROLL
+        for (int j = 0; j <= i; ++j) small.x.m(i, j) = s.row_of(i)[j];
+        small.unit[i] = s.unit[i];
+        sum[i] = small.preference[i] = s.preference[i];
+    }
+    if (!small.start()) return false;
+    for (int own = 0; own < N; ++own)
+        if (!small.project(own, N, sum, &result->residual)) return false;
     PAMA_UNROLL
     for (int j = 0; j < N; ++j) answer[j] = sum[j];
     return true;
 }
 
+// The threads that solve one problem together; this one does so alone. Thread `first` of `step` takes every step-th
+// projection, with a workspace of its own.
+struct Alone {
+    static constexpr int first = 0, step = 1;
+    PAMA_HD double sum(double x) const { return x; }
+    PAMA_HD SolverResult worst(const SolverResult& result) const { return result; }
+};
+
 // The weights of the objectives in s: p in `preference`, S in `unit`, the sums of the c^(i) to `answer`.
-PAMA_HD inline SolverResult solve_all(Problem& s) {
+template <class Threads>
+PAMA_HD inline SolverResult solve_all(Problem& s, const Threads& threads) {
     SolverResult result = {0.0, 0.0, SolveStatus::solved, 0};
-    if (s.n >= kSmallestSmall && s.n <= kLargestSmall &&
+    if (threads.step == 1 && s.n >= kSmallestSmall && s.n <= kLargestSmall &&
         nnqp::with_size<kSmallestSmall, kLargestSmall>(
             s.n, [&](auto n) { return solve_small<decltype(n)::value>(s, s.answer, &result); }))
         return result;
@@ -196,7 +222,7 @@ PAMA_HD inline SolverResult solve_all(Problem& s) {
     }
     s.metric = 1.0;
     for (int j = 0; j < s.n; ++j) s.metric = s.metric_of(j) > s.metric ? s.metric_of(j) : s.metric;
-    for (int i = 0; i < s.n; ++i) {
+    for (int i = threads.first; i < s.n; i += threads.step) {
         if (s.preference[i] == 0.0) continue;
         s.own = i;
         s.factorisations = 0;
@@ -214,7 +240,16 @@ PAMA_HD inline SolverResult solve_all(Problem& s) {
         if (unsolved(result)) break;
         for (int j = 0; j < s.n; ++j) s.shift[j] = 0.0;
     }
-    return result;
+    for (int j = 0; j < s.n; ++j) s.answer[j] = threads.sum(s.answer[j]);
+    return threads.worst(result);
+}
+
+// (M_ij + M_ji)/2 in the units u and v of the two objectives, with halved: 1, or 0.5 if M is halved. Rounding to
+// float32, or an invalid matrix, may violate the Cauchy-Schwarz bound |M_ij| <= sqrt(M_ii M_jj). For equal rows it is
+// exact.
+PAMA_HD inline double scaled_entry(double upper, double lower, double u, double v, double halved, double bound) {
+    const double half = 0.5 * halved * u, entry = half * upper * v + half * lower * v;
+    return entry > kCosine * bound ? bound : entry < -kCosine * bound ? -bound : entry;
 }
 
 // Writes (M + M')/2, scaled, for the objectives that are present and have a nonzero gradient, to s. Returns whether all
@@ -251,12 +286,9 @@ PAMA_HD bool gather(int n, const T* gram, std::ptrdiff_t row_stride, std::ptrdif
         int b = 0;
         for (int j = 0; j < n; ++j) {
             if (!takes_part(j)) continue;
-            const double half = 0.5 * s.halved * s.unit[a],
-                         own = half * entry(i, j) * s.unit[b] + half * entry(j, i) * s.unit[b];
-            // Rounding to float32, or an invalid matrix, may violate the Cauchy-Schwarz bound. For equal rows it is
-            // exact.
             const double bound = s.diagonal[a] * s.diagonal[b];
-            row[b++] = own > kCosine * bound ? bound : own < -kCosine * bound ? -bound : own;
+            row[b] = scaled_entry(entry(i, j), entry(j, i), s.unit[a], s.unit[b], s.halved, bound);
+            ++b;
         }
         for (; b < s.stride; ++b) row[b] = 0.0;
         ++a;
@@ -264,14 +296,15 @@ PAMA_HD bool gather(int n, const T* gram, std::ptrdiff_t row_stride, std::ptrdif
     return true;
 }
 
-template <class T>
+// The first of the threads writes the weights and returns their optimum.
+template <class T, class Threads>
 PAMA_HD SolverResult solve_general(int n, const T* gram, std::ptrdiff_t row_stride, std::ptrdiff_t column_stride,
                                    const double* preference, const unsigned char* present, double* weights,
-                                   double* workspace) {
+                                   double* workspace, const Threads& threads) {
     int count = 0;
     double mass = 0.0;
     for (int i = 0; i < n; ++i) {
-        weights[i] = preference ? preference[i] : 1.0 / n;
+        if (threads.first == 0) weights[i] = preference ? preference[i] : 1.0 / n;
         if (present && !present[i]) continue;
         ++count;
         mass += preference ? preference[i] : 1.0;
@@ -282,7 +315,8 @@ PAMA_HD SolverResult solve_general(int n, const T* gram, std::ptrdiff_t row_stri
     SolverResult result = {nnqp::kNan, nnqp::kNan, SolveStatus::not_finite, 0};
     const bool finite =
         gather(n, gram, row_stride, column_stride, preference, present, share, workspace, s) && 0.0 * mass == 0.0;
-    if (finite) result = solve_all(s);
+    if (finite) result = solve_all(s, threads);
+    if (threads.first != 0) return result;
     if (!finite || unsolved(result)) {
         for (int i = 0; i < n; ++i) weights[i] = nnqp::kNan;
         result.optimum = nnqp::kNan;
@@ -342,7 +376,8 @@ PAMA_HD inline SolverResult upgrad_solve(int n, const T* gram, std::ptrdiff_t ro
         weights[1] = mass > 0.0 ? q / mass : q;
         return {0.0, 0.0, SolveStatus::solved, 0};
     }
-    return upgrad::solve_general(n, gram, row_stride, column_stride, preference, present, weights, workspace);
+    return upgrad::solve_general(n, gram, row_stride, column_stride, preference, present, weights, workspace,
+                                 upgrad::Alone{});
 }
 
 PAMA_END

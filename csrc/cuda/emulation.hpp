@@ -214,6 +214,10 @@ inline void __threadfence() {}
 inline double __shfl_xor_sync(unsigned, double value, int mask) {
     return pama::emulation::exchange(value, [mask](const double* slots, unsigned lane) { return slots[lane ^ mask]; });
 }
+inline double __shfl_sync(unsigned, double value, int from) {
+    return pama::emulation::exchange(value, [from](const double* slots, unsigned) { return slots[from]; });
+}
+inline void __syncwarp() { __shfl_xor_sync(0, 0.0, 0); }
 inline unsigned __reduce_add_sync(unsigned, unsigned value) {
     return pama::emulation::exchange(value, [](const double* slots, unsigned) {
         double sum = 0;

@@ -13,14 +13,16 @@ PAMA_HD inline int64_t matrix_room(int n) {
     return static_cast<int64_t>(n) * (n + 2) + static_cast<int64_t>(Problem::workspace(n));
 }
 
-__device__ inline int load_matrix(const Rows& rows, int64_t row, double* matrix, double* preference) {
-    const int64_t n = rows.n, base = row * rows.input.row;
-    for (int64_t i = 0; i < n; ++i) {
+// By `threads` threads, of which this is number `first`.
+__device__ inline int load_matrix(const Rows& rows, int64_t row, double* matrix, double* preference, int first = 0,
+                                  int threads = 1) {
+    const int n = rows.n;
+    const int64_t base = row * rows.input.row;
+    for (int i = first; i < n; i += threads)
         preference[i] = rows.preference ? rows.preference[i] : 1.0 / static_cast<double>(n);
-        for (int64_t j = 0; j < n; ++j)
-            matrix[i * n + j] = load_score(rows, base + i * rows.input.token + j * rows.input.objective);
-    }
-    return rows.n;
+    for (int k = first; k < n * n; k += threads)
+        matrix[k] = load_score(rows, base + k / n * rows.input.token + k % n * rows.input.objective);
+    return n;
 }
 
 // Builds the matrix over the objectives with a signal, with all threads of the block. Returns their number, or 0 if
@@ -48,18 +50,21 @@ __device__ inline int batch_matrix(const Solve& s, double* matrix, double* prefe
     return Problem::kNeedsMass && !(mass > 0) ? 0 : count;
 }
 
-// `active` threads of each warp solve a matrix, so that few matrices are spread over many warps. With `of_batch` the
-// only matrix is that of `batch`. The solver is compiled in this kernel only, since it takes long to compile.
+// `active` threads of each warp solve a matrix, so that few matrices are spread over many warps; where one would, the
+// warp solves the matrix together if the problem can be divided (Problem::kDivided). With `of_batch` the only matrix is
+// that of `batch`. The solver is compiled in this kernel only, since it takes long to compile.
 template <class Problem>
 __global__ void matrices_kernel(const Rows rows, const int active, const bool of_batch, const Solve batch) {
-    const int64_t slot = static_cast<int64_t>(blockIdx.x) * active + threadIdx.x;
-    const bool works = static_cast<int>(threadIdx.x) < active && slot < rows.slots;
+    const bool together = Problem::kDivided && active == 1;
+    const int lane = threadIdx.x, own = together ? 0 : lane;
+    const int64_t slot = static_cast<int64_t>(blockIdx.x) * active + own;
+    const bool works = own < active && slot < rows.slots;
     const int n = rows.n;
     if (n == 2 && !of_batch) {  // without workspace, in registers
-        if (!works) return;
+        if (!works || (together && lane != 0)) return;
         double entries[4], c[2], preference[2];
         load_matrix(rows, slot, entries, preference);
-        const double optimum = Problem::solve(2, entries, preference, rows.regularization, c, nullptr);
+        const double optimum = Problem::solve(2, entries, preference, rows.regularization, c, nullptr, false);
         for (int i = 0; i < 2; ++i) store_number(rows.weights, rows.wide, slot * 2 + i, c[i]);
         store_number(rows.optimum, rows.wide, slot, optimum);
         return;
@@ -69,18 +74,25 @@ __global__ void matrices_kernel(const Rows rows, const int active, const bool of
     const int of_signal = of_batch ? batch_matrix<Problem>(batch, matrix, preference, c) : 0;
     if (!works) return;
     for (int64_t row = slot; row < rows.rows; row += rows.slots) {
-        const int size = of_batch ? of_signal : load_matrix(rows, row, matrix, preference);
+        const int size = of_batch   ? of_signal
+                         : together ? load_matrix(rows, row, matrix, preference, lane, kWarp)
+                                    : load_matrix(rows, row, matrix, preference);
+        if (together) __syncwarp();
         double optimum = 0;
-        if (size > 0) optimum = Problem::solve(size, matrix, preference, rows.regularization, c, preference + n);
-        if (!of_batch) {
-            for (int i = 0; i < n; ++i) store_number(rows.weights, rows.wide, row * n + i, c[i]);
-            store_number(rows.optimum, rows.wide, row, optimum);
-            continue;
+        if (size > 0)
+            optimum = Problem::solve(size, matrix, preference, rows.regularization, c, preference + n, together);
+        if (!together || lane == 0) {
+            if (!of_batch) {
+                for (int i = 0; i < n; ++i) store_number(rows.weights, rows.wide, row * n + i, c[i]);
+                store_number(rows.optimum, rows.wide, row, optimum);
+            } else {
+                for (int i = 0, k = 0; i < n; ++i)
+                    batch.weights[i] = size == 0 ? batch.effective[i] : batch.weights[i] != 0 ? c[k++] : 0.0;
+                *batch.optimum = optimum;
+                store_rounded(batch);
+            }
         }
-        for (int i = 0, k = 0; i < n; ++i)
-            batch.weights[i] = size == 0 ? batch.effective[i] : batch.weights[i] != 0 ? c[k++] : 0.0;
-        *batch.optimum = optimum;
-        store_rounded(batch);
+        if (together) __syncwarp();
     }
 }
 
@@ -89,7 +101,7 @@ inline cudaError_t solve_matrices(const Rows& rows, int multiprocessors, cudaStr
     constexpr int64_t kWarpsPerProcessor = 16;  // warps over which a batch of matrices is spread
     if (rows.rows == 0) return cudaSuccess;
     int64_t active = rows.slots / (multiprocessors * kWarpsPerProcessor);
-    active = active < 1 ? 1 : active > kWarp ? kWarp : active;
+    active = active < 1 || Problem::always_together(rows.n) ? 1 : active > kWarp ? kWarp : active;
     const dim3 grid(static_cast<unsigned>((rows.slots + active - 1) / active));
     return launch(&matrices_kernel<Problem>, grid, kWarp, stream, rows, static_cast<int>(active), false, Solve{});
 }

@@ -7,13 +7,15 @@ namespace cuda {
 namespace {
 
 struct MinNorm {
+    static constexpr bool kDivided = false;
+    static bool always_together(int) { return false; }
     static constexpr bool kNeedsMass = false;  // if the preferences sum to 0, a uniform preference is used
     PAMA_HD static std::size_t workspace(int n) { return min_norm_workspace(n); }
     __device__ static double entry(const double* sums, int64_t n, int64_t i, int64_t j) {
         return cosine_entry(sums, n, i, j);
     }
     __device__ static double solve(int n, const double* matrix, const double* preference, double regularization,
-                                   double* c, double* work) {
+                                   double* c, double* work, bool) {
         return min_norm_solve(n, matrix, preference, regularization, c, work).optimum;
     }
 };

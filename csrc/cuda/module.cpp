@@ -106,6 +106,9 @@ py::object sequences_of(const py::object& record, const py::object& rule, const 
     if (!plan_sequences(p, binding::truth(asked[0]), where.multiprocessors, s)) return py::none();
     s.normalize = binding::truth(asked[2]);
     s.solved = !rule.is_none();
+    if (s.solved) s.rule = binding::read_rule(rule);
+    // The launch would wait for one thread to solve these.
+    if (s.solved && s.rule.kind == Kind::upgrad && p.n > kMostInRegisters) return py::none();
     Tensor zero;
     binding::read_tensor(counter, "counter", zero);
     s.counter = static_cast<unsigned*>(zero.data);
@@ -122,7 +125,6 @@ py::object sequences_of(const py::object& record, const py::object& rule, const 
     const py::object sums = doubles(statistics_size(p.n, s.pairs), s.sums);
     py::object parts[] = {py::none(), py::none(), py::none(), sums, py::none(), py::none()};
     if (s.solved) {
-        s.rule = binding::read_rule(rule);
         s.preference = binding::read_preference(preference, p.n);
         const Dtype dtype = wide ? Dtype::f64 : Dtype::f32;
         const auto array = [&](Dtype type) { return Array{data, type, 0, 0, 1}; };

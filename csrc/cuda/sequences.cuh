@@ -6,6 +6,7 @@
 #include "../core/weights.hpp"
 #include "count.cuh"
 #include "sequence_terms.cuh"
+#include "upgrad.cuh"
 
 namespace pama {
 namespace cuda {
@@ -27,6 +28,7 @@ struct SequenceMemory {
     double sums[kMostSums], statistics[kMostStatistics], solver[kSolverDoubles];
     double preference[kSequenceObjectives], weights[kSequenceObjectives], effective[kSequenceObjectives];
     double table[kSequenceThreads], optimum, root;
+    bool divided;  // whether the first warp solves for the weights, else the first thread
 };
 
 __device__ inline void write_statistics(const Sequences& s, const double* sums, double* statistics) {
@@ -180,14 +182,22 @@ __device__ inline void solve_weights(const Sequences& s, SequenceMemory& m) {
         for (int k = threadIdx.x; k < n * n; k += blockDim.x)
             m.solver[n + k] = batch_entry(s.rule, m.statistics, n, k / n, k % n);
     __syncthreads();
-    if (threadIdx.x != 0) return;
-    const bool some =
-        effective_preference(m.statistics, n, s.rule.kind == Kind::gram, m.preference, m.weights, m.effective);
-    if (some && pairs)
-        solve_matrix(s, m);
-    else
-        m.optimum =
-            batch_vector_weights(s.rule, m.statistics, n, m.preference, m.effective, m.solver, m.solver + n, m.weights);
+    if (threadIdx.x == 0) {
+        const bool some =
+            effective_preference(m.statistics, n, s.rule.kind == Kind::gram, m.preference, m.weights, m.effective);
+        int count = 0;
+        for (int i = 0; i < n; ++i) count += m.weights[i] != 0;
+        m.divided = s.rule.kind == Kind::upgrad && count == n;
+        if (!some || !pairs)
+            m.optimum = batch_vector_weights(s.rule, m.statistics, n, m.preference, m.effective, m.solver, m.solver + n,
+                                             m.weights);
+        else if (!m.divided)
+            solve_matrix(s, m);
+    }
+    __syncthreads();
+    // UPGrad of objectives that all have a signal: by the first warp.
+    if (!m.divided || threadIdx.x >= kWarp) return;
+    if (!upgrad_few(n, m.solver + n, m.preference, m.weights, &m.optimum) && threadIdx.x == 0) solve_matrix(s, m);
 }
 
 // Sums of c_i A_i over positive and over negative advantages of a sequence.

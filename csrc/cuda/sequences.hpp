@@ -8,6 +8,7 @@ namespace pama {
 namespace cuda {
 
 constexpr int kSequenceObjectives = 16;       // maximum: the solver uses shared memory
+constexpr int kMostInRegisters = 8;           // objectives of UPGrad that one warp solves in registers
 constexpr int64_t kSequenceRows = 1 << 16;    // maximum: one block writes the results of all sequences
 constexpr int64_t kSequenceTokens = 1 << 18;  // maximum average per block
 
