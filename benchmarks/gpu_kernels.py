@@ -49,6 +49,7 @@ def eager_statistics(x: Inputs) -> Tensor:
 
 
 PAPER = pk.Pama.paper("batch")  # the rule of the eager functions
+PAMA_AND_DEFAULT = (("", pk.Pama()), (", UPGrad", None))
 
 
 def weights_of(x: Inputs, rule: pk.Pama | pk.UPGrad = PAPER) -> Tensor:
@@ -93,14 +94,18 @@ def combine(bench: Bench, rows: int, width: int, n: int) -> None:
     pool = pool_of(made, bench.quick)
     moved = float(rows * width)
 
-    def ours(x: Inputs) -> Tensor:
-        return pk.combine_advantages(**x).advantages
+    def ours(x: Inputs, rule: pk.Pama | None) -> Tensor:
+        return pk.combine_advantages(**x, rule=rule).advantages
 
-    exact = pk.reference.combine_advantages(**{name: x.cpu() for name, x in pool[0].items()}).advantages
-    works = [Work(f"combine_advantages: {b}", ours, moved, b) for b in available(bench.device)]
-    for work in works:
-        with chosen(work.backend):
-            agree(ours(pool[0]).cpu(), exact, 1e-4, work.name)
+    on_cpu = {name: x.cpu() for name, x in pool[0].items()}
+    works = []
+    for title, rule in PAMA_AND_DEFAULT:
+        call = functools.partial(ours, rule=rule)
+        exact = pk.reference.combine_advantages(**on_cpu, rule=rule).advantages
+        for name in available(bench.device):
+            works.append(Work(f"combine_advantages{title}: {name}", call, moved, name))
+            with chosen(name):
+                agree(call(pool[0]).cpu(), exact, 1e-4, works[-1].name)
     bench.measure("combine_advantages per sequence", f"mask {rows} x {width}", n, rows * width, works, pool)
 
 
@@ -116,7 +121,7 @@ def with_gradient(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor
 
 
 def per_sequence_loss(bench: Bench, rows: int, width: int, n: int) -> None:
-    """`Pama()` with one advantage per sequence and objective, beside eager PPO with one objective."""
+    """`Pama()` and the default rule, one advantage per sequence and objective, beside eager PPO with one."""
 
     def made(seed: int) -> Inputs:
         x = inputs(rows * width, 1, bench.device, seed)
@@ -128,9 +133,9 @@ def per_sequence_loss(bench: Bench, rows: int, width: int, n: int) -> None:
     pool = pool_of(made, bench.quick)
     moved = 2.0 * 9 * rows * width + 4.0 * rows * width  # two passes over log-probs and mask, the gradient
 
-    def ours(x: Inputs) -> Tensor:
+    def ours(x: Inputs, rule: pk.Pama | None) -> Tensor:
         given = {name: x[name] for name in ("old_logprobs", "advantages", "mask")}
-        return with_gradient(lambda leaf: pk.pama_loss(leaf, **given, rule=pk.Pama()).loss)(x["logprobs"])
+        return with_gradient(lambda leaf: pk.pama_loss(leaf, **given, rule=rule).loss)(x["logprobs"])
 
     def theirs(x: Inputs) -> Tensor:
         one = x["advantages"][:, :1].expand(rows, width)
@@ -138,7 +143,11 @@ def per_sequence_loss(bench: Bench, rows: int, width: int, n: int) -> None:
             x["logprobs"]
         )
 
-    works = [Work(f"pama_loss: {b}", ours, moved, b) for b in available(bench.device)]
+    works = [
+        Work(f"pama_loss{title}: {b}", functools.partial(ours, rule=rule), moved, b)
+        for title, rule in PAMA_AND_DEFAULT
+        for b in available(bench.device)
+    ]
     bench.measure(
         "pama_loss, advantages per sequence",
         f"{rows} x {width}",
