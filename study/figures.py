@@ -21,13 +21,13 @@ LATER = ("pretrained_gpu",)  # run after the verdict, without a vote
 
 
 def whole_seeds(rows: Sequence[Row]) -> list[Row]:
-    """Without the seeds that lack a run which another seed has: of a part that was cut off by the clock."""
-    found: dict[float, set[tuple[str, float]]] = defaultdict(set)
+    """Without the seeds that at some rate lack a rule, at this rate: of a part that the clock cut off."""
+    found: dict[tuple[float, float], set[str]] = defaultdict(set)
     for row in rows:
         if row["step"] == FINAL:
-            found[row["seed"]].add((row["rule"], row["rate"]))
+            found[row["seed"], row["rate"]].add(row["rule"])
     most = max(map(len, found.values()), default=0)
-    return [row for row in rows if len(found[row["seed"]]) == most]
+    return [row for row in rows if len(found[row["seed"], row["rate"]]) == most]
 
 
 class Figures:

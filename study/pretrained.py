@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from .pretrained_run import PART, RULES, Experiment, Log, Settings, smollm2, tra
 from .store import Store
 
 # Written down before its runs. The rates: the CPU's, at which ten steps ended in templates, and a third.
-# Seeds come first to last, so that a run that is cut off still has whole ones.
+# In blocks of eight seeds, rate by rate, so that what the clock cuts off leaves whole seeds.
 GPU = Settings(
     part="pretrained_gpu",
     seeds=tuple(range(32)),
@@ -46,6 +47,7 @@ GPU = Settings(
 )
 
 
+BLOCK = 8  # seeds
 Job = tuple[str, float, int]  # rule, rate, seed
 _experiment: Experiment | None = None  # of a worker
 
@@ -80,7 +82,8 @@ def logs(experiment: Experiment, jobs: Sequence[Job], workers: int, deadline: fl
 
 def machine(device: torch.device) -> dict[str, str]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    return {"device": name or device.type, "torch": torch.__version__, "python": platform.python_version()}
+    packages = {package: version(package) for package in ("torch", "transformers", "triton")}
+    return {"device": name or device.type, "python": platform.python_version()} | packages
 
 
 def run(
@@ -103,8 +106,9 @@ def run(
         (folder / f"{part}.json").write_text(text + "\n")
     jobs = [
         (rule, rate, seed)
-        for seed in settings.seeds
+        for first in range(0, len(settings.seeds), BLOCK)
         for rate in settings.rates
+        for seed in settings.seeds[first : first + BLOCK]
         for rule in settings.rules
         if not curve.has(part, rule, rate, seed)
     ]

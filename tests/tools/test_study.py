@@ -262,8 +262,8 @@ def test_a_part_that_is_killed_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 
 def test_a_seed_that_was_cut_off_is_left_out() -> None:
-    rows = rows_of({"fixed": [[0.5, 0.6]], "upgrad": [[0.5]]})
-    assert {row["seed"] for row in whole_seeds(rows)} == {0.0}
+    rows = rows_of({"fixed": [[0.5, 0.6], [0.5, 0.6]], "upgrad": [[0.5], [0.7, 0.8]]})
+    assert {(row["rate"], row["seed"]) for row in whole_seeds(rows)} == {(1, 0), (10, 0), (10, 1)}
 
 
 def test_a_page_is_filled_and_filled_again() -> None:
