@@ -17,6 +17,17 @@ from .sweep import HELD_OUT, NO_VOTE, SETTINGS, VOTING
 
 PARTS = ("bandits", "words", "grpo")
 OTHERS = ("pretrained", "sentiment_length")
+LATER = ("pretrained_gpu",)  # run after the verdict, without a vote
+
+
+def whole_seeds(rows: Sequence[Row]) -> list[Row]:
+    """Without the seeds that at some rate lack a rule, at this rate: of a part that the clock cut off."""
+    found: dict[tuple[float, float], set[str]] = defaultdict(set)
+    for row in rows:
+        if row["step"] == FINAL:
+            found[row["seed"], row["rate"]].add(row["rule"])
+    most = max(map(len, found.values()), default=0)
+    return [row for row in rows if len(found[row["seed"], row["rate"]]) == most]
 
 
 class Figures:
@@ -24,8 +35,9 @@ class Figures:
         self.by_problem: dict[str, list[Row]] = defaultdict(list)
         self.curves: dict[str, list[Row]] = defaultdict(list)  # of the parts with language models
         self.part_of: dict[str, str] = {}
-        for part in (*PARTS, *OTHERS):
-            for row in store.read(folder / f"{part}.csv.gz"):
+        for part in (*PARTS, *OTHERS, *LATER):
+            rows = store.read(folder / f"{part}.csv.gz")
+            for row in whole_seeds(rows) if part in LATER else rows:
                 kind = self.by_problem if row["step"] == FINAL else self.curves
                 kind[row["problem"]].append(row)
                 self.part_of[row["problem"]] = part
@@ -128,4 +140,4 @@ class Figures:
         ]
 
 
-__all__ = ["HELD_OUT", "NO_VOTE", "OTHERS", "PARTS", "Figures"]
+__all__ = ["HELD_OUT", "LATER", "NO_VOTE", "OTHERS", "PARTS", "Figures", "whole_seeds"]

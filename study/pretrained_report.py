@@ -17,7 +17,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from . import ranges, store
-from .criterion import BASELINE, Difference
+from .criterion import BASELINE, CANDIDATES, Difference
+from .figures import whole_seeds
 from .measures import interval
 from .pictures import INK, SHOWN, style
 from .rules import RULES
@@ -76,12 +77,14 @@ def at_equal_kl(run: list[Row], base: list[Row]) -> float:
     return float(np.interp(common, kl, gain) - np.interp(common, base_kl, base_gain))
 
 
-def to_baseline(found: dict[Run, list[Row]], rule: str, measure: Any, rates: Iterable[float]) -> Difference:
+def to_baseline(
+    found: dict[Run, list[Row]], rule: str, measure: Any, rates: Iterable[float], baseline: str = BASELINE
+) -> Difference:
     """Paired over seeds; of each seed the mean over the rates. `measure` takes a run and its counterpart."""
     values: dict[float, list[float]] = defaultdict(list)
     chosen = set(rates)
     for (name, rate, seed), run in found.items():
-        base = found.get((BASELINE, rate, seed))
+        base = found.get((baseline, rate, seed))
         if name == rule and base is not None and rate in chosen:
             values[seed].append(measure(run, base))
     return Difference(*interval([float(np.mean(x)) for x in values.values()]), len(values), len(chosen))
@@ -113,8 +116,10 @@ def rewards_at_end(found: dict[Run, list[Row]], names: tuple[str, ...], rates: l
     return table(["rule", *names, *header], lines)
 
 
-def differences(found: dict[Run, list[Row]], names: tuple[str, ...], rates: list[float]) -> str:
-    """To Fixed, paired over seeds: at the end, and at equal KL."""
+def differences(
+    found: dict[Run, list[Row]], names: tuple[str, ...], rates: list[float], candidates: bool = False
+) -> str:
+    """To Fixed, paired over seeds: at the end, and at equal KL; and of the candidates to each other."""
 
     def end(key: str) -> Any:
         return lambda run, base: run[-1][key] - base[-1][key]
@@ -127,6 +132,11 @@ def differences(found: dict[Run, list[Row]], names: tuple[str, ...], rates: list
         if rule != BASELINE:
             found_here = [to_baseline(found, rule, m, rates) for m in measures.values()]
             lines.append([name_of(rule), *(signed(d) for d in found_here), str(found_here[0].seeds)])
+    if candidates:
+        first, second = CANDIDATES
+        between = [to_baseline(found, second, m, rates, first) for m in measures.values()]
+        name = f"{name_of(second)} less {name_of(first)}"
+        lines.append([name, *(signed(d) for d in between), str(between[0].seeds)])
     header = [f"gain, {name}" for name in names] + list(measures)[len(names) :]
     return table(["rule", *header, "seeds"], lines)
 
@@ -157,6 +167,32 @@ def steps_table(found: dict[Run, list[Row]]) -> str:
         lines.append([name_of(rule), *means, *negative, some, "" if rule == BASELINE else signed(late)])
     header = [f"{kind}, {name}" for kind in ("weight", "correlation", "negative") for name in OBJECTIVES]
     return table(["rule", *header, "any negative", "reward of later rollouts"], lines)
+
+
+def gradients_table(found: dict[Run, list[Row]]) -> str:
+    """At the steps where the objectives' gradients were measured: means over steps and rates, with intervals
+    over seeds for what decides."""
+    lines = []
+    for rule in rules_of(found):
+        seeds: dict[float, list[Row]] = defaultdict(list)
+        for (name, _, seed), run in found.items():
+            if name == rule:
+                seeds[seed] += [row for row in run if not np.isnan(row["mgda_tv"])]
+        rows = [row for some in seeds.values() for row in some]
+        cells = [
+            number(float(np.mean([row[f"{kind}_{i}"] for row in rows])), 2)
+            for kind in ("weight", "mgda", "cosine")
+            for i in range(3)
+        ]
+        cells += [
+            mean_cell([float(np.mean([row[key] for row in some])) for some in seeds.values()], 2)
+            for key in ("mgda_tv", "gradient_sacrificed", "sacrificed")
+        ]
+        lines.append([name_of(rule), *cells, str(len(rows))])
+    kinds = "weight", "min-norm weight", "cosine to the update"
+    header = [f"{kind}, {name}" for kind in kinds for name in OBJECTIVES]
+    ends = ["TV to min-norm", "steps that sacrifice, gradients", "the same, advantages", "steps"]
+    return table(["rule", *header, *ends], lines)
 
 
 def replies(folder: Path) -> list[dict[str, Any]]:
@@ -192,6 +228,15 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
         result["pretrained-differences"] = differences(found, OBJECTIVES, rates)
         result["pretrained-steps"] = steps_table(runs(store.read(folder / "pretrained_steps.csv.gz")))
         result["pretrained-replies"] = replies_table(replies(folder))
+    found = runs(whole_seeds(store.read(folder / "pretrained_gpu.csv.gz")))
+    if found:
+        rates = sorted({rate for _, rate, _ in found})
+        for rate in rates:
+            result[f"pretrained-gpu-rewards-{rate:g}"] = rewards_at_end(found, OBJECTIVES, [rate])
+            result[f"pretrained-gpu-differences-{rate:g}"] = differences(found, OBJECTIVES, [rate], True)
+        result["pretrained-gpu-differences"] = differences(found, OBJECTIVES, rates, True)
+        steps = runs(store.read(folder / "pretrained_gpu_steps.csv.gz"))
+        result["pretrained-gpu-gradients"] = gradients_table({run: steps[run] for run in found})
     found = runs(store.read(folder / "sentiment_length.csv.gz"))
     names = ("sentiment", "length")
     for rate in sorted({rate for _, rate, _ in found}):

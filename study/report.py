@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from . import pictures, pretrained_report, tables
-from .criterion import CANDIDATES, selected
-from .figures import HELD_OUT, Figures
+from .criterion import BASELINE, CANDIDATES, selected
+from .figures import HELD_OUT, LATER, Figures
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = ("study.md", "study_appendix.md", "study_models.md", "../README.md")
@@ -37,7 +37,8 @@ def fill(text: str, found: Mapping[str, Callable[[], str]], figure: Callable[[st
 
 def figure(f: Figures, name: str) -> str:
     """`selection`; `default`; `held-out`; `without/PROBLEM`; `margin` and `margin/PROBLEM`, without it;
-    `runs`; `d/PROBLEM/RULE`, the difference to Fixed in balance, or `d/PROBLEM/RULE/MEASURE`;
+    `runs`; `d/PROBLEM/RULE`, the difference to Fixed in balance, or `d/PROBLEM/RULE/MEASURE`, or
+    `d/PROBLEM/RULE/MEASURE/BASELINE`;
     `mean/PROBLEM/RULE/MEASURE`; `t/PROBLEM/RULE/WHAT`, of the values of the theory part: max, min,
     mean, or negative, the share below 0."""
     kind, *rest = name.split("/")
@@ -59,14 +60,14 @@ def figure(f: Figures, name: str) -> str:
         texts = [f"{tables.label(v.rule)} {v.gain:+.3f}" for v in f.verdicts([HELD_OUT])]
         return " and ".join(texts)
     if kind == "d":
-        problem, rule, measure = rest if len(rest) == 3 else (*rest, "balance")
-        text = tables.signed(f.difference(problem, rule, measure))
+        problem, rule, measure, base = (*rest, *("balance", BASELINE)[len(rest) - 2 :])
+        text = tables.signed(f.difference(problem, rule, measure, baseline=base))
         return "the same" if text == "same" else text.replace("**", "")
     if kind == "mean":
         problem, rule, measure = rest
         return tables.number(f.mean(problem, rule, measure), 2)
     if kind == "runs":
-        return f"{sum(len(rows) for rows in f.by_problem.values()):,}"
+        return f"{sum(len(rows) for name, rows in f.by_problem.items() if f.part_of[name] not in LATER):,}"
     if kind == "t":
         problem, rule, what = rest
         values = np.array(f.theory_values(problem, rule or None))

@@ -2,7 +2,7 @@
 
 Sampling keeps the trunk's output. The log-probabilities under the trained layers and under their copy at the
 start then need the top layers only. Prompts run once for all their replies, and rows that have ended are
-dropped from sampling.
+dropped from sampling. With a `padded` length of prompts, sampling runs at fixed sizes instead (decode.py).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
+
+from .decode import Decoder, draw
 
 
 class Rollout(NamedTuple):
@@ -27,12 +29,31 @@ class Rollout(NamedTuple):
 
     def ids(self) -> list[list[int]]:
         """The tokens of each reply, with the one that ends it."""
-        return [row[mask].tolist() for row, mask in zip(self.tokens, self.mask, strict=True)]
+        return [row[mask].tolist() for row, mask in zip(self.tokens.cpu(), self.mask.cpu(), strict=True)]
+
+    def of_prompts(self, first: int, last: int) -> Rollout:
+        """Only the replies to the prompts from `first` to before `last`."""
+        each = len(self.mask) // len(self.prompt_mask)
+        rows = slice(first * each, last * each)
+        return Rollout(
+            *(x[first:last] for x in (self.prompt_mask, self.prompt_hidden)),
+            *(x[rows] for x in (self.hidden, self.tokens, self.mask)),
+        )
 
 
 class SplitModel:
-    def __init__(self, model: Any, tokenizer: Any, ends: set[int], trained: int, temperature: float) -> None:
-        self.model, self.tokenizer, self.ends = model, tokenizer, torch.tensor(sorted(ends))
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        ends: set[int],
+        trained: int,
+        temperature: float,
+        padded: int | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.device = model, tokenizer, model.device
+        self.ends = torch.tensor(sorted(ends), device=self.device)
+        self.padded, self.decoders = padded, dict[tuple[int, int], Decoder]()
         layers = list(model.model.layers)
         self.trunk, self.top = layers[:-trained], layers[-trained:]
         self.start = copy.deepcopy(self.top)
@@ -77,30 +98,39 @@ class SplitModel:
         `uniform` (B, T) in [0, 1) decides the tokens (by inverse transform, so that equal numbers give equal
         replies where the probabilities are equal); None is greedy.
         """
+        fixed = self.padded is not None and uniform is not None
         batch = self.tokenizer(
-            prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
-        )
+            prompts,
+            return_tensors="pt",
+            padding="max_length" if fixed else True,
+            max_length=self.padded if fixed else None,
+            padding_side="left",
+            add_special_tokens=False,
+        ).to(self.device)
         valid, size = batch["attention_mask"].bool(), batch["input_ids"].shape[1]
         positions, attention = prompt_attention(valid)
         cache = DynamicCache(config=self.model.config)
         embed = self.model.model.embed_tokens
         trunk = self._through(self.trunk, embed(batch["input_ids"]), positions, attention, cache)
         logits = self._logits(self._through(self.top, trunk, positions, attention, cache)[:, -1])
+        if fixed:
+            decoder = self._decoder(len(prompts) * each, size, width)
+            tokens, hidden = decoder.sample(cache, logits, valid, uniform.to(self.device))
+            ended = torch.isin(tokens, self.ends)
+            return cut(valid, trunk, hidden, tokens, ended.cumsum(1) - ended.long() == 0)
         cache.batch_repeat_interleave(each)
         logits, lengths = logits.repeat_interleave(each, 0), valid.sum(1).repeat_interleave(each)
         number = len(prompts) * each
         keys = F.pad(valid.repeat_interleave(each, 0), (0, width), value=True)
-        tokens = torch.full((number, width), int(self.ends[0]))
-        mask = torch.zeros(number, width, dtype=torch.bool)
+        tokens = self.ends[:1].repeat(number, width)
+        mask = torch.zeros(number, width, dtype=torch.bool, device=self.device)
         hidden = trunk.new_zeros(number, width, trunk.shape[-1])
-        rows = torch.arange(number)  # those that go on: the cache holds no others
+        rows = torch.arange(number, device=self.device)  # those that go on: the cache holds no others
         for t in range(width):
             if uniform is None:
                 token = logits.argmax(-1)
             else:
-                cdf = logits.softmax(-1).cumsum(-1)
-                drawn = uniform[rows, t, None] * cdf[:, -1:]
-                token = torch.searchsorted(cdf, drawn, right=True).squeeze(1).clamp(max=cdf.shape[1] - 1)
+                token = draw(logits, uniform.to(self.device)[rows, t, None])
             tokens[rows, t], mask[rows, t] = token, True
             going = ~torch.isin(token, self.ends)
             if t + 1 == width or not going.any():
@@ -113,8 +143,14 @@ class SplitModel:
             step = self._through(self.trunk, embed(token[:, None]), position, allowed, cache)
             hidden[rows, t] = step[:, 0]
             logits = self._logits(self._through(self.top, step, position, allowed, cache)[:, 0])
-        used = int(mask.sum(1).max())
-        return Rollout(valid, trunk, hidden[:, :used], tokens[:, :used], mask[:, :used])
+        return cut(valid, trunk, hidden, tokens, mask)
+
+    def _decoder(self, rows: int, size: int, width: int) -> Decoder:
+        if (rows, width) not in self.decoders:
+            self.decoders[rows, width] = Decoder(
+                self.model, len(self.trunk), rows, size, width, self.temperature
+            )
+        return self.decoders[rows, width]
 
     def logits(self, rollout: Rollout, *, start: bool = False) -> Tensor:
         """(K, V) for the K tokens under the mask, in the order of `tokens[mask]`."""
@@ -127,7 +163,7 @@ class SplitModel:
         states = last.repeat_interleave(each, 0)
         if width > 1:
             cache.batch_repeat_interleave(each)
-            steps = torch.arange(width - 1)
+            steps = torch.arange(width - 1, device=self.device)
             lengths = valid.sum(1).repeat_interleave(each)
             keys = valid.repeat_interleave(each, 0)[:, None, None].expand(-1, 1, width - 1, -1)
             causal = (steps[None] <= steps[:, None]).expand(len(mask), 1, -1, -1)
@@ -141,13 +177,19 @@ class SplitModel:
     def logprobs(self, rollout: Rollout, logits: Tensor) -> Tensor:
         """(B, T), 0 where masked."""
         chosen = -F.cross_entropy(logits, rollout.tokens[rollout.mask], reduction="none")
-        return torch.zeros(rollout.mask.shape).masked_scatter(rollout.mask, chosen)
+        return torch.zeros_like(rollout.mask, dtype=chosen.dtype).masked_scatter(rollout.mask, chosen)
+
+
+def cut(valid: Tensor, trunk: Tensor, hidden: Tensor, tokens: Tensor, mask: Tensor) -> Rollout:
+    """Without the columns after the longest reply."""
+    used = int(mask.sum(1).max())
+    return Rollout(valid, trunk, hidden[:, :used], tokens[:, :used], mask[:, :used])
 
 
 def prompt_attention(valid: Tensor) -> tuple[Tensor, Tensor]:
     """Positions (G, P) and attention mask (G, 1, P, P) of prompts padded on the left."""
     size = valid.shape[1]
-    causal = torch.ones(size, size, dtype=torch.bool).tril()
+    causal = torch.ones_like(valid[:1], dtype=torch.bool).expand(size, size).tril()
     # A padding token attends to itself: a row without any key would be NaN.
-    allowed = valid[:, None, :] & causal | torch.eye(size, dtype=torch.bool)
+    allowed = valid[:, None, :] & causal | torch.eye(size, dtype=torch.bool, device=valid.device)
     return (valid.cumsum(1) - 1).clamp(min=0), allowed[:, None]

@@ -14,6 +14,7 @@ import pama_kernels as pk
 pytest.importorskip("quadprog", reason="quadprog is not installed: pip install 'pama-kernels[study]'")
 
 from study import criterion, measures, report, store, sweep, theory
+from study.figures import whole_seeds
 from study.problems import Answers, Softmax
 from study.rules import RAW_ONLY, RULES, Combiner, CovarianceTargets, mgda_weights, variance_weights
 from study.words import Words, whiten
@@ -258,6 +259,11 @@ def test_a_part_that_is_killed_goes_on_where_it_stopped(tmp_path: Path) -> None:
     other.add(one)
     other.finish()
     assert (tmp_path / "y.csv.gz").read_bytes() == path.read_bytes()
+
+
+def test_a_seed_that_was_cut_off_is_left_out() -> None:
+    rows = rows_of({"fixed": [[0.5, 0.6], [0.5, 0.6]], "upgrad": [[0.5], [0.7, 0.8]]})
+    assert {(row["rate"], row["seed"]) for row in whole_seeds(rows)} == {(1, 0), (10, 0), (10, 1)}
 
 
 def test_a_page_is_filled_and_filled_again() -> None:
