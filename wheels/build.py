@@ -77,7 +77,9 @@ def unpacked(scratch: Path) -> Path:
 def build(sources: Path, python: str, scratch: Path, env: dict[str, str], **defines: str) -> Path:
     """The unrepaired wheel. What does not depend on Python is compiled for the first one only."""
     objects = sources.parent / "cmake"
-    (objects / "CMakeCache.txt").unlink(missing_ok=True)  # it names the Python before
+    # They name the Python before; where the second differs, scikit-build-core removes the objects too.
+    for stale in ("CMakeCache.txt", ".skbuild-info.json"):
+        (objects / stale).unlink(missing_ok=True)
     defines = {"PAMA_OPENMP": "ON", "PAMA_CUDA": "OFF", **defines}
     given = [f"--config-settings=cmake.define.{name}={value}" for name, value in defines.items()]
     given.append(f"--config-settings=build-dir={objects}")
