@@ -61,7 +61,7 @@ struct Problem : nnqp::ActiveSet<Problem> {
     }
 
     PAMA_HD void accept() {
-        if (!(total > 0.0)) return fall_back();
+        if (!(total > 0.0 && total <= nnqp::kLargestDouble)) return fall_back();
         for (int j = 0; j < n; ++j) point[j] = 0.0;
         const double inverse = 1.0 / total;
         for (int a = 0; a < size; ++a) {
