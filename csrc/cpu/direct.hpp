@@ -140,7 +140,7 @@ inline void apply_block(const Pass& pass, int64_t first, int64_t last, Partial& 
     for_each_tile(tokens, pass.omega, first, last, [&](int64_t at, int64_t count, double omega) {
         load_tile(tokens, at, count, pass.outputs.kl_coef != 0, w.tile, w.arena);
         if (partial.sums)
-            with_fields(tokens, w, at, [&](const auto& tile) {
+            with_fields(tokens, w, at, pass.outputs.pairs || pass.rule.kind == Kind::scores, [&](const auto& tile) {
                 add_fields(tokens, tile, omega, partial.sums);
                 if (pass.outputs.pairs) add_pairs(tokens, tile, omega, partial.sums);
             });

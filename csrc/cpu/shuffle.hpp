@@ -65,25 +65,34 @@ PAMA_INLINE void interleave(FloatV* v) {
     }
 }
 
-// v[k] = sums of neighbours in v[2 k] and v[2 k + 1], of `Count` vectors.
-template <int Count, class V, class Lanes, int... K>
-PAMA_INLINE void add_neighbours(V* v, Lanes lanes, std::integer_sequence<int, K...>) {
+// In lane k the sum of the lanes k and k + Distance of a; where that bit of k is set, k - Distance and k of b.
+template <int Distance, class V, int... K>
+inline V fold(V a, V b, std::integer_sequence<int, K...>) {
+    constexpr int lanes = static_cast<int>(sizeof...(K));
+    return pick(a, b, std::integer_sequence<int, (K & Distance ? lanes + K : K)...>{}) +
+           pick(a, b, std::integer_sequence<int, (K & Distance ? lanes : 0) + (K ^ Distance)...>{});
+}
+template <int Distance, int Count, class V, class Lanes, int... K>
+PAMA_INLINE void fold_neighbours(V* v, Lanes lanes, std::integer_sequence<int, K...>) {
     constexpr int last = Count - 1;
-    ((v[K] = every_second<0>(v[2 * K], v[2 * K < last ? 2 * K + 1 : last], lanes) +
-             every_second<1>(v[2 * K], v[2 * K < last ? 2 * K + 1 : last], lanes)),
-     ...);
+    ((v[K] = fold<Distance>(v[2 * K], v[2 * K < last ? 2 * K + 1 : last], lanes)), ...);
 }
 
-// The sums over the lanes of N vectors at once: of pairs of neighbours, of pairs of those, and so on. v: workspace.
-template <int N, class V, class T, int Count = N, int Left = sizeof(V) / sizeof(T)>
+// The sums over the lanes of N vectors at once: of pairs of neighbours, of pairs of those, and so on; lane k of the
+// result is that of vector k. v: workspace.
+template <int N, class V, class T, int Count = N, int Distance = 1>
 PAMA_INLINE void totals(V* v, T* sums) {
-    if constexpr (Left > 1) {
+    constexpr int lanes = sizeof(V) / sizeof(T);
+    if constexpr (Distance < lanes) {
         constexpr int half = (Count + 1) / 2;
-        add_neighbours<Count>(v, std::make_integer_sequence<int, sizeof(V) / sizeof(T)>{},
-                              std::make_integer_sequence<int, half>{});
-        totals<N, V, T, half, Left / 2>(v, sums);
+        fold_neighbours<Distance, Count>(v, std::make_integer_sequence<int, lanes>{},
+                                         std::make_integer_sequence<int, half>{});
+        totals<N, V, T, half, 2 * Distance>(v, sums);
     } else {
-        memcpy(sums, v, N * sizeof(T));
+        for (int k = 0; k < N; k += lanes) {  // copies: an array whose address is taken would stay in memory
+            const V x = v[k / lanes];
+            memcpy(sums + k, &x, static_cast<size_t>(N - k < lanes ? N - k : lanes) * sizeof(T));
+        }
     }
 }
 
