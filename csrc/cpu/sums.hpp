@@ -52,9 +52,8 @@ template <bool Bound>
 inline void plain_sums(bool noon, const Tile<float>& tile, int64_t n) {
     for (int64_t i = 0; i < n;) {
         const bool together = i + kTogether <= n;
-        const auto sum =
-            together ? (noon ? plain_sums<true, Bound, kTogether> : plain_sums<false, Bound, kTogether>)
-                     : (noon ? plain_sums<true, Bound, 1> : plain_sums<false, Bound, 1>);
+        const auto sum = together ? (noon ? plain_sums<true, Bound, kTogether> : plain_sums<false, Bound, kTogether>)
+                                  : (noon ? plain_sums<true, Bound, 1> : plain_sums<false, Bound, 1>);
         sum(tile, tile.advantages + i * kTileTokens, tile.bound + i * kTileTokens, i, tile.fields + i * kFields);
         i += together ? kTogether : 1;
     }
@@ -228,8 +227,7 @@ inline void add_products(int64_t n, const Tile<T>& tile, double omega, const T* 
             for (int k = 0; k < kPairRows; ++k) left[k] = row(x, i + k);
             for (int k = 0; k < kPairColumns; ++k) right[k] = row(y, j + k);
             product_block(left, right, tile.padded, sums);
-            for (int k = 0; k < kPairRows * kPairColumns; ++k)
-                add(i + k / kPairColumns, j + k % kPairColumns, sums[k]);
+            for (int k = 0; k < kPairRows * kPairColumns; ++k) add(i + k / kPairColumns, j + k % kPairColumns, sums[k]);
         }
 }
 

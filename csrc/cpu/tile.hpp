@@ -64,6 +64,19 @@ inline void load_objectives(const Tokens& tokens, const Array& array, int64_t fi
         const int64_t offset = row * array.row + t * array.token;
         bool loaded = false;
         if constexpr (sizeof(T) == sizeof(float)) {
+            const auto masked = [&](FloatV x, int64_t token) {
+                x = load<FloatV>(valid + at + token) != 0.0f ? x : FloatV{};
+                return x + 0.0f * x;
+            };
+            const bool done = valid && !truth && array.token != 0 && with_format(array.dtype, [&](auto format) {
+                                  typedef typename decltype(format)::Stored Stored;
+                                  if constexpr (sizeof(Stored) <= sizeof(float))
+                                      return contiguous_rows_to_columns(
+                                          format, tokens.n, static_cast<const Stored*>(array.data) + offset,
+                                          array.token, array.objective, piece, target + at, kTileTokens, masked);
+                                  return false;
+                              });
+            if (done) return;
             const float* from = nullptr;
             if (array.dtype == Dtype::f32 && array.token != 0 && !truth) {
                 from = static_cast<const float*>(array.data) + offset;
@@ -71,14 +84,6 @@ inline void load_objectives(const Tokens& tokens, const Array& array, int64_t fi
                 load_values(array, offset, 1, piece * tokens.n, truth, buffer);
                 from = buffer;
             }
-            const auto masked = [&](FloatV x, int64_t token) {
-                x = load<FloatV>(valid + at + token) != 0.0f ? x : FloatV{};
-                return x + 0.0f * x;
-            };
-            if (from && valid &&
-                contiguous_rows_to_columns(tokens.n, from, array.token, array.objective, piece, target + at,
-                                           kTileTokens, masked))
-                return;
             loaded = from != nullptr;
             if (loaded) rows_to_columns(tokens.n, from, array.token, array.objective, piece, target + at, kTileTokens);
         }
