@@ -28,21 +28,40 @@ KERNELS = (
     ("per sequence: sums, ratios kept", r"bool \S+::plain_chunk<false, .*?\)2", "most"),
     ("per sequence: sums and gradient", r"bool \S+::plain_chunk<false, .*?\)1", "most"),
     ("per sequence: gradient from ratios", r"\S+::row_pass<false, float>.*lambda", "shortest"),
-    ("per token, known weights, N=8: loss and gradient", r"bool \S+::direct_chunk<false, 8,", "most"),
-    ("per token: factors of the clipped ratio", r"void \S+::load_tile<float>", "most"),
+    (
+        "per token, known weights, N=8: loss and gradient",
+        r"bool \S+::direct_chunk<false, 8, \S+Native",
+        "most",
+    ),
+    ("per token, known weights, N=8, bfloat16", r"bool \S+::direct_chunk<false, 8, \S+Bfloat16", "most"),
+    ("per token: factors of the clipped ratio", r"bool \S+::store_plain_factors<false, float", "most"),
     (
         "per token, N=8: objectives transposed",
-        r"void \S+::rows_to_columns<8, std.*load_objectives",
+        r"void \S+::rows_to_columns<8, \S+Native.*load_objectives",
         "longest",
     ),
     (
-        "per token: statistics of one objective, signed",
-        r"void \S+::objective_sums<false, false, float",
+        "per token, N=8: objectives transposed, bfloat16",
+        r"void \S+::rows_to_columns<8, \S+Bfloat16.*load_objectives",
+        "longest",
+    ),
+    (
+        "per token: statistics of 2 objectives (AVX2: 1), signed",
+        r"void \S+::plain_sums<false, true, (2, float __vector\(16\)|1, float __vector\(8\))",
         "most",
     ),
-    ("per token: statistics of one objective, Noon", r"void \S+::objective_sums<true, false, float", "most"),
-    ("per token: products of a block of pairs", r"void \S+::add_products<float>", "most"),
-    ("weights per token, N=8, regularization > 0", r".*::simplex_sorted<float __vector\(\d+\), 8>", "whole"),
+    (
+        "per token: statistics of 2 objectives (AVX2: 1), Noon",
+        r"void \S+::plain_sums<true, true, (2, float __vector\(16\)|1, float __vector\(8\))",
+        "most",
+    ),
+    ("per token: products between 4 objectives and 4 (AVX2: 2)", r"void \S+::product_block<float", "most"),
+    (
+        "per token: products within 2 groups of 4 objectives (AVX2: 1)",
+        r"void \S+::own_products<(2, float, float __vector\(16\)|1, float, float __vector\(8\))",
+        "most",
+    ),
+    ("weights per token, N=8, regularization > 0", r".*::sorted_weights<float __vector\(\d+\), 8>", "whole"),
 )
 ARITHMETIC = re.compile(r"vf?n?m?(?:add|sub|mul|madd|msub|nmadd|min|max)\w*ps")
 JUMP = re.compile(r"j\w+\s+([0-9a-f]+)")

@@ -127,8 +127,9 @@ PAMA_INLINE void load_columns(Format format, const typename Format::Stored* from
 // Transposes N contiguous numbers of each of `count` rows to N arrays of floats `stride` apart, applying
 // `change`(vector, first row) to each vector. row: as in load_columns.
 template <int N, class Format, class Row, class Change>
-inline void rows_to_columns(Format format, const typename Format::Stored* PAMA_RESTRICT rows, Row row, int64_t count,
-                            float* PAMA_RESTRICT columns, int64_t stride, Change change) {
+__attribute__((noinline)) void rows_to_columns(Format format, const typename Format::Stored* PAMA_RESTRICT rows,
+                                               Row row, int64_t count, float* PAMA_RESTRICT columns, int64_t stride,
+                                               Change change) {
     constexpr int64_t width = Lanes<float>::count;
     int64_t t = 0;
     for (; t + width <= count; t += width) {

@@ -170,7 +170,7 @@ constexpr int kOwnPairs = kPairRows * (kPairRows - 1) / 2;
 
 // The sums over the tile of the products of kPairRows rows x and kPairColumns rows y, with all sums in registers.
 template <class T, class V = typename Lanes<T>::V>
-inline void product_block(const T* const* x, const T* const* y, int64_t padded, T* sums) {
+__attribute__((noinline)) void product_block(const T* const* x, const T* const* y, int64_t padded, T* sums) {
     V s[kPairRows * kPairColumns] = {};
     if (padded <= 0) __builtin_unreachable();
     for (int64_t t = 0; t < padded; t += Lanes<T>::count) {
@@ -184,7 +184,7 @@ inline void product_block(const T* const* x, const T* const* y, int64_t padded, 
 
 // The same of each two of kPairRows rows, for Groups groups of rows.
 template <int Groups, class T, class V = typename Lanes<T>::V>
-inline void own_products(const T* const* x, int64_t padded, T* sums) {
+__attribute__((noinline)) void own_products(const T* const* x, int64_t padded, T* sums) {
     V s[Groups * kOwnPairs] = {};
     if (padded <= 0) __builtin_unreachable();
     for (int64_t t = 0; t < padded; t += Lanes<T>::count)
