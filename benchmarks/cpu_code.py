@@ -22,29 +22,54 @@ ROOT = Path(__file__).parents[1]
 COLUMNS = ("kernel", "isa", "tokens", "instructions", "memory", "cycles", "bound by")
 WIDTHS = {"avx512": 16, "avx2": 8}
 MODELS = {"avx512": "icelake-server", "avx2": "icelake-server"}  # of llvm-mca
-# What a loop does, the function that holds it, and which of its innermost loops it is: the one with the most
-# arithmetic, the shortest one that multiplies, or the whole function where it has no loop.
+# What a loop does, the function that holds it (the longest one, where several match), and which of its
+# innermost loops it is: the one with the most arithmetic or the most permutations, the shortest one that
+# multiplies, or the whole function where it has no loop.
 KERNELS = (
     ("per sequence: sums, ratios kept", r"bool \S+::plain_chunk<false, .*?\)2", "most"),
     ("per sequence: sums and gradient", r"bool \S+::plain_chunk<false, .*?\)1", "most"),
     ("per sequence: gradient from ratios", r"\S+::row_pass<false, float>.*lambda", "shortest"),
-    ("per token, known weights, N=8: loss and gradient", r"bool \S+::direct_chunk<false, 8,", "most"),
-    ("per token: factors of the clipped ratio", r"void \S+::load_tile<float>", "most"),
     (
-        "per token, N=8: objectives transposed",
-        r"void \S+::rows_to_columns<8, std.*load_objectives",
-        "longest",
-    ),
-    (
-        "per token: statistics of one objective, signed",
-        r"void \S+::objective_sums<false, false, float",
+        "per token, known weights, N=8: loss and gradient",
+        r"bool \S+::direct_chunk<false, 8, \S+Native",
         "most",
     ),
-    ("per token: statistics of one objective, Noon", r"void \S+::objective_sums<true, false, float", "most"),
-    ("per token: products of a block of pairs", r"void \S+::add_products<float>", "most"),
-    ("weights per token, N=8, regularization > 0", r".*::simplex_sorted<float __vector\(\d+\), 8>", "whole"),
+    ("per token, known weights, N=8, bfloat16", r"bool \S+::direct_chunk<false, 8, \S+Bfloat16", "most"),
+    ("per token: factors of the clipped ratio", r"bool \S+::store_plain_factors<false, float", "most"),
+    (
+        "per token, N=8: objectives transposed",
+        r"void \S+::rows_to_columns<8, \S+Native.*load_objectives",
+        "permutes",
+    ),
+    (
+        "per token, N=8: objectives transposed, bfloat16",
+        r"void \S+::rows_to_columns<8, \S+Bfloat16.*load_objectives",
+        "permutes",
+    ),
+    (
+        "per token: statistics of 2 objectives (AVX2: 1), signed",
+        r"void \S+::plain_sums<false, true, (2, float __vector\(16\)|1, float __vector\(8\))",
+        "most",
+    ),
+    (
+        "per token: statistics of 2 objectives (AVX2: 1), Noon",
+        r"void \S+::plain_sums<true, true, (2, float __vector\(16\)|1, float __vector\(8\))",
+        "most",
+    ),
+    ("per token: products between 4 objectives and 4 (AVX2: 2)", r"void \S+::product_block<float", "most"),
+    (
+        "per token: products within 2 groups of 4 objectives (AVX2: 1)",
+        r"void \S+::own_products<(2, float, float __vector\(16\)|1, float, float __vector\(8\))",
+        "most",
+    ),
+    (
+        "weights per token, N=8, regularization > 0",
+        r".*::(sorted_weights|simplex_sorted)<float __vector\(\d+\), 8>",
+        "whole",
+    ),
 )
 ARITHMETIC = re.compile(r"vf?n?m?(?:add|sub|mul|madd|msub|nmadd|min|max)\w*ps")
+PERMUTES = re.compile(r"v(?:perm|shuf|unpck)")
 JUMP = re.compile(r"j\w+\s+([0-9a-f]+)")
 
 
@@ -87,8 +112,8 @@ def main_loop(code: list[Instruction], which: str) -> list[Instruction]:
     if which == "whole":
         return code
     loops = [x for x in innermost_loops(code) if len(x) < 400]
-    if which == "longest":
-        return max(loops, key=len)
+    if which == "permutes":
+        return max(loops, key=lambda loop: sum(PERMUTES.match(x.text) is not None for x in loop))
     if which == "shortest":
         multiplies = [x for x in loops if any(i.text.startswith("vmulps") for i in x)]
         return min(multiplies, key=len)
@@ -140,7 +165,8 @@ def main() -> None:
             parser.error("MODULE: expected a path where pama_kernels.backends._cpu is not built, got none")
         file = found.origin
     order = [kernel for kernel, *_ in KERNELS]
-    table = sorted(rows(file), key=lambda x: (list(WIDTHS).index(x["isa"]), order.index(x["kernel"])))
+    longest = {(x["isa"], x["kernel"]): x for x in sorted(rows(file), key=lambda x: int(x["instructions"]))}
+    table = sorted(longest.values(), key=lambda x: (list(WIDTHS).index(x["isa"]), order.index(x["kernel"])))
     with arguments.out.open("w", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()

@@ -163,19 +163,19 @@ PAMA_HD inline V simplex_sorted(const V* PAMA_RESTRICT a, V rho, V* PAMA_RESTRIC
     for (int i = N; i < padded; ++i) sorted[i] = zero + static_cast<float>(INFINITY);
     sort_values<padded>(sorted);
     V mean = zero, spread = rho;  // of the first k
-    V share = one, lambda = zero, centre = zero, last = zero;
+    V share = one, centre = zero, apart = zero, last = zero;
     for (int k = 2; k <= N; ++k) {
         const V own = sorted[k - 1], distance = own - mean, part = one / (zero + static_cast<float>(k));
         mean += distance * part;
         const V gap = own - mean;
         spread += distance * gap;
-        const V slope = choose(spread > least_spread<V>(), (base + mean) * reciprocal(spread), zero);
-        const auto holds = slope * gap <= part;
+        const auto holds = (base + mean) * gap <= part * max_of(spread, zero + least_spread<V>());
         share = choose(holds, part, share);
-        lambda = choose(holds, slope, lambda);
         centre = choose(holds, mean, centre);
+        apart = choose(holds, spread, apart);
         last = choose(holds, own, last);
     }
+    V lambda = choose(apart > least_spread<V>(), (base + centre) * reciprocal(apart), zero);
     lambda = max_of(lambda, zero);  // below 0 only by rounding, where an index with a weight near 0 was dropped
     V optimum = base;
     for (int i = 0; i < N; ++i) {

@@ -29,6 +29,7 @@ inline void apply_weights(const Pass& pass, const Workspace<T>& w, int64_t first
     T *const combined = w.combined, *const gradient = w.gradient;
     const int n = pass.tokens.n;
     const bool loss = static_cast<bool>(outputs.loss), penalty = outputs.kl_coef != 0;
+    const bool first_pass = !partial.sums;  // otherwise the sums have prefetched the next tile
     const int64_t size = size_of(outputs.gradient.dtype);
     const char* next_gradient = outputs.gradient
                                     ? static_cast<const char*>(outputs.gradient.data) + (first + tile.count) * size
@@ -39,7 +40,7 @@ inline void apply_weights(const Pass& pass, const Workspace<T>& w, int64_t first
     for (int64_t t = 0; t < tile.padded; t += Lanes<T>::count) {
         V up = zero, down = zero;
         for (int i = 0; i < n; ++i) {
-            prefetch(tile.ahead.at(t, i));
+            if (first_pass) prefetch(tile.ahead.at(t, i));
             const V a = load<V>(tile.advantages + i * kTileTokens + t), positive = a < 0 ? zero : a;
             const V weight = Own ? load<V>(own + i * kTileTokens + t) : zero + fixed[i];
             up += weight * positive;
@@ -56,14 +57,7 @@ inline void apply_weights(const Pass& pass, const Workspace<T>& w, int64_t first
         store(combined + t, up + down);
         sums[1] += (up + down) * (up + down);
         if (!loss) continue;
-        TokenFactors<V> f;
-        f.pos = load<V>(tile.pos + t);
-        f.grad_pos = load<V>(tile.grad_pos + t);
-        f.ratio = load<V>(tile.ratio + t);
-        if constexpr (!Noon) {
-            f.neg = load<V>(tile.neg + t);
-            f.grad_neg = load<V>(tile.grad_neg + t);
-        }
+        const TokenFactors<V> f = tile_factors(Noon, tile, t);
         V gain, slope;
         loss_terms(Noon, up, down, f, gain, slope);
         if (penalty) {
@@ -127,9 +121,10 @@ inline void apply_row(const Pass& pass, int64_t row, Workspace<T>& w, Partial& p
     for (int64_t k = 0; k < size; ++k) sums[k] = 0;
     for_each_tile(tokens, nullptr, first, last, [&](int64_t at, int64_t count, double) {
         load_tile(tokens, at, count, need_ref, w.tile, w.arena);
-        with_fields(tokens, w, at, [&](const auto& tile) {
+        const bool pairs = partial.sums && pass.outputs.pairs;
+        with_fields(tokens, w, at, pairs, [&](const auto& tile) {
             add_fields(tokens, tile, 1.0, sums);
-            if (partial.sums && pass.outputs.pairs) add_pairs(tokens, tile, omega, partial.sums);
+            if (pairs) add_pairs(tokens, tile, omega, partial.sums);
         });
     });
     for (int64_t k = 0; partial.sums && k < size; ++k) partial.sums[k] += omega * sums[k];

@@ -14,17 +14,23 @@ inline bool is_direct(const Pass& pass, const Partial& partial) {
     const int n = tokens.n;
     const bool plain = !tokens.objective_mask && !tokens.importance_weights && outputs.kl_coef == 0;
     return plain && pass.known && !pass.by_rows() && !partial.sums && outputs.loss && !outputs.advantages &&
-           !tokens.wide && tokens.advantages.objective == 1 && tokens.advantages.token == n &&
-           (n == 1 || n == 2 || n == 4 || n == 8 || n % 16 == 0);
+           !tokens.wide && tokens.advantages.dtype != Dtype::f64 && tokens.advantages.objective == 1 &&
+           tokens.advantages.token == n && (n == 1 || n == 2 || n == 4 || n == 8 || n % 16 == 0);
 }
 
-// One chunk. a (padded, n): advantages; c (n): weights. Adds the loss without its factor `by` to `gain`. Returns false
-// if a value is not finite: the pass over a tile must then compute the chunk.
-template <bool Noon, int N, class V = FloatV>
-inline bool direct_chunk(const Chunk<float>& in, const ClipIn<float>& clip, int64_t given, const float* a,
+// One chunk. a (padded, n): advantages in a format; c (n): weights. Adds the loss without its factor `by` to `gain`.
+// Returns false if a value is not finite: the pass over a tile must then compute the chunk.
+template <bool Noon, int N, class Format, class V = FloatV>
+inline bool direct_chunk(const Chunk<float>& in, const ClipIn<float>& clip, int64_t given, const void* data,
                          const float* c, float by, double& gain, float* gradient) {
-    constexpr int64_t width = Lanes<float>::count, ahead = 1024;  // floats
+    typedef typename Format::Stored Stored;
+    typedef typename std::conditional < N<16, std::integral_constant<int, N>, int64_t>::type Row;
+    const Stored* const a = static_cast<const Stored*>(data);
+    constexpr int64_t width = Lanes<float>::count;
+    constexpr int ahead = 4096;  // bytes
     const int64_t n = N < 16 ? N : given;
+    Row row{};
+    if constexpr (N >= 16) row = n;
     const float limit = static_cast<float>(kMaxLogRatio);
     const V zero{}, high = zero + clip.high, low = zero + clip.low, dual = zero + clip.dual, most = zero + limit,
                     log_high = zero + clip.log_high, log_low = zero + clip.log_low, log_dual = zero + clip.log_dual;
@@ -37,12 +43,7 @@ inline bool direct_chunk(const Chunk<float>& in, const ClipIn<float>& clip, int6
         const V u = exponential<true>(clamped, k3);
         for (int64_t block = 0; block < n; block += N) {
             V v[N];
-            for (int64_t k = 0; k < N * width; k += width) {
-                const float* from = a + (t + k / N) * n + block + k % N;
-                prefetch(from + ahead);
-                v[k / width] = load<V>(from);
-            }
-            deinterleave<N>(v);
+            load_columns<N, ahead>(Format{}, a + t * n + block, row, v);
             for (int i = 0; i < N; ++i) {
                 const V weight = zero + c[block + i], positive = v[i] < 0 ? zero : v[i];
                 up += weight * positive;
@@ -70,30 +71,36 @@ inline bool direct_chunk(const Chunk<float>& in, const ClipIn<float>& clip, int6
     return 0 * sums[0] + sums[1] == 0;
 }
 
-template <bool Noon>
+template <bool Noon, class Format>
 inline auto direct_chunk_of(int n) {
     switch (n) {
         case 1:
-            return direct_chunk<Noon, 1>;
+            return direct_chunk<Noon, 1, Format>;
         case 2:
-            return direct_chunk<Noon, 2>;
+            return direct_chunk<Noon, 2, Format>;
         case 4:
-            return direct_chunk<Noon, 4>;
+            return direct_chunk<Noon, 4, Format>;
         case 8:
-            return direct_chunk<Noon, 8>;
+            return direct_chunk<Noon, 8, Format>;
         default:
-            return direct_chunk<Noon, 16>;
+            return direct_chunk<Noon, 16, Format>;
     }
 }
+template <class Format>
+inline auto direct_chunk_of(const Tokens& tokens) {
+    return tokens.noon ? direct_chunk_of<true, Format>(tokens.n) : direct_chunk_of<false, Format>(tokens.n);
+}
 
-// The chunk's advantages as float, padded by zeros: a pointer to the tensor's memory if that suffices, else `buffer`.
-inline const float* direct_advantages(const Tokens& tokens, int64_t row, int64_t t, const Chunk<float>& chunk,
-                                      float* buffer) {
+// The chunk's advantages, padded by zeros: a pointer to the tensor's memory if that suffices, else `buffer`.
+inline const void* direct_advantages(const Tokens& tokens, int64_t row, int64_t t, const Chunk<float>& chunk,
+                                     void* buffer) {
     const Array& array = tokens.advantages;
-    const int64_t offset = row * array.row + t * array.token, n = tokens.n;
-    if (array.dtype == Dtype::f32 && chunk.count == chunk.padded) return static_cast<const float*>(array.data) + offset;
-    load_values(array, offset, 1, chunk.count * n, false, buffer);
-    memset(buffer + chunk.count * n, 0, sizeof(float) * static_cast<size_t>((chunk.padded - chunk.count) * n));
+    const int64_t token = size_of(array.dtype) * tokens.n, used = chunk.count * token;
+    const char* from =
+        static_cast<const char*>(array.data) + (row * array.row + t * array.token) * size_of(array.dtype);
+    if (chunk.count == chunk.padded) return from;
+    memcpy(buffer, from, static_cast<size_t>(used));
+    memset(static_cast<char*>(buffer) + used, 0, static_cast<size_t>(chunk.padded * token - used));
     return buffer;
 }
 
@@ -101,7 +108,10 @@ inline void direct_pass(const Pass& pass, int64_t first, int64_t last, Workspace
     const Tokens& tokens = pass.tokens;
     const Array& to = pass.outputs.gradient;
     const ClipIn<float> clip(tokens.clip);
-    const auto run = tokens.noon ? direct_chunk_of<true>(tokens.n) : direct_chunk_of<false>(tokens.n);
+    const Dtype dtype = tokens.advantages.dtype;
+    const auto run = dtype == Dtype::bf16  ? direct_chunk_of<Bfloat16>(tokens)
+                     : dtype == Dtype::f16 ? direct_chunk_of<Float16>(tokens)
+                                           : direct_chunk_of<Native<float>>(tokens);
     const int64_t step = tile_tokens(tokens.n);
     ChunkBuffers<float> buffers;
     for_each_segment(tokens, first, last - first, [&](int64_t row, int64_t t, int64_t at, int64_t piece) {
@@ -111,7 +121,7 @@ inline void direct_pass(const Pass& pass, int64_t first, int64_t last, Workspace
             const Chunk<float> chunk = load_chunk(tokens, false, row, t + done, count, buffers);
             const bool in_place = to && to.dtype == Dtype::f32 && count == chunk.padded;
             float* const gradient = in_place ? static_cast<float*>(to.data) + place : buffers.gradient;
-            const float* a = direct_advantages(tokens, row, t + done, chunk, w.tile.bound);
+            const void* a = direct_advantages(tokens, row, t + done, chunk, w.tile.bound);
             double gain = 0;
             if (!run(chunk, clip, tokens.n, a, w.weights, static_cast<float>(by), gain, gradient)) {
                 load_tile(tokens, place, count, false, w.tile, w.arena);
@@ -140,7 +150,7 @@ inline void apply_block(const Pass& pass, int64_t first, int64_t last, Partial& 
     for_each_tile(tokens, pass.omega, first, last, [&](int64_t at, int64_t count, double omega) {
         load_tile(tokens, at, count, pass.outputs.kl_coef != 0, w.tile, w.arena);
         if (partial.sums)
-            with_fields(tokens, w, at, [&](const auto& tile) {
+            with_fields(tokens, w, at, pass.outputs.pairs || pass.rule.kind == Kind::scores, [&](const auto& tile) {
                 add_fields(tokens, tile, omega, partial.sums);
                 if (pass.outputs.pairs) add_pairs(tokens, tile, omega, partial.sums);
             });

@@ -32,8 +32,12 @@ std::vector<double> token_weights(const Tokens& tokens, const std::vector<int64_
 }
 
 void complete_pairs(const Tokens& tokens, double* sums) {
-    if (tokens.objective_mask) return;
     const int64_t n = tokens.n;
+    for (const int pair : {kBoundProduct, kAdvantageProduct, kPairCount})
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t j = 0; j < i; ++j)
+                sums[pair_offset(n, pair) + i * n + j] = sums[pair_offset(n, pair) + j * n + i];
+    if (tokens.objective_mask) return;
     for (int64_t i = 0; i < n; ++i)
         for (int64_t j = 0; j < n; ++j) {
             sums[pair_offset(n, kPairCount) + i * n + j] = sums[kCount * n + i];

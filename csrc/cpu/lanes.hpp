@@ -63,6 +63,12 @@ __attribute__((noinline)) V solve_unsure(int n, const T* a, const T* present, in
     return optimum;
 }
 
+// Not inlined: with many objectives a call costs nothing, and the code can be counted (benchmarks/cpu_code.py).
+template <class V, int N>
+__attribute__((noinline)) V sorted_weights(const V* a, const V& rho, V* c) {
+    return simplex_sorted<V, N>(a, rho, c);
+}
+
 // Solves `lanes` rows at once. a (n, stride): scores, with the rows adjacent; preference (n). c (n, stride) receives
 // the weights. Returns the optima. `present` (1 or 0, like a) may be null; `scale` (per lane) may be null, then it is
 // max a^2. `non_negative`: no score is negative and there is no regularization. work: 3 n vectors; row: 3 n doubles. A
@@ -142,7 +148,10 @@ inline V solve_lanes(int given, const T* a, const T* present, int64_t stride, in
     V optimum = zero;
     if constexpr (N > 0)
         if (uniform && !present) {
-            optimum = simplex_sorted<V, N>(x, rho, keep);
+            if constexpr (N >= 8)
+                optimum = sorted_weights<V, N>(x, rho, keep);
+            else
+                optimum = simplex_sorted<V, N>(x, rho, keep);
             if (any(settled)) {
                 V ties = zero;
                 for (int i = 0; i < n; ++i) ties += choose(load<V>(a + i * stride) == nearest, one, zero);

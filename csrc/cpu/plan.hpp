@@ -16,7 +16,8 @@ std::vector<int64_t> count_rows(const Tokens& tokens, int threads);
 // weight 1.
 std::vector<double> token_weights(const Tokens& tokens, const std::vector<int64_t>& counts);
 
-// Computes the pair statistics that follow from the fields if every objective is present at every token.
+// Copies the upper triangles of the symmetric pair statistics to the lower ones, and computes the pair statistics that
+// follow from the fields if every objective is present at every token.
 void complete_pairs(const Tokens& tokens, double* sums);
 
 // Whether advantages and presence are the same for all tokens of a row, so that sums per row suffice.

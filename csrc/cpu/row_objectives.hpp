@@ -183,12 +183,7 @@ inline void row_statistics(const Tokens& tokens, const double* omega, const doub
         }
     }
     if (!pairs) return;
-    for (OuterProducts& p : products) {
-        p.flush();
-        if (!p.symmetric) continue;
-        for (int64_t i = 0; i < n; ++i)
-            for (int64_t j = 0; j < i; ++j) p.block[i * n + j] = p.block[j * n + i];
-    }
+    for (OuterProducts& p : products) p.flush();
 }
 
 // Computes the weights c (n) of one row from its advantages a and the presence of the objectives. work: 3 n doubles;

@@ -6,6 +6,59 @@
 
 PAMA_BEGIN
 
+// The number of objectives whose fields are summed in one pass over a plain tile, as the registers suffice for.
+constexpr int kTogether = PAMA_VECTOR_BYTES == 64 ? 2 : 1;
+
+// Sums the fields of `Count` objectives of a plain tile, except kCount. a, bound: of the first of them; bound receives
+// the bound terms if Bound. Prefetches the next tile.
+template <bool Noon, bool Bound, int Count, class V = FloatV>
+inline void plain_sums(const Tile<float>& tile, const float* a, float* bound, int64_t objective, float* sums) {
+    const float *logp = tile.logp, *pos = tile.pos, *neg = tile.neg, *side = tile.side;
+    const Ahead ahead = tile.ahead;
+    const int64_t padded = tile.padded;
+    const V zero{}, one = zero + 1;
+    V s[Count][kFields] = {};
+    if (padded <= 0) __builtin_unreachable();
+    for (int64_t t = 0; t < padded; t += Lanes<float>::count)
+        for (int i = 0; i < Count; ++i) {
+            prefetch(ahead.at(t, objective + i));
+            V(&to)[kFields] = s[i];
+            const V raw = load<V>(a + i * kTileTokens + t), own = Noon ? max_of(zero, raw) : raw;  // max_of keeps NaN
+            const auto positive = raw > zero, kept = !(load<V>(side + t) * own < zero);
+            const V factor = Noon ? load<V>(pos + t) : (positive ? load<V>(pos + t) : load<V>(neg + t));
+            const V counted = positive ? one : zero;
+            const V term = kept ? own : zero;
+            to[kBoundSum] += term;
+            to[kBoundSquareSum] += term * term;
+            to[kLogprobSum] += term * load<V>(logp + t);
+            to[kSurrogateSum] += own * factor;
+            to[kAdvantageSum] += raw;
+            to[kAdvantageSquareSum] += raw * raw;
+            to[kPositiveCount] += counted;
+            to[kClippedCount] = kept ? to[kClippedCount] + one : to[kClippedCount];
+            if constexpr (Bound) store(bound + i * kTileTokens + t, term);
+        }
+    V all[Count * (kFields - 1)];
+    float own[Count * (kFields - 1)];
+    for (int k = 0; k < Count * (kFields - 1); ++k) all[k] = s[k / (kFields - 1)][k % (kFields - 1) + 1];
+    totals<Count*(kFields - 1)>(all, own);
+    for (int i = 0; i < Count; ++i) {
+        memcpy(sums + i * kFields + 1, own + i * (kFields - 1), sizeof own / Count);
+        sums[i * kFields + kClippedCount] = static_cast<float>(padded) - sums[i * kFields + kClippedCount];
+    }
+}
+
+template <bool Bound>
+inline void plain_sums(bool noon, const Tile<float>& tile, int64_t n) {
+    for (int64_t i = 0; i < n;) {
+        const bool together = i + kTogether <= n;
+        const auto sum = together ? (noon ? plain_sums<true, Bound, kTogether> : plain_sums<false, Bound, kTogether>)
+                                  : (noon ? plain_sums<true, Bound, 1> : plain_sums<false, Bound, 1>);
+        sum(tile, tile.advantages + i * kTileTokens, tile.bound + i * kTileTokens, i, tile.fields + i * kFields);
+        i += together ? kTogether : 1;
+    }
+}
+
 // Sums the fields of one objective, except kCount, over the tile. Prefetches the next tile.
 template <bool Noon, bool Present, class T, class V = typename Lanes<T>::V>
 inline void objective_sums(const Tile<T>& tile, const T* a, const T* present, T* bound, int64_t objective, T* sums) {
@@ -36,24 +89,16 @@ inline void bound_terms(const Tokens& tokens, const Tile<T>& tile) {
     const V zero{};
     for (int64_t i = 0; i < tokens.n; ++i)
         for (int64_t t = 0, at = i * kTileTokens; t < tile.padded; t += Lanes<T>::count, at += Lanes<T>::count) {
+            const TokenFactors<V> f = tile_factors(tokens.noon, tile, t);
             V surrogate, bound;
-            surrogate_terms(tokens.noon, load<V>(tile.advantages + at), zero, zero, load<V>(tile.grad_pos + t),
-                            tokens.noon ? zero : load<V>(tile.grad_neg + t), surrogate, bound);
+            surrogate_terms(tokens.noon, load<V>(tile.advantages + at), zero, zero, f.grad_pos, f.grad_neg, surrogate,
+                            bound);
             if (tile.present) bound = load<V>(tile.present + at) != zero ? bound : zero;
             store(tile.bound + at, bound);
         }
 }
 
-// two_totals: the sums of x and of y over the tokens of a tile. dot: the sum of their product.
-template <class T, class V = typename Lanes<T>::V>
-inline void two_totals(const T* x, const T* y, int64_t padded, T* sums) {
-    V s[2] = {};
-    for (int64_t t = 0; t < padded; t += Lanes<T>::count) {
-        s[0] += load<V>(x + t);
-        s[1] += load<V>(y + t);
-    }
-    totals<2>(s, sums);
-}
+// The sum of x y over the tokens of a tile.
 template <class T, class V = typename Lanes<T>::V>
 inline T dot(const T* x, const T* y, int64_t padded) {
     V s{};
@@ -64,7 +109,7 @@ inline T dot(const T* x, const T* y, int64_t padded) {
 }
 
 // Whether the tile must be summed in float64: float32 squares overflow above 1e19 and underflow below 1e-19. fields:
-// (kFields, n).
+// (n, kFields).
 inline bool out_of_range(int64_t n, const float* fields, const Tile<float>& tile) {
     unsigned highest = 0;
     for (int64_t k = 0; k < kFields * n; ++k) {
@@ -75,10 +120,9 @@ inline bool out_of_range(int64_t n, const float* fields, const Tile<float>& tile
     }
     if (highest >= 0x7f800000) return true;
     const float tiny = 0x1p-80f;
-    const float *bound = fields + kBoundSum * n, *bound_square = fields + kBoundSquareSum * n,
-                *square = fields + kAdvantageSquareSum * n;
     for (int64_t i = 0; i < n; ++i) {
-        if (square[i] >= tiny && (bound_square[i] >= tiny || bound[i] == 0)) continue;
+        const float* own = fields + i * kFields;
+        if (own[kAdvantageSquareSum] >= tiny && (own[kBoundSquareSum] >= tiny || own[kBoundSum] == 0)) continue;
         unsigned all = 0;
         for (int64_t t = 0; t < tile.count; ++t) {
             unsigned bits;
@@ -91,61 +135,99 @@ inline bool out_of_range(int64_t n, const float* fields, const Tile<float>& tile
 }
 inline bool out_of_range(int64_t, const double*, const Tile<double>&) { return false; }
 
-// Computes the fields and totals of the tile, and the bound terms I in `tile.bound`. Returns false if the range of T
-// does not suffice.
+// Computes the fields of the tile and, if `bound` or if the tile is not plain, the bound terms I in `tile.bound`.
+// Returns false if the range of T does not suffice.
 template <class T>
-inline bool objective_fields(const Tokens& tokens, const Tile<T>& tile) {
+inline bool objective_fields(const Tokens& tokens, bool bound, const Tile<T>& tile) {
     const int64_t n = tokens.n;
-    T own[kFields], *const both = tile.fields + total_offset(n);
-    two_totals(tile.valid, tile.kl, tile.padded, both);
+    if constexpr (sizeof(T) == sizeof(float))
+        if (tile.plain) (bound ? plain_sums<true> : plain_sums<false>)(tokens.noon, tile, n);
     for (int64_t i = 0; i < n; ++i) {
-        const T* a = tile.advantages + i * kTileTokens;
+        T* const own = tile.fields + i * kFields;
         const T* here = tile.present ? tile.present + i * kTileTokens : nullptr;
-        const auto sum = tokens.noon ? (here ? objective_sums<true, true, T> : objective_sums<true, false, T>)
-                                     : (here ? objective_sums<false, true, T> : objective_sums<false, false, T>);
-        sum(tile, a, here, tile.bound + i * kTileTokens, i, own);
-        own[kCount] = here ? dot(here, tile.valid, tile.padded) : both[kTokenCount];
-        for (int f = 0; f < kFields; ++f) tile.fields[f * n + i] = own[f];
+        if (!tile.plain) {
+            const auto sum = tokens.noon ? (here ? objective_sums<true, true, T> : objective_sums<true, false, T>)
+                                         : (here ? objective_sums<false, true, T> : objective_sums<false, false, T>);
+            sum(tile, tile.advantages + i * kTileTokens, here, tile.bound + i * kTileTokens, i, own);
+        }
+        own[kCount] = here ? dot(here, tile.valid, tile.padded) : tile.fields[total_offset(n) + kTokenCount];
     }
     return !out_of_range(n, tile.fields, tile);
 }
 
 // Adds the fields and totals of the tile to `sums`. omega: the weight of each of its tokens.
 template <class T>
-inline void add_fields(const Tokens& tokens, const Tile<T>& tile, double omega, double* sums) {
-    for (int64_t k = 0; k < statistics_size(tokens.n, false); ++k) sums[k] += omega * tile.fields[k];
+inline void add_fields(const Tokens& tokens, const Tile<T>& tile, double omega, double* PAMA_RESTRICT sums) {
+    const int64_t n = tokens.n;
+    for (int64_t i = 0; i < n; ++i)
+        for (int f = 0; f < kFields; ++f) sums[f * n + i] += omega * static_cast<double>(tile.fields[i * kFields + f]);
+    for (int64_t k = total_offset(n); k < total_offset(n) + kTotals; ++k)
+        sums[k] += omega * static_cast<double>(tile.fields[k]);
 }
 
-// The sums of x_i y_j over the tile for kPairRows rows x and kPairColumns rows y, with all of them in registers.
-constexpr int64_t kPairRows = 4, kPairColumns = PAMA_VECTOR_BYTES == 64 ? 4 : 2;
+constexpr int kPairRows = 4, kPairColumns = PAMA_VECTOR_BYTES == 64 ? 4 : 2;
+constexpr int kOwnPairs = kPairRows * (kPairRows - 1) / 2;
+
+// The sums over the tile of the products of kPairRows rows x and kPairColumns rows y, with all sums in registers.
 template <class T, class V = typename Lanes<T>::V>
-inline void product_block(const T* const* x, const T* const* y, int64_t padded, T* sums) {
+__attribute__((noinline)) void product_block(const T* const* x, const T* const* y, int64_t padded, T* sums) {
     V s[kPairRows * kPairColumns] = {};
-    for (int64_t t = 0; t < padded; t += Lanes<T>::count)
-        for (int64_t i = 0; i < kPairRows; ++i)
-            for (int64_t j = 0; j < kPairColumns; ++j) s[i * kPairColumns + j] += load<V>(x[i] + t) * load<V>(y[j] + t);
+    if (padded <= 0) __builtin_unreachable();
+    for (int64_t t = 0; t < padded; t += Lanes<T>::count) {
+        V left[kPairRows];
+        for (int i = 0; i < kPairRows; ++i) left[i] = load<V>(x[i] + t);
+        for (int j = 0; j < kPairColumns; ++j)
+            for (int i = 0; i < kPairRows; ++i) s[i * kPairColumns + j] += left[i] * load<V>(y[j] + t);
+    }
     totals<kPairRows * kPairColumns>(s, sums);
 }
 
-// block (n, n) += omega sum_t x_i y_j; of a symmetric sum, the lower triangle is copied from the upper one.
+// The same of each two of kPairRows rows, for Groups groups of rows.
+template <int Groups, class T, class V = typename Lanes<T>::V>
+__attribute__((noinline)) void own_products(const T* const* x, int64_t padded, T* sums) {
+    V s[Groups * kOwnPairs] = {};
+    if (padded <= 0) __builtin_unreachable();
+    for (int64_t t = 0; t < padded; t += Lanes<T>::count)
+        for (int group = 0, k = 0; group < Groups; ++group) {
+            V row[kPairRows];
+            for (int i = 0; i < kPairRows; ++i) row[i] = load<V>(x[group * kPairRows + i] + t);
+            for (int i = 0; i < kPairRows; ++i)
+                for (int j = i + 1; j < kPairRows; ++j, ++k) s[k] += row[i] * row[j];
+        }
+    totals<Groups * kOwnPairs>(s, sums);
+}
+
+// block (n, n) += omega sum_t x_i y_j. If x is y, only where i < j: the diagonal is the sum `field`, and the driver
+// copies the other triangle.
 template <class T>
-inline void add_products(int64_t n, int64_t padded, double omega, const T* x, const T* y, double* block) {
+inline void add_products(int64_t n, const Tile<T>& tile, double omega, const T* x, const T* y, int field,
+                         double* block) {
     const bool symmetric = x == y;
     const auto row = [n](const T* rows, int64_t i) { return rows + (i < n ? i : n - 1) * kTileTokens; };
+    const auto add = [&](int64_t i, int64_t j, T sum) {
+        if (i < n && j < n) block[i * n + j] += omega * static_cast<double>(sum);
+    };
+    if (symmetric) {
+        constexpr int groups = PAMA_VECTOR_BYTES == 64 ? 2 : 1;
+        for (int64_t i = 0; i < n; ++i) add(i, i, tile.fields[i * kFields + field]);
+        for (int64_t first = 0; first < n; first += groups * kPairRows) {
+            const T* rows[groups * kPairRows];
+            T sums[groups * kOwnPairs], *sum = sums;
+            for (int k = 0; k < groups * kPairRows; ++k) rows[k] = row(x, first + k);
+            const bool all = first + kPairRows < n;
+            (all ? own_products<groups, T> : own_products<1, T>)(rows, tile.padded, sums);
+            for (int64_t i = first; i < (all ? first + groups * kPairRows : first + kPairRows); ++i)
+                for (int64_t j = i + 1; (j - first) % kPairRows != 0; ++j) add(i, j, *sum++);
+        }
+    }
     for (int64_t i = 0; i < n; i += kPairRows)
-        for (int64_t j = symmetric ? i : 0; j < n; j += kPairColumns) {
+        for (int64_t j = symmetric ? i + kPairRows : 0; j < n; j += kPairColumns) {
             const T *left[kPairRows], *right[kPairColumns];
             T sums[kPairRows * kPairColumns];
-            for (int64_t k = 0; k < kPairRows; ++k) left[k] = row(x, i + k);
-            for (int64_t k = 0; k < kPairColumns; ++k) right[k] = row(y, j + k);
-            product_block(left, right, padded, sums);
-            for (int64_t k = 0; k < kPairRows * kPairColumns; ++k) {
-                const int64_t to = i + k / kPairColumns, from = j + k % kPairColumns;
-                if (to >= n || from >= n || (symmetric && from < to)) continue;
-                const double value = omega * static_cast<double>(sums[k]);
-                block[to * n + from] += value;
-                if (symmetric && from > to) block[from * n + to] += value;
-            }
+            for (int k = 0; k < kPairRows; ++k) left[k] = row(x, i + k);
+            for (int k = 0; k < kPairColumns; ++k) right[k] = row(y, j + k);
+            product_block(left, right, tile.padded, sums);
+            for (int k = 0; k < kPairRows * kPairColumns; ++k) add(i + k / kPairColumns, j + k % kPairColumns, sums[k]);
         }
 }
 
@@ -153,13 +235,13 @@ inline void add_products(int64_t n, int64_t padded, double omega, const T* x, co
 template <class T>
 inline void add_pairs(const Tokens& tokens, const Tile<T>& tile, double omega, double* sums) {
     const int64_t n = tokens.n, padded = tile.padded;
-    const auto add = [&](int pair, const T* x, const T* y) {
-        add_products(n, padded, omega, x, y, sums + pair_offset(n, pair));
+    const auto add = [&](int pair, const T* x, const T* y, int field = kFields) {
+        add_products(n, tile, omega, x, y, field, sums + pair_offset(n, pair));
     };
-    add(kBoundProduct, tile.bound, tile.bound);
-    add(kAdvantageProduct, tile.advantages, tile.advantages);
+    add(kBoundProduct, tile.bound, tile.bound, kBoundSquareSum);
+    add(kAdvantageProduct, tile.advantages, tile.advantages, kAdvantageSquareSum);
     if (!tile.present) return;  // the driver computes the other pair statistics from the fields
-    add(kPairCount, tile.present, tile.present);
+    add(kPairCount, tile.present, tile.present, kCount);
     add(kPairAdvantage, tile.advantages, tile.present);
     for (int64_t i = 0; i < n; ++i) {
         T *PAMA_RESTRICT square = tile.squares + i * kTileTokens, *PAMA_RESTRICT a = tile.advantages + i * kTileTokens;

@@ -26,11 +26,34 @@ struct Tile {
     T *advantages, *present;             // (n, kTileTokens); present is null if all objectives are present
     T *pos, *neg, *grad_pos, *grad_neg;  // factors of the surrogate and of the bound, times w and mask
     T *off_pos, *off_neg;                // 1 where there is no gradient
-    T *ratio, *kl;
+    T* ratio;
     T *ref_kl, *ref_slope;        // the KL penalty to the reference, and its derivative
     Ahead ahead;                  // addresses of the next tile's advantages, to prefetch
-    T *bound, *squares, *fields;  // workspace of the sums: I and A'^2 (n, kTileTokens), the sums
+    T *bound, *squares, *fields;  // workspace of the sums: I and A'^2 (n, kTileTokens), (n, kFields) and the totals
+    // Without importance weights the factors of the bound are 0 or 1. `side` then replaces them and the two flags: 0
+    // where there is a gradient for both signs of the advantage, 1 for positive advantages only, -1 for others only.
+    bool plain;
+    T* side;
 };
+
+// The factors of the vector of tokens from t on.
+template <class T, class V = typename Lanes<T>::V>
+inline TokenFactors<V> tile_factors(bool noon, const Tile<T>& tile, int64_t t) {
+    const V zero{}, one = zero + 1;
+    TokenFactors<V> f;
+    f.pos = load<V>(tile.pos + t);
+    f.ratio = load<V>(tile.ratio + t);
+    f.neg = noon ? zero : load<V>(tile.neg + t);
+    if (tile.plain) {
+        const V side = load<V>(tile.side + t);
+        f.grad_pos = choose(side >= zero, one, zero);
+        f.grad_neg = choose(side <= zero, one, zero);
+    } else {
+        f.grad_pos = load<V>(tile.grad_pos + t);
+        f.grad_neg = noon ? zero : load<V>(tile.grad_neg + t);
+    }
+    return f;
+}
 
 // Transposes (tokens, objectives) to objective-major order. If `valid` is given, masked entries become 0 and infinities
 // become NaN. buffer: (n, kTileTokens).
@@ -41,6 +64,19 @@ inline void load_objectives(const Tokens& tokens, const Array& array, int64_t fi
         const int64_t offset = row * array.row + t * array.token;
         bool loaded = false;
         if constexpr (sizeof(T) == sizeof(float)) {
+            const auto masked = [&](FloatV x, int64_t token) {
+                x = load<FloatV>(valid + at + token) != 0.0f ? x : FloatV{};
+                return x + 0.0f * x;
+            };
+            const bool done = valid && !truth && array.token != 0 && with_format(array.dtype, [&](auto format) {
+                                  typedef typename decltype(format)::Stored Stored;
+                                  if constexpr (sizeof(Stored) <= sizeof(float))
+                                      return contiguous_rows_to_columns(
+                                          format, tokens.n, static_cast<const Stored*>(array.data) + offset,
+                                          array.token, array.objective, piece, target + at, kTileTokens, masked);
+                                  return false;
+                              });
+            if (done) return;
             const float* from = nullptr;
             if (array.dtype == Dtype::f32 && array.token != 0 && !truth) {
                 from = static_cast<const float*>(array.data) + offset;
@@ -48,14 +84,6 @@ inline void load_objectives(const Tokens& tokens, const Array& array, int64_t fi
                 load_values(array, offset, 1, piece * tokens.n, truth, buffer);
                 from = buffer;
             }
-            const auto masked = [&](FloatV x, int64_t token) {
-                x = load<FloatV>(valid + at + token) != 0.0f ? x : FloatV{};
-                return x + 0.0f * x;
-            };
-            if (from && valid &&
-                contiguous_rows_to_columns(tokens.n, from, array.token, array.objective, piece, target + at,
-                                           kTileTokens, masked))
-                return;
             loaded = from != nullptr;
             if (loaded) rows_to_columns(tokens.n, from, array.token, array.objective, piece, target + at, kTileTokens);
         }
@@ -82,7 +110,7 @@ inline Tile<T> allocate_tile(const Tokens& tokens, Arena& arena) {
     tile.advantages = arena.take<T>(tokens.n * kTileTokens);
     tile.present = tokens.objective_mask ? arena.take<T>(tokens.n * kTileTokens) : nullptr;
     T** pieces[] = {&tile.pos,     &tile.neg,   &tile.grad_pos, &tile.grad_neg, &tile.off_pos,
-                    &tile.off_neg, &tile.ratio, &tile.kl,       &tile.ref_kl,   &tile.ref_slope};
+                    &tile.off_neg, &tile.ratio, &tile.side,     &tile.ref_kl,   &tile.ref_slope};
     for (T** piece : pieces) *piece = arena.take<T>(kTileTokens);
     tile.bound = arena.take<T>(tokens.n * kTileTokens);
     tile.squares = tile.present ? arena.take<T>(tokens.n * kTileTokens) : nullptr;
@@ -95,6 +123,7 @@ inline int64_t tile_bytes(int n) {
     return static_cast<int64_t>(sizeof(T)) * (kTileTokens * (4 * n + 16) + statistics_size(n, false)) + 64 * 24;
 }
 
+// Computes the factors of the tile's tokens and the two totals.
 template <bool Noon, class T, class V = typename Lanes<T>::V>
 inline void store_factors(const Tokens& tokens, const T* logp, const T* old, const T* w, int64_t next,
                           const Tile<T> tile) {
@@ -103,14 +132,17 @@ inline void store_factors(const Tokens& tokens, const T* logp, const T* old, con
     const Ahead next_logp = ahead(tokens, given, next), next_old = ahead(tokens, given_old, next);
     const ClipIn<T> clip(tokens.clip);
     const V zero{}, one = zero + 1;
+    V s[kTotals] = {};
     for (int64_t t = 0; t < tile.padded; t += Lanes<T>::count) {
         prefetch(next_logp.at(t));
         prefetch(next_old.at(t));
+        const V valid = load<V>(tile.valid + t);
         const TokenFactors<V> f =
-            token_factors(clip, load<V>(tile.valid + t) != zero, load<V>(logp + t), load<V>(old + t), load<V>(w + t));
+            token_factors(clip, valid != zero, load<V>(logp + t), load<V>(old + t), load<V>(w + t));
+        s[kTokenCount] += valid;
+        s[kKlSum] += f.kl;
         store(tile.logp + t, f.logp);
         store(tile.ratio + t, f.ratio);
-        store(tile.kl + t, f.kl);
         store(tile.pos + t, f.pos);
         store(tile.grad_pos + t, f.grad_pos);
         store(tile.off_pos + t, choose(f.off_pos, one, zero));
@@ -120,6 +152,52 @@ inline void store_factors(const Tokens& tokens, const T* logp, const T* old, con
             store(tile.off_neg + t, choose(f.off_neg, one, zero));
         }
     }
+    totals<kTotals>(s, tile.fields + total_offset(tokens.n));
+}
+
+// The same in the form of a plain tile. Returns false if an input is not finite or, without Noon, a token has no
+// gradient for either sign: the tile is then not plain.
+template <bool Noon, class V = FloatV>
+inline bool store_plain_factors(const Tokens& tokens, const float* logprobs, const float* old, int64_t next,
+                                const Tile<float> tile) {
+    const Ahead next_logp = ahead(tokens, tokens.logprobs, next),
+                next_old = ahead(tokens, tokens.old_logprobs ? tokens.old_logprobs : tokens.logprobs, next);
+    const ClipIn<float> clip(tokens.clip);
+    const float limit = static_cast<float>(kMaxLogRatio);
+    const V zero{}, one = zero + 1, high = zero + clip.high, low = zero + clip.low, dual = zero + clip.dual,
+                    most = zero + limit, log_high = zero + clip.log_high, log_low = zero + clip.log_low,
+                    log_dual = zero + clip.log_dual;
+    V s[kTotals] = {}, unfit{};
+    for (int64_t t = 0; t < tile.padded; t += Lanes<float>::count) {
+        prefetch(next_logp.at(t));
+        prefetch(next_old.at(t));
+        const V flag = load<V>(tile.valid + t);
+        const auto valid = flag != zero;
+        const V logp = choose(valid, load<V>(logprobs + t), zero), d = choose(valid, logp - load<V>(old + t), zero);
+        const V clamped = max_of(min_of(d, most), -most);
+        V k3;
+        const V u = exponential<true>(clamped, k3);
+        const auto inside = clamped == d, positive = inside & (d <= log_high);
+        s[kTokenCount] += flag;
+        s[kKlSum] += k3;
+        unfit += zero * d;
+        V side = positive ? zero : -one;
+        if constexpr (!Noon) {
+            const auto negative = inside & (d >= log_low) & (d <= log_dual);
+            unfit = positive | negative ? unfit : unfit + one;
+            side = negative ? side : one;
+            store(tile.neg + t, max_of(min_of(u, dual), low));
+        }
+        store(tile.logp + t, logp);
+        store(tile.ratio + t, u);
+        store(tile.pos + t, min_of(u, high));
+        store(tile.side + t, side);
+    }
+    float sums[kTotals], bad;
+    totals<kTotals>(s, sums);
+    totals<1>(&unfit, &bad);
+    memcpy(tile.fields + total_offset(tokens.n), sums, sizeof sums);
+    return bad == 0;
 }
 
 // Replaces tile.ref_kl, which contains the reference log-probabilities, by the KL penalty, and computes its derivative.
@@ -155,10 +233,13 @@ inline void load_tile(const Tokens& tokens, int64_t first, int64_t count, bool w
         for (int64_t t = 0; t < padded; ++t) buffer[t] = 0;
     if (tokens.old_logprobs) old = token_values(tokens, tokens.old_logprobs, first, count, old_buffer);
     if (tokens.importance_weights) w = token_values(tokens, tokens.importance_weights, first, count, w_buffer);
-    if (tokens.noon)
-        store_factors<true>(tokens, logp, old, w, first + count, tile);
-    else
-        store_factors<false>(tokens, logp, old, w, first + count, tile);
+    tile.plain = false;
+    if constexpr (sizeof(T) == sizeof(float)) {
+        const auto plain = tokens.noon ? store_plain_factors<true> : store_plain_factors<false>;
+        tile.plain = tokens.logprobs && !tokens.importance_weights && plain(tokens, logp, old, first + count, tile);
+    }
+    const auto general = tokens.noon ? store_factors<true, T> : store_factors<false, T>;
+    if (!tile.plain) general(tokens, logp, old, w, first + count, tile);
     if (with_ref) {
         load_tokens(tokens, tokens.ref_logprobs, first, count, false, tile.ref_kl);
         store_ref_terms(tile);

@@ -5,6 +5,35 @@
 
 PAMA_BEGIN
 
+typedef unsigned FloatBits __attribute__((vector_size(PAMA_VECTOR_BYTES)));
+
+// A vector of numbers, as float.
+inline FloatV load_floats(Native<float>, const float* from) { return load<FloatV>(from); }
+inline FloatV load_floats(Bfloat16, const unsigned short* from) {
+    FloatBits bits{};
+#if defined(__AVX512F__)
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    bits = reinterpret_cast<FloatBits>(_mm512_maskz_cvtepu16_epi32(0xffff, halves));
+#elif defined(__AVX2__)
+    bits = reinterpret_cast<FloatBits>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+    for (int k = 0; k < Lanes<float>::count; ++k) bits[k] = from[k];
+#endif
+    return reinterpret_cast<FloatV>(bits << 16);
+}
+inline FloatV load_floats(Float16, const unsigned short* from) {
+#if defined(__AVX512F__)
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return reinterpret_cast<FloatV>(_mm512_maskz_cvtph_ps(0xffff, halves));
+#elif defined(__F16C__)
+    return reinterpret_cast<FloatV>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+    FloatV x{};
+    for (int k = 0; k < Lanes<float>::count; ++k) x[k] = f16_to_float(from[k]);
+    return x;
+#endif
+}
+
 template <class T, class S, class F>
 inline void convert(const S* PAMA_RESTRICT source, int64_t stride, int64_t count, T* PAMA_RESTRICT target, F read) {
     if (stride == 1) {
@@ -28,8 +57,12 @@ inline void load_values(const Array& array, int64_t offset, int64_t stride, int6
         });
     with_format(array.dtype, [&](auto format) {
         typedef decltype(format) Format;
-        convert(static_cast<const typename Format::Stored*>(array.data) + offset, stride, count, target,
-                [](auto x) { return static_cast<T>(Format::read(x)); });
+        const auto* from = static_cast<const typename Format::Stored*>(array.data) + offset;
+        int64_t t = 0;
+        if constexpr (sizeof(T) == 4 && sizeof *from == 2)
+            for (; stride == 1 && t + Lanes<float>::count <= count; t += Lanes<float>::count)
+                store(target + t, load_floats(format, from + t));
+        convert(from + t, stride, count - t, target + t, [](auto x) { return static_cast<T>(Format::read(x)); });
     });
 }
 

@@ -44,12 +44,12 @@ inline int64_t scratch_size(int n) {
 }
 
 // Calls add(tile) with the fields of w.tile or, if the range of T does not suffice, with those of the same tokens in
-// double.
+// double. bound: the bound terms are needed.
 template <class T, class Add>
-inline void with_fields(const Tokens& tokens, Workspace<T>& w, int64_t first, Add add) {
-    if (objective_fields(tokens, w.tile)) return add(w.tile);
+inline void with_fields(const Tokens& tokens, Workspace<T>& w, int64_t first, bool bound, Add add) {
+    if (objective_fields(tokens, bound, w.tile)) return add(w.tile);
     load_tile(tokens, first, w.tile.count, false, w.exact, w.arena);
-    objective_fields(tokens, w.exact);
+    objective_fields(tokens, bound, w.exact);
     add(w.exact);
 }
 
@@ -73,7 +73,7 @@ inline void statistics_block(const Tokens& tokens, const double* omega, bool pai
     Workspace<T> w = allocate<T>(tokens, scratch);
     for_each_tile(tokens, omega, first, last, [&](int64_t at, int64_t count, double weight) {
         load_tile(tokens, at, count, false, w.tile, w.arena);
-        with_fields(tokens, w, at, [&](const auto& tile) {
+        with_fields(tokens, w, at, pairs, [&](const auto& tile) {
             add_fields(tokens, tile, weight, sums);
             if (pairs) add_pairs(tokens, tile, weight, sums);
         });

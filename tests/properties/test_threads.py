@@ -101,6 +101,28 @@ def test_each_instruction_set_gives_the_same_bits_for_any_number_of_threads(isa:
     assert same(everything(x), wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_each_instruction_set_reads_16_bit_values_exactly(isa: str, dtype: torch.dtype) -> None:
+    """The same bits as of float32 inputs with these values, subnormal ones included."""
+    for n in (1, 2, 3, 4, 8, 16, 32):
+        g = torch.Generator().manual_seed(n)
+        old = (torch.randn(3, 77, generator=g) - 2).to(dtype)
+        logprobs = (old + 0.2 * torch.randn(3, 77, generator=g)).to(dtype)
+        advantages = torch.randn(3, 77, n, generator=g).to(dtype)
+        advantages[0, :, 0] *= torch.finfo(dtype).smallest_normal / 4
+        mask = torch.rand(3, 77, generator=g) < 0.9
+        results = []
+        for inputs in ((logprobs, old, advantages), (logprobs.float(), old.float(), advantages.float())):
+            leaf = inputs[0].detach().requires_grad_()
+            given = torch.full((n,), 1 / n)
+            output = pk.pama_loss(leaf, *inputs[1:], mask, weights=given, statistics=False)
+            output.loss.backward()
+            assert leaf.grad is not None
+            statistics = pk.objective_statistics(*inputs, mask, pairs=True)
+            results.append([statistics.buffer, leaf.grad.to(dtype), output.loss.to(dtype)])
+        assert same(*results), (n, dtype)
+
+
 def test_weights_of_given_statistics_are_the_same_on_every_instruction_set() -> None:
     """So that ranks of a mixed cluster have equal weights: those are solved from merged sums."""
     from pama_kernels._solve import solve_batch
