@@ -125,7 +125,9 @@ def combine_advantages(
         (B,), except where weights per token depend on `logprobs`: then they are (B, T), or (M,) if packed.
 
     A sequence or batch without a valid token gets the preference as weights and 0 as advantage. A NaN or
-    infinity at a valid token makes the weights and advantages that depend on it NaN.
+    infinity at a valid token makes the weights and advantages that depend on it NaN, without an error, since
+    a check would have to wait for the device: with weights per batch this is the whole batch. Where an
+    objective has no value (a reward function returned None), set its `objective_mask` to 0.
 
     With `noon=True`, the trainer's own clipped loss on the result is exactly the PAMA loss. Otherwise the two
     differ only at tokens where objectives have advantages of different sign and clipping is active, so not in
