@@ -115,10 +115,11 @@ def combine_advantages(
         aggregation: of the loss that follows: "token-mean", "seq-mean-token-sum" or "seq-mean-token-mean".
             The last one weights every token in the statistics by one over the valid tokens of its sequence.
         normalize: divide the result by its root mean square over the batch, as GDPO does.
-        cu_seqlens: (B + 1,) int32 or int64, the offsets of packed sequences in flat tensors.
+        cu_seqlens: (B + 1,) int32 or int64, the offsets of packed sequences in flat tensors. Where B = M,
+            tensors of either size are read as per sequence.
         process_group: solve one set of weights over all ranks of the group, by one all-reduce (rules per
             batch only). All ranks get bitwise equal weights. `normalize` needs a second all-reduce if the
-            rule has `noon=True` or an `objective_mask` is given.
+            rule has `noon=True` or an `objective_mask` is given: on all ranks or on none.
 
     Returns:
         A `CombinedAdvantages`. Its `.advantages` replace the trainer's own. With advantages (B, N) they are
