@@ -115,17 +115,20 @@ def combine_advantages(
         aggregation: of the loss that follows: "token-mean", "seq-mean-token-sum" or "seq-mean-token-mean".
             The last one weights every token in the statistics by one over the valid tokens of its sequence.
         normalize: divide the result by its root mean square over the batch, as GDPO does.
-        cu_seqlens: (B + 1,) int32 or int64, the offsets of packed sequences in flat tensors.
+        cu_seqlens: (B + 1,) int32 or int64, the offsets of packed sequences in flat tensors. Where B = M,
+            tensors of either size are read as per sequence.
         process_group: solve one set of weights over all ranks of the group, by one all-reduce (rules per
             batch only). All ranks get bitwise equal weights. `normalize` needs a second all-reduce if the
-            rule has `noon=True` or an `objective_mask` is given.
+            rule has `noon=True` or an `objective_mask` is given: on all ranks or on none.
 
     Returns:
         A `CombinedAdvantages`. Its `.advantages` replace the trainer's own. With advantages (B, N) they are
         (B,), except where weights per token depend on `logprobs`: then they are (B, T), or (M,) if packed.
 
     A sequence or batch without a valid token gets the preference as weights and 0 as advantage. A NaN or
-    infinity at a valid token makes the weights and advantages that depend on it NaN.
+    infinity at a valid token makes the weights and advantages that depend on it NaN, without an error, since
+    a check would have to wait for the device: with weights per batch this is the whole batch. Where an
+    objective has no value (a reward function returned None), set its `objective_mask` to 0.
 
     With `noon=True`, the trainer's own clipped loss on the result is exactly the PAMA loss. Otherwise the two
     differ only at tokens where objectives have advantages of different sign and clipping is active, so not in

@@ -60,6 +60,8 @@ class _FirstDerivative(torch.autograd.Function):
     """Passes a gradient through, and raises an error if it is differentiated again, since it would wrongly be
     treated as a constant."""
 
+    generate_vmap_rule = True  # torch.func.jacrev
+
     @staticmethod
     def forward(gradient: Tensor, logprobs: Tensor) -> Tensor:
         return gradient.view_as(gradient)
@@ -99,6 +101,19 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_loss = Results(*grads).loss  # type: ignore[arg-type]
         return _scaled(ctx, grad_loss), *([None] * (ctx.arguments - 1))
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "pama_loss: forward-mode differentiation (jvp, jacfwd, dual numbers) is not implemented; "
+            "use reverse mode (backward, torch.func.grad, jacrev)"
+        )
+
+    @staticmethod
+    def vmap(*_: Any) -> Any:
+        raise NotImplementedError(
+            "pama_loss: torch.vmap over a differentiated loss is not implemented; differentiate one at a time"
+        )
 
 
 class _Attached(torch.autograd.Function):

@@ -179,6 +179,19 @@ class PamaLoss(nn.Module):
         made.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return made
 
+    def __copy__(self) -> PamaLoss:
+        made = type(self).__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None:
+            raise TypeError(
+                "process_group: expected None to pickle a PamaLoss, got a process group; save its "
+                "state_dict(), or set process_group to None first"
+            )
+        return self.__dict__
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PamaLoss:
         """Statistics follow the module to another device but stay float64: counts don't fit a half type."""
         kept = {name: x for name, x in self._buffers.items() if x is not None}

@@ -122,6 +122,8 @@ def resolve_rule(rule: RuleLike) -> Rule:
     if rule is None:
         return DEFAULT
     if isinstance(rule, str):
+        if rule == "paper":
+            raise ValueError("rule: expected the paper's rule as Pama.paper(weights_per), got 'paper'")
         check_choice("rule", rule, tuple(NAMES))
         return NAMES[rule]
     if isinstance(rule, (Pama, UPGrad, Fixed, SoftMin)):

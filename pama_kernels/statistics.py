@@ -294,7 +294,8 @@ def objective_statistics(
         importance_weights: (B, T) or (M,), non-negative factors w of every token.
         aggregation: as in `pama_loss`; "seq-mean-token-mean" weights each token by one over the valid tokens
             of its sequence.
-        cu_seqlens: (B + 1,) int32 or int64, the offsets of packed sequences in flat tensors.
+        cu_seqlens: (B + 1,) int32 or int64, the offsets of packed sequences in flat tensors. Where B = M,
+            tensors of either size are read as per sequence.
         pairs: also the N x N sums behind `.gram`, `.cosines`, `.conflict` and `.covariance`.
 
     Returns:

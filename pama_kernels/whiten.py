@@ -94,7 +94,8 @@ def _merged(local: _Moments, group: ProcessGroup) -> _Moments:
     parts = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(parts, mine, group=group)
     units, low, high, count, mean, square = torch.stack(parts, 1).unbind(0)
-    unit = torch.where(count > 0, units, 0.0).amax(0)
+    units = torch.where(count > 0, units, 0.0)  # an empty rank's is no measure of the others' values
+    unit = units.amax(0)
     unit = torch.where(unit == 0, 1.0, unit)
     mean, square = mean * (units / unit), square * (units / unit).square()
     total = count.sum(0)

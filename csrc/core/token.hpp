@@ -77,16 +77,17 @@ PAMA_HD inline void surrogate_terms(bool noon, V a, V pos, V neg, V grad_pos, V 
     bound += down * grad_neg;
 }
 
-// The gain of a token, and its derivative in logp, from up = sum_i c_i max(A_i, 0) and down = sum_i c_i min(A_i, 0).
+// The gain of a token, and `by` times its derivative in logp, from up = sum_i c_i max(A_i, 0) and
+// down = sum_i c_i min(A_i, 0). `by` and the ratio are multiplied first, since up * ratio alone may overflow.
 template <class V>
-PAMA_HD inline void loss_terms(bool noon, V up, V down, const TokenFactors<V>& f, V& gain, V& slope) {
+PAMA_HD inline void loss_terms(bool noon, V up, V down, const TokenFactors<V>& f, V by, V& gain, V& slope) {
     gain = up * f.pos;
     slope = up * f.grad_pos;
     if (!noon) {
         gain += down * f.neg;
         slope += down * f.grad_neg;
     }
-    slope *= f.ratio;
+    slope *= by * f.ratio;
 }
 
 // The KL penalty to the reference, e^r - 1 - r with r = clamp(ref - logp, -20, 20), and its derivative in logp: 0 where

@@ -35,7 +35,7 @@ inline void apply_weights(const Pass& pass, const Workspace<T>& w, int64_t first
                                     ? static_cast<const char*>(outputs.gradient.data) + (first + tile.count) * size
                                     : reinterpret_cast<const char*>(gradient);
     const V zero{}, coefficient = zero + static_cast<T>(outputs.kl_coef),
-                    by = zero + static_cast<T>(pass.scale * omega);
+                    by = zero + static_cast<T>(pass.scale * omega), slope_coefficient = coefficient * by;
     V sums[2] = {};
     for (int64_t t = 0; t < tile.padded; t += Lanes<T>::count) {
         V up = zero, down = zero;
@@ -59,14 +59,14 @@ inline void apply_weights(const Pass& pass, const Workspace<T>& w, int64_t first
         if (!loss) continue;
         const TokenFactors<V> f = tile_factors(Noon, tile, t);
         V gain, slope;
-        loss_terms(Noon, up, down, f, gain, slope);
+        loss_terms(Noon, up, down, f, by, gain, slope);
         if (penalty) {
             gain -= coefficient * load<V>(tile.ref_kl + t);
-            slope -= coefficient * load<V>(tile.ref_slope + t);
+            slope -= slope_coefficient * load<V>(tile.ref_slope + t);
         }
-        sums[0] -= by * gain;
+        sums[0] -= by * gain + zero * slope;  // a slope out of range: NaN, so that the driver computes in double
         prefetch_for_writing(next_gradient + t * size);
-        store(gradient + t, masked ? zero : -by * slope);
+        store(gradient + t, masked ? zero : -slope);
     }
     T result[2];
     totals<2>(sums, result);

@@ -130,6 +130,9 @@ struct Applied {
         if (!given && pass.tokens.aggregation == Aggregation::token_mean) denominator = valid_tokens();
         if (!given && denominator == 0) denominator = 1;
         pass.scale = denominator == 0 && valid_tokens() == 0 ? 0 : 1 / denominator;
+        // Beyond these, products with a token's factors may be out of the range of float32.
+        const auto within = [](double x) { return x == 0 || (x >= 0x1p-60 && x <= 0x1p60); };
+        finite = pass.tokens.wide || (within(pass.scale) && within(outputs.kl_coef));
     }
 
     double valid_tokens() {

@@ -99,7 +99,7 @@ struct RowSlope {
 template <bool Noon, bool Sums, bool Gradient, class T, class V = typename Lanes<T>::V>
 inline void chunk_pass(const Chunk<T>& in, const ClipIn<T>& clip, const RowSlope<T>& row, T* sums, T* gradient) {
     const V zero{}, one = zero + 1, up = zero + row.up, down = zero + row.down, by = zero + row.by,
-                    coefficient = zero + row.kl_coef;
+                    coefficient = zero + row.kl_coef * row.by;
     V s[kRowSums] = {};
     for (int64_t t = 0; t < in.padded; t += Lanes<T>::count) {
         const auto valid = valid_lanes<V>(in.valid + t);
@@ -113,9 +113,9 @@ inline void chunk_pass(const Chunk<T>& in, const ClipIn<T>& clip, const RowSlope
         }
         if constexpr (Gradient) {
             V gain, slope;
-            loss_terms(Noon, up, down, f, gain, slope);
+            loss_terms(Noon, up, down, f, by, gain, slope);
             slope -= coefficient * ref_slope;
-            store(gradient + t, choose(valid, -by * slope, zero));
+            store(gradient + t, choose(valid, -slope, zero));
         }
     }
     if constexpr (Sums) totals<kRowSums>(s, sums);
@@ -211,7 +211,7 @@ template <bool Noon, class T>
 inline void pass_over(const Chunk<T>& chunk, const ClipIn<T>& clip, const RowPass& pass, const RowSlope<T>& slope,
                       T* sums, T* written) {
     if constexpr (sizeof(T) == sizeof(float)) {
-        if (pass.sums && !chunk.weight && !chunk.ref && 0 * slope.by * (slope.up + slope.down) == 0) {
+        if (pass.sums && !chunk.weight && !chunk.ref) {
             const auto plain = pass.up     ? plain_chunk<Noon, Written::gradient>
                                : pass.keep ? plain_chunk<Noon, Written::ratio>
                                            : plain_chunk<Noon, Written::nothing>;
@@ -224,6 +224,42 @@ inline void pass_over(const Chunk<T>& chunk, const ClipIn<T>& clip, const RowPas
     general(chunk, clip, slope, sums, written);
 }
 
+template <class T>
+inline RowSlope<T> row_slope(const RowPass& pass, int64_t row) {
+    RowSlope<T> slope;
+    if (!pass.up) return slope;
+    slope.up = static_cast<T>(pass.up[row]);
+    slope.down = static_cast<T>(pass.down[row]);
+    slope.by = static_cast<T>(pass.scale * (pass.omega ? pass.omega[row] : 1.0));
+    slope.kl_coef = static_cast<T>(pass.kl_coef);
+    return slope;
+}
+
+// Whether the gradient of a row can be computed in T: no product of its inputs and a ratio overflows or underflows.
+template <class T>
+inline bool slope_in_range(const RowSlope<T>& row) {
+    const auto within = [](T x, T reach) {
+        const T size = x < 0 ? -x : x;
+        return size == 0 || (size <= reach && size * reach >= 1);
+    };
+    const T wide = static_cast<T>(0x1p60), narrow = static_cast<T>(0x1p40);
+    return sizeof(T) == sizeof(double) ||
+           (within(row.up, wide) && within(row.down, wide) && within(row.by, narrow) && within(row.kl_coef, narrow));
+}
+
+// Adds the sums of a chunk in double to `target` (null: no sums), and stores the gradient if `pass` asks for it.
+template <bool Noon>
+__attribute__((noinline)) void exact_chunk(const Tokens& tokens, const RowPass& pass, int64_t row, int64_t t,
+                                           int64_t count, int64_t place, bool gradient, double* target) {
+    ChunkBuffers<double> wide;
+    double sums[kRowSums];
+    const Chunk<double> chunk = load_chunk(tokens, pass.kl_coef != 0, row, t, count, wide);
+    const auto compute = gradient ? chunk_pass<Noon, true, true, double> : chunk_pass<Noon, true, false, double>;
+    compute(chunk, ClipIn<double>(tokens.clip), row_slope<double>(pass, row), sums, wide.gradient);
+    if (gradient) store_values(pass.gradient, place, count, wide.gradient);
+    for (int k = 0; target && k < kRowSums; ++k) target[k] += sums[k];
+}
+
 template <bool Noon, class T>
 inline void row_pass(const Tokens& tokens, const RowPass& pass, int64_t first, int64_t last, double* head) {
     constexpr Dtype own = sizeof(T) == sizeof(float) ? Dtype::f32 : Dtype::f64;
@@ -234,19 +270,16 @@ inline void row_pass(const Tokens& tokens, const RowPass& pass, int64_t first, i
     for_each_segment(tokens, first, last - first, [&](int64_t row, int64_t t, int64_t at, int64_t piece) {
         const bool begins = t == (tokens.offsets ? tokens.offsets[row] : 0);
         double* target = pass.sums ? (begins ? pass.sums + row * kRowSums : head) : nullptr;
-        RowSlope<T> slope;
-        if (pass.up) {
-            const double omega = pass.omega ? pass.omega[row] : 1.0;
-            slope.up = static_cast<T>(pass.up[row]);
-            slope.down = static_cast<T>(pass.down[row]);
-            slope.by = static_cast<T>(pass.scale * omega);
-            slope.kl_coef = static_cast<T>(pass.kl_coef);
-        }
-        const bool kept =
-            pass.kept && row_is_finite(pass.kept + row * kRowSums) && T(0) * slope.by * (slope.up + slope.down) == T(0);
+        const RowSlope<T> slope = row_slope<T>(pass, row);
+        const bool in_range = slope_in_range(slope);
+        const bool kept = pass.kept && in_range && row_is_finite(pass.kept + row * kRowSums);
         for (int64_t done = 0; done < piece; done += kChunkTokens) {
             const int64_t count = piece - done < kChunkTokens ? piece - done : kChunkTokens;
             const int64_t padded = (count + width - 1) / width * width, place = first + at + done;
+            if (!in_range) {
+                exact_chunk<Noon>(tokens, pass, row, t + done, count, place, true, target);
+                continue;
+            }
             const bool in_place = write && pass.gradient.dtype == own && count == padded;
             T* const written = in_place ? static_cast<T*>(pass.gradient.data) + place : buffers.gradient;
             T sums[kRowSums];
@@ -265,12 +298,7 @@ inline void row_pass(const Tokens& tokens, const RowPass& pass, int64_t first, i
                 for (int k = 0; k < kRowSums; ++k) target[k] += static_cast<double>(sums[k]);
                 continue;
             }
-            ChunkBuffers<double> wide;
-            double exact[kRowSums];
-            chunk_pass<Noon, true, false>(load_chunk(tokens, with_ref, row, t + done, count, wide),
-                                          ClipIn<double>(tokens.clip), RowSlope<double>{}, exact,
-                                          static_cast<double*>(nullptr));
-            for (int k = 0; k < kRowSums; ++k) target[k] += exact[k];
+            exact_chunk<Noon>(tokens, pass, row, t + done, count, place, false, target);
         }
     });
 }

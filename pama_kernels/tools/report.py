@@ -190,7 +190,7 @@ def _rules(found: Inspection) -> list[str]:
         + "\n"
         + _by_rule(found, weights, two_digits),
         f"Effect of each rule: covariance with the combined advantage{many * ', mean over steps'}\n"
-        "  above 0: the reward rises; below 0: it falls (is sacrificed), marked ! from -0.02 on\n"
+        "  above 0: the reward rises; below 0: it falls; from -0.02 on (marked !) it is sacrificed\n"
         f"  {SUM} adds up the raw rewards and normalises once: what trainers do by default\n\n"
         + _by_rule(found, covariance, _marked),
     ]

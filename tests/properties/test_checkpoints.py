@@ -94,6 +94,18 @@ def test_copies(how: str) -> None:
     continues_like(copied, module)
 
 
+def test_a_module_with_a_process_group_is_not_pickled() -> None:
+    """A group is a connection between running processes. A shallow copy keeps it."""
+    module = pk.PamaLoss()
+    module.process_group = group = torch.distributed.ProcessGroup(0, 1)
+    assert copy.copy(module).process_group is group
+    for save in (pickle.dumps, lambda x: torch.save(x, io.BytesIO())):
+        with pytest.raises(TypeError, match="process_group: expected None to pickle a PamaLoss"):
+            save(module)
+    module.process_group = None
+    assert isinstance(pickle.loads(pickle.dumps(module)), pk.PamaLoss)
+
+
 @pytest.mark.parametrize("settings", [{"objectives": N}, {"preference": [1.0, 1.0, 1.0]}], ids=str)
 def test_an_averaged_copy_made_before_the_first_batch_is_updated(settings: dict[str, Any]) -> None:
     class Trainer(torch.nn.Module):

@@ -13,6 +13,7 @@ from problems import FLOATS
 from torch import Tensor
 
 import pama_kernels as pk
+from pama_kernels import whiten
 
 # --- group_normalize -------------------------------------------------------------------------------------
 
@@ -180,6 +181,21 @@ def test_whitening_counts_sequences_by_their_tokens() -> None:
         assert (found[2] == 0).all()
     square = torch.randn(3, 3)
     assert pk.masked_whiten(square, torch.ones(3, 3)).shape == (3, 3)
+
+
+def test_whitening_of_tiny_values_beside_an_empty_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The empty rank's unit divided by that of the others was squared: 0 times infinity."""
+    x = torch.randn(5, 3, dtype=torch.float64) * 1e-200
+    empty = torch.stack(whiten._moments(torch.zeros(4, 3).double(), torch.zeros(4, 3).double()))
+
+    def gather(parts: list[Tensor], mine: Tensor, group: object) -> None:
+        parts[0].copy_(mine)
+        parts[1].copy_(empty)
+
+    monkeypatch.setattr(torch.distributed, "all_gather", gather)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+    found = pk.masked_whiten(x, process_group=torch.distributed.ProcessGroup(0, 2))
+    torch.testing.assert_close(found, pk.masked_whiten(x), rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

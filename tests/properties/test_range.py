@@ -106,3 +106,67 @@ def test_a_loss_beyond_float32(rule: Any, per_sequence: bool) -> None:
     bad = signs.clone()
     bad.flatten()[0] = math.inf
     assert pk.pama_loss(logprobs, old, bad, rule=rule).loss.isnan()
+
+
+_NEVER = (1.0, math.inf)  # no clipping
+# (size of the advantages, log ratio, importance weight, normalizer, kl_coef): each gradient is within
+# float32, while a product that leads to it is not.
+_GRADIENTS = {
+    "advantage times ratio": (1e38, 3.0, None, None, 0.0),
+    "advantage times importance weight": (1e38, -15.0, 1e6, None, 0.0),
+    "small normalizer": (1e-30, 0.0, None, 1e-39, 0.0),
+    "large normalizer": (1e30, 0.0, None, 1e40, 0.0),
+    "KL coefficient": (1.0, 0.5, None, 1e38, 1e38),
+    "denormal advantage": (1e-42, 15.0, None, None, 0.0),
+}
+
+
+@pytest.mark.parametrize("statistics", [True, False], ids=["statistics", "no statistics"])
+@pytest.mark.parametrize("noon", [False, True], ids=["signed", "noon"])
+@pytest.mark.parametrize("per_sequence", [False, True], ids=["per token", "per sequence"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.portable if case == "advantage times ratio" else pytest.mark.cpu)
+        for case in _GRADIENTS
+    ],
+)
+def test_a_gradient_within_float32(case: str, per_sequence: bool, noon: bool, statistics: bool) -> None:
+    size, log_ratio, importance, normalizer, kl_coef = _GRADIENTS[case]
+    generator = torch.Generator().manual_seed(0)
+    shape = (4, 2) if per_sequence else (4, 300, 2)
+    advantages = torch.randn(shape, generator=generator).sign() * size
+    logprobs = torch.full((4, 300), -1.0)
+    for weights in (None, torch.tensor([0.5, 0.5])):
+        arguments: dict[str, Any] = {
+            "rule": Pama(noon=noon), "weights": weights, "clip_range": _NEVER, "normalizer": normalizer
+        }  # fmt: skip
+        if importance is not None:
+            arguments["importance_weights"] = torch.full((4, 300), importance)
+        if kl_coef:
+            arguments |= {"ref_logprobs": logprobs - 0.5, "kl_coef": kl_coef}
+        given, exact = logprobs.clone().requires_grad_(), logprobs.double().requires_grad_()
+        pk.pama_loss(
+            given, logprobs - log_ratio, advantages, statistics=statistics, **arguments
+        ).loss.backward()
+        reference.pama_loss(exact, logprobs - log_ratio, advantages, **arguments).loss.backward()
+        assert given.grad is not None
+        assert exact.grad is not None
+        wanted = exact.grad.float()
+        assert wanted.isfinite().all()
+        error = 1e-5 * float(wanted.abs().max())
+        torch.testing.assert_close(given.grad, wanted, rtol=0, atol=error)
+
+
+@pytest.mark.cpu
+def test_given_weights_whose_combined_advantage_is_beyond_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logprobs = torch.full((4, 300), -1.0)
+    for shape in ((4, 2), (4, 300, 2)):
+        advantages = torch.rand(shape, generator=generator) * 1e38 + 2e38
+        given, exact = logprobs.clone().requires_grad_(), logprobs.double().requires_grad_()
+        for loss, x in ((pk.pama_loss, given), (reference.pama_loss, exact)):
+            loss(x, logprobs, advantages, weights=torch.tensor([2.0, 3.0])).loss.backward()
+        assert given.grad is not None
+        assert exact.grad is not None
+        torch.testing.assert_close(given.grad, exact.grad.float(), rtol=1e-5, atol=0)

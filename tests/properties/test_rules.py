@@ -292,6 +292,8 @@ def test_names_and_defaults() -> None:
         assert torch.equal(module(**problem.loss_arguments()).loss, other.loss)
     assert (Pama().bound, Pama("token").bound, Pama("sequence").bound) == ("gram", "scores", "scores")
     assert Pama.paper("token") == Pama("token", "scores", True, 0.0)
+    with pytest.raises(ValueError, match=r"rule: .* Pama.paper\(weights_per\), got 'paper'"):
+        pk.combine_advantages(problem.advantages, problem.mask, rule="paper")
 
 
 @pytest.mark.parametrize("name", ["cosines", "upgrad", "sequence", "paper token", "softmin"])

@@ -341,3 +341,8 @@ def test_equal_sizes_do_not_change_the_layout(rows: int) -> None:
     s = pk.objective_statistics(None, None, advantages, torch.ones(3), cu_seqlens=cu, pairs=True)
     alone = pk.objective_statistics(None, None, advantages, pairs=True)
     assert torch.allclose(s.buffer, alone.buffer, rtol=8 * EPS32, atol=8 * EPS32)
+    # as many tokens as sequences, one of them empty: per sequence
+    cu = torch.tensor([0, 0, 1, 3])
+    combined = pk.combine_advantages(advantages, torch.ones(3), rule="fixed", cu_seqlens=cu).advantages
+    assert combined[0] == 0
+    torch.testing.assert_close(combined[1:], advantages[1:].mean(1))

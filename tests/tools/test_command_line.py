@@ -138,7 +138,12 @@ def test_report_explains_itself() -> None:
     text = format_inspection(inspected(small_table()))
     assert "nan" not in text
     assert max(map(len, text.splitlines())) <= 100
-    for words in ("applies ", "varies ", "below 0: it falls (is sacrificed), marked !", *RULES):
+    for words in (
+        "applies ",
+        "varies ",
+        "below 0: it falls; from -0.02 on (marked !) it is sacrificed",
+        *RULES,
+    ):
         assert words in text
     row = next(line for line in text.split("Effect of each rule")[1].splitlines() if "brief" in line)
     assert len(re.findall(r"-?\d\.\d\d", row)) == 1 + len(RULES)

@@ -183,15 +183,15 @@ def tokens_kernel(
                     squares += square
                     tl.store(combined + at, rounded(together, combined.dtype.element_ty), mask=inside)
                 if loss is not None:
-                    amount, slope = loss_and_slope(
-                        factors, up, down, ref, coefficient, row, token, inside, UNIT, NOON, D
-                    )
                     factor = 1.0 / divisor
                     if share is not None:
                         factor = share / divisor
+                    amount, slope = loss_and_slope(
+                        factors, up, down, ref, coefficient, factor.to(D), row, token, inside, UNIT, NOON, D
+                    )
                     loss_sum += tl.where(valid, amount.to(tl.float64) * factor, 0.0)
                     if gradient is not None:
-                        slope = tl.where(valid, slope * factor.to(D), 0.0)
+                        slope = tl.where(valid, slope, 0.0)
                         tl.store(gradient + at, rounded(slope, gradient.dtype.element_ty), mask=inside)
             if NARROW_SUMS:
                 store_sums(slot + _HEAD + n, acc, n, N)

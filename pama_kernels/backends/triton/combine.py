@@ -59,6 +59,7 @@ def loss_and_slope(
     down,
     ref,
     kl_coef,
+    factor,
     row,
     token,
     inside,
@@ -66,14 +67,15 @@ def loss_and_slope(
     NOON: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Each token's loss and its derivative in logp, (TOKENS,)."""
+    """Each token's loss, and `factor` times its derivative in logp, (TOKENS,). `factor` and the ratio are
+    multiplied first, since up * ratio alone may overflow."""
     valid, logp, ratio, pos, neg, grad_pos, grad_neg, _, _, _ = factors
     value = -up * pos
     slope = -up * grad_pos
     if not NOON:
         value -= down * neg
         slope -= down * grad_neg
-    slope *= ratio
+    slope *= ratio * factor
     if ref[0] is not None:
         infinity: tl.constexpr = float("inf")
         r = tl.where(valid, read(at_tokens(ref, row, token, UNIT), inside, D) - logp, 0.0)
@@ -83,7 +85,7 @@ def loss_and_slope(
         coefficient = tl.cast(kl_coef, D)
         value += coefficient * tl.where(usable, rest, float("nan"))
         rise = tl.where(tl.abs(r) > 20.0, 0.0, clamped + rest)
-        slope -= coefficient * tl.where(usable, rise, float("nan"))
+        slope -= coefficient * factor * tl.where(usable, rise, float("nan"))
     return value, slope
 
 
