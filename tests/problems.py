@@ -23,6 +23,7 @@ from pama_kernels import Fixed, Pama, SoftMin, UPGrad, reference
 
 INF = math.inf
 ON_GPU = os.environ.get("PAMA_TEST_DEVICE") == "cuda"
+ON_TRITON = os.environ.get("PAMA_BACKEND") == "triton"
 LAYOUTS = (
     "padded",
     "strided",
