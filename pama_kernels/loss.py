@@ -102,6 +102,10 @@ class _Loss(torch.autograd.Function):
         grad_loss = Results(*grads).loss  # type: ignore[arg-type]
         return _scaled(ctx, grad_loss), *([None] * (ctx.arguments - 1))
 
+
+class _Transformed(_Loss):
+    """`_Loss` with errors for transforms without a rule; torch.compile rejects a class that has a `jvp`."""
+
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
         raise NotImplementedError(
@@ -171,13 +175,14 @@ def _differentiable(tokens: Tokens, rule: Rule, problem: arguments.Apply, output
         del rest[_LOGPROBS]
         if torch.compiler.is_compiling():  # the compiler rejects a tensor that is used in two places
             rest = [x.detach() if isinstance(x, Tensor) else x for x in rest]
-        return Results(*_Loss.apply(logprobs, *rest))  # type: ignore[no-untyped-call]
+            return Results(*_Loss.apply(logprobs, *rest))  # type: ignore[no-untyped-call]
+        return Results(*_Transformed.apply(logprobs, *rest))  # type: ignore[no-untyped-call]
     results = operators.apply(tokens, rule, problem, outputs)
     return Results(results.advantages, _attached(logprobs, results), *results[_GRADIENT:])
 
 
 def _forward_mode() -> bool:
-    """Whether forward-mode differentiation is active, for which `_Loss` raises an error."""
+    """Whether forward-mode differentiation is active, for which `_Transformed` raises an error."""
     return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
 
 
