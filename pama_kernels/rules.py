@@ -41,8 +41,8 @@ class Pama:
         bound: "gram", the min-norm problem on the cosines of the bound terms (per batch only), or "scores",
             Theorem 1 on their means. None: "gram" per batch, "scores" otherwise.
         noon: "no negative", the paper's clamp: advantages below 0 count as 0.
-        regularization: pull towards the preference, rho = regularization * r, with r = 1 for cosines and
-            max_i mean(I_i^2) for scores; at least 0.
+        regularization: penalty on the distance from the preference, rho = regularization * r, with r = 1
+            for cosines and max_i mean(I_i^2) for scores; at least 0.
 
     With weights per batch, `noon=False`, whitened advantages and regularization 0, no objective decreases to
     first order. With two whitened objectives the weights are (1/2, 1/2).

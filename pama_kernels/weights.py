@@ -51,7 +51,7 @@ def pama_weights(
         scores: a, one score per objective (..., N); float32, float64, or a half type (solved in float32).
         preference: p, N non-negative numbers with a positive sum (normalised); uniform by default. On an
             accelerator it is not validated: an invalid one gives NaN or weights outside the simplex.
-        regularization: pull towards the preference, relative to `scale`; at least 0.
+        regularization: penalty on the distance from the preference, relative to `scale`; at least 0.
         scale: one positive number, or one per row (...); max_i a_i^2 by default.
         out: a solution to write into: contiguous tensors of the result's shapes and dtype.
 
@@ -139,7 +139,7 @@ def min_norm_weights(
         gram: M, symmetric positive semidefinite (..., N, N); any strides; float32 is solved in float64. M may
             be the inner products of N gradients (MGDA) or `ObjectiveStatistics.gram`.
         preference: as in `pama_weights`.
-        regularization: pull towards the preference, relative to max_i M_ii; at least 0.
+        regularization: penalty on the distance from the preference, relative to max_i M_ii; at least 0.
         out: as in `pama_weights`.
 
     Returns:
@@ -186,8 +186,9 @@ def upgrad_weights(
 
     Returns:
         `weights` (..., N) on the simplex and `optimum` (...) = c'Mc of them, never negative. Each projection
-        has a KKT residual of at most 1e-10 max_i M_ii. Where a projection is not unique, the result is one of
-        them. A zero matrix gives the preference; a NaN or infinity makes the result of its matrix NaN.
+        has a KKT residual of at most 1e-10 max_i M_ii. Where a projection is not unique, the result is the
+        one nearest to p_i e_i if the gradients' norms lie within a factor of 1000, else one of them. A zero
+        matrix gives the preference; a NaN or infinity makes the result of its matrix NaN.
 
     Raises:
         ValueError: on the CPU, a matrix that is clearly not symmetric or not positive semidefinite.

@@ -126,8 +126,8 @@ PAMA_HD inline SolverResult solve_pair(double a, double b, double d, double p, d
 
 constexpr int kSmallestSmall = 3, kLargestSmall = 4;
 
-// The problem of up to N objectives in registers, one exchange per projection. Padding has M_ii = 1 and target -1: it
-// stays outside every support.
+// The problem of up to N objectives in registers, one exchange (nnqp::exchange) per projection. Padding has M_ii = 1
+// and target -1: it stays outside every support.
 template <int N>
 struct Small {
     nnqp::SmallSystem<double, N> x;

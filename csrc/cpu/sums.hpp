@@ -6,7 +6,7 @@
 
 PAMA_BEGIN
 
-// The number of objectives whose fields are summed in one pass over a plain tile, as the registers suffice for.
+// The number of objectives whose fields are summed in one pass over a plain tile, limited by the vector registers.
 constexpr int kTogether = PAMA_VECTOR_BYTES == 64 ? 2 : 1;
 
 // Sums the fields of `Count` objectives of a plain tile, except kCount. a, bound: of the first of them; bound receives
@@ -182,7 +182,7 @@ __attribute__((noinline)) void product_block(const T* const* x, const T* const* 
     totals<kPairRows * kPairColumns>(s, sums);
 }
 
-// The same of each two of kPairRows rows, for Groups groups of rows.
+// The same for each pair of rows within a group of kPairRows, for Groups groups of rows.
 template <int Groups, class T, class V = typename Lanes<T>::V>
 __attribute__((noinline)) void own_products(const T* const* x, int64_t padded, T* sums) {
     V s[Groups * kOwnPairs] = {};

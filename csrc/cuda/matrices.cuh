@@ -13,7 +13,7 @@ PAMA_HD inline int64_t matrix_room(int n) {
     return static_cast<int64_t>(n) * (n + 2) + static_cast<int64_t>(Problem::workspace(n));
 }
 
-// By `threads` threads, of which this is number `first`.
+// Called by `threads` threads; this is thread `first`.
 __device__ inline int load_matrix(const Rows& rows, int64_t row, double* matrix, double* preference, int first = 0,
                                   int threads = 1) {
     const int n = rows.n;
@@ -50,9 +50,9 @@ __device__ inline int batch_matrix(const Solve& s, double* matrix, double* prefe
     return Problem::kNeedsMass && !(mass > 0) ? 0 : count;
 }
 
-// `active` threads of each warp solve a matrix, so that few matrices are spread over many warps; where one would, the
-// warp solves the matrix together if the problem can be divided (Problem::kDivided). With `of_batch` the only matrix is
-// that of `batch`. The solver is compiled in this kernel only, since it takes long to compile.
+// `active` threads of each warp solve a matrix each, so that few matrices are spread over many warps. With `active` ==
+// 1 all lanes of the warp solve one matrix together if Problem::kDivided. With `of_batch` the only matrix is that of
+// `batch`. The solver is compiled in this kernel only, since it takes long to compile.
 template <class Problem>
 __global__ void matrices_kernel(const Rows rows, const int active, const bool of_batch, const Solve batch) {
     const bool together = Problem::kDivided && active == 1;

@@ -58,7 +58,7 @@ class PamaOptions:
         pama_bound: of "pama": "gram", the min-norm problem on cosines ("batch" only), or "scores", Theorem 1.
             None: the rule's default.
         pama_noon: of "pama": keep positive advantages only. None: False.
-        pama_regularization: of "pama": pull towards the preference, at least 0. None: 0.1.
+        pama_regularization: of "pama": penalty on the distance from the preference, at least 0. None: 0.1.
         pama_temperature: of "softmin", in units of the advantages, above 0. None: 1.
         pama_momentum: in [0, 1): solve on a running mean of the statistics of all rollouts so far ("batch"
             only); 0: each rollout separately.

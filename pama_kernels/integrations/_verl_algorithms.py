@@ -37,7 +37,7 @@ class Settings:
         bound: of "pama": "gram", the min-norm problem on cosines ("batch" only), or "scores", Theorem 1.
             None: the rule's default.
         noon: of "pama": keep positive advantages only. None: False.
-        regularization: of "pama": pull towards the preference, at least 0. None: 0.1.
+        regularization: of "pama": penalty on the distance from the preference, at least 0. None: 0.1.
         temperature: of "softmin", in units of the advantages, above 0. None: 1.
         normalize: divide the combined advantages by their root mean square over tokens.
         aggregation: token weights of the statistics; the trainers set it from `actor.loss_agg_mode`.

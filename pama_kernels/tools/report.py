@@ -163,7 +163,7 @@ def _pairs(found: Inspection) -> str:
 EXPLAINED = """\
   fixed    the same for all rewards, or those of --preference
   upgrad   the fixed weights, changed so that no reward decreases; the default
-  pama     the combination in which the rewards cancel each other least
+  pama     the convex combination of smallest norm (min-norm on cosines)
   softmin  separately for each completion: most weight to its worst reward
   paper    PAMA as published: only completions above their group's mean in every reward
 """
@@ -190,7 +190,7 @@ def _rules(found: Inspection) -> list[str]:
         + "\n"
         + _by_rule(found, weights, two_digits),
         f"Effect of each rule: covariance with the combined advantage{many * ', mean over steps'}\n"
-        "  above 0: the reward rises; below 0: it falls; from -0.02 on (marked !) it is sacrificed\n"
+        "  above 0: the reward rises; below 0: it falls; below -0.015 (marked !) it is sacrificed\n"
         f"  {SUM} adds up the raw rewards and normalises once: what trainers do by default\n\n"
         + _by_rule(found, covariance, _marked),
     ]

@@ -141,7 +141,7 @@ def test_report_explains_itself() -> None:
     for words in (
         "applies ",
         "varies ",
-        "below 0: it falls; from -0.02 on (marked !) it is sacrificed",
+        "below 0: it falls; below -0.015 (marked !) it is sacrificed",
         *RULES,
     ):
         assert words in text

@@ -28,7 +28,7 @@ knobs = triton.knobs.runtime
 
 
 def power_of_two(n: int) -> int:
-    """The least one that is not below n."""
+    """The smallest power of two >= n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
