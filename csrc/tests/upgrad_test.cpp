@@ -35,7 +35,7 @@ Solution solve(int n, const Vec& gram, const Vec& preference = {}, const unsigne
     Solution s{Vec(n, -1.0), {}};
     Vec workspace(pama::upgrad_workspace(n), std::nan(""));
     s.result = pama::upgrad_solve(n, gram.data(), n, 1, preference.empty() ? nullptr : preference.data(), present,
-                                  s.weights.data(), n == 2 && !present ? nullptr : workspace.data());
+                                  s.weights.data(), workspace.data());
     return s;
 }
 
@@ -165,7 +165,15 @@ void test_judge() {
         const Vec c = judge(n, unit, p, singular ? 1e-9L : 1e-17L);
         const Solution s = solve(n, gram, p);
         double distance = 0.0;
-        for (int k = 0; k < n; ++k) distance = std::max(distance, std::fabs(c[k] - s.weights[k]));
+        if (family == families::kNearTies) {  // of near duplicates only Mc is determined
+            for (int j = 0; j < n; ++j) {
+                double product = 0.0;
+                for (int k = 0; k < n; ++k) product += unit[j * n + k] * (c[k] - s.weights[k]);
+                distance = std::max(distance, std::fabs(product));
+            }
+        } else {
+            for (int k = 0; k < n; ++k) distance = std::max(distance, std::fabs(c[k] - s.weights[k]));
+        }
         (singular ? worst_singular : worst) = std::max(singular ? worst_singular : worst, distance);
         CHECK(distance <= (singular ? 1e-6 : 1e-7), "%s n=%d (%d): %g", families::name(family), n, i, distance);
     }
@@ -302,33 +310,6 @@ void test_known() {
             }
 }
 
-// The closed form of two objectives (no workspace) beside the general solver, at all scales.
-void test_pairs() {
-    families::Generator random(31);
-    const unsigned char present[2] = {1, 1};
-    const double sizes[] = {0.0, 1e-320, 1e-300, 1e-150, 1e-20, 0.7, 1.0, 3.0, 1e20, 1e150, 1e300};
-    const double cosines[] = {-1.0, -0.999999, -0.5, -1e-9, 0.0, 0.3, 1.0};
-    const Vec preferences[] = {{}, {0.25, 0.75}, {1.0, 0.0}, {3.0, 5.0}};
-    double worst = 0.0;
-    for (const double a : sizes)
-        for (const double d : sizes)
-            for (const double cosine : cosines)
-                for (const Vec& p : preferences) {
-                    const double b = cosine * std::sqrt(a) * std::sqrt(d);
-                    const Solution found = solve(2, {a, b, b, d}, p), wanted = solve(2, {a, b, b, d}, p, present);
-                    check_simplex("pair", 2, found.weights);
-                    worst = std::max(worst, std::fabs(found.weights[0] - wanted.weights[0]));
-                    worst = std::max(worst, std::fabs(found.weights[1] - wanted.weights[1]));
-                    const double size = std::max(a, d);
-                    CHECK(std::fabs(found.result.optimum - wanted.result.optimum) <= 1e-13 * size,
-                          "a=%g b=%g d=%g: optimum %g, %g", a, b, d, found.result.optimum, wanted.result.optimum);
-                    CHECK(found.result.status == wanted.result.status || cosine == -1.0, "a=%g b=%g d=%g: status", a, b,
-                          d);
-                }
-    CHECK(worst <= 1e-12, "%g", worst);
-    std::printf("pairs: weights differ by at most %.1e\n", worst);
-}
-
 // Rounded to float32, and matrices that are no Gram matrices: a point of the simplex, never silently inexact.
 void test_not_semidefinite() {
     families::Generator random(29);
@@ -360,7 +341,6 @@ int main(int argc, char** argv) {
     test_equivariance();
     test_exact_scaling_and_presence();
     test_not_semidefinite();
-    test_pairs();
     if (failures) std::printf("%d checks failed\n", failures);
     return failures != 0;
 }
