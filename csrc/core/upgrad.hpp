@@ -108,7 +108,8 @@ PAMA_HD inline SolverResult solve_pair(double a, double b, double d, double p, d
     // An objective without a gradient keeps its preference.
     const double u = unit_of(a > 0.0 ? a : largest, odd), v = unit_of(d > 0.0 ? d : largest, odd);
     const bool both = a > 0.0 && d > 0.0;
-    const double m = u * a * u * halved, own = v * d * v * halved, across = both ? u * b * v * halved : 0.0;
+    const double m = u * a * u * halved, own = v * d * v * halved,
+                 across = both ? b * max_of(u, v) * min_of(u, v) * halved : 0.0;
     const double bound = std::sqrt(m) * std::sqrt(own);
     const double cut = across < -bound ? -bound : across > kCosine * bound ? bound : across;
     const double overlap = cut < 0.0 ? -cut : 0.0;
@@ -248,7 +249,8 @@ PAMA_HD inline SolverResult solve_all(Problem& s, const Threads& threads) {
 // float32, or an invalid matrix, may violate the Cauchy-Schwarz bound |M_ij| <= sqrt(M_ii M_jj). For equal rows it is
 // exact.
 PAMA_HD inline double scaled_entry(double upper, double lower, double u, double v, double halved, double bound) {
-    const double half = 0.5 * halved * u, entry = half * upper * v + half * lower * v;
+    const double larger = 0.5 * halved * max_of(u, v), smaller = min_of(u, v);  // in this order nothing underflows
+    const double entry = larger * upper * smaller + larger * lower * smaller;
     return entry > kCosine * bound ? bound : entry < -kCosine * bound ? -bound : entry;
 }
 

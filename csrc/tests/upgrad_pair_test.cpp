@@ -45,6 +45,11 @@ int main() {
             for (const double cosine : cosines)
                 for (const auto& p : preferences)
                     worst = std::max(worst, check({a, cosine * std::sqrt(a) * std::sqrt(d), d, p[0], p[1]}));
+    // c_1 : c_2 = 1/2 : -b / (2 d) = 1 : 1e100, although the cosine is 1e-200.
+    const double pair[4] = {1e300, -1e-200, -1e-200, 1e-300};
+    double c[2];
+    pama::upgrad_solve(2, pair, 2, 1, nullptr, nullptr, c, nullptr);
+    failures += !(std::fabs(c[0] / 1e-100 - 1.0) <= 1e-12);
     std::printf("weights differ by at most %.1e\n", worst);
     return failures != 0 || !(worst <= 1e-12);
 }
