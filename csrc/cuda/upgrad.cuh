@@ -97,9 +97,9 @@ __device__ inline bool upgrad_in_registers(int n, const double* matrix, const do
 // The same for any n up to kMostInRegisters; false for fewer than three objectives.
 __device__ PAMA_NOINLINE bool upgrad_few(int n, const double* matrix, const double* preference, double* c,
                                          double* optimum) {
-    if (n < 3 || n > kMostInRegisters) return false;
-    return n <= 4 ? upgrad_in_registers<4>(n, matrix, preference, c, optimum)
-                  : upgrad_in_registers<kMostInRegisters>(n, matrix, preference, c, optimum);
+    if (n < upgrad::kSmallestSmall || n > kMostInRegisters) return false;
+    return n <= upgrad::kLargestSmall ? upgrad_in_registers<upgrad::kLargestSmall>(n, matrix, preference, c, optimum)
+                                      : upgrad_in_registers<kMostInRegisters>(n, matrix, preference, c, optimum);
 }
 
 }  // namespace cuda
