@@ -33,7 +33,7 @@ class Task:
     one_hot: bool = False
     gamma_of_returns: float = 1.0  # returns are discounted where the known front is
     episodes: int = 16  # of the evaluation
-    worst: tuple[float, ...] | None = None  # returns at 0 of the scale; None: the least of the known front
+    worst: tuple[float, ...] | None = None  # returns at 0 of the scale; None: the lowest of the known front
 
 
 GRID = {
@@ -86,7 +86,7 @@ class OneHot(gymnasium.ObservationWrapper):
 
 
 class WeightedReward(gymnasium.RewardWrapper):
-    """One reward in the place of several: their sum, weighted by hand in their own units."""
+    """One reward in place of several: their weighted sum, in their own units."""
 
     def __init__(self, env: Any, weights: tuple[float, ...]) -> None:
         super().__init__(env)
@@ -122,7 +122,7 @@ class Run:
 
     @property
     def method(self) -> str:
-        """As tables and pictures have it."""
+        """The name in tables and pictures."""
         if self.steps == 0:
             return "untrained"
         if self.reward is not None:

@@ -24,7 +24,7 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Result:
-    """One task: returns by method and seed, and the scale on which objectives compare."""
+    """One task: returns by method and seed, and the scale on which objectives are compared."""
 
     env: str
     objectives: tuple[str, ...]
@@ -73,7 +73,7 @@ def results(rows: Rows, tasks: Mapping[str, Task]) -> list[Result]:
 
 
 def place(method: str) -> tuple[int, str]:
-    """In tables: by hand before found, equal weights last of those by hand."""
+    """The order in tables: hand-tuned, equal, then rules."""
     kinds = (UNTRAINED, "reward", "fixed ", EQUAL, *FOUND)
     return next(i for i, kind in enumerate(kinds) if method.startswith(kind)), method
 
@@ -82,7 +82,9 @@ def label(method: str) -> str:
     if method == EQUAL:
         return "fixed, equal"
     return (
-        method.replace("fixed ", "fixed, ").replace(" 0.", " .").replace("reward 1:0:0.001", "its own reward")
+        method.replace("fixed ", "fixed, ")
+        .replace(" 0.", " .")
+        .replace("reward 1:0:0.001", "Gymnasium's reward")
     )
 
 
@@ -127,14 +129,14 @@ def row_keys(some: dict[int, dict[str, Any]]) -> list[str]:
 
 
 def hindsight(result: Result) -> list[str]:
-    """Found weights against the weights by hand that turned out best."""
+    """Weights from rules against the best hand-tuned weights, chosen after the runs."""
     best = max(result.by_hand, key=lambda method: float(result.balance(method).mean()))
     gains = [
         "{} {:+.2f} ± {:.2f}".format(method, *result.gain(method, best))
         for method in FOUND
         if method in result.rows
     ]
-    return [f"over the best by hand, in hindsight ({label(best)}): {', '.join(gains)}"]
+    return [f"over the best hand-tuned weights, in hindsight ({label(best)}): {', '.join(gains)}"]
 
 
 # --- picture -------------------------------------------------------------------------------------
@@ -150,8 +152,8 @@ def draw(path: Path, rows: Rows, tasks: Mapping[str, Task]) -> None:
         profile(upper, result)
         balances(lower, result)
     figure.suptitle(
-        "Weights by hand against weights found: each objective's return (grey: the known front), and below, "
-        "in the same colours, the worst one's",
+        "Hand-tuned weights and weights from rules: each objective's return (grey: the known front), and "
+        "below, in the same colours, that of the worst objective",
         x=0.01,
         ha="left",
         color=INK,

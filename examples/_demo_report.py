@@ -63,15 +63,20 @@ def facts(result: dict[str, Any]) -> str:
     """One paragraph of numbers."""
     steps, names = result["steps"], result["objectives"]
     below = {name: sum(row[f"covariance_{name}"] < 0 for row in steps) for name in names}
-    sacrificed = ", ".join(f"{name} in {count}" for name, count in below.items() if count) or "none in any"
+    sacrificed = ", ".join(f"{name} in {count}" for name, count in below.items() if count) or "none"
     return (
-        f"{len(steps)} steps of {result['settings']['prompts']} x {result['settings']['group']} replies, to "
-        f"a KL of {result['kl']:.2f} nats per token. Objectives with a negative covariance with the update: "
-        f"{sacrificed} of {len(steps)} steps. A step took {result['step_s']:.1f} s "
-        f"({result['step_cpu_s']:.0f} s of processor time, threads: {result['threads']}, {result['dtype']}), "
-        f"of which {result['kernel_ms']:.1f} ms ({result['kernel_percent']:.1g}%) in `pama_kernels`; the "
-        f"whole run {result['wall_s']:.0f} s, {result['cpu_s']:.0f} s of processor time."
+        f"{len(steps)} steps of {result['settings']['prompts']} prompts x {result['settings']['group']} "
+        f"completions; KL to the initial policy at the end: {result['kl']:.2f} nats per token. Of the "
+        f"{len(steps)} steps, those with a negative covariance between an objective and the update: "
+        f"{sacrificed}. A step took {result['step_s']:.1f} s ({result['step_cpu_s']:.0f} s of CPU time, "
+        f"threads: {result['threads']}, {result['dtype']}), of which {result['kernel_ms']:.1f} ms "
+        f"({result['kernel_percent']:.1g}%) in `pama_kernels`; the whole run took {result['wall_s']:.0f} s "
+        f"({result['cpu_s']:.0f} s of CPU time)."
     )
+
+
+def _title(kind: str) -> str:
+    return f"mean reward of {kind} completions [95%]"
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -80,9 +85,9 @@ def summary(result: dict[str, Any]) -> str:
     for row in result["replies"]:
         lines += ["", row["complaint"], f"    before: {row['before']}", f"    after:  {row['after']}"]
     for kind in result["table"]:
-        lines.append(f"\n{kind} replies, mean [95%]".ljust(28) + "".join(x.rjust(22) for x in COLUMNS))
+        lines.append(f"\n{_title(kind)}".ljust(46) + "".join(x.rjust(22) for x in COLUMNS))
         lines += [
-            f"  {name}".ljust(27) + "".join(x.rjust(22) for x in cells)
+            f"  {name}".ljust(45) + "".join(x.rjust(22) for x in cells)
             for name, *cells in _rows(result, kind)
         ]
     return "\n".join([*lines, "", facts(result)])
@@ -102,14 +107,14 @@ def reply_table(result: dict[str, Any], number: int | None = None) -> str:
 
 
 def score_table(result: dict[str, Any], kind: str) -> str:
-    return _markdown([f"{kind} replies, mean [95%]", *COLUMNS], _rows(result, kind))
+    return _markdown([_title(kind), *COLUMNS], _rows(result, kind))
 
 
 def page(result: dict[str, Any]) -> str:
-    """demo.md: everything but the picture's numbers."""
+    """demo.md: everything except the numbers of the picture."""
     parts = [
-        "# The demo's replies to all held-out complaints",
-        f"Made by `{result['command']}`. Greedy decoding, none left out.",
+        "# The demo's completions for all held-out complaints",
+        f"Made by `{result['command']}`. Greedy decoding; none is left out.",
         reply_table(result),
         score_table(result, "sampled"),
         score_table(result, "greedy"),
@@ -157,8 +162,8 @@ def draw(path: Path, result: dict[str, Any]) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.9), layout="constrained")
     name = result["settings"]["model"] or "SmolLM2-135M-Instruct"
     figure.suptitle(
-        f"{name}, three conflicting rewards: {result['settings']['group']} replies each to "
-        f"{result['settings']['prompts']} training complaints a step",
+        f"{name}, three rewards: {result['settings']['group']} completions for each of "
+        f"{result['settings']['prompts']} complaints per step",
         x=0.01,
         ha="left",
         fontsize=12,
@@ -178,7 +183,7 @@ def draw(path: Path, result: dict[str, Any]) -> None:
     low, high = axes[2].get_ylim()
     axes[2].set_ylim(min(low, -high / 6), high)
     below = {"xytext": (0, -4), "textcoords": "offset points", "va": "top", "color": GREY, "fontsize": 9}
-    axes[2].annotate("below 0: sacrificed", (rows[0]["step"], 0), **below)
+    axes[2].annotate("below 0: decreases", (rows[0]["step"], 0), **below)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

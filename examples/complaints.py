@@ -1,4 +1,4 @@
-"""Complaints to an online shop, each with a reply written by hand: for training, and held out."""
+"""Complaints to an online shop, each with a reference text written by hand: for training, and held out."""
 
 from __future__ import annotations
 

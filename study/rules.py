@@ -84,7 +84,7 @@ RULES: dict[str, Rule] = {
     "cosines-r0.1": Rule("Pama, cosines, 0.1", pk.Pama),
     "cosines-r0.1-momentum": Rule("Pama, cosines, 0.1, momentum", pk.Pama, momentum=0.9),
     "scores-r0.1": Rule("Pama, scores, 0.1", partial(pk.Pama, bound="scores")),
-    "noon-scores-r0.1": Rule("Pama, scores, Noon, 0.1 (first edition)", noon_scores),
+    "noon-scores-r0.1": Rule("Pama, scores, Noon, 0.1", noon_scores),
     "upgrad": Rule("UPGrad", pk.UPGrad),
     "softmin": Rule("SoftMin per sequence", pk.SoftMin),
     "paper-batch": Rule("paper's rule per batch", partial(paper, "batch")),

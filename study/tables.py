@@ -62,13 +62,13 @@ def verdict(f: Figures) -> str:
         cells += [signed(f.difference(problem, rule, "worst_gain")) for rule in CANDIDATES]
         known = f.difference(problem, CANDIDATES[0]) or f.difference(problem, CANDIDATES[1])
         size = f"{known.seeds} x {known.rates}" if known else MISSING
-        name = f"{problem} (no vote)" if problem in NO_VOTE else problem
+        name = f"{problem} (not counted)" if problem in NO_VOTE else problem
         rows.append([name, size, *cells])
     found = f.verdicts(f.voting)
     worst = f.verdicts(f.voting, "worst_gain")
     means = [f"{v.gain:+.4f}" for v in (*found, *worst)]
     failed = [", ".join(v.failed) or "none" for v in (*found, *worst)]
-    rows.append(["**mean of the voting problems**", "", *means[:2], "", *means[2:]])
+    rows.append(["**mean of the counted problems**", "", *means[:2], "", *means[2:]])
     rows.append(["**worse on**", "", *failed[:2], "", *failed[2:]])
     names = [label(rule) for rule in CANDIDATES]
     header = [
@@ -82,7 +82,7 @@ def verdict(f: Figures) -> str:
 
 
 def selection(f: Figures) -> str:
-    """The criterion's answer in a sentence."""
+    """The criterion's result in a sentence."""
     found = f.verdicts(f.voting)
     rule = selected(found)
     parts = [
@@ -157,7 +157,7 @@ def best_rates(f: Figures) -> str:
         chosen = " / ".join(f"{f.best_rate(problem, rule) or math.nan:g}" for rule in ("fixed", *CANDIDATES))
         rows.append([problem, rates, chosen, *cells])
     names = [label(rule) for rule in CANDIDATES]
-    header = ["problem", "rates", "best: Fixed / " + " / ".join(names)]
+    header = ["problem", "learning rates", "best: Fixed / " + " / ".join(names)]
     header += [f"{n}: own best rates" for n in names] + [f"{n}: Fixed's best rate" for n in names]
     return table(header, rows)
 
@@ -220,8 +220,8 @@ def theorem_2(f: Figures, problem: str) -> str:
         cells = [f"{np.mean([row[c] for row in one]):.1e}" for c in columns]
         slack, promised = min(row["slack"] for row in found), max(row["promised"] for row in one)
         rows.append([rule, *cells, f"{slack:.0e}", f"{promised:.2f}"])
-    header = ["combined gradient", "least, surrogate", "least, true", "distance to front"]
-    return table(["weights", *header, "least slack", "promised in all"], rows)
+    header = ["combined gradient", "smallest, surrogate", "smallest, true", "distance to front"]
+    return table(["weights", *header, "smallest slack", "promised in total"], rows)
 
 
 def first_order(f: Figures) -> str:
