@@ -2,9 +2,9 @@
 
 Which rule for the weights? Parts: bandits, words, grpo (every rule at the same seeds and learning rates),
 theory (the theorems, and what is known of the rules), pretrained (a pretrained language model),
-sentiment_length (the paper's experiment in small). Each leaves one file of figures, FOLDER/<part>.csv.gz,
-run by run: stop at any time, start again, and it goes on. `report` writes the tables and pictures of
-docs/study.md and docs/study_appendix.md from the committed figures.
+sentiment_length (the paper's experiment at small scale). Each writes its results to FOLDER/<part>.csv.gz, run
+by run, and resumes after an interruption. `report` writes the tables and pictures of docs/study*.md from the
+committed results.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ def main() -> None:
     parser.add_argument(
         "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}, all by default; or report"
     )
-    parser.add_argument("--quick", action="store_true", help="small, in a temporary folder: does it run?")
+    parser.add_argument(
+        "--quick", action="store_true", help="small, in a temporary folder: to check that it runs"
+    )
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder of the figures (default: study/local; the committed ones are in study/results)",
+        help="folder of the results (default: study/local; the committed ones are in study/results)",
     )
     arguments = parser.parse_args()
     unknown = set(arguments.parts) - {*PARTS, "report"}

@@ -7,7 +7,7 @@ Among the candidates, the default is the rule that
 In numbers: for each problem, seed and rate, the difference of the final balance to that of `fixed` with the
 same seed and rate; for each seed its mean over the problem's rates; over the seeds its mean m and the half
 width h of Student's 95% interval. A candidate fails (1) on a problem where m + h < 0. (2) is the mean of m
-over the problems. The held-out problem takes no part in the choice; the verdict on it is reported beside.
+over the problems. The held-out problem is not counted; its result is reported separately.
 Problems on which a candidate has no runs are named, not counted.
 """
 

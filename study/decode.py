@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Decoder:
-    """`rows` replies of `width` tokens after prompts padded to `size`."""
+    """`rows` completions of `width` tokens after prompts padded to `size`."""
 
     def __init__(self, model: Any, trunk: int, rows: int, size: int, width: int, temperature: float) -> None:
         config, weight = model.config, model.model.embed_tokens.weight

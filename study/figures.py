@@ -17,7 +17,7 @@ from .sweep import HELD_OUT, NO_VOTE, SETTINGS, VOTING
 
 PARTS = ("bandits", "words", "grpo")
 OTHERS = ("pretrained", "sentiment_length")
-LATER = ("pretrained_gpu",)  # run after the verdict, without a vote
+LATER = ("pretrained_gpu",)  # run after the selection, not counted in it
 
 
 def whole_seeds(rows: Sequence[Row]) -> list[Row]:

@@ -95,7 +95,7 @@ def rates(f: Figures) -> Any:
                 axis.plot(x, mean, **look(rule))
         axis.set(title=problem, xscale="log")
     for axis in axes[:, 0]:
-        axis.set_ylabel("balance at the end")
+        axis.set_ylabel("final balance")
     for axis in axes[-1]:
         axis.set_xlabel("learning rate")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
@@ -114,7 +114,7 @@ def against_kl(f: Figures) -> Any:
             if points:
                 axis.plot(*np.array(points).T, **look(rule))
         axis.axhline(0, color=INK, lw=1)
-        axis.set(title=problem, xlabel="KL to the start, nats")
+        axis.set(title=problem, xlabel="KL to the initial policy, nats")
     axes[0, 0].set_ylabel("gain of the reward that gains least")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
     return figure

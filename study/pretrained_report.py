@@ -1,5 +1,5 @@
 """What the two parts with language models say beyond the tables of all parts: rewards at the end and at equal
-KL, weights, correlations with the update, replies; and a picture of each part."""
+KL, weights, correlations with the update, completions; and a picture of each part."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ from .measures import interval
 from .pictures import INK, SHOWN, style
 from .rules import RULES
 from .store import FINAL, Row
-from .tables import MISSING, label, mean_cell, number, signed, table
+from .tables import MISSING, REFERENCE, label, mean_cell, number, signed, table
 
 RESULTS = Path(__file__).parent / "results"
 OBJECTIVES = ("helpful", "friendly", "brief")
 SHOWN_REPLIES, SHOWN_SEED = 3, 0  # the first complaints, none picked
-REFERENCE = "-reference"
 Run = tuple[str, float, float]  # rule, rate, seed
 
 
@@ -52,11 +51,6 @@ def rules_of(found: dict[Run, Any]) -> list[str]:
         return (order.index(base) if base in order else len(order)), name
 
     return sorted({rule for rule, _, _ in found}, key=place)
-
-
-def name_of(rule: str) -> str:
-    base = rule.removesuffix(REFERENCE)
-    return label(base) + (", ratio to the reference" if base != rule else "")
 
 
 def mean_gain(row: Row) -> float:
@@ -104,14 +98,14 @@ def start(row: Row, i: int) -> float:
 def rewards_at_end(found: dict[Run, list[Row]], names: tuple[str, ...], rates: list[float]) -> str:
     """Held-out rewards; means over runs, with intervals over seeds where there is one rate."""
     first = finals(found, BASELINE, rates)
-    lines = [["start", *(mean_cell([start(row, i) for row in first]) for i in range(len(names)))]]
+    lines = [["initial", *(mean_cell([start(row, i) for row in first]) for i in range(len(names)))]]
     lines[0] += ["0", *[""] * 3, str(len(first))]
     for rule in rules_of(found):
         rows = finals(found, rule, rates)
         cells = [mean_cell([row[f"reward_{i}"] for row in rows]) for i in range(len(names))]
         cells.append(mean_cell([row["kl"] for row in rows], 2))
         cells += [mean_cell([row[m] for row in rows], 2) for m in ("balance", "gain_per_kl", "sacrifice")]
-        lines.append([name_of(rule), *cells, str(len(rows))])
+        lines.append([label(rule), *cells, str(len(rows))])
     header = ["KL, nats per completion", "balance", "gain per KL", "steps that sacrifice", "runs"]
     return table(["rule", *names, *header], lines)
 
@@ -131,11 +125,11 @@ def differences(
     for rule in rules_of(found):
         if rule != BASELINE:
             found_here = [to_baseline(found, rule, m, rates) for m in measures.values()]
-            lines.append([name_of(rule), *(signed(d) for d in found_here), str(found_here[0].seeds)])
+            lines.append([label(rule), *(signed(d) for d in found_here), str(found_here[0].seeds)])
     if candidates:
         first, second = CANDIDATES
         between = [to_baseline(found, second, m, rates, first) for m in measures.values()]
-        name = f"{name_of(second)} less {name_of(first)}"
+        name = f"{label(second)} less {label(first)}"
         lines.append([name, *(signed(d) for d in between), str(between[0].seeds)])
     header = [f"gain, {name}" for name in names] + list(measures)[len(names) :]
     return table(["rule", *header, "seeds"], lines)
@@ -164,7 +158,7 @@ def steps_table(found: dict[Run, list[Row]]) -> str:
         some = f"{np.mean([row['sacrificed'] for row in rows]):.0%}"
         late = to_baseline(found, rule, lambda run, base: late_rollouts(run) - late_rollouts(base), rates)
         means = [number(float(np.mean(x)), 2) for x in columns]
-        lines.append([name_of(rule), *means, *negative, some, "" if rule == BASELINE else signed(late)])
+        lines.append([label(rule), *means, *negative, some, "" if rule == BASELINE else signed(late)])
     header = [f"{kind}, {name}" for kind in ("weight", "correlation", "negative") for name in OBJECTIVES]
     return table(["rule", *header, "any negative", "reward of later rollouts"], lines)
 
@@ -188,7 +182,7 @@ def gradients_table(found: dict[Run, list[Row]]) -> str:
             mean_cell([float(np.mean([row[key] for row in some])) for some in seeds.values()], 2)
             for key in ("mgda_tv", "gradient_sacrificed", "sacrificed")
         ]
-        lines.append([name_of(rule), *cells, str(len(rows))])
+        lines.append([label(rule), *cells, str(len(rows))])
     kinds = "weight", "min-norm weight", "cosine to the update"
     header = [f"{kind}, {name}" for kind in kinds for name in OBJECTIVES]
     ends = ["TV to min-norm", "steps that sacrifice, gradients", "the same, advantages", "steps"]
@@ -204,7 +198,7 @@ def replies(folder: Path) -> list[dict[str, Any]]:
 
 
 def replies_table(found: list[dict[str, Any]]) -> str:
-    """Greedy replies of one seed to the first held-out complaints."""
+    """Greedy completions of one seed for the first held-out complaints."""
     shown: dict[str, dict[str, str]] = defaultdict(dict)
     for row in found:
         if row["kind"] == "greedy" and row["seed"] == SHOWN_SEED:
@@ -212,7 +206,7 @@ def replies_table(found: list[dict[str, Any]]) -> str:
     first = list(shown.items())[:SHOWN_REPLIES]
     names = [rule for rule in RULES if any(rule in by_rule for _, by_rule in first)]
     lines = [
-        [name_of(rule), *(by_rule.get(rule, MISSING).replace("|", r"\|") for _, by_rule in first)]
+        [label(rule), *(by_rule.get(rule, MISSING).replace("|", r"\|") for _, by_rule in first)]
         for rule in names
     ]
     return table(["rule", *(complaint for complaint, _ in first)], lines)
@@ -260,7 +254,7 @@ def draw_curves(axis: Any, found: dict[Run, list[Row]], x: str, y: Any, rate: fl
                 axis.plot(*np.array(points[-1]).T, color=colour, lw=0.6, alpha=0.45, ls=dashed)
         if points:
             mean = np.array(points).mean(0).T
-            axis.plot(*mean, color=colour, lw=2, ls=dashed, marker=marker, ms=5, label=name_of(rule))
+            axis.plot(*mean, color=colour, lw=2, ls=dashed, marker=marker, ms=5, label=label(rule))
 
 
 def pretrained_picture(found: dict[Run, list[Row]], steps: dict[Run, list[Row]]) -> Any:
@@ -269,7 +263,7 @@ def pretrained_picture(found: dict[Run, list[Row]], steps: dict[Run, list[Row]])
     rate = next(iter(found))[1]
     for i, (axis, name) in enumerate(zip(axes, OBJECTIVES, strict=False)):
         draw_curves(axis, found, "kl", lambda row, i=i: row[f"reward_{i}"], rate)
-        axis.set(title=name, xlabel="KL to the start, nats per completion")
+        axis.set(title=name, xlabel="KL to the initial policy, nats per completion")
     axes[0].set_ylabel("held-out reward")
     draw_curves(axes[3], steps, "step", lambda row: min(row[f"correlation_{i}"] for i in range(3)), rate)
     axes[3].axhline(0, color=INK, lw=1)
@@ -287,7 +281,9 @@ def sentiment_length_picture(found: dict[Run, list[Row]]) -> Any:
     for column, axis in enumerate(axes[0]):
         rate, i = rates[column // 2], column % 2
         draw_curves(axis, found, "kl", lambda row, i=i: row[f"reward_{i}"], rate)
-        axis.set(title=f"{('sentiment', 'length')[i]}, rate {rate:g}", xlabel="KL to the start, nats")
+        axis.set(
+            title=f"{('sentiment', 'length')[i]}, rate {rate:g}", xlabel="KL to the initial policy, nats"
+        )
     axes[0, 0].set_ylabel("held-out reward")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure

@@ -77,8 +77,8 @@ def uniform(rows: int, tokens: int, *seed: int) -> Tensor:
 @dataclass
 class Evaluation:
     scores: Tensor  # (B, N)
-    kl: float  # to the start, nats per reply
-    tokens: float  # a reply
+    kl: float  # to the initial policy, nats per completion
+    tokens: float  # per completion
     texts: list[str]
 
 
@@ -113,7 +113,7 @@ class Experiment:
         ]
 
     def score(self, rollout: Rollout, pairs: list[tuple[str, str]]) -> tuple[list[str], Tensor]:
-        """The replies' texts and rewards (B, N)."""
+        """The completions' texts and rewards (B, N)."""
         ids = rollout.ids()
         texts = self.policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
         each = len(ids) // len(pairs)
@@ -123,7 +123,7 @@ class Experiment:
 
     @torch.no_grad()
     def evaluate(self, each: int, tokens: int, draws: Tensor | None) -> Evaluation:
-        """`each` replies to every held-out complaint; `draws` (complaints, each, T)."""
+        """`each` completions for every held-out complaint; `draws` (complaints, each, T)."""
         pairs, kl, lengths, texts, scores = list(HELD_OUT), 0.0, 0.0, [], []
         for first in range(0, each, self.settings.pass_replies):
             some = min(each - first, self.settings.pass_replies)
@@ -140,21 +140,21 @@ class Experiment:
         return Evaluation(torch.cat(scores, 1).flatten(0, 1), kl / number, lengths / number, flat)
 
     def divergence(self, rollout: Rollout) -> float:
-        """KL to the start, summed over the replies. At each position in full: the sampled tokens add no noise
-        of their own."""
+        """KL to the initial policy, summed over the completions. At each position it is exact over the vocabulary,
+        so that the sampled tokens add no noise."""
         logp = self.policy.logits(rollout).log_softmax(-1)
         reference = self.policy.logits(rollout, start=True).log_softmax(-1)
         return float(torch.nn.functional.kl_div(reference, logp, log_target=True, reduction="sum"))
 
     def sampled(self, seed: int, each: int) -> Evaluation:
-        """With the same random numbers at every call; the first replies are those of a call with fewer."""
+        """With the same random numbers in every call; a call with fewer gives the first of them."""
         s, number = self.settings, len(HELD_OUT)
         draws = uniform(s.final_replies * number, s.tokens, seed, 999)
         draws = draws.view(s.final_replies, number, -1)[:each].transpose(0, 1)
         return self.evaluate(each, s.tokens, draws)
 
     def start(self, seed: int) -> tuple[Evaluation, Evaluation]:
-        """Before training: the few replies of the curve, and the many of the end."""
+        """Before training: the few completions of the curve, and the many of the end."""
         if seed not in self.starts:
             self.policy.to_start()
             s = self.settings
@@ -164,7 +164,7 @@ class Experiment:
 
 @dataclass
 class Log:
-    """Rows of one run: points of the curve, steps, replies."""
+    """Rows of one run: points of the curve, steps, completions."""
 
     head: dict[str, Any]
     curve: list[dict[str, Any]] = field(default_factory=list)
@@ -234,7 +234,7 @@ def train(
 
 
 def slice_replies(evaluation: Evaluation, each: int, few: int) -> Evaluation:
-    """The first `few` of `each` replies to a complaint: those that the other points of the curve have."""
+    """The first `few` of `each` completions per complaint, as at the other points of the curve."""
     scores = evaluation.scores.unflatten(0, (-1, each))[:, :few].flatten(0, 1)
     return replace(evaluation, scores=scores)
 

@@ -73,16 +73,16 @@ class Adam:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a problem of prompts and answers is made of.
+    """What a problem of prompts and completions consists of.
 
-    Every prompt has `answers` possible ones. A reward of an answer is a Bernoulli variable whose logit is
+    Every prompt has `answers` possible ones. A reward of a completion is a Bernoulli variable whose logit is
     linear in the prompt's features, with pairwise `correlation` between the objectives; the offset is such
     that the start policy, uniform, has the success rates `start`. 1.0 is a saturated reward.
     """
 
     start: tuple[float, ...]
     correlation: float = 0.0
-    spread: float = 2.0  # deviation of the logits over answers
+    spread: float = 2.0  # deviation of the logits over completions
     same: tuple[int, int] | None = None  # (i, j): reward j is reward i once more
     tasks: tuple[tuple[int, ...], ...] = ()  # objective i exists only at prompts p with p % len(tasks) in it
     answers: int = 16

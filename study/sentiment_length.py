@@ -1,7 +1,7 @@
 """python -m study.sentiment_length [--quick] [--out DIR]
 
-The paper's first experiment (He & Maghsudi 2025, arXiv 2508.07768: GPT-2, sentiment and length) in small,
-under the recipe of its code base (RiC): PPO with four epochs of mini-batches, raw rewards, an adaptive KL
+The paper's first experiment (He & Maghsudi 2025, arXiv 2508.07768: GPT-2, sentiment and length) at small
+scale, with the settings of its code base (RiC): PPO with four epochs of mini-batches, raw rewards, an adaptive KL
 penalty. The model is a word-level transformer that is fitted to English text first. A rule with "-reference"
 takes the ratio of PPO to the frozen reference model instead of the rollout policy: the paper can be read
 either way.
@@ -42,12 +42,12 @@ RULES: dict[str, pk.Pama | pk.Fixed] = {
 OBJECTIVES = ("sentiment", "length")
 LOW, HIGH = torch.tensor(ranges.LOW[PART]), torch.tensor(ranges.HIGH[PART])
 SHAPE = Shape()
-USUAL_TOKENS = 16  # in the place of the paper's 140 characters
+USUAL_TOKENS = 16  # instead of the paper's 140 characters
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What every rule gets. Clip, discount, epochs, KL coefficient and target are the paper's (RiC's PPO);
+    """The same for every rule. Clip, discount, epochs, KL coefficient and target are the paper's (RiC's PPO);
     its LoRA at rate 1e-5 is the full training of a tiny model at higher rates here."""
 
     seeds: tuple[int, ...] = (0, 1, 2, 3)
@@ -63,8 +63,8 @@ class Settings:
     gamma: float = 1.0
     lam: float = 0.95
     kl_coef: float = 0.2
-    kl_target: float = 3.0  # nats per answer
-    kl_horizon: int = 10_000  # answers
+    kl_target: float = 3.0  # nats per completion
+    kl_horizon: int = 10_000  # completions
     curve_every: int = 5
     curve_prompts: int = 128
     gradients_every: int = 6
@@ -107,7 +107,7 @@ class Setting:
         return policy
 
     def rewards(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 2), and the mask (B, T) of the answers' tokens, END included."""
+        """(B, 2), and the mask (B, T) of the completions' tokens, END included."""
         answers = tokens[:, self.settings.shape.prompt_tokens :]
         ended = (answers == END).cumsum(1)
         mask = ended - (answers == END).long() == 0
@@ -117,7 +117,7 @@ class Setting:
 
     @torch.no_grad()
     def evaluate(self, policy: Policy, start: Policy, prompts: Tensor, seed: int) -> tuple[Tensor, float]:
-        """Rewards (B, 2) of one answer to each prompt, and the KL to the start per answer."""
+        """Rewards (B, 2) of one completion per prompt, and the KL to the initial policy per completion."""
         generator = torch.Generator().manual_seed(seed)
         tokens = policy.sample(prompts, self.settings.shape.new_tokens, generator)
         scores, mask = self.rewards(tokens)

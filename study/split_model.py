@@ -1,7 +1,7 @@
 """A pretrained decoder whose top layers are trained; the trunk below runs once for all that needs it.
 
 Sampling keeps the trunk's output. The log-probabilities under the trained layers and under their copy at the
-start then need the top layers only. Prompts run once for all their replies, and rows that have ended are
+start then need the top layers only. Prompts run once for all their completions, and rows that have ended are
 dropped from sampling. With a `padded` length of prompts, sampling runs at fixed sizes instead (decode.py).
 """
 
@@ -19,20 +19,20 @@ from .decode import Decoder, draw
 
 
 class Rollout(NamedTuple):
-    """R replies to each of G prompts, B = G R rows, in the order of the prompts."""
+    """R completions for each of G prompts, B = G R rows, in the order of the prompts."""
 
     prompt_mask: Tensor  # (G, P), prompts are padded on the left
     prompt_hidden: Tensor  # (G, P, D), the trunk's output
-    hidden: Tensor  # (B, T, D), of the reply's tokens
+    hidden: Tensor  # (B, T, D), of the completion's tokens
     tokens: Tensor  # (B, T)
-    mask: Tensor  # (B, T), True up to and including the token that ends the reply
+    mask: Tensor  # (B, T), True up to and including the token that ends the completion
 
     def ids(self) -> list[list[int]]:
-        """The tokens of each reply, with the one that ends it."""
+        """The tokens of each completion, with the one that ends it."""
         return [row[mask].tolist() for row, mask in zip(self.tokens.cpu(), self.mask.cpu(), strict=True)]
 
     def of_prompts(self, first: int, last: int) -> Rollout:
-        """Only the replies to the prompts from `first` to before `last`."""
+        """Only the completions of the prompts from `first` to before `last`."""
         each = len(self.mask) // len(self.prompt_mask)
         rows = slice(first * each, last * each)
         return Rollout(
@@ -93,10 +93,10 @@ class SplitModel:
 
     @torch.no_grad()
     def sample(self, prompts: list[str], each: int, width: int, uniform: Tensor | None) -> Rollout:
-        """`each` replies of at most `width` tokens to every prompt.
+        """`each` completions of at most `width` tokens for every prompt.
 
         `uniform` (B, T) in [0, 1) decides the tokens (by inverse transform, so that equal numbers give equal
-        replies where the probabilities are equal); None is greedy.
+        completions where the probabilities are equal); None is greedy.
         """
         fixed = self.padded is not None and uniform is not None
         batch = self.tokenizer(
@@ -181,7 +181,7 @@ class SplitModel:
 
 
 def cut(valid: Tensor, trunk: Tensor, hidden: Tensor, tokens: Tensor, mask: Tensor) -> Rollout:
-    """Without the columns after the longest reply."""
+    """Without the columns after the longest completion."""
     used = int(mask.sum(1).max())
     return Rollout(valid, trunk, hidden[:, :used], tokens[:, :used], mask[:, :used])
 

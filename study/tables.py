@@ -16,8 +16,14 @@ from .rules import RAW_ONLY, RULES
 MISSING = "-"
 
 
+REFERENCE = "-reference"  # ends the names of rules whose ratio is to the reference policy
+
+
 def label(rule: str) -> str:
-    return RULES[rule].label if rule in RULES else f"`{rule}`"
+    base = rule.removesuffix(REFERENCE)
+    if base not in RULES:
+        return f"`{rule}`"
+    return RULES[base].label + (", ratio to the reference" if base != rule else "")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -206,7 +212,7 @@ def theorem_1(f: Figures) -> str:
             continue
         medians = [np.nanmedian(f.theory_values(problem, rule)) for rule in theory.COMPARED]
         rows.append([str(n), f"{max(off):.0e}", *(f"{x:.2f}" for x in medians)])
-    return table(["N", "optimum off by", *theory.COMPARED], rows)
+    return table(["N", "difference to quadprog", *theory.COMPARED], rows)
 
 
 def theorem_2(f: Figures, problem: str) -> str:

@@ -47,7 +47,7 @@ def rewards() -> Any:
 
 
 def scores(rewards: Any, pairs: Any, replies: list[str], ended: bool = True) -> torch.Tensor:
-    """(replies, 3)"""
+    """(completions, 3)"""
     complaint, reference = zip(*pairs, strict=True)
     given = {
         "completions": replies,
@@ -59,7 +59,7 @@ def scores(rewards: Any, pairs: Any, replies: list[str], ended: bool = True) -> 
 
 
 @needs_sentences
-def test_reference_replies_are_rewarded_by_all_three(rewards: Any) -> None:
+def test_reference_texts_are_rewarded_by_all_three(rewards: Any) -> None:
     complaints = module("complaints")
     for pairs in (complaints.TRAIN, complaints.HELD_OUT):
         found = scores(rewards, pairs, [reference for _, reference in pairs])
@@ -69,7 +69,7 @@ def test_reference_replies_are_rewarded_by_all_three(rewards: Any) -> None:
 
 
 @needs_sentences
-def test_gamed_replies_are_not_helpful(rewards: Any) -> None:
+def test_gamed_completions_are_not_helpful(rewards: Any) -> None:
     """Echoes, words without content, and what would suit any complaint."""
     pairs = module("complaints").HELD_OUT
     good = scores(rewards, pairs, [reference for _, reference in pairs])[:, 0]
@@ -135,7 +135,7 @@ def test_copied_share() -> None:
     assert copied("Sorry.", "Sorry.") == 0
 
 
-def test_a_reply_speaks_to_the_customer() -> None:
+def test_completions_without_first_or_second_person_are_impersonal() -> None:
     impersonal = module("customer_service").impersonal
     assert impersonal("We'll send you a new one.") == 0
     assert impersonal("I'll fix it.") == impersonal("Your order is here.") == 0.5
@@ -194,7 +194,7 @@ def test_only_the_top_layers_train() -> None:
     assert trained == sum(p.numel() for p in model.model.layers[2].parameters())
 
 
-def test_replies_end_with_their_first_end_token() -> None:
+def test_completions_end_with_their_first_end_token() -> None:
     tokenizer, smollm2 = byte_tokenizer(), module("smollm2")
     model = tiny_model(len(tokenizer)).eval()
     for prompts in (["a", "abc"], [[{"role": "user", "content": "a"}], [{"role": "user", "content": "abc"}]]):

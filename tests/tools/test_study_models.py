@@ -44,7 +44,7 @@ def tiny_split_model() -> SplitModel:
     return SplitModel(model, Letters(), {1, 2, 3}, 2, 1.0)
 
 
-def test_sampling_at_fixed_sizes_draws_the_same_replies() -> None:
+def test_sampling_at_fixed_sizes_draws_the_same_completions() -> None:
     model, prompts = tiny_split_model(), ["abc", "fghij"]
     uniform = torch.rand(8, 9, generator=torch.Generator().manual_seed(1))
     first = model.sample(prompts, 4, 9, uniform)
