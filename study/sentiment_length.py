@@ -1,10 +1,10 @@
 """python -m study.sentiment_length [--quick] [--out DIR]
 
 The paper's first experiment (He & Maghsudi 2025, arXiv 2508.07768: GPT-2, sentiment and length) at small
-scale, with the settings of its code base (RiC): PPO with four epochs of mini-batches, raw rewards, an adaptive KL
-penalty. The model is a word-level transformer that is fitted to English text first. A rule with "-reference"
-takes the ratio of PPO to the frozen reference model instead of the rollout policy: the paper can be read
-either way.
+scale, with the settings of its code base (RiC): PPO with four epochs of mini-batches, raw rewards, an
+adaptive KL penalty. The model is a word-level transformer that is first fitted to English text. A rule with
+"-reference" takes the ratio of PPO to the frozen reference model instead of the rollout policy: the paper can
+be read either way.
 
 `fixed-raw` is the paper's MORLHF, one value head on r1 / 2 + r2 / 2; `fixed` whitens each objective's
 advantages. With two whitened objectives, Pama on cosines and UPGrad are `fixed`.

@@ -69,8 +69,8 @@ SETTINGS: dict[str, Setting] = {
     "held-out": _grpo(Answers((0.5, 0.95, 0.05, 0.5), -0.2, tasks=((0, 1, 2, 3), (0, 1, 2)))),
 }
 HELD_OUT = "held-out"  # run last, and looked at after everything else was fixed
-# For rules on normalised advantages bandit-3-scales is bandit-3, so it is not counted. The last two were added
-# after the selection: with two rewards, as in grpo-solved and grpo-rare, Pama on cosines equals Fixed.
+# For rules on normalised advantages bandit-3-scales is bandit-3, so it is not counted. The last two were
+# added after the selection: with two rewards, as in grpo-solved and grpo-rare, Pama on cosines equals Fixed.
 NO_VOTE = (HELD_OUT, "bandit-3-scales", "grpo-solved-3", "grpo-rare-3")
 VOTING = tuple(name for name in SETTINGS if name not in NO_VOTE)
 MOST_RATES = 9
