@@ -136,7 +136,7 @@ def _add_plot(commands: Commands[argparse.ArgumentParser]) -> None:
         type=float,
         const=30.0,
         metavar="SECONDS",
-        help="check for new data every %(const)s seconds and draw again; end with Ctrl-C",
+        help="check for new data every %(const)g seconds and draw again; end with Ctrl-C",
     )
     parser.set_defaults(run=_plot)
 

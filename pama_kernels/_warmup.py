@@ -138,7 +138,7 @@ def compile_kernels(
     if isinstance(triton, str):
         if place.type == "cpu":
             return CompiledKernels(0, 0.0)
-        raise RuntimeError(f"device: expected a GPU that Triton serves, got {str(device)!r}: {triton}")
+        raise RuntimeError(f"device: expected a GPU that Triton supports, got {str(device)!r}: {triton}")
     start = time.perf_counter()
     calls: list[Callable[[], object]] = []
     for sliced in (False, True) if slices else (False,):

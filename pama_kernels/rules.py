@@ -45,7 +45,7 @@ class Pama:
             for cosines and max_i mean(I_i^2) for scores; at least 0.
 
     With weights per batch, `noon=False`, whitened advantages and regularization 0, no objective decreases to
-    first order. With two whitened objectives the weights are (1/2, 1/2).
+    first order. On cosines, two objectives with the uniform preference have the weights (1/2, 1/2).
 
     Source: He & Maghsudi 2025 (arXiv 2508.07768): the bound in vector form ("gram"), Theorem 1 ("scores").
     """

@@ -96,7 +96,7 @@ class ObjectiveStatistics:
 
     @property
     def logprob_sum(self) -> Tensor:
-        """Reward-weighted log-probability, the sum of I * logp (N,)."""
+        """Sum of I * logp, the log-probabilities weighted by the bound terms (N,)."""
         return self._field("logprob_sum")
 
     @property

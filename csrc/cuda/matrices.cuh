@@ -98,9 +98,9 @@ __global__ void matrices_kernel(const Rows rows, const int active, const bool of
 
 template <class Problem>
 inline cudaError_t solve_matrices(const Rows& rows, int multiprocessors, cudaStream_t stream) {
-    constexpr int64_t kWarpsPerProcessor = 16;  // warps over which a batch of matrices is spread
+    constexpr int64_t kWarpsPerSM = 16;  // warps over which a batch of matrices is spread
     if (rows.rows == 0) return cudaSuccess;
-    int64_t active = rows.slots / (multiprocessors * kWarpsPerProcessor);
+    int64_t active = rows.slots / (multiprocessors * kWarpsPerSM);
     active = active < 1 || Problem::always_together(rows.n) ? 1 : active > kWarp ? kWarp : active;
     const dim3 grid(static_cast<unsigned>((rows.slots + active - 1) / active));
     return launch(&matrices_kernel<Problem>, grid, kWarp, stream, rows, static_cast<int>(active), false, Solve{});

@@ -33,7 +33,7 @@ struct Case {
     bool presence_by_token = false, noon = false, pairs = false, row_mean = false, weighted = false, logprobs = true;
     bool bad = false;  // a NaN in one token's log-probability and in one advantage
     double scale = 1;  // of the advantages
-    int processors = 3;
+    int multiprocessors = 3;
     int offset = 0, mask_offset = 0;  // elements before the first one: alignment
 
     std::string name() const {
@@ -181,14 +181,14 @@ bool launch_statistics(const Data& data, const Case& given, bool by_sequence, st
     unsigned counter = 0;
     if (by_sequence) {
         cuda::Sequences s;
-        if (!cuda::plan_sequences(data.p, given.pairs, given.processors, s)) return false;
+        if (!cuda::plan_sequences(data.p, given.pairs, given.multiprocessors, s)) return false;
         std::vector<double> work(size(s.work_doubles()), NAN);
         s.set_work(work.data());
         s.counter = &counter;
         s.sums = sums.data();
         cuda::sequences(s, nullptr);
     } else {
-        const cuda::Plan plan = cuda::statistics_plan(data.p, given.pairs, given.processors);
+        const cuda::Plan plan = cuda::statistics_plan(data.p, given.pairs, given.multiprocessors);
         std::vector<double> work(size(plan.doubles()), NAN);
         cuda::statistics(data.p, given.pairs, plan, work.data(), &counter, sums.data(), nullptr, nullptr);
     }
@@ -268,7 +268,7 @@ void runs(std::mt19937& random) {
             given.weighted = chance(4);
             given.logprobs = !chance(5);
             given.bad = chance(10);
-            given.processors = 1 + static_cast<int>(random() % 3);
+            given.multiprocessors = 1 + static_cast<int>(random() % 3);
             run(given, random);
         }
     }
@@ -339,7 +339,7 @@ int main() {
             given.weighted = chance(3);
             given.logprobs = !chance(3);
             given.bad = chance(6);
-            given.processors = 1 + static_cast<int>(random() % 6);
+            given.multiprocessors = 1 + static_cast<int>(random() % 6);
             run(given, random);
         }
         for (const bool per_sequence : {false, true}) {
@@ -357,7 +357,7 @@ int main() {
             run(given, random);
             given.rows = 2;
             given.width = 2500;  // several chunks to a thread
-            given.processors = 1;
+            given.multiprocessors = 1;
             run(given, random);
         }
     }

@@ -195,7 +195,7 @@ def find(device_type: str, function: str, tensors: bool = False, after: str = ""
         else:
             reasons += f"; {backend.name}: does not have {function!r}"
     raise RuntimeError(
-        f"no backend serves {function!r} on device type {device_type!r}"
+        f"no backend implements {function!r} on device type {device_type!r}"
         + (f" behind {after}, which leaves it to the next" if after else "")
         + (f" with PAMA_BACKEND={forced}" if forced else "")
         + reasons

@@ -182,8 +182,8 @@ def leave_one_out(
 class Combination(NamedTuple):
     """The combined advantages of a rollout, one row for each completion of all processes.
 
-    `positive` and `negative` are the inputs of a loss that clips each objective by its own sign, for any
-    number of objectives: sum_i c_i L(A_i) = L(positive) + L(-negative) - L(0).
+    `positive` and `negative` are the inputs of a loss that clips each objective according to its own sign,
+    for any number of objectives: sum_i c_i L(A_i) = L(positive) + L(-negative) - L(0).
     """
 
     advantages: Tensor  # (B,), positive - negative

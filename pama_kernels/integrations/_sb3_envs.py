@@ -61,9 +61,7 @@ class VectorReward(gymnasium.Wrapper):
     def __init__(self, env: Any, objectives: Sequence[str] | None = None) -> None:
         super().__init__(env)
         if is_wrapped(env, VectorReward):
-            raise ValueError(
-                "env: expected an environment outside VectorReward, got one inside: it would pass on the sum"
-            )
+            raise ValueError("env: expected an environment that is not in VectorReward yet, got one that is")
         try:
             count = int(np.prod(env.get_wrapper_attr("reward_space").shape))
         except AttributeError:

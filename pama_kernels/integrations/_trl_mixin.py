@@ -310,7 +310,7 @@ class PamaMixin:
             return
         path = os.path.join(checkpoint, STATE_FILE)
         if not os.path.isfile(path):
-            warnings.warn(f"no {STATE_FILE} in {checkpoint}: PAMA's running mean starts anew", stacklevel=2)
+            warnings.warn(f"no {STATE_FILE} in {checkpoint}: PAMA's running mean is reset", stacklevel=2)
             return
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["objectives"] != self.objective_names:

@@ -32,8 +32,8 @@ class Settings:
         rule: "pama", "upgrad", "fixed", "softmin" or "paper". None: "pama" where a setting of
             it is given, else the library's default, "upgrad".
         preference: one non-negative number for each objective; with "fixed" the weights. None: uniform.
-        weights_per: "batch": one set of weights per rollout. "sequence": one per response; "token" is the
-            same, since rewards belong to responses. None: the rule's default. "paper" needs it.
+        weights_per: "batch": one set of weights per rollout. "sequence": one per completion; "token" is
+            the same, since rewards belong to completions. None: the rule's default. "paper" needs it.
         bound: of "pama": "gram", the min-norm problem on cosines ("batch" only), or "scores", Theorem 1.
             None: the rule's default.
         noon: of "pama": keep positive advantages only. None: False.

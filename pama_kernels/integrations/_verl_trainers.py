@@ -45,19 +45,20 @@ def check_config(config: Any, carries_components: bool) -> None:
     if only_lengths(settings.made()):
         _log.warning(
             "algorithm.pama.bound: 'scores' without noon: the advantages of a group add up to 0, so that the "
-            "scores of a batch only reflect the lengths of responses; use gram"
+            "scores of a batch only reflect the lengths of completions; use gram"
         )
     if noon_of(settings.made()):
         return
     if not config.trainer.get("use_v1", True):
         _log.warning(
-            "pama: with trainer.use_v1=false the loss clips each combined advantage by its own sign; where "
-            "objectives disagree that is exact in the first epoch over a rollout only (noon: true is always)"
+            "pama: with trainer.use_v1=false the loss clips each combined advantage according to its own sign, "
+            "which is exact with noon: true; without it, if objectives disagree, in the first epoch over a "
+            "rollout only"
         )
     elif (loss := actor.policy_loss.get("loss_mode", "vanilla")) != NAME:
         raise ValueError(
             f"actor_rollout_ref.actor.policy_loss.loss_mode: expected {NAME!r}, with which each objective is "
-            f"clipped by its own sign, or algorithm.pama.noon=true, got {loss!r}"
+            f"clipped according to its own sign, or algorithm.pama.noon=true, got {loss!r}"
         )
 
 

@@ -5,7 +5,7 @@ verl loads this module automatically (entry-point group ``verl.plugins``). It re
 
 - the advantage estimator ``pama``: it combines the components of the reward to one advantage, with weights
   solved once per rollout in the driver process, which has all samples;
-- the policy loss ``pama``, for rules without Noon: each objective is clipped by its own sign;
+- the policy loss ``pama``, for rules without Noon: each objective is clipped according to its own sign;
 - the trainers ``pama_sync``, ``pama_colocate_async`` and ``pama_separate_async``: verl's own trainers,
   extended to pass the components to the estimator. verl's older trainer (``trainer.use_v1=false``) is
   extended without a new name.

@@ -30,9 +30,9 @@ def check(found: list[dict[str, Any]]) -> None:
     for line in found:
         print(line)
         assert line["registers"] > 0
-        if line["target"].startswith("sm_"):  # a processor holds 2^16, handed out by 8 to a thread
+        if line["target"].startswith("sm_"):  # an SM has 2^16 registers, allocated in units of 8 per thread
             assert 32 * line["warps"] * 8 * -(-line["registers"] // 8) <= 2**16
-            assert line["shared"] <= 163 * 1024  # what a program may take on sm_80
+            assert line["shared"] <= 163 * 1024  # the most shared memory of a program on sm_80
             # Fused multiply-adds make copies of a number unequal (launch.py); float64's exponential has some.
             assert line["kernel"] not in SOLVERS or "softmin" in line["call"] or line["fused"] == 0
     assert not [x for x in found if x["hot"] and x["spills"] and x["kernel"] not in SOLVERS]

@@ -247,7 +247,7 @@ def test_rewards_that_are_not_finite_are_named(value: float) -> None:
 
 def test_vector_reward_around_vector_reward_is_refused() -> None:
     for inner in (VectorReward(levers()), Monitor(VectorReward(levers()))):
-        with pytest.raises(ValueError, match="env: expected an environment outside VectorReward"):
+        with pytest.raises(ValueError, match="env: expected an environment that is not in VectorReward"):
             VectorReward(inner)
 
 

@@ -49,7 +49,7 @@ def test_resume(rule: dict[str, Any], tmp_path: Path) -> None:
         others.train(resume_from_checkpoint=str(checkpoint))
     (checkpoint / STATE_FILE).unlink()
     anew = trainer(Recorded, REWARDS, tmp_path / "anew", **changes)
-    with pytest.warns(UserWarning, match="running mean starts anew"):
+    with pytest.warns(UserWarning, match="running mean is reset"):
         anew.train(resume_from_checkpoint=str(checkpoint))
     assert float(anew._pama.batches) == 2
 

@@ -241,7 +241,7 @@ class Audited(PamaRLOOTrainer):
 
 
 def test_sum_of_losses(tmp_path: Path) -> None:
-    """Each objective is clipped by its own sign, which RLOO's loss of the combination is not."""
+    """Each objective is clipped according to its own sign, which RLOO's loss of the combination is not."""
     Audited.differences, Audited.of_the_sum = [], []
     run(
         Audited,

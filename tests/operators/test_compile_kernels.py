@@ -18,7 +18,7 @@ def test_on_the_cpu_no_kernel_is_compiled() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_error_gives_the_reason() -> None:
     with pytest.raises(
-        RuntimeError, match=r"device: expected a GPU that Triton serves, got 'cuda': .*no GPU"
+        RuntimeError, match=r"device: expected a GPU that Triton supports, got 'cuda': .*no GPU"
     ):
         pk.compile_kernels(4)
 

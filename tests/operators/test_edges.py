@@ -100,10 +100,10 @@ def test_dispatch_selects_the_first_usable_backend(monkeypatch: pytest.MonkeyPat
     assert find("cuda", "weights") is everything
     monkeypatch.setenv("PAMA_BACKEND", "broken")
     with pytest.raises(
-        RuntimeError, match=r"no backend serves 'gae'.*PAMA_BACKEND=broken.*broken: no device"
+        RuntimeError, match=r"no backend implements 'gae'.*PAMA_BACKEND=broken.*broken: no device"
     ):
         find("cuda", "gae")
-    with pytest.raises(RuntimeError, match=r"no backend serves 'gae' on device type 'mps'"):
+    with pytest.raises(RuntimeError, match=r"no backend implements 'gae' on device type 'mps'"):
         find("mps", "gae")
 
 

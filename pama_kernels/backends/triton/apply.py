@@ -257,7 +257,7 @@ class _Plan(NamedTuple):
     options: Options
     tokens: int  # of a tile
     stride: int  # of a slot
-    each: int  # programs per processor
+    each: int  # programs per SM
 
 
 @functools.cache
@@ -284,7 +284,7 @@ def _plan(
     else:
         signed = weights == SCORES and not c.NOON
         tokens = c.tile(128 if signed else 256 if by_token else 512 if statistics else 1024)
-    # The programs on one processor share its registers; more programs hide more memory latency.
+    # The programs on one SM share its registers; more programs hide more memory latency.
     simple = c.DENSE and c.LAYOUT == 0 and not counted
     few = by_token or present or by_part
     each = 8 if not statistics else 2 if few else 4 if simple and not pairs else 3

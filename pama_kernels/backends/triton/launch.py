@@ -95,7 +95,7 @@ class _Place(NamedTuple):
     """Properties of a device that every launch needs."""
 
     index: int | None  # None: not a GPU
-    processors: int
+    processors: int  # SMs
 
 
 @functools.lru_cache(maxsize=64)
@@ -108,7 +108,7 @@ def _place_of(device: torch.device) -> _Place:
 class Options(dict[str, Any]):
     """The constants of a kernel and Triton's options. Equal ones are one object, see `options_of`.
 
-    each: number of programs that share the registers of a processor.
+    each: number of programs that share the registers of an SM.
     """
 
     def __init__(self, each: int, constants: dict[str, Any]) -> None:
@@ -277,7 +277,7 @@ def compile_launches(calls: Callable[[], object]) -> int:
 
 
 def programs(device: torch.device, units: int, each: int = 2) -> int:
-    """The number of programs for `units` tiles or rows: at most `each` per processor of the GPU; a few in the
+    """The number of programs for `units` tiles or rows: at most `each` per SM of the GPU; a few in the
     interpreter."""
     most = each * _place_of(device).processors or 3
     return units if 0 < units < most else most if units > 0 else 1
