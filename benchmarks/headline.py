@@ -1,4 +1,4 @@
-"""The paper's headline, O(n) against O(n^2 d): time from n losses to their weights.
+"""Time from n losses to their weights: the paper's O(n) compared with O(n^2 d).
 
 PAMA: the weights from n advantages and the log-probabilities (`combine_advantages`, one set for the batch).
 MGDA: n gradients of all d parameters, their Gram matrix, its min-norm point.
@@ -24,7 +24,7 @@ from . import models, peers, plots
 from .harness import Session, read
 from .timing import Contestant, Missing
 
-ROWS, WIDTH = 4, 16  # answers and their tokens: few, which suits MGDA
+ROWS, WIDTH = 4, 16  # completions and their tokens: few, which suits MGDA
 LARGEST = 5e8  # elements of all gradients on a CPU, so that all benchmarks together stay within ten minutes
 RULE = pk.UPGrad()
 MODEL_N = 4  # objectives where d varies
@@ -39,7 +39,7 @@ def run(session: Session) -> None:
     device = models.device()
     session.notes += [
         "time from n losses to their weights, after a forward pass that all share and no time counts",
-        f"{ROWS} answers of {WIDTH} tokens on {device.type}; size: parameters",
+        f"{ROWS} completions of {WIDTH} tokens on {device.type}; size: parameters",
         "ratio: median over rounds of theirs over PAMA's",
         "difference, MGDA: |norm^2 of the gradient of the weighted loss - c'Mc| over c'Mc",
         "difference, PAMA: largest |c - reference|",

@@ -31,7 +31,7 @@ Parts = list[tuple[float, float]]  # microseconds of the loss with its gradient,
 
 def run(session: Session) -> None:
     session.notes += [
-        f"{ROWS} answers of {WIDTH} tokens on {models.device().type}, AdamW; size: parameters",
+        f"{ROWS} completions of {WIDTH} tokens on {models.device().type}, AdamW; size: parameters",
         "ratio of the other steps: their time over that of the step with pama_loss",
         f"{PAMA_SHARE}, {SINGLE_SHARE}: from log-probabilities to their gradient; ratio: its share",
     ]

@@ -18,7 +18,7 @@
 #endif
 
 // Each translation unit that is compiled for another instruction set names its own inline namespace, so
-// that the linker can't merge a function built for one processor with its twin built for another.
+// that the linker cannot merge a function built for one CPU with the same function built for another.
 #if !defined(PAMA_ISA)
 #define PAMA_ISA generic
 #endif

@@ -1,4 +1,4 @@
-// The scalar problem of PAMA (Theorem 1) with a unique answer:
+// The scalar problem of PAMA (Theorem 1) with a unique solution:
 //
 //     minimise over c in the simplex   1/2 (a.c)^2 + rho/2 ||c - p||^2,
 //
@@ -145,7 +145,7 @@ PAMA_HD inline void sort_values(V* v) {
 // The same if all objectives are included and p is uniform, for small N: the support then consists of the k smallest or
 // the k largest scores, so all N candidate supports are evaluated in sorted order, without a dependent loop. Mean and
 // spread of the first k scores are updated as in Welford's algorithm; the largest k that leaves its last member a
-// weight is the answer.
+// weight is the solution.
 template <class V, int N>
 PAMA_HD inline V simplex_sorted(const V* PAMA_RESTRICT a, V rho, V* PAMA_RESTRICT c) {
     const V zero = V{}, one = zero + 1;

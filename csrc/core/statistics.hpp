@@ -14,7 +14,7 @@ enum Field {
     kCount,               // tokens where the objective is present
     kBoundSum,            // I
     kBoundSquareSum,      // I^2
-    kLogprobSum,          // I * logp, the reward-weighted log-probability
+    kLogprobSum,          // I * logp
     kSurrogateSum,        // g
     kAdvantageSum,        // A'
     kAdvantageSquareSum,  // A'^2

@@ -51,9 +51,9 @@ def check_config(config: Any, carries_components: bool) -> None:
         return
     if not config.trainer.get("use_v1", True):
         _log.warning(
-            "pama: with trainer.use_v1=false the loss clips each combined advantage according to its own sign. "
-            "With noon: true this is exact; otherwise, if objectives disagree, it is exact in the first epoch "
-            "over a rollout only"
+            "pama: with trainer.use_v1=false the loss clips each combined advantage according to its own "
+            "sign. With noon: true this is exact; otherwise, if objectives disagree, only in the first epoch "
+            "over a rollout"
         )
     elif (loss := actor.policy_loss.get("loss_mode", "vanilla")) != NAME:
         raise ValueError(

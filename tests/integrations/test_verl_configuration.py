@@ -77,7 +77,7 @@ def test_vanilla_loss_is_accepted_where_it_is_exact(
     verl.check(composed(*VANILLA, "algorithm.pama.noon=true"))
     assert not caplog.records
     verl.check(composed(*VANILLA, "trainer.use_v1=false", "trainer.v1.trainer_mode=sync"))
-    assert "clips each combined advantage according to its own sign" in caplog.text
+    assert "clips each combined advantage according to its own sign." in caplog.text
 
 
 @needs_verl

@@ -182,6 +182,6 @@ def test_required_policy_loss_of_each_rule(caplog: pytest.LogCaptureFixture) -> 
         with pytest.raises(ValueError, match=r"policy_loss\.loss_mode: expected 'pama'.* got 'vanilla'"):
             trainers.check_config(configuration("vanilla", rule=rule), carries_components=True)
     trainers.check_config(configuration("vanilla", use_v1=False), carries_components=True)
-    assert "clips each combined advantage according to its own sign" in caplog.text
+    assert "clips each combined advantage according to its own sign." in caplog.text
     trainers.check_config(configuration(bound="scores"), carries_components=True)
     assert "only reflect the lengths of completions; use gram" in caplog.text

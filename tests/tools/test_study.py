@@ -293,7 +293,7 @@ def test_every_step_keeps_the_inequality_of_the_proof(rule: str) -> None:
 
 
 def test_weights_of_scores_alone_need_not_come_to_rest() -> None:
-    """Two arms, each serves one objective: every policy is stationary, yet the ascent goes to and fro."""
+    """Two arms, each serves one objective: every policy is stationary, yet the ascent oscillates."""
     rows = [theory.theorem_2("two-arms", rule, 1.0, 1, 512)[0] for rule in ("scores-r0", "scores-r0.1")]
     assert rows[0]["combined_norm"] > 0.1
     assert rows[1]["combined_norm"] < 1e-6
