@@ -75,10 +75,15 @@ def gpu(results: Path) -> str:
     ]
     shares = " | ".join(f"{float(r['ratio']):.3%}" for r in share)
     lines.append(f"| share of a policy step of {step['case']} parameters | {shares} | | 0.5% |")
-    for name, goal in (("first 3 steps", "5 s"), ("steps after them", "0")):
+    for name, shown, goal in (
+        ("first 3 steps", "first 3 steps", "5 s"),
+        ("steps after them", "later steps", "0"),
+    ):
         waits = [found("compilation waited for", "", f"{name}: {b}") for b in ("cuda", "triton")]
         cells = [f"{float(r['microseconds']) * 1e-6:.3f} s" for r in waits]
-        lines.append(f"| compilation waited for, lengths changing: {name} | {' | '.join(cells)} | | {goal} |")
+        lines.append(
+            f"| waiting for compilation, lengths changing, {shown} | {' | '.join(cells)} | | {goal} |"
+        )
     head = provenance_of(path)
     about = f"`{head['command']}`, {head['date']}, commit {head['commit']}: {head['note 1']}."
     ceiling = f"A copy of device memory moves {bandwidth:,.0f} GB/s."

@@ -63,7 +63,7 @@ def missing(rows: Iterable[Row]) -> str:
     for r in rows:
         if not r["microseconds"]:
             reasons.setdefault(r["contestant"], {})[r["note"].removeprefix("missing: ")] = None
-    return "".join(f"\n\nMissing: {name}, {'; '.join(notes)}." for name, notes in reasons.items())
+    return "".join(f"\n\nNo time for {name}: {'; '.join(notes)}." for name, notes in reasons.items())
 
 
 # --- tables ------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def of_solvers(work: str, case: str) -> Callable[[Path], str]:
             if len(of_all) > len(shown):
                 least = min(of_all, key=lambda r: float(r["ratio"]))
                 count = f"{len(of_all)} values of N from {of_all[0]['n']} to {of_all[-1]['n']}"
-                text += f"\n\n{name}, least over {count}: {times(least['ratio'])} (N={least['n']})."
+                text += f"\n\n{name}, smallest ratio over {count}: {times(least['ratio'])} (N={least['n']})."
         return text + missing(rows)
 
     return table

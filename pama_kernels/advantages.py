@@ -132,7 +132,7 @@ def combine_advantages(
 
     With `noon=True`, the trainer's own clipped loss on the result is exactly the PAMA loss. Otherwise the two
     differ only at tokens where objectives have advantages of different sign and clipping is active, so not in
-    the first epoch over a rollout. `pama_loss` is exact in all cases.
+    the first optimisation step on a rollout. `pama_loss` is exact in all cases.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or range.

@@ -52,8 +52,8 @@ def check_config(config: Any, carries_components: bool) -> None:
     if not config.trainer.get("use_v1", True):
         _log.warning(
             "pama: with trainer.use_v1=false the loss clips each combined advantage according to its own "
-            "sign. With noon: true this is exact; otherwise, if objectives disagree, only in the first epoch "
-            "over a rollout"
+            "sign. With noon: true this is exact; otherwise, if objectives disagree, only in the first "
+            "optimisation step on a rollout"
         )
     elif (loss := actor.policy_loss.get("loss_mode", "vanilla")) != NAME:
         raise ValueError(
