@@ -1,1 +1,1 @@
-"""Speed of the library beside what people use today. `python -m benchmarks --help`."""
+"""Benchmarks of the library against other implementations. `python -m benchmarks --help`."""

@@ -1,10 +1,10 @@
 """python -m benchmarks [PART ...] [--quick] [--resume] [--out DIR] | --docs
 
-Every part times our call beside its peers in one process, in interleaved rounds, after it has checked
-that they agree, and writes PART.csv and PART.png. A peer that fails or disagrees gets no time; the rest
-runs, and the command ends with the failures and exit status 1. --docs writes the tables of the
-documentation instead, from the results that are part of the repository:
-`python -m benchmarks --out benchmarks/results` makes those.
+Each part compares the results of a call of this library and of other implementations ("peers"), times them
+in interleaved rounds in one process, and writes PART.csv and PART.png. A peer that fails or disagrees gets no
+time; the other measurements go on, and the command ends with a list of failures and exit status 1. --docs
+instead writes the tables of the documentation from the results in the repository, which
+`python -m benchmarks --out benchmarks/results` creates.
 """
 
 from __future__ import annotations

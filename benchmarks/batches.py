@@ -45,12 +45,12 @@ class Batch:
 
     @property
     def objectives(self) -> Tensor:
-        """The advantages as eager code broadcasts them."""
+        """The advantages in the shape that eager code broadcasts."""
         return self.advantages.unsqueeze(1) if self.per_sequence else self.advantages
 
     @property
     def one(self) -> Tensor:
-        """The same of one objective."""
+        """The same for one objective."""
         return self.single.unsqueeze(1) if self.per_sequence else self.single
 
     @property
@@ -98,7 +98,7 @@ def batch(case: Case) -> Batch:
 
 
 def copies(size: int) -> int:
-    """So many inputs of that size that the last-level cache does not hold them."""
+    """The number of inputs of that size that exceeds the last-level cache."""
     return min(int(min(POOL_BYTES, 2 * last_level_cache()) / size), 2000) + 1
 
 

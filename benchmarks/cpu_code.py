@@ -1,8 +1,8 @@
-"""What the compiler made of the CPU kernels: `python benchmarks/cpu_code.py [MODULE]`.
+"""Counts the instructions of the compiled CPU kernels: `python benchmarks/cpu_code.py [MODULE]`.
 
-Of the main loop of each float32 kernel in MODULE (the built `_cpu`), for each instruction set: tokens in one
-turn, instructions in one turn, those that use memory, and the cycles of one turn by llvm-mca with all data in
-the first-level cache. The counts do not depend on what else runs on the machine. Needs objdump; without
+For the main loop of each float32 kernel in MODULE (the built `_cpu`) and each instruction set: tokens per
+iteration, instructions, those that access memory, and cycles according to llvm-mca with all data in the
+first-level cache. The counts do not depend on other processes. Needs objdump; without
 llvm-mca there are no cycles. Prints a table and writes benchmarks/results/cpu_code.csv.
 """
 

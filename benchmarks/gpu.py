@@ -1,10 +1,10 @@
-"""What PAMA costs on a GPU: `python -m benchmarks.gpu`, or `make bench-gpu`. Less than eight minutes.
+"""Benchmarks on a GPU: `python -m benchmarks.gpu`, or `make bench-gpu`. Less than eight minutes.
 
-`gpu_timing` times a call on the device (a replayed CUDA graph) and as a program makes it (eager); the
-last parts are a policy step of a GPT-2 124M with random weights, and what a user waits for while kernels
-compile in a run of changing lengths. GB/s are the bytes that a call has to read and write, counted from the
-shapes, over the device time. Beside them, in the same run: a copy of device memory, and an empty kernel.
-Results are compared before any timing.
+`gpu_timing` times a call on the device (a replayed CUDA graph) and as an eager call; the last parts are a
+policy step of a GPT-2 124M with random weights, and the time that a run with changing lengths waits for the
+compilation of kernels. GB/s are the bytes that a call has to read and write, counted from the shapes, divided
+by the device time. The same run measures a copy of device memory and an empty kernel for comparison. Results
+are compared before any timing.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def goals(bench: Bench) -> list[functools.partial[None]]:
 
 
 def others(bench: Bench) -> list[functools.partial[None]]:
-    """What matters most first."""
+    """The most important parts first."""
     part, quick = functools.partial, bench.quick
     found = [part(first_pass, bench, tokens, 4) for tokens in ((256,) if quick else (1 << 14, 1 << 23))]
     found += [part(whole_loss, bench, 512 if quick else 1 << 20, 4, per) for per in ("sequence", "token")]
@@ -71,7 +71,7 @@ def name_of(part: functools.partial[None]) -> str:
 
 
 def run(bench: Bench, parts: Sequence[functools.partial[None]], seconds: float) -> int:
-    """Each part; what fails or finds no time left is named, and the others run."""
+    """Runs each part; parts that fail or have no time left are reported, and the others run."""
     start, failed = perf_counter(), []
     for part in parts:
         if perf_counter() - start > seconds:
@@ -90,7 +90,7 @@ def run(bench: Bench, parts: Sequence[functools.partial[None]], seconds: float) 
 
 
 def compile_parts(count: int, arguments: Sequence[str], workers: int) -> None:
-    """Every call of the parts once, in processes side by side: the kernels are then in Triton's cache."""
+    """Every call of the parts once, in parallel processes, so that the kernels are in Triton's cache."""
     left = list(range(count))
     running: list[subprocess.Popen[bytes]] = []
     start = perf_counter()

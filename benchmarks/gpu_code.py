@@ -1,8 +1,8 @@
-"""What the compilers made of the GPU kernels, without a GPU: `python benchmarks/gpu_code.py [MODULE]`.
+"""Counts instructions of the compiled GPU kernels, without a GPU: `python benchmarks/gpu_code.py [MODULE]`.
 
-Of the CUDA kernels in MODULE (the built `_cuda`, or a .cubin): registers, and of the main loop instructions
-per token and those in local memory. Of the Triton kernels, compiled ahead of time: registers, instructions,
-barriers, seconds of compilation. Prints a table and writes benchmarks/results/gpu_code.csv.
+For the CUDA kernels in MODULE (the built `_cuda`, or a .cubin): registers, and for the main loop instructions
+per token and accesses to local memory. For the Triton kernels, compiled ahead of time: registers,
+instructions, barriers, seconds of compilation. Prints a table and writes benchmarks/results/gpu_code.csv.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def main_loop(code: list[Instruction]) -> list[Instruction]:
 
 
 def title(name: str) -> str | None:
-    """A hot kernel's name as the table has it."""
+    """The name of a frequently used kernel in the table."""
     flat = FLAT.search(name)
     if flat:
         n, pairs, full = flat.groups()

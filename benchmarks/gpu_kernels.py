@@ -1,4 +1,4 @@
-"""What the GPU benchmark times on its own: statistics, combined advantages, losses, solvers."""
+"""The calls that the GPU benchmark times separately: statistics, combined advantages, losses, solvers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ PAMA_AND_DEFAULT = (("", pk.Pama()), (", UPGrad", None))
 
 
 def weights_of(x: Inputs, rule: pk.Pama | pk.UPGrad = PAPER) -> Tensor:
-    """What `pama_loss` does before its second pass."""
+    """The part of `pama_loss` before its second pass."""
     pairs = isinstance(rule, pk.UPGrad) or rule.bound == "gram"
     noon = isinstance(rule, pk.Pama) and rule.noon
     sums = pk.objective_statistics(**x, clip_range=peers.CLIP, noon=noon, pairs=pairs)
@@ -121,7 +121,7 @@ def with_gradient(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor
 
 
 def per_sequence_loss(bench: Bench, rows: int, width: int, n: int) -> None:
-    """`Pama()` and the default rule, one advantage per sequence and objective, beside eager PPO with one."""
+    """`Pama()` and the default rule, one advantage per sequence and objective; eager PPO of one objective."""
 
     def made(seed: int) -> Inputs:
         x = inputs(rows * width, 1, bench.device, seed)
@@ -193,7 +193,7 @@ def whole_loss(bench: Bench, tokens: int, n: int, weights_per: str) -> None:
 
 
 def solvers(bench: Bench, rows: int, n: int) -> None:
-    """Rows of both weight problems; min-norm against TorchJD's MGDA where it is there (one matrix)."""
+    """Rows of both weight problems; min-norm against TorchJD's MGDA if it is installed (one matrix)."""
     g = torch.Generator(device=bench.device).manual_seed(0)
     scores = [{"x": torch.randn(rows, n, generator=g, device=bench.device)} for _ in range(4)]
     moved = 4.0 * rows * (2 * n + 1)
@@ -221,7 +221,7 @@ def solvers(bench: Bench, rows: int, n: int) -> None:
 
 
 def torchjd(grams: Sequence[Inputs]) -> list[Work]:
-    """Its loop branches on tensors, so that it waits for the device and has an eager time alone."""
+    """Its loop branches on tensors, so it waits for the device and has only an eager time."""
     try:
         from torchjd.aggregation import MGDA
     except ImportError:

@@ -1,11 +1,10 @@
-"""Timing on a GPU: what a call takes on the device, and what it takes a program that makes it.
+"""Timing on a GPU: the device time of a call, and its time as an eager call.
 
-- device: one call captured in a CUDA graph, for each set of inputs of a pool that the cache cannot hold; the
-  replays in turn, between two events. What the GPU does, without Python.
-- eager: calls one after the other as a program makes them, until the device has finished.
+- device: one call captured in a CUDA graph, for each set of inputs of a pool that exceeds the cache; the
+  graphs are replayed in turn, between two events. This is the time of the GPU without Python.
+- eager: consecutive eager calls, until the device has finished.
 
-Contestants take turns; figures are medians over rounds. On a CPU both are the time of the call itself, a dry
-run.
+Contestants alternate; times are medians over rounds. On a CPU (a dry run) both are the time of the call.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ class Bench:
         self.settle()
 
     def device_times(self, works: Sequence[Work], pool: Sequence[Inputs]) -> list[list[float]]:
-        """Microseconds of one call by each, one figure for each round."""
+        """Microseconds of one call of each contestant, one number per round."""
         replays = [[self.captured(work, x) for x in pool] for work in works]
         repeats = []
         for each in replays:  # so that one turn lasts about 20 ms
@@ -131,7 +130,7 @@ class Bench:
     def measure(
         self, what: str, case: str, n: int, tokens: int, works: Sequence[Work], pool: Sequence[Inputs]
     ) -> None:
-        """Rows of device and of eager time; the first of `works` is ours, and what ratios are to."""
+        """Rows of device and of eager time; the first of `works` is this library's, to which ratios refer."""
         if not self.timed:
             self.call_once(works, pool[0])
             return
@@ -154,7 +153,7 @@ class Bench:
 
 @contextmanager
 def chosen(backend: str | None) -> Any:
-    """Calls are served by this backend."""
+    """Calls use this backend."""
     if backend is None:
         yield
         return
@@ -172,7 +171,7 @@ def chosen(backend: str | None) -> Any:
 
 
 def available(device: torch.device) -> list[str]:
-    """The backends that serve the device, by what they say themselves."""
+    """The backends that report that they support the device."""
     if device.type != "cuda":
         return ["cpu"]
     return [name for name in BACKENDS if not isinstance(registry.load(name, "cuda"), str)]
@@ -192,7 +191,7 @@ def inputs(tokens: int, n: int, device: torch.device, seed: int) -> Inputs:
 
 
 def pool_of(make: Callable[[int], Inputs], quick: bool) -> list[Inputs]:
-    """So many different inputs that they do not fit the cache."""
+    """Enough different inputs to exceed the cache."""
     first = make(0)
     size = sum(x.numel() * x.element_size() for x in first.values())
     count = 2 if quick else max(2, min(64, int(CACHE_BYTES / size) + 1))

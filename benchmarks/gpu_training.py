@@ -1,4 +1,4 @@
-"""What the GPU benchmark times in training: a policy step, and the wait for compilation."""
+"""The training parts of the GPU benchmark: a policy step, and the wait for compilation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .timing import summary
 
 
 def policy_step(bench: Bench) -> None:
-    """PAMA's whole share of one step: what the step takes with it, less what it takes with a trivial loss."""
+    """PAMA's share of one step: the time of the step minus that with a trivial loss."""
     shape = models.CPU_SHAPES[0] if bench.quick else models.GPU_SHAPES[0]
     rows, width, n = (2, 16, 4) if bench.quick else (8, 1024, 4)
     torch.manual_seed(0)
@@ -119,7 +119,7 @@ print(json.dumps([ahead[1], *times]))
 
 
 def changing_lengths(bench: Bench) -> None:
-    """What a user waits for in a run of changing lengths, with an empty cache of compiled kernels."""
+    """The time that a run with changing lengths waits for compilation, with an empty cache of kernels."""
     if not bench.timed:
         return
     rows_out = []

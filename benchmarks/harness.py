@@ -1,4 +1,4 @@
-"""The record of one part: ours beside its peers, checked, timed, printed and written to a CSV."""
+"""One part of the benchmarks: this library and its peers, compared, timed, printed and written to a CSV."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Session:
     failures: list[str] = field(default_factory=list)
 
     def each(self, works: Sequence[Callable[[], None]]) -> None:
-        """Runs all of them with a progress bar, whichever fail, and writes the CSV."""
+        """Runs all of them with a progress bar, even if some fail, and writes the CSV."""
         for work in tqdm(works, desc=self.part, unit="case", disable=None):
             try:
                 work()
@@ -85,9 +85,9 @@ class Session:
     ) -> list[Row]:
         """Checks that the contestants agree, times them, and keeps and prints their rows.
 
-        Ours takes turns with one peer at a time: some slow down what runs after them in the same process.
-        Our own row is from the first pair. A peer that fails or disagrees has a row without a time, and is a
-        failure of the session. With `input_bytes`, those of one call, peak memory is measured too.
+        This library alternates with one peer at a time, since some peers slow down later calls in the same
+        process; its own row is from the first pair. A peer that fails or disagrees gets a row without a time
+        and counts as a failure of the session. With `input_bytes` (of one call), peak memory is measured too.
         """
         ours, *others = contestants
         assert isinstance(ours, Contestant)
@@ -152,7 +152,7 @@ class Session:
         return self.out / f"{self.part}.csv"
 
     def measured(self) -> bool:
-        """Whether the CSV there is of this command and of this commit, without changes."""
+        """Whether the existing CSV is from this command and this commit, without changes."""
         if not self.csv.exists():
             return False
         head = provenance_of(self.csv)

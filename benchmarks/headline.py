@@ -4,8 +4,8 @@ PAMA: the weights from n advantages and the log-probabilities (`combine_advantag
 MGDA: n gradients of all d parameters, their Gram matrix, its min-norm point.
 MGDA-UB: the same with gradients of the shared representation (the last hidden state).
 
-All get the same forward pass, which no time counts; both kinds of MGDA get our exact solver, so that only
-what the methods need differs. Random weights in the shape of GPT-2, one thread.
+All get the same forward pass, which is not timed; both kinds of MGDA use this library's exact solver, so that
+only the inputs of the methods differ. Random weights in the shape of GPT-2, one thread.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def gradients(losses: Sequence[Tensor], variables: Sequence[Tensor]) -> Tensor:
 
 
 def gram(rows: Tensor) -> Tensor:
-    """(n, n) on the CPU, in blocks: one float32 sum over all parameters would be far off."""
+    """(n, n) on the CPU, in blocks: a single float32 sum over all parameters is inaccurate."""
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
     for block in rows.split(BLOCK, dim=1):
         total += block.float() @ block.float().T
@@ -148,7 +148,7 @@ def tolerance() -> float:
 
 
 def settled(call: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """On a GPU, with its work done."""
+    """On a GPU, including the wait for its work."""
     if models.device().type == "cpu":
         return call
 

@@ -1,9 +1,9 @@
-"""python -m benchmarks.host_time [--backend cpu] [--calls 2000]: what an eager call costs the host.
+"""python -m benchmarks.host_time [--backend cpu] [--calls 2000]: the host time of an eager call.
 
-With a GPU: until the call returns, the kernels still running. Without one, Triton's launcher is followed down
-to a CUDA driver that does nothing (`tests/backends/null_driver.py`, on CPU tensors), which leaves out what
-torch's allocator and the real driver take. `--backend cpu`: whole calls of the native CPU backend on few
-tokens. Times are the lower quartile of single calls: others on the machine only ever add to them.
+With a GPU: the time until the call returns, while kernels still run. Without one, calls go through Triton's
+launcher to a CUDA driver that does nothing (`tests/backends/null_driver.py`, on CPU tensors), which omits the
+time of torch's allocator and of a real driver. `--backend cpu`: complete calls of the native CPU backend on
+few tokens. Times are the lower quartile of single calls, since other processes can only increase them.
 """
 
 from __future__ import annotations

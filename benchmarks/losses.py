@@ -1,4 +1,4 @@
-"""`pama_loss` with its gradient beside eager PyTorch and beside TRL's, verl's and Liger's own losses."""
+"""`pama_loss` with its gradient compared with eager PyTorch and the losses of TRL, verl and Liger."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def reference_loss(rule: str) -> Loss:
 
 
 def our_single_loss(dual_clip: float | None) -> Loss:
-    """One objective, signed: what the trainers' own losses are held against."""
+    """One objective, signed: the loss to which those of the trainers are compared."""
 
     def loss(x: Batch) -> Tensor:
         return pk.pama_loss(
@@ -111,20 +111,20 @@ def with_gradient(loss: Loss) -> Callable[[Batch], Result]:
 
 
 def apart(expected: Result, found: Result) -> float:
-    """Advantages have deviation 1 or more: the loss is compared as it is, the gradient relatively."""
+    """Advantages have deviation 1 or more: the loss is compared absolutely, the gradient relatively."""
     exact = expected[1].double()
     value = float((found[0].double() - expected[0].double()).abs())
     return max(value, float((found[1].double() - exact).norm() / exact.norm()))
 
 
 def small(case: Case, rule: str) -> Batch:
-    """Of the same kind as the case's, and small enough for the reference."""
+    """A case of the same kind, small enough for the reference."""
     tokens = (CHECKED_ROWS if rule == TOKEN_REGULARIZED else CHECKED) // case.n
     return batch(Case(min(case.tokens, tokens), case.n, case.layout, case.dtype, width=case.width))
 
 
 def ours(case: Case, rule: str, batches: list[Batch], name: str = LOSS) -> Contestant:
-    """`pama_loss`, compared with the reference where nothing else computes the same."""
+    """`pama_loss`, compared with the reference if no peer computes the same."""
     call = with_gradient(our_loss(rule))
     own = Contestant(name, call, batches, threads=case.threads)
     passes = 1 + (rule in TWO_PASSES)
@@ -141,7 +141,7 @@ def ours(case: Case, rule: str, batches: list[Batch], name: str = LOSS) -> Conte
 
 @functools.cache
 def trainer_loss(name: str) -> peers.Loss | str:
-    """The loss, or why it is not there."""
+    """The loss, or the reason why it is missing."""
     make = {TRL: peers.trl_loss, VERL: peers.verl_loss, LIGER: peers.liger_loss}[name]
     try:
         return make()
@@ -156,7 +156,7 @@ def loss(
     trainers: Sequence[str] = (),
     compiled: bool = False,
 ) -> None:
-    """Every rule beside eager PPO and the floor; the first beside the trainers' losses too."""
+    """Every rule compared with eager PPO and the floor; the first also with the trainers' losses."""
     batches = pool(case)
     first = batches[0]
     for rule in rules:
@@ -183,7 +183,7 @@ def loss(
 def beside(
     case: Case, batches: list[Batch], name: str, loss: peers.Loss, same: Loss, note: str = ""
 ) -> Contestant:
-    """A peer; `same` is what of ours computes the same."""
+    """A peer; `same` is the call of this library that computes the same."""
     objectives = name in (EAGER, COMPILED)
 
     def on(x: Batch) -> Tensor:
@@ -216,14 +216,14 @@ def trainer(case: Case, batches: list[Batch], name: str) -> Contestant | Missing
 
 
 def variants(session: Session, case: Case, rule: str, name: str, others: dict[str, tuple[Case, str]]) -> None:
-    """Ours beside ours on other inputs or with another rule, all checked."""
+    """This library on other inputs or with another rule, all checked."""
     contestants: list[Contestant | Missing] = [ours(case, rule, pool(case), name)]
     contestants += [ours(x, y, pool(x), other) for other, (x, y) in others.items()]
     session.measure("variants", f"{case.name}, {rule}", case.n, contestants, size=case.tokens)
 
 
 def nanoseconds(path: Path, case: Case, rule: str) -> plots.Series:
-    """Of each contestant, per token, against N, from the CSV."""
+    """Draws the time of each contestant per token against N, from the CSV."""
     series: plots.Series = {}
     wanted = (WORK, f"{case.name}, {rule}", str(case.tokens))
     for r in read(path):

@@ -1,4 +1,4 @@
-"""Causal language models of the shapes of GPT-2 and Llama with random weights, which no speed depends on."""
+"""Causal language models of the shapes of GPT-2 and Llama; random weights, on which speed does not depend."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def shapes(quick: bool) -> Sequence[Shape]:
 
 
 class Policy(nn.Module):
-    """The trunk's last hidden state is the shared representation; the head makes log-probabilities of it."""
+    """The trunk's last hidden state is the shared representation; the head gives log-probabilities."""
 
     def __init__(self, shape: Shape, positions: int) -> None:
         super().__init__()

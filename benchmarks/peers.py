@@ -1,7 +1,7 @@
-"""What people compute today on the tensors that `pama_loss` takes: eager PyTorch, TRL, verl, Liger.
+"""Other implementations on the tensors that `pama_loss` takes: eager PyTorch, TRL, verl, Liger.
 
-The eager functions are written with care: Noon makes the clipped loss of the combination equal to the
-combination of clipped losses, so the objectives are combined first and the rest costs as one objective.
+The eager functions are efficient ones: with Noon the clipped loss of the combination equals the combination
+of clipped losses, so the objectives are combined first and the remaining cost is that of one objective.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def eager_statistics(
 
 
 def compiled_loss(weights_per: str) -> Loss:
-    """`eager_loss` compiled, which needs a C++ compiler; compiled here, so that a failure shows here."""
+    """`eager_loss` compiled, which needs a C++ compiler; compiled here, so that an error is raised here."""
     compiled: Loss = torch.compile(eager_loss(weights_per), dynamic=False)
     _compile(compiled, torch.ones(2, 8, 2))
     return compiled
@@ -106,7 +106,7 @@ def _compile(loss: Loss, advantages: Tensor) -> None:
 
 
 class _OneProcess:
-    """What TRL's loss asks of its accelerator."""
+    """The methods of the accelerator that TRL's loss calls."""
 
     num_processes = 1
 
@@ -124,8 +124,8 @@ class _OneProcess:
 def trl_loss() -> Loss:
     """`GRPOTrainer._compute_loss` itself (loss_type "bnpo", a token mean), its metrics included.
 
-    The model is replaced by the log-probabilities it would give; its entropies, which only a metric reads, by
-    the old ones. The mask is int64, as the trainer has it.
+    The model is replaced by given log-probabilities, and its entropies, which only a metric uses, by the old
+    log-probabilities. The mask is int64, as in the trainer.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -171,7 +171,7 @@ def trl_loss() -> Loss:
 
 
 def verl_loss() -> Loss:
-    """`compute_policy_loss_vanilla` itself, its metrics included; with a dual clip, as it always has."""
+    """`compute_policy_loss_vanilla` itself, metrics and the dual clip that it always applies included."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         function = _named("verl", "verl.trainer.ppo.core_algos", "compute_policy_loss_vanilla")
@@ -196,7 +196,7 @@ def verl_loss() -> Loss:
 def liger_loss() -> Loss:
     """The loss function inside `LigerFusedLinearGRPOLoss` ("bnpo", a token mean), compiled as it compiles it.
 
-    The log-probabilities are given; advantages are (B, 1), since it takes one of each sequence.
+    The log-probabilities are given; advantages are (B, 1), since it takes one per sequence.
     """
     function = _named("liger_kernel", "liger_kernel.chunked_loss.grpo_loss", "LigerFusedLinearGRPOFunction")
     compiled = torch.compile(function.ppo_loss_fn)
@@ -217,7 +217,7 @@ def liger_loss() -> Loss:
 
 
 def _named(package: str, module: str, name: str) -> Any:
-    """From a package that may not be there, or not be importable for want of another: then ImportError."""
+    """From an optional package; ImportError if it or one of its requirements is missing."""
     try:
         return getattr(importlib.import_module(module), name)
     except Exception as error:  # TRL wraps what is missing in a RuntimeError

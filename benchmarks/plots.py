@@ -1,4 +1,4 @@
-"""Pictures from the CSVs: lines on logarithmic axes, named where they end."""
+"""Pictures from the CSVs: lines on logarithmic axes, with their names at the right end."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def figure(path: Path, panels: int) -> Iterator[Any]:
 
 
 def lines(axes: Any, series: Series, styles: Mapping[str, tuple[str, str]], gap: float = 1.36) -> None:
-    """One line for each name, in its (color, marker); names that have no style are left out.
+    """One line for each name, in its (color, marker); names without a style are left out.
 
-    At its end stands the name, up to a comma.
+    The label at the end of a line is its name up to a comma.
     """
     ends = []
     for name, points in series.items():

@@ -1,4 +1,4 @@
-"""Pools of solver inputs: interior optima, sparse supports, near ties; singular matrices apart."""
+"""Pools of solver inputs: interior optima, sparse supports, near ties; separately, singular matrices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REGULAR, SINGULAR = "regular", "singular"  # singular: duplicates, dependent gra
 
 
 def pool_size(n: int) -> int:
-    """POOL while the matrices take less than 8 MB."""
+    """POOL, or fewer if the matrices would take more than 8 MB."""
     return max(5, min(POOL, 2**20 // n**2))
 
 

@@ -1,4 +1,4 @@
-"""The min-norm problem for QP solvers: their own calls, on NumPy arrays in the form each likes best."""
+"""The min-norm problem with QP solvers: direct calls, on NumPy arrays in the form that suits each solver."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ T = TypeVar("T")
 
 
 def simplex(c: Array) -> Array:
-    """Without the infeasibility that a solver's tolerance leaves."""
+    """Removes the infeasibility within the solver's tolerance."""
     c = np.maximum(np.asarray(c, dtype=np.float64), 0)
     return c / c.sum()
 
 
 def some(pairs: Iterable[T], seconds: float = 0.2) -> Iterator[T]:
-    """As many as there is time for."""
+    """The number of matrices that fits the time."""
     end = time.monotonic() + seconds
     return itertools.takewhile(lambda _: time.monotonic() < end, pairs)
 
@@ -126,7 +126,7 @@ PEERS: dict[str, tuple[Callable[[int], Peer], str]] = {
 
 
 def wolfe_gap(pool: Sequence[Array]) -> Callable[[Contestant], float]:
-    """Of our own weights, over max M_ii."""
+    """The gap of this library's weights, divided by max M_ii."""
 
     def check(c: Contestant) -> float:
         gap = 0.0
@@ -153,7 +153,7 @@ def objective_apart(
 
 
 def contestant(name: str, n: int, pool: list[Array], optima: list[float]) -> Contestant | Missing:
-    """The peer on those matrices of the pool that it takes; how many it does not is said."""
+    """The peer on the matrices of the pool that it solves; the note has the number of the others."""
     make, note = PEERS[name]
     try:
         call, prepare, weights = make(n)

@@ -1,4 +1,4 @@
-"""What the documentation says of speed, from the CSVs, so that no figure in it is typed by hand.
+"""Writes the speed figures of the documentation from the CSVs, so that none is typed by hand.
 
 `python -m benchmarks --docs` writes `TABLES[NAME]` between `<!-- benchmark: NAME -->` and `<!-- end -->`. The
 goals are data: each names the rows of a CSV whose ratios it bounds.
@@ -23,7 +23,7 @@ MARKED = re.compile(r"(<!-- benchmark: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOT
 
 
 def fill(results: Path, root: Path = ROOT) -> None:
-    """Rewrites the marked places of the documents."""
+    """Rewrites the marked blocks of the documents."""
     for name in DOCUMENTS:
         path = root / name
         path.write_text(filled(path.read_text(encoding="utf-8"), results), encoding="utf-8")
@@ -195,7 +195,7 @@ def goals(results: Path) -> str:
 
 
 def figures(results: Path) -> str:
-    """What decides: the loss per sequence, the weights, the solvers."""
+    """The figures of the README: the loss per sequence, the weights, the solvers."""
     case: dict[str, Any] = {**MIDDLE, "case": f"{PER_SEQUENCE}, {DEFAULT}"}
     loss, ppo = (one(results, "sequence", contestant=name, **case) for name in (LOSS, losses.PPO))
     largest = max(int(r["size"]) for r in rows_of(results, "headline", contestant=headline.MGDA))

@@ -1,10 +1,11 @@
 """Advantages per sequence (B, N), the layout of GRPO and RLOO: the loss, and the combined advantage.
 
-loss: `pama_loss` and its gradient beside eager PPO, TRL's, verl's and Liger's losses of one objective.
-combine: `combine_advantages` without log-probabilities beside a read of the mask.
-variants: one and 64 objectives beside each other.
+loss: `pama_loss` and its gradient, compared with eager PPO and the losses of TRL, verl and Liger for one
+    objective.
+combine: `combine_advantages` without log-probabilities, compared with a read of the mask.
+variants: one and 64 objectives.
 
-Inputs are rotated through more memory than the last-level cache holds. One thread unless said.
+Calls rotate through inputs that together exceed the last-level cache. One thread unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def run(session: Session) -> None:
 
 
 def combine(session: Session, n: int, dtype: torch.dtype, shape: tuple[int, int] = MASK_SHAPE) -> None:
-    """With a mask of bool, or of int64 as TRL has it."""
+    """With a mask of bool, or of int64 as in TRL."""
     rows, width = shape
     g = torch.Generator().manual_seed(n)
     mask = torch.arange(width) < torch.randint(width // 2, width + 1, (rows, 1), generator=g)

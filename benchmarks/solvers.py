@@ -1,11 +1,11 @@
-"""The solvers, whole calls from Python, beside every solver that a user could pick.
+"""The solvers, complete calls from Python, compared with other solvers.
 
-scores: `pama_weights` of one row beside eager PyTorch with the same rule, TorchJD's MGDA and cvxpy.
-gram: `min_norm_weights` of one float64 matrix beside QP solvers, for every N up to 64 beside DAQP.
-upgrad: `upgrad_weights` of one float64 matrix beside TorchJD's UPGrad, for every N up to 64: with its default
-    ridge, which moves its weights, and with one that does not.
-batch: 10,000 matrices of 8 objectives beside a loop over DAQP.
-rows: a million rows of 4 scores beside a copy of as many bytes.
+scores: `pama_weights` of one row; eager PyTorch with the same rule, TorchJD's MGDA and cvxpy.
+gram: `min_norm_weights` of one float64 matrix; QP solvers, DAQP for every N up to 64.
+upgrad: `upgrad_weights` of one float64 matrix; TorchJD's UPGrad for every N up to 64, with its default ridge,
+    which changes its weights, and with one that does not.
+batch: 10,000 matrices of 8 objectives; a loop over DAQP.
+rows: a million rows of 4 scores; a copy of as many bytes.
 """
 
 from __future__ import annotations

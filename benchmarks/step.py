@@ -1,7 +1,7 @@
-"""PAMA's share of one real policy step: forward, loss, backward, optimiser.
+"""PAMA's share of one policy step: forward pass, loss, backward pass, optimiser.
 
-The same step with the single-objective loss, and with MGDA (a gradient of all parameters for each objective),
-stands beside it. Random weights in the shape of GPT-2, AdamW, one thread.
+Compared with the same step with the single-objective loss, and with MGDA (one gradient of all parameters per
+objective). Random weights in the shape of GPT-2, AdamW, one thread.
 """
 
 from __future__ import annotations

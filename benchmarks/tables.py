@@ -43,7 +43,7 @@ def duration(microseconds: str | float) -> str:
 
 
 def digits(x: float) -> str:
-    """Three of them, without an exponent."""
+    """Three digits, without an exponent."""
     if x >= 100:
         return f"{x:,.0f}"
     return f"{x:.1f}" if x >= 10 else f"{x:.2f}"
@@ -58,7 +58,7 @@ def percent(share: str | float) -> str:
 
 
 def missing(rows: Iterable[Row]) -> str:
-    """A line for each contestant that has no time somewhere, and why."""
+    """A line for each contestant without a time in some row, with the reasons."""
     reasons: dict[str, dict[str, None]] = {}
     for r in rows:
         if not r["microseconds"]:
@@ -79,7 +79,7 @@ def runs(results: Path) -> str:
 
 
 def of_losses(part: str, peers: Sequence[str]) -> Callable[[Path], str]:
-    """A line for each case: ours, the floor, and the peers' time over ours."""
+    """A line for each case: our time, the floor, and the times of the peers divided by ours."""
 
     def table(results: Path) -> str:
         rows = rows_of(results, part, work=losses.WORK)

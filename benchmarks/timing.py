@@ -1,4 +1,4 @@
-"""Who takes part in a measurement, and the interleaved timing and peak memory of their calls."""
+"""The contestants of a measurement, and the interleaved timing and peak memory of their calls."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ FLOOR = "floor"  # the time to read and write the bytes of a call, and nothing e
 class Contestant:
     """`call` does the work on one of `inputs` (the pool, in the form that this contestant takes).
 
-    `check` gives how far its results on the pool are from ours; above `tolerance` it gets no time, unless
-    it is known to be inexact (`tolerance` None): then its distance is reported.
+    `check` returns the difference of its results on the pool to ours; above `tolerance` it gets no time,
+    unless it is known to be inexact (`tolerance` None): then the difference is reported.
     """
 
     name: str
@@ -57,12 +57,12 @@ def summary(times: list[float]) -> tuple[float, float]:
 
 
 def interleaved(contestants: Sequence[Contestant], seconds: float) -> list[list[float]]:
-    """Microseconds per call of each contestant, one figure for each round, for about that long.
+    """Microseconds per call of each contestant, one number per round, for about that long.
 
-    In each round everyone has one slice of `SLICE` seconds, or of up to 20 calls where these take longer:
-    short and many, so that the median passes over slices in which another process had the core. Each comes
-    after a tenth of it untimed, since the others have left their data in the caches. The order turns from
-    round to round, and slices go on through the pool where the last one stopped.
+    In each round every contestant has one slice of `SLICE` seconds, or of up to 20 calls if these take
+    longer: slices are short and many, so that the median ignores those in which another process had the
+    core. An untimed tenth precedes each slice, since the others have left their data in the caches. The order
+    rotates from round to round, and a slice continues in the pool where the last one stopped.
     """
     slices: list[Iterator[Sequence[Any]]] = []
     round_seconds = 0.0

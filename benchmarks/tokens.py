@@ -1,11 +1,11 @@
 """Advantages per token (B, T, N), as value heads give them: the loss, and the statistics alone.
 
-loss: `pama_loss` and its gradient beside eager PPO, eager PyTorch with the same rule (also under
-    `torch.compile`), TRL's and verl's losses of one objective.
-variants: regularization 0.1 beside 0, bfloat16 beside float32.
-statistics: `objective_statistics` beside eager PyTorch.
+loss: `pama_loss` and its gradient, compared with eager PPO, eager PyTorch with the same rule (also under
+    `torch.compile`), and the losses of TRL and verl for one objective.
+variants: regularization 0.1 and 0, bfloat16 and float32.
+statistics: `objective_statistics`, compared with eager PyTorch.
 
-Inputs are rotated through more memory than the last-level cache holds. One thread unless said.
+Calls rotate through inputs that together exceed the last-level cache. One thread unless stated otherwise.
 """
 
 from __future__ import annotations

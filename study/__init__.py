@@ -1,1 +1,1 @@
-"""Does PAMA align, and whose weights should it use? `python -m study --help`."""
+"""A comparison of rules for the objectives' weights: docs/study.md. `python -m study --help`."""

@@ -69,7 +69,7 @@ class Corpus:
         self.valid_prompts = torch.tensor([p for p in held_out if p not in beginnings])
 
     def _prompts(self, encoded: list[list[int]], size: int) -> list[tuple[int, ...]]:
-        """The first tokens of the paragraphs whose first sentence goes on after them."""
+        """The first tokens of the paragraphs whose first sentence is longer than them."""
         full_stop = self.tokenizer.token_to_id(".")
         long_enough = (tuple(ids[:size]) for ids in encoded if len(ids) > size + 2)
         return [prompt for prompt in long_enough if full_stop not in prompt]

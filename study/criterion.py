@@ -1,4 +1,4 @@
-"""How the library's default rule is chosen; written before the runs that it is applied to.
+"""The criterion that selects the library's default rule; fixed before the runs to which it is applied.
 
 Among the candidates, the default is the rule that
 (1) on no problem is worse than `fixed` at equal learning rates by more than the paired 95% interval, and
@@ -8,7 +8,7 @@ In numbers: for each problem, seed and rate, the difference of the final balance
 same seed and rate; for each seed its mean over the problem's rates; over the seeds its mean m and the half
 width h of Student's 95% interval. A candidate fails (1) on a problem where m + h < 0. (2) is the mean of m
 over the problems. The held-out problem is not counted; its result is reported separately.
-Problems on which a candidate has no runs are named, not counted.
+Problems on which a candidate has no runs are reported and not counted.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ LATER = ("pretrained_gpu",)  # run after the selection, not counted in it
 
 
 def whole_seeds(rows: Sequence[Row]) -> list[Row]:
-    """Without the seeds that at some rate lack a rule, at this rate: of a part that the clock cut off."""
+    """Leaves out, at each rate, the seeds for which a rule is missing (of a part with a time limit)."""
     found: dict[tuple[float, float], set[str]] = defaultdict(set)
     for row in rows:
         if row["step"] == FINAL:

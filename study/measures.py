@@ -1,4 +1,4 @@
-"""Intervals, paired differences, and what the theorems' experiments need: fronts and min-norm points."""
+"""Intervals, paired differences, fronts and min-norm points."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def nondominated(points: ArrayLike) -> Array:
 
 
 def improvable(value: ArrayLike, vertices: ArrayLike) -> float:
-    """By how much all N values could rise at once: the distance to the front of conv(vertices).
+    """The amount by which all N values could increase at once: the distance to the front of conv(vertices).
 
     max t such that some mixture of the vertices (K, N) is at least value + t in every objective: 0 on the
     (weak) Pareto front, positive inside.
@@ -56,7 +56,7 @@ def improvable(value: ArrayLike, vertices: ArrayLike) -> float:
 
 
 def min_norm(gram: ArrayLike) -> tuple[float, Array]:
-    """min |sum_i c_i g_i| over the simplex, and c, from the Gram matrix (N, N): by quadprog, not by us."""
+    """min |sum_i c_i g_i| over the simplex, and c, from the Gram matrix (N, N), by quadprog."""
     g = np.asarray(gram, dtype=float)
     n = len(g)
     top = float(np.trace(g))

@@ -1,4 +1,4 @@
-"""The study's two pictures: whole rate curves, and gains against the KL divergence that they cost."""
+"""The study's two pictures: balance against the learning rate, and gains against KL."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def draw(f: Figures, folder: Path) -> None:
 
 
 def look(rule: str) -> dict[str, Any]:
-    """Fixed is wide and pale, so that it shows beneath rules that equal it."""
+    """Fixed is wide and pale, so that it is visible under rules that equal it."""
     colour, marker = SHOWN[rule]
     wide = {"lw": 4.5, "ms": 13, "alpha": 0.6} if rule == "fixed" else {"lw": 1.6, "ms": 6, "alpha": 0.95}
     return {"color": colour, "marker": marker, "label": label(rule), "mec": "white", "mew": 0.6} | wide
@@ -103,8 +103,8 @@ def rates(f: Figures) -> Any:
 
 
 def against_kl(f: Figures) -> Any:
-    """The gain of the reward served worst against KL: simulated problems, a point for each learning rate; a
-    language model, a point for each logged step."""
+    """The gain of the reward that gains least, against KL: for simulated problems a point per learning rate,
+    for a language model a point per logged step."""
     models = f.problems("pretrained")[:2]
     columns = len(PLANES) + len(models)
     figure, axes = plt.subplots(1, columns, figsize=(3.9 * columns, 4.4), layout="constrained", squeeze=False)

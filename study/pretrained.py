@@ -2,9 +2,9 @@
 
 A pretrained model: GRPO of SmolLM2-135M-Instruct on the three rewards of the demo, helpful, friendly and
 brief (examples/customer_service.py), paired over rules: a seed fixes the prompts and the random numbers of
-every step and of every evaluation. The loop is `combine_advantages` and `pama_loss`, one gradient step a
-rollout, no trainer around them. On a GPU (`GPU`, the part pretrained_gpu) runs are longer and more, and the
-gradients of the objectives are measured on the way.
+every step and of every evaluation. The training loop calls `combine_advantages` and `pama_loss`, with one
+gradient step per rollout and without a trainer. On a GPU (`GPU`, the part pretrained_gpu) there are more and
+longer runs, and the gradients of the objectives are measured during training.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from tqdm import tqdm
 from .pretrained_run import PART, RULES, Experiment, Log, Settings, smollm2, train
 from .store import Store
 
-# Written down before its runs. The rates: the CPU's, at which ten steps ended in templates, and a third.
-# In blocks of eight seeds, rate by rate, so that what the clock cuts off leaves whole seeds.
+# Fixed before the runs. Rates: that of the CPU, at which ten steps ended in templates, and a third of it.
+# Runs are ordered in blocks of eight seeds, rate by rate, so that a time limit leaves complete seeds.
 GPU = Settings(
     part="pretrained_gpu",
     seeds=tuple(range(32)),
@@ -65,7 +65,7 @@ def _one(job: Job, deadline: float) -> Log | None:
 
 
 def logs(experiment: Experiment, jobs: Sequence[Job], workers: int, deadline: float) -> Iterator[Log | None]:
-    """Of each run as it ends; None of one that was cut off, or that failed beside others (printed)."""
+    """The log of each run as it ends; None for a run past the deadline, or one that failed (printed)."""
     if workers <= 1:
         _begin(experiment)
         yield from (_one(job, deadline) for job in jobs)
@@ -94,7 +94,7 @@ def run(
     workers: int = 1,
     seconds: float = float("inf"),
 ) -> None:
-    """Seed by seed, so that a study that was stopped early still compares all rules."""
+    """Seed by seed, so that an interrupted study still compares all rules."""
     deadline = time.time() + seconds
     settings = settings or Settings()
     settings = settings.quick() if quick else settings

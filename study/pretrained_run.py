@@ -1,4 +1,4 @@
-"""One run of the pretrained model: its settings, its steps, and what is measured of it."""
+"""One run of the pretrained model: its settings, its steps and its measurements."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LOW, HIGH = torch.tensor(ranges.LOW[PART]), torch.tensor(ranges.HIGH[PART])
 
 @dataclass(frozen=True)
 class Settings:
-    """What every rule gets; the rewards, the temperature and the KL coefficient are the demo's."""
+    """The same for every rule; the rewards, the temperature and the KL coefficient are the demo's."""
 
     part: str = PART  # also the name of the problem
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -84,7 +84,7 @@ class Evaluation:
 
 @dataclass
 class Experiment:
-    """The model, the rewards, and what is measured of them."""
+    """The model, the rewards, and their evaluation."""
 
     settings: Settings
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -253,7 +253,7 @@ def update(
     step: int,
     seed: int,
 ) -> dict[str, Any]:
-    """One rollout and one gradient step; what is logged of it."""
+    """One rollout and one gradient step; returns the row of the log."""
     s, policy = experiment.settings, experiment.policy
     draws = uniform(len(pairs) * s.group, s.tokens, seed, step)
     rollout = policy.sample(experiment.prompts(pairs), s.group, s.tokens, draws)

@@ -76,7 +76,7 @@ QUICK = Settings(
 
 
 class Setting:
-    """The model at the start, the text and the rewards: the same for all runs."""
+    """The initial model, the text and the rewards: the same for all runs."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings = settings
@@ -89,7 +89,7 @@ class Setting:
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
-        """Fitted once, and kept beside the logs."""
+        """Fitted once, and saved in the folder of the logs."""
         if not self.file.exists():
             torch.manual_seed(0)
             policy = Policy(self.settings.shape, 1)
@@ -127,7 +127,7 @@ class Setting:
 
 
 class Run:
-    """Training under one rule, with what is measured on the way."""
+    """Training under one rule, with measurements."""
 
     def __init__(self, setting: Setting, name: str, rate: float, seed: int) -> None:
         self.setting, self.seed, s = setting, seed, setting.settings
@@ -232,7 +232,7 @@ def mean(values: list[float]) -> float:
 
 
 def run(folder: Path, quick: bool = False) -> None:
-    """Rate by rate and seed by seed, so that a study that was stopped early still compares all rules."""
+    """Rate by rate and seed by seed, so that an interrupted study still compares all rules."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = QUICK if quick else Settings()
     setting, store = Setting(settings, folder), Store(folder / f"{PART}.csv.gz")

@@ -1,4 +1,4 @@
-"""A pretrained decoder whose top layers are trained; the trunk below runs once for all that needs it.
+"""A pretrained decoder whose top layers are trained; the trunk below runs once for all uses.
 
 Sampling keeps the trunk's output. The log-probabilities under the trained layers and under their copy at the
 start then need the top layers only. Prompts run once for all their completions, and rows that have ended are

@@ -1,6 +1,6 @@
 """Raw figures: one compressed CSV for each part of the study, and a run is (part, problem, rule, rate, seed).
 
-A run's rows are appended whole, as one gzip member, so a command that was stopped goes on run by run.
+A run's rows are appended whole, as one gzip member, so an interrupted command resumes run by run.
 `step` is an integer, a point of the run's curve, or "final", one row for each run. `finish` rewrites the file
 sorted and without time stamps, so that the same figures give the same bytes.
 """
@@ -30,7 +30,7 @@ def results(part: str) -> Path:
 
 
 def local(part: str) -> Path:
-    """Where commands write unless told otherwise; not committed."""
+    """Where commands write by default; not committed."""
     return Path(__file__).parent / "local" / f"{part}.csv.gz"
 
 
@@ -49,7 +49,7 @@ def read(path: Path) -> list[Row]:
 
 
 def _whole_members(data: bytes) -> str:
-    """The text of all complete gzip members; what a killed command left unfinished is ignored."""
+    """The text of all complete gzip members; an incomplete one of an interrupted command is ignored."""
     found = []
     while data:
         member = zlib.decompressobj(wbits=31)

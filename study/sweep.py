@@ -68,7 +68,7 @@ SETTINGS: dict[str, Setting] = {
     "grpo-rare-3": _grpo(Answers((0.5, 0.5, 0.03), -0.3)),
     "held-out": _grpo(Answers((0.5, 0.95, 0.05, 0.5), -0.2, tasks=((0, 1, 2, 3), (0, 1, 2)))),
 }
-HELD_OUT = "held-out"  # run last, and looked at after everything else was fixed
+HELD_OUT = "held-out"  # run last, after everything else was fixed
 # For rules on normalised advantages bandit-3-scales is bandit-3, so it is not counted. The last two were
 # added after the selection: with two rewards, as in grpo-solved and grpo-rare, Pama on cosines equals Fixed.
 NO_VOTE = (HELD_OUT, "bandit-3-scales", "grpo-solved-3", "grpo-rare-3")
@@ -164,7 +164,7 @@ def edges(rows: Sequence[Row], problem: str) -> list[float]:
 
 
 def run(part: str, path: Path, quick: bool) -> None:
-    """The part's runs that are not there yet; the held-out problem is the last of its part."""
+    """The missing runs of the part; the held-out problem is the last of its part."""
     store = Store(path)
     for name, setting in SETTINGS.items():
         if setting.part != part:

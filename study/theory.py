@@ -75,10 +75,10 @@ def weights_of(rule: str, policy: Tensor, positive: Tensor, grads: Tensor) -> Te
 
 
 def theorem_2(problem: str, rule: str, size: float, seeds: int, steps: int) -> list[Row]:
-    """Gradient ascent on the rule's combination of Noon surrogates, with the baseline of the start.
+    """Gradient ascent on the rule's combination of Noon surrogates, with the initial baseline.
 
-    `slack` is the least of rise minus promise over the steps: the proof's inequality says that it is not
-    negative. `promised` is the sum of what was promised, which bounded rewards bound.
+    `slack` is the smallest difference, over the steps, of the increase and the lower bound in the proof,
+    which says that it is not negative. `promised` is the sum of these lower bounds.
     """
     rewards = arms_of(problem, seeds)
     runs, arms, _ = rewards.shape
@@ -122,10 +122,10 @@ def key(problem: str, rule: str, seed: int, rate: float = 1.0) -> Row:
 
 
 def theorem_1(count: int) -> list[Row]:
-    """The closed form against quadprog, and how near PAMA's weights come to the least gradient.
+    """The closed form compared with quadprog, and the gradient norm under PAMA's weights.
 
-    At random policies of random bandits: |sum c_i grad F_i| for each choice of c, over the least that any c
-    reaches; 1 is perfect.
+    At random policies of random bandits: |sum c_i grad F_i| for each choice of c, divided by its minimum over
+    c; 1 is optimal.
     """
     generator = torch.Generator().manual_seed(0)
     rows: list[Row] = []
@@ -168,9 +168,9 @@ def natural_gram(count: int) -> list[Row]:
 
 
 def agreement(count: int) -> list[Row]:
-    """On random batches of N correlated advantages, whitened, or with deviations 0.1 to 10: the least
-    Cov(A_j, Abar) / (sd(A_j) max sd(A_i)) of a rule, the least entry of Noon's Gram matrix and of the signed
-    one; with N = 2 how far the cosines' weights are from 1/2."""
+    """On random batches of N correlated advantages, whitened, or with deviations 0.1 to 10: the smallest
+    Cov(A_j, Abar) / (sd(A_j) max sd(A_i)) of a rule, the smallest entry of the Gram matrix with Noon and
+    without; with N = 2 the distance of the cosines' weights from 1/2."""
     generator = torch.Generator().manual_seed(2)
     rows: list[Row] = []
     for index in range(count):
@@ -200,8 +200,8 @@ def agreement(count: int) -> list[Row]:
 
 
 def live_group() -> list[Row]:
-    """One live group of a nearly solved reward (7 of 8 succeed) among 32, beside a reward that is live
-    everywhere: the live group's share of the squared combined advantages, equal weights."""
+    """A nearly solved reward that varies in one of 32 groups (7 of 8 succeed), and a reward that varies in
+    all: the share of that group in the squared combined advantages, with equal weights."""
     rewards = torch.zeros(32, 8, 2, dtype=torch.float64)
     rewards[..., 0] = 1.0
     rewards[0, 0, 0] = 0.0
@@ -221,7 +221,7 @@ FIRST_ORDER_RULES = ("fixed", "cosines-r0.1", "upgrad", "paper-token", "paper-ba
 
 
 def first_order(problem_name: str, rule: str, seeds: int, steps: int) -> list[Row]:
-    """Share of the steps in which some objective falls to first order: `sample` by the covariances of the
+    """Share of the steps in which some objective decreases to first order: `sample` by the covariances of the
     rollout that the weights are solved from, `exact` by the gradients of the expected rewards, `early` by
     these in the first 20 steps. Rate 0.1."""
     problem = SETTINGS[problem_name].make(seeds, [0.1])

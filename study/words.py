@@ -1,8 +1,8 @@
 """Words of a vocabulary of 8, up to 12 of them, written by a network with one hidden layer: PPO, GAE.
 
 The policy sees the position and the last word. Rewards, all at the end: information, the sum of the worths
-of the distinct words used (falling as 1/k); conciseness, 1 - length / 12; tone, a mean of the words' tones,
-where the most informative words have the lowest. Value heads are tables.
+of the distinct words used (proportional to 1/k for the k-th word); conciseness, 1 - length / 12; tone, the
+mean of the words' tones, which are lowest for the most informative words. Value heads are tables.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Words:
         return table.flatten(1).gather(1, self.index.flatten(1)).view(self.mask.shape) * self.mask
 
     def update(self, combined: Tensor) -> None:
-        """PPO's clipped loss on the combined advantages, two epochs: weights are solved once a rollout."""
+        """PPO's clipped loss on the combined advantages, two epochs: weights are solved once per rollout."""
         count = self.mask.sum((1, 2), keepdim=True)
         for _ in range(EPOCHS):
             ratio = (self._logprobs(self._log_policy()) - self.old).exp()
