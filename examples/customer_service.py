@@ -4,7 +4,7 @@
               training complaints (a completion that suits any complaint gets about 0), minus the share of
               copied word triples, minus 0.1 each if there is no "I" or "we" and no "you"
     friendly  compound score of vaderSentiment, at most 0.4; apologies count as kind, stock phrases as neutral
-    brief     8 to 18 words that end with a full stop and an end-of-text token
+    brief     8 to 18 words that end with a full stop (or ! or ?) and an end-of-text token
 
 They pull in different directions: naming the problem (broken, late, wrong) lowers friendliness, specific
 completions are longer, and kind words without content lower the other two rewards.
