@@ -22,7 +22,8 @@ from torch import Tensor
 from pama_kernels import Fixed, Pama, SoftMin, UPGrad, reference
 
 INF = math.inf
-ON_GPU = os.environ.get("PAMA_TEST_DEVICE") == "cuda"
+DEVICE = torch.device(os.environ.get("PAMA_TEST_DEVICE", "cpu"))
+ON_GPU = DEVICE.type == "cuda"
 ON_TRITON = os.environ.get("PAMA_BACKEND") == "triton"
 LAYOUTS = (
     "padded",

@@ -7,6 +7,13 @@
 #define PAMA_HD
 #endif
 
+// A function that is called at several places and compiled once on the device, where inlining it makes the code large.
+#if defined(__CUDA_ARCH__)
+#define PAMA_ONCE __noinline__
+#else
+#define PAMA_ONCE
+#endif
+
 #define PAMA_RESTRICT __restrict__
 
 #if defined(__CUDA_ARCH__) || defined(__clang__)

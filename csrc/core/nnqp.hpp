@@ -108,7 +108,7 @@ struct System {
     // Computes y on the current support. Returns false if the matrix is singular there and the solve is strict, if the
     // result is not finite (possible only for a matrix that is not positive semidefinite), or if the limit of
     // factorisations is reached.
-    PAMA_HD bool solve() {
+    PAMA_HD PAMA_ONCE bool solve() {
         if (factorisations >= most) return false;
         ++factorisations;
         if (!factorise()) return false;

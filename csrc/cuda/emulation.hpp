@@ -211,6 +211,7 @@ inline void __syncthreads() {
     pama::emulation::meet(block.waiting, block.running);
 }
 inline void __threadfence() {}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline double __shfl_xor_sync(unsigned, double value, int mask) {
     return pama::emulation::exchange(value, [mask](const double* slots, unsigned lane) { return slots[lane ^ mask]; });
 }

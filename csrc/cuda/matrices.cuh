@@ -1,4 +1,5 @@
-// Solves many min-norm or UPGrad problems, one matrix per thread, or the problem of one batch from its statistics.
+// Solves min-norm or UPGrad problems: many matrices, one per thread; few, one per block; or that of one batch, given
+// its statistics.
 #pragma once
 
 #include "entries.cuh"
@@ -50,60 +51,73 @@ __device__ inline int batch_matrix(const Solve& s, double* matrix, double* prefe
     return Problem::kNeedsMass && !(mass > 0) ? 0 : count;
 }
 
-// `active` threads of each warp solve a matrix each, so that few matrices are spread over many warps. With `active` ==
-// 1 all lanes of the warp solve one matrix together if Problem::kDivided. With `of_batch` the only matrix is that of
-// `batch`. The solver is compiled in this kernel only, since it takes long to compile.
+// Two objectives need no workspace.
 template <class Problem>
-__global__ void matrices_kernel(const Rows rows, const int active, const bool of_batch, const Solve batch) {
-    const bool together = Problem::kDivided && active == 1;
-    const int lane = threadIdx.x, own = together ? 0 : lane;
-    const int64_t slot = static_cast<int64_t>(blockIdx.x) * active + own;
-    const bool works = own < active && slot < rows.slots;
+__device__ inline void solve_two(const Rows& rows, int64_t row) {
+    double entries[4], c[2], preference[2];
+    load_matrix(rows, row, entries, preference);
+    const double optimum = Problem::solve(2, entries, preference, rows.regularization, c, nullptr);
+    for (int i = 0; i < 2; ++i) store_number(rows.weights, rows.wide, row * 2 + i, c[i]);
+    store_number(rows.optimum, rows.wide, row, optimum);
+}
+
+// `active` threads of each warp solve a matrix each, so that few matrices are spread over many warps.
+template <class Problem>
+__global__ void matrices_kernel(const Rows rows, const int active) {
+    const int64_t slot = static_cast<int64_t>(blockIdx.x) * active + threadIdx.x;
+    if (static_cast<int>(threadIdx.x) >= active || slot >= rows.slots) return;
     const int n = rows.n;
-    if (n == 2 && !of_batch) {  // without workspace, in registers
-        if (!works || (together && lane != 0)) return;
-        double entries[4], c[2], preference[2];
-        load_matrix(rows, slot, entries, preference);
-        const double optimum = Problem::solve(2, entries, preference, rows.regularization, c, nullptr, false);
-        for (int i = 0; i < 2; ++i) store_number(rows.weights, rows.wide, slot * 2 + i, c[i]);
-        store_number(rows.optimum, rows.wide, slot, optimum);
-        return;
-    }
-    double* const matrix = rows.work + (of_batch ? 0 : slot) * matrix_room<Problem>(n);
+    if (n == 2) return solve_two<Problem>(rows, slot);
+    double* const matrix = rows.work + slot * matrix_room<Problem>(n);
     double *const c = matrix + static_cast<int64_t>(n) * n, *const preference = c + n;
-    const int of_signal = of_batch ? batch_matrix<Problem>(batch, matrix, preference, c) : 0;
-    if (!works) return;
     for (int64_t row = slot; row < rows.rows; row += rows.slots) {
-        const int size = of_batch   ? of_signal
-                         : together ? load_matrix(rows, row, matrix, preference, lane, kWarp)
-                                    : load_matrix(rows, row, matrix, preference);
-        if (together) __syncwarp();
+        load_matrix(rows, row, matrix, preference);
+        const double optimum = Problem::solve(n, matrix, preference, rows.regularization, c, preference + n);
+        for (int i = 0; i < n; ++i) store_number(rows.weights, rows.wide, row * n + i, c[i]);
+        store_number(rows.optimum, rows.wide, row, optimum);
+    }
+}
+
+// Each block solves one matrix at a time; with `of_batch` the only matrix is that of `batch`.
+template <class Problem>
+__global__ void matrix_kernel(const Rows rows, const bool of_batch, const Solve batch) {
+    using Work = double[Problem::kShared];
+    PAMA_SHARED(Work, shared);
+    const int n = rows.n;
+    double* const matrix = rows.work + blockIdx.x * matrix_room<Problem>(n);
+    double *const c = matrix + static_cast<int64_t>(n) * n, *const preference = c + n;
+    for (int64_t row = blockIdx.x; row < rows.rows; row += rows.slots) {
+        const int size = of_batch ? batch_matrix<Problem>(batch, matrix, preference, c)
+                                  : load_matrix(rows, row, matrix, preference, threadIdx.x, blockDim.x);
+        __syncthreads();
         double optimum = 0;
         if (size > 0)
-            optimum = Problem::solve(size, matrix, preference, rows.regularization, c, preference + n, together);
-        if (!together || lane == 0) {
-            if (!of_batch) {
-                for (int i = 0; i < n; ++i) store_number(rows.weights, rows.wide, row * n + i, c[i]);
-                store_number(rows.optimum, rows.wide, row, optimum);
-            } else {
-                for (int i = 0, k = 0; i < n; ++i)
-                    batch.weights[i] = size == 0 ? batch.effective[i] : batch.weights[i] != 0 ? c[k++] : 0.0;
-                *batch.optimum = optimum;
-                store_rounded(batch);
-            }
+            optimum = Problem::together(size, matrix, preference, rows.regularization, c, preference + n, shared);
+        __syncthreads();
+        if (threadIdx.x == 0 && !of_batch) {
+            for (int i = 0; i < n; ++i) store_number(rows.weights, rows.wide, row * n + i, c[i]);
+            store_number(rows.optimum, rows.wide, row, optimum);
+        } else if (threadIdx.x == 0) {
+            for (int i = 0, k = 0; i < n; ++i)
+                batch.weights[i] = size == 0 ? batch.effective[i] : batch.weights[i] != 0 ? c[k++] : 0.0;
+            *batch.optimum = optimum;
+            store_rounded(batch);
         }
-        if (together) __syncwarp();
+        __syncthreads();
     }
 }
 
 template <class Problem>
 inline cudaError_t solve_matrices(const Rows& rows, int multiprocessors, cudaStream_t stream) {
-    constexpr int64_t kWarpsPerSM = 16;  // warps over which a batch of matrices is spread
+    constexpr int64_t kWarpsPerSM = 16;  // over which a batch of matrices is spread
     if (rows.rows == 0) return cudaSuccess;
     int64_t active = rows.slots / (multiprocessors * kWarpsPerSM);
-    active = active < 1 || Problem::always_together(rows.n) ? 1 : active > kWarp ? kWarp : active;
+    active = active < 1 ? 1 : active > kWarp ? kWarp : active;
+    if (rows.n > 2 && (active == 1 || Problem::always_together(rows.n)))
+        return launch(&matrix_kernel<Problem>, dim3(static_cast<unsigned>(rows.slots)), Problem::threads(rows.n),
+                      stream, rows, false, Solve{});
     const dim3 grid(static_cast<unsigned>((rows.slots + active - 1) / active));
-    return launch(&matrices_kernel<Problem>, grid, kWarp, stream, rows, static_cast<int>(active), false, Solve{});
+    return launch(&matrices_kernel<Problem>, grid, kWarp, stream, rows, static_cast<int>(active));
 }
 
 template <class Problem>
@@ -113,7 +127,7 @@ inline cudaError_t solve_batch(const Solve& batch, cudaStream_t stream) {
     rows.n = batch.n;
     rows.regularization = batch.rule.number;
     rows.work = batch.work;
-    return launch(&matrices_kernel<Problem>, dim3(1), kWarp, stream, rows, 1, true, batch);
+    return launch(&matrix_kernel<Problem>, dim3(1), Problem::threads(batch.n), stream, rows, true, batch);
 }
 
 }  // namespace cuda

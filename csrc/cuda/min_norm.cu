@@ -1,22 +1,33 @@
-#include "../core/min_norm.hpp"
 #include "launch.hpp"
 #include "matrices.cuh"
+#include "min_norm.cuh"
 
 namespace pama {
 namespace cuda {
 namespace {
 
 struct MinNorm {
-    static constexpr bool kDivided = false;
-    static bool always_together(int) { return false; }
     static constexpr bool kNeedsMass = false;  // if the preferences sum to 0, a uniform preference is used
+    static constexpr int kShared = min_norm_work(kMostByWarp);
+    static bool always_together(int) { return false; }
+    static int threads(int) { return kWarp; }
     PAMA_HD static std::size_t workspace(int n) { return min_norm_workspace(n); }
     __device__ static double entry(const double* sums, int64_t n, int64_t i, int64_t j) {
         return cosine_entry(sums, n, i, j);
     }
     __device__ static double solve(int n, const double* matrix, const double* preference, double regularization,
-                                   double* c, double* work, bool) {
+                                   double* c, double* work) {
         return min_norm_solve(n, matrix, preference, regularization, c, work).optimum;
+    }
+    // The optimum is returned to the first thread.
+    __device__ static double together(int n, const double* matrix, const double* preference, double regularization,
+                                      double* c, double* work, double* shared) {
+        double optimum = 0;
+        if (n > 2 && n <= kMostByWarp && min_norm_by_warp(n, matrix, preference, regularization, c, &optimum, shared))
+            return optimum;
+        return threadIdx.x == 0
+                   ? min_norm::solve_general(n, matrix, n, 1, preference, nullptr, regularization, c, work).optimum
+                   : 0;
     }
 };
 

@@ -107,8 +107,6 @@ py::object sequences_of(const py::object& record, const py::object& rule, const 
     s.normalize = binding::truth(asked[2]);
     s.solved = !rule.is_none();
     if (s.solved) s.rule = binding::read_rule(rule);
-    // The launch would wait for one thread to solve these.
-    if (s.solved && s.rule.kind == Kind::upgrad && p.n > kMostInRegisters) return py::none();
     Tensor zero;
     binding::read_tensor(counter, "counter", zero);
     s.counter = static_cast<unsigned*>(zero.data);

@@ -50,16 +50,26 @@ struct RowAdvantage {
     bool here, negative;
 };
 
-__device__ inline RowAdvantage row_advantage(const DeviceTokens& p, int64_t row, int64_t objective, double tokens) {
+__device__ inline bool row_present(const DeviceTokens& p, int64_t row, int64_t objective, double tokens) {
+    return objective < p.n && tokens > 0 &&
+           (!p.objective_mask ||
+            load_truth(p.objective_mask, row * p.objective_mask.row + objective * p.objective_mask.objective));
+}
+
+__device__ inline RowAdvantage row_advantage(bool here, double advantage) {
+    const double a = here ? advantage : 0;
     RowAdvantage x;
-    x.here = objective < p.n && tokens > 0;
-    if (x.here && p.objective_mask)
-        x.here = load_truth(p.objective_mask, row * p.objective_mask.row + objective * p.objective_mask.objective);
-    const double a =
-        x.here ? load_number<double>(p.advantages, row * p.advantages.row + objective * p.advantages.objective) : 0;
+    x.here = here;
     x.a = a + 0 * a;
     x.negative = x.a < 0;
     return x;
+}
+
+__device__ inline RowAdvantage row_advantage(const DeviceTokens& p, int64_t row, int64_t objective, double tokens) {
+    const bool here = row_present(p, row, objective, tokens);
+    return row_advantage(
+        here,
+        here ? load_number<double>(p.advantages, row * p.advantages.row + objective * p.advantages.objective) : 0);
 }
 
 // The advantage with Noon applied. It stays 0 rather than being skipped, so that a NaN token still gives NaN.

@@ -67,47 +67,26 @@ __device__ inline void add_items(const Terms& t, const Item* items, int count, d
 
 // --- all statistics from the sums that were added up -------------------------------------------------------
 
-__device__ inline int found(const signed char* kinds, int count, int kind) {
-    for (int k = 0; k < count; ++k)
-        if (kinds[k] == kind) return k;
-    return -1;
-}
-
 __device__ inline double field_of(const Terms& t, const double* sums, int field, int i) {
-    const int at = found(t.field, t.fields, field);
-    if (at >= 0) return sums[kTotals + at * t.n + i];
-    const auto bound = [&](int from, int otherwise) {
-        const int own = found(t.field, t.fields, from);
-        return sums[kTotals + (own >= 0 ? own : found(t.field, t.fields, otherwise)) * t.n + i];
-    };
-    switch (field) {
-        case kCount:
-            return sums[kTokenCount];
-        case kBoundSquareSum:
-            return bound(kBoundSquareSum, kAdvantageSquareSum);
-        case kBoundSum:
-        case kSurrogateSum:
-            return bound(kBoundSum, kAdvantageSum);
-        case kLogprobSum:
-            return 0 * bound(kBoundSum, kAdvantageSum);
-        default:
-            return 0;  // no token is clipped
-    }
+    const Terms::Source source = t.sources[field];
+    if (source.at < 0) return 0;
+    const double value = sums[source.at + i * source.step];
+    return source.poison ? 0 * value : value;
 }
 
 __device__ inline double pair_of(const Terms& t, const double* sums, int kind, int i, int j) {
-    const int n = t.n, table = found(t.table, t.tables, kind);
-    if (table >= 0) return sums[t.first_table() + (table * n + i) * n + j];
-    if (kind > kAdvantageProduct)  // every objective is present everywhere
+    const int n = t.n, table = t.table_at[kind];
+    if (table >= 0) return sums[table + i * n + j];
+    if (kind > kAdvantageProduct || i == j)  // every objective is present everywhere
         return field_of(t, sums,
-                        kind == kPairCount       ? kCount
-                        : kind == kPairAdvantage ? kAdvantageSum
-                                                 : kAdvantageSquareSum,
+                        kind == kBoundProduct       ? kBoundSquareSum
+                        : kind == kAdvantageProduct ? kAdvantageSquareSum
+                        : kind == kPairCount        ? kCount
+                        : kind == kPairAdvantage    ? kAdvantageSum
+                                                    : kAdvantageSquareSum,
                         i);
-    if (i == j) return field_of(t, sums, kind == kBoundProduct ? kBoundSquareSum : kAdvantageSquareSum, i);
-    const int own = found(t.product, t.products, kind), low = i < j ? i : j, high = i < j ? j : i;
-    const int product = own >= 0 ? own : 0;  // otherwise bound terms equal advantages
-    return sums[t.first_product() + product * (n * (n - 1) / 2) + low * (2 * n - 3 - low) / 2 + high - 1];
+    const int low = i < j ? i : j, high = i < j ? j : i;
+    return sums[t.product_at[kind] + low * (2 * n - 3 - low) / 2 + high - 1];
 }
 
 }  // namespace cuda

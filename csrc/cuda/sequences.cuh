@@ -5,39 +5,24 @@
 
 #include "../core/weights.hpp"
 #include "count.cuh"
-#include "sequence_terms.cuh"
-#include "upgrad.cuh"
+#include "min_norm.cuh"
+#include "sequence_rows.cuh"
 
 namespace pama {
 namespace cuda {
 
-constexpr int kSequenceThreads = limited(256);
-constexpr int kSequenceWarps = kSequenceThreads / kWarp;
-constexpr int kItems = 32;  // segments processed at a time; at least the number of warps
-static_assert(kSequenceWarps <= kItems);
-constexpr int kMostSums = kTotals + kFields * kSequenceObjectives + kSequenceObjectives * (kSequenceObjectives - 1) +
-                          (kPairs - 2) * kSequenceObjectives * kSequenceObjectives;
-constexpr int kMostStatistics =
-    kTotals + kFields * kSequenceObjectives + kPairs * kSequenceObjectives * kSequenceObjectives;
-constexpr int kSolverDoubles = 1600;
-static_assert(kSequenceWarps * kSequenceObjectives * kFields <= kSolverDoubles);
-
-struct SequenceMemory {
-    Item items[kItems];
-    unsigned parts[kItems];
-    double sums[kMostSums], statistics[kMostStatistics], solver[kSolverDoubles];
-    double preference[kSequenceObjectives], weights[kSequenceObjectives], effective[kSequenceObjectives];
-    double table[kSequenceThreads], optimum, root;
-    bool divided;  // whether the first warp solves for the weights, else the first thread
-};
-
 __device__ inline void write_statistics(const Sequences& s, const double* sums, double* statistics) {
-    const int n = s.p.n, fields = kFields * n, size = static_cast<int>(statistics_size(n, s.pairs));
-    for (int k = threadIdx.x; k < size; k += blockDim.x) {
-        const int pair = k - fields - kTotals;
-        const double value = k < fields ? field_of(s.terms, sums, k / n, k % n)
-                             : pair < 0 ? sums[k - fields]
-                                        : pair_of(s.terms, sums, pair / (n * n), pair / n % n, pair % n);
+    const unsigned n = s.p.n, fields = kFields * n, size = static_cast<unsigned>(statistics_size(n, s.pairs));
+    for (unsigned k = threadIdx.x; k < size; k += blockDim.x) {
+        double value;
+        if (k < fields) {
+            value = field_of(s.terms, sums, k / n, k % n);
+        } else if (k < fields + kTotals) {
+            value = sums[k - fields];
+        } else {
+            const unsigned row = (k - fields - kTotals) / n;
+            value = pair_of(s.terms, sums, row / n, row % n, k - fields - kTotals - row * n);
+        }
         statistics[k] = value;
         s.sums[k] = value;
     }
@@ -115,19 +100,20 @@ __device__ inline void read_items(const Sequences& s, int64_t first, int count, 
 }
 
 __device__ inline void add_share(const Sequences& s, SequenceMemory& m) {
+    const auto segments = static_cast<unsigned>(s.segments);  // 64-bit divisions are slow
     const int64_t items = s.p.rows * s.segments, block = blockIdx.x;
     const int64_t begin = block * items / s.blocks, end = (block + 1) * items / s.blocks;
     for (int k = threadIdx.x; k < s.terms.size(); k += blockDim.x) m.sums[k] = 0;
     for (int64_t first = begin; first < end; first += kItems) {
         const int count = static_cast<int>(end - first < kItems ? end - first : kItems), n = s.p.n;
         for (int k = threadIdx.x; k < count * n; k += blockDim.x)
-            m.items[k / n].x[k % n] = row_advantage(s.p, (first + k / n) / s.segments, k % n, 1);
+            m.items[k / n].x[k % n] = row_advantage(s.p, static_cast<unsigned>(first + k / n) / segments, k % n, 1);
         const int each = !s.factors && count < kSequenceWarps ? kSequenceWarps / count : 1;
         read_items(s, first, count, m, each);
         __syncthreads();
         finish_items(s, first, count, m, each);
         __syncthreads();
-        add_items(s.terms, m.items, count, m.solver, m.sums);
+        add_items(s.terms, m.items, count, m.fields, m.sums);
         __syncthreads();
     }
     double* const to = s.partials + block * s.terms.size();
@@ -136,20 +122,25 @@ __device__ inline void add_share(const Sequences& s, SequenceMemory& m) {
 
 // --- the last block ----------------------------------------------------------------------------------------
 
+// The code of the last block is short, with loops that are not unrolled: no other block of its multiprocessor has run
+// it, so its instructions come from the level-2 cache.
 __device__ inline void add_blocks(const Sequences& s, SequenceMemory& m) {
-    const int size = s.terms.size(), threads = blockDim.x, width = size < threads ? size : threads;
-    const int groups = threads / width, group = threadIdx.x / width, place = threadIdx.x % width;
-    for (int first = 0; first < size; first += width) {
-        const int k = first + place;
+    const unsigned size = s.terms.size(), threads = blockDim.x, width = size < threads ? size : threads;
+    const unsigned groups = threads / width, group = threadIdx.x / width, place = threadIdx.x % width;
+    const auto blocks = static_cast<unsigned>(s.blocks);
+    PAMA_ROLLED
+    for (unsigned first = 0; first < size; first += width) {
+        const unsigned k = first + place;
         double sum = 0;
         if (group < groups && k < size) {
-            constexpr int kTogether = 24;  // loads in flight
-            for (int64_t block = group; block < s.blocks; block += kTogether * groups) {
+            constexpr int kTogether = 12;  // loads in flight
+            PAMA_ROLLED
+            for (unsigned block = group; block < blocks; block += kTogether * groups) {
                 double own[kTogether];
                 PAMA_UNROLL
                 for (int u = 0; u < kTogether; ++u) {
-                    const int64_t at = block + u * groups;
-                    own[u] = at < s.blocks ? __ldcg(s.partials + at * size + k) : 0.0;
+                    const unsigned at = block + u * groups;
+                    own[u] = at < blocks ? __ldcg(s.partials + (at * size + k)) : 0.0;
                 }
                 PAMA_UNROLL
                 for (int u = 0; u < kTogether; ++u) sum += own[u];
@@ -158,124 +149,69 @@ __device__ inline void add_blocks(const Sequences& s, SequenceMemory& m) {
         m.table[threadIdx.x] = sum;
         __syncthreads();
         if (group == 0 && k < size) {
-            for (int g = 1; g < groups; ++g) sum += m.table[g * width + place];
+            PAMA_ROLLED
+            for (unsigned g = 1; g < groups; ++g) sum += m.table[g * width + place];
             m.sums[k] = sum;
         }
         __syncthreads();
     }
 }
 
-// Runs in one thread. Not inlined, since the solvers use all registers.
+// By one thread, what the warps do not solve: singular matrices, and objectives without a signal. Not inlined, since
+// the solvers use all registers.
 __device__ PAMA_NOINLINE void solve_matrix(const Sequences& s, SequenceMemory& m) {
     const int n = s.p.n;
-    double* const matrix = m.solver + n;
-    m.optimum = batch_matrix_weights(s.rule, n, matrix, m.preference, m.weights,
-                                     reinterpret_cast<unsigned char*>(m.solver), matrix + n * n)
-                    .optimum;
+    double *const matrix = m.solver + n, *const work = matrix + n * n;
+    auto* const present = reinterpret_cast<unsigned char*>(m.solver);
+    for (int i = 0; i < n; ++i) present[i] = m.weights[i] != 0;
+    const SolverResult result =
+        s.rule.kind == Kind::gram
+            ? min_norm::solve_general(n, matrix, n, 1, m.preference, present, s.rule.number, m.weights, work)
+            : upgrad::solve_general(n, matrix, n, 1, m.preference, present, m.weights, work, upgrad::Alone{});
+    for (int i = 0; i < n; ++i) m.weights[i] += 0 * result.optimum;  // a NaN optimum makes every weight NaN
+    m.optimum = result.optimum;
+}
+
+// Which objectives have a signal (1 in `weights`), and the preferences over those. Called by one warp.
+__device__ inline void choose_objectives(const Sequences& s, SequenceMemory& m) {
+    const int n = s.p.n, i = threadIdx.x;
+    const bool real = i < n;
+    const double p = !real ? 0 : s.preference ? s.preference[i] : 1.0 / n;
+    const bool part = real && has_signal(m.statistics, n, i, s.rule.kind == Kind::gram);
+    const double mass = warp_sum(part ? p : 0);
+    const unsigned count = __reduce_add_sync(kAllLanes, part ? 1u : 0u);
+    if (i == 0) m.count = static_cast<int>(count);
+    if (!real) return;
+    m.preference[i] = p;
+    m.weights[i] = part ? 1 : 0;
+    m.effective[i] = !(mass > 0) ? p : part ? p / mass : 0;
 }
 
 __device__ inline void solve_weights(const Sequences& s, SequenceMemory& m) {
     const int n = s.p.n;
     const bool pairs = needs_pairs(s.rule.kind);
-    for (int i = threadIdx.x; i < n; i += blockDim.x) m.preference[i] = s.preference ? s.preference[i] : 1.0 / n;
+    double *const matrix = m.solver + n, *const work = matrix + n * n;
+    if (threadIdx.x < kWarp) choose_objectives(s, m);
     if (pairs)
         for (int k = threadIdx.x; k < n * n; k += blockDim.x)
-            m.solver[n + k] = batch_entry(s.rule, m.statistics, n, k / n, k % n);
+            matrix[k] = batch_entry(s.rule, m.statistics, n, k / n, k % n);
+    if (threadIdx.x == 0) m.solved = false;
     __syncthreads();
-    if (threadIdx.x == 0) {
-        const bool some =
-            effective_preference(m.statistics, n, s.rule.kind == Kind::gram, m.preference, m.weights, m.effective);
-        int count = 0;
-        for (int i = 0; i < n; ++i) count += m.weights[i] != 0;
-        m.divided = s.rule.kind == Kind::upgrad && count == n;
-        if (!some || !pairs)
-            m.optimum = batch_vector_weights(s.rule, m.statistics, n, m.preference, m.effective, m.solver, m.solver + n,
-                                             m.weights);
-        else if (!m.divided)
-            solve_matrix(s, m);
+    if (pairs && m.count == n && n > 2) {
+        if (s.rule.kind == Kind::upgrad) {
+            const bool solved = upgrad_by_warps(n, matrix, m.preference, m.weights, &m.optimum, work);
+            if (threadIdx.x == 0) m.solved = solved;
+        } else if (threadIdx.x < kWarp) {
+            const bool solved = min_norm_by_warp(n, matrix, m.preference, s.rule.number, m.weights, &m.optimum, work);
+            if (threadIdx.x == 0) m.solved = solved;
+        }
     }
-    __syncthreads();
-    // UPGrad of objectives that all have a signal: by the first warp.
-    if (!m.divided || threadIdx.x >= kWarp) return;
-    if (!upgrad_few(n, m.solver + n, m.preference, m.weights, &m.optimum) && threadIdx.x == 0) solve_matrix(s, m);
-}
-
-// Sums of c_i A_i over positive and over negative advantages of a sequence.
-struct Signed {
-    double tokens, omega, up, down;
-};
-
-__device__ inline Signed combine_row(const Sequences& s, const SequenceMemory& m, int64_t row) {
-    const DeviceTokens& p = s.p;
-    Signed x{0, 1, 0, 0};
-    for (int64_t k = 0; k < s.segments; ++k) x.tokens += __ldcg(s.counts + row * s.segments + k);
-    if (x.tokens == 0) return x;
-    if (p.aggregation == Aggregation::seq_mean_token_mean) x.omega = 1 / x.tokens;
-    double share = p.objective_mask ? 0 : 1;
-    for (int i = 0; i < p.n; ++i) {
-        const RowAdvantage own = row_advantage(p, row, i, x.tokens);
-        if (!own.here) continue;
-        if (p.objective_mask) share += m.effective[i];
-        (own.negative ? x.down : x.up) += m.weights[i] * own.a;
-    }
-    if (p.noon) x.down = 0;
-    // Divide by the sum of the preferences of the objectives that are present.
-    const bool some = share > 0;
-    x.up = some ? x.up / share : 0 * x.up;
-    x.down = some ? x.down / share : 0 * x.down;
-    return x;
-}
-
-__device__ inline double block_sum(double value, double* table) {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-    const double sum = warp_sum(value);
-    __syncthreads();
-    if (lane == 0) table[warp] = sum;
-    __syncthreads();
-    double total = 0;
-    for (int w = 0; w < warps; ++w) total += table[w];
-    return total;
-}
-
-// The root mean square of the combined advantages; 1 if they are 0 up to rounding, since dividing would amplify
-// rounding errors, or too small for exact squares. NaN if the squares overflow.
-__device__ inline double root_of(const Sequences& s, const SequenceMemory& m, double square) {
-    const int n = s.p.n;
-    const double tokens = m.sums[kTokenCount], root = std::sqrt(square / (tokens > 0 ? tokens : 1));
-    double terms = 0;
-    for (int i = 0; i < n; ++i) {
-        const double count = m.statistics[kCount * n + i];
-        if (count > 0) terms += m.weights[i] * std::sqrt(m.statistics[kAdvantageSquareSum * n + i] / count);
-    }
-    const bool wide = s.weights.dtype == Dtype::f64;
-    const double rounding = wide ? 0x1p-52 : 0x1p-23, least = wide ? 0x1p-486 : 0x1p-126;
-    if (square == INFINITY) return NAN;
-    return root <= max_of(32 * rounding * terms, least) ? 1.0 : root;
-}
-
-// Writes the results of each sequence, which need the weights.
-__device__ inline void write_rows(const Sequences& s, SequenceMemory& m) {
-    if (!s.combined && !s.row_factors) return;
-    double squares = 0;
-    const auto each = [&](auto visit) {
-        for (int64_t row = threadIdx.x; row < s.p.rows; row += blockDim.x) visit(row, combine_row(s, m, row));
-    };
-    const auto write = [&](int64_t row, const Signed& x, double root) {
-        if (s.combined) store_number(s.combined, row, (x.up + x.down) / root);
-        if (!s.row_factors) return;
-        s.row_factors[3 * row] = x.up;
-        s.row_factors[3 * row + 1] = x.down;
-        s.row_factors[3 * row + 2] = x.tokens > 0 ? x.omega : 0;
-    };
-    each([&](int64_t row, const Signed& x) {
-        squares += x.omega * x.tokens * (x.up + x.down) * (x.up + x.down);
-        if (!s.normalize) write(row, x, 1);
-    });
-    const double square = block_sum(squares, m.table);
-    if (threadIdx.x == 0 && s.square_sum) *s.square_sum = square;
-    if (!s.normalize) return;
-    const double root = root_of(s, m, square);
-    each([&](int64_t row, const Signed& x) { write(row, x, root); });
+    if (threadIdx.x != 0 || m.solved) return;
+    if (m.count == 0 || !pairs)
+        m.optimum =
+            batch_vector_weights(s.rule, m.statistics, n, m.preference, m.effective, m.solver, matrix, m.weights);
+    else
+        solve_matrix(s, m);
 }
 
 // One kernel for all input dtypes, since the solver takes long to compile.

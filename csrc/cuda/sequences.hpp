@@ -8,7 +8,6 @@ namespace pama {
 namespace cuda {
 
 constexpr int kSequenceObjectives = 16;       // maximum: the solver uses shared memory
-constexpr int kMostInRegisters = 8;           // objectives of UPGrad that one warp solves in registers
 constexpr int64_t kSequenceRows = 1 << 16;    // maximum: one block writes the results of all sequences
 constexpr int64_t kSequenceTokens = 1 << 18;  // maximum average per block
 
@@ -20,6 +19,14 @@ struct Terms {
     bool noon = false;
     int fields = 0, products = 0, tables = 0;
     signed char field[kFields] = {}, product[2] = {}, table[3] = {};
+
+    // Where a field of objective i is among the sums: at + i step. at < 0: it is 0. poison: 0 times that sum.
+    struct Source {
+        short at = -1, step = 0;
+        bool poison = false;
+    };
+    Source sources[kFields];
+    short product_at[2] = {}, table_at[kPairs] = {};  // of pair fields; table_at < 0: not a table
 
     static Terms of(const Tokens& p, bool pairs) {
         Terms t;
@@ -36,7 +43,33 @@ struct Terms {
         if (pairs) t.product[t.products++] = kAdvantageProduct;
         for (int kind = kPairCount; pairs && presence && kind < kPairs; ++kind)
             t.table[t.tables++] = static_cast<signed char>(kind);
+        t.find_sources();
         return t;
+    }
+
+    void find_sources() {
+        const auto own = [&](int from, int otherwise = -1, bool poison = false) {
+            int found = -1;
+            for (int at = 0; at < fields; ++at)
+                if (field[at] == from || (found < 0 && field[at] == otherwise)) found = at;
+            return found < 0 ? Source{} : Source{static_cast<short>(kTotals + found * n), 1, poison};
+        };
+        for (int f = 0; f < kFields; ++f) sources[f] = own(f);
+        // Without log-probabilities bound terms are advantages, and no token is clipped.
+        if (sources[kCount].at < 0) sources[kCount] = Source{kTokenCount, 0, false};
+        sources[kBoundSquareSum] = own(kBoundSquareSum, kAdvantageSquareSum);
+        sources[kBoundSum] = own(kBoundSum, kAdvantageSum);
+        if (sources[kSurrogateSum].at < 0) sources[kSurrogateSum] = sources[kBoundSum];
+        if (sources[kLogprobSum].at < 0) sources[kLogprobSum] = own(kBoundSum, kAdvantageSum, true);
+        for (int kind = 0; kind < 2; ++kind) {
+            const bool second = products == 2 && product[1] == kind;
+            product_at[kind] = static_cast<short>(first_product() + (second ? n * (n - 1) / 2 : 0));
+        }
+        for (int kind = 0; kind < kPairs; ++kind) {
+            table_at[kind] = -1;
+            for (int k = 0; k < tables; ++k)
+                if (table[k] == kind) table_at[kind] = static_cast<short>(first_table() + k * n * n);
+        }
     }
 
     PAMA_HD int first_product() const { return kTotals + fields * n; }

@@ -6,32 +6,32 @@ namespace pama {
 namespace cuda {
 namespace {
 
-// Where each lane projects with a workspace of its own.
-PAMA_HD inline bool by_lane(int n) { return n > kMostInRegisters; }
+// Whether each lane of a warp projects with a workspace of its own.
+PAMA_HD inline bool by_lane(int n) { return n > kMostByWarp; }
 
 struct UpGrad {
-    static constexpr bool kDivided = true, kNeedsMass = true;
-    static bool always_together(int n) { return by_lane(n); }
+    static constexpr bool kNeedsMass = true;
+    static constexpr int kShared = upgrad_work(kMostByWarp);
+    static bool always_together(int n) { return n > upgrad::kLargestSmall; }
+    static int threads(int n) { return by_lane(n) ? kWarp : limited(upgrad_warps(n) * kWarp); }
     PAMA_HD static std::size_t workspace(int n) { return upgrad_workspace(n) * (by_lane(n) ? kWarp : 1); }
     __device__ static double entry(const double* sums, int64_t n, int64_t i, int64_t j) {
         return gram_entry(sums, n, i, j);
     }
-    // The optimum is returned to the first lane.
     __device__ static double solve(int n, const double* matrix, const double* preference, double, double* c,
-                                   double* work, bool together) {
-        Lanes lanes = {0, 1};
-        if (together) {
-            const int lane = threadIdx.x % kWarp;
-            double optimum;
-            if (upgrad_few(n, matrix, preference, c, &optimum)) return optimum;
-            if (by_lane(n)) {
-                lanes = {lane, kWarp};
-                work += upgrad_workspace(n) * lane;
-            } else if (lane != 0) {
-                return 0;
-            }
-        }
-        if (n == 2) return upgrad_solve(n, matrix, n, 1, preference, nullptr, c, work).optimum;
+                                   double* work) {
+        return upgrad_solve(n, matrix, n, 1, preference, nullptr, c, work).optimum;
+    }
+    // The optimum is returned to the first thread.
+    __device__ static double together(int n, const double* matrix, const double* preference, double, double* c,
+                                      double* work, double* shared) {
+        double optimum = 0;
+        if (n > 2 && !by_lane(n) && upgrad_by_warps(n, matrix, preference, c, &optimum, shared)) return optimum;
+        const int lane = threadIdx.x;
+        if (lane >= (by_lane(n) ? kWarp : 1)) return 0;
+        if (n == 2) return solve(n, matrix, preference, 0, c, work);
+        const Lanes lanes = by_lane(n) ? Lanes{lane, kWarp} : Lanes{0, 1};
+        work += by_lane(n) ? upgrad_workspace(n) * lane : 0;
         return upgrad::solve_general(n, matrix, n, 1, preference, nullptr, c, work, lanes).optimum;
     }
 };

@@ -1,9 +1,8 @@
-// UPGrad's weights of one matrix by one warp: each lane projects gradients of its own.
+// UPGrad's weights of one matrix by the warps of a block.
 #pragma once
 
 #include "../core/upgrad.hpp"
-#include "device.cuh"
-#include "sequences.hpp"
+#include "warp_system.cuh"
 
 namespace pama {
 namespace cuda {
@@ -29,77 +28,89 @@ struct Lanes {
     }
 };
 
-__device__ inline double warp_max(double value) {
-    PAMA_UNROLL
-    for (int half = kWarp / 2; half > 0; half /= 2) value = max_of(__shfl_xor_sync(kAllLanes, value, half), value);
-    return value;
+// Warps of a block that project the gradients of one matrix, and the doubles of their shared memory.
+PAMA_HD constexpr int upgrad_warps(int n) { return n <= 16 ? 8 : 4; }
+PAMA_HD constexpr int upgrad_work(int n) {
+    return n * warp_pitch(n) + 2 * n + 3 + upgrad_warps(n) * (warp_work(n) + n);
 }
 
-// n objectives, 3 <= n <= N, all with a gradient, in registers: the matrix (n, n) and the weights c as for
-// upgrad_solve. Called by all lanes of a warp. Returns, to every lane, whether the problem was solved; lane 0 writes
-// the results.
-template <int N>
-__device__ inline bool upgrad_in_registers(int n, const double* matrix, const double* preference, double* c,
-                                           double* optimum) {
-    const int lane = threadIdx.x % kWarp, i = lane < n ? lane : 0;
-    double poison = 0, mass = 0;
-    for (int j = 0; j < n; ++j) {
-        poison += 0 * matrix[i * n + j];
-        mass += preference[j];
+// The problem of core/upgrad.hpp for 2 < n <= kMostByWarp objectives, all with a gradient: upgrad::Small by the warps
+// of a block, at most upgrad_warps(n) of them; warp w projects the gradients w, w + warps and so on. matrix (n, n);
+// work: shared memory. Called by all threads of the block. Returns, to every thread, whether the problem was solved;
+// the first thread writes the results.
+__device__ inline bool upgrad_by_warps(int n, const double* matrix, const double* preference, double* c,
+                                       double* optimum, double* work) {
+    const int pitch = warp_pitch(n), given = static_cast<int>(blockDim.x) / kWarp, warp = threadIdx.x / kWarp;
+    const int warps = given < upgrad_warps(n) ? given : upgrad_warps(n);
+    double *const units = work + n * pitch, *const shares = units + n, *const flags = shares + n;  // halved, 2 x failed
+    double* const sums = flags + 3;                                                                // (warps, n)
+    WarpSystem s(n, work, sums + warps * n + (warp < warps ? warp : 0) * warp_work(n));
+    const bool first = threadIdx.x == 0, writes = s.real && s.part == 0;
+    if (warp == 0) {
+        const double entry = s.real ? matrix[s.unknown * (n + 1)] : 0, p = s.real ? preference[s.unknown] : 0;
+        double poison = 0;
+        PAMA_ROLLED
+        for (int j = 0; s.real && j < n; ++j) poison += 0 * matrix[s.unknown * n + j];
+        const double mass = s.sum(p);
+        const bool usable = !s.real || (entry > 0 && poison == 0 && mass > 0 && 0 * mass == 0);
+        const bool failed = __any_sync(kAllLanes, !usable);
+        const int odd = failed ? 0 : upgrad::exponent_of(s.largest(entry)) & 1;
+        const double halved = odd ? 0.5 : 1.0, unit = failed || !s.real ? 1 : upgrad::unit_of(entry, odd);
+        const double root = std::sqrt(unit * entry * unit * halved);
+        if (writes) {
+            units[s.unknown] = unit;
+            shares[s.unknown] = p / mass;
+            s.vector[s.unknown] = root;
+        }
+        __syncwarp();
+        PAMA_ROLLED
+        for (int j = s.part; s.real && j < n; j += s.parts)
+            work[s.unknown * pitch + j] = upgrad::scaled_entry(matrix[s.unknown * n + j], matrix[j * n + s.unknown],
+                                                               unit, units[j], halved, root * s.vector[j]);
+        __syncwarp();
+        const bool same = s.duplicates();
+        if (first) {
+            flags[0] = halved;
+            flags[1] = failed || same ? 1 : 0;
+            flags[2] = 0;
+        }
     }
-    const double own = matrix[i * n + i], largest = warp_max(own);
-    const bool usable = own > 0 && poison == 0 && mass > 0 && 0 * mass == 0;
-    if (__any_sync(kAllLanes, !usable)) return false;
-    const int odd = upgrad::exponent_of(largest) & 1;
-    const double halved = odd ? 0.5 : 1.0, unit = upgrad::unit_of(own, odd),
-                 root = std::sqrt(unit * own * unit * halved);
-    upgrad::Small<N> s;
-    double roots[N], sum[N], share = 1 / mass;
-    PAMA_UNROLL
-    for (int j = 0; j < N; ++j) {
-        s.unit[j] = __shfl_sync(kAllLanes, unit, j);
-        roots[j] = __shfl_sync(kAllLanes, root, j);
-        s.preference[j] = j < n ? preference[j] * share : 0;
-        sum[j] = lane == 0 ? s.preference[j] : 0;
-        PAMA_UNROLL
-        for (int k = 0; k <= j; ++k)
-            s.x.m(j, k) = j >= n ? (j == k ? 1.0 : 0.0)
-                                 : upgrad::scaled_entry(matrix[j * n + k], matrix[k * n + j], s.unit[j], s.unit[k],
-                                                        halved, roots[j] * roots[k]);
+    __syncthreads();
+    double sum = 0;
+    for (int own = warp; warp < warps && own < n && flags[1] == 0; own += warps) {
+        const double row = s.real ? work[own * pitch + s.unknown] : 0, share = shares[own];
+        if (share == 0) continue;
+        s.diagonal = s.real ? s.own_entry() : 1;
+        s.fixed_total = 1;
+        s.fixed_terms = work[own * (pitch + 1)];
+        s.target = -row;
+        s.inside = row < 0 ? 1 : 0;
+        bool solved = nnqp::exchange<double>(s, n, true) && !s.tied;
+        const double gradient = s.product + row, total = 1 + s.total;
+        const double least = -s.largest(s.real ? max_of(-gradient, 0.0) : 0), slack = s.sum(s.y * std::fabs(gradient));
+        solved = solved && max_of(-least / total, slack / total / total) <= nnqp::kCertified;
+        if (!solved) {
+            if (s.unknown == 0 && s.part == 0) flags[2] = 1;
+            break;
+        }
+        const double ratio = s.real ? min_of(units[s.unknown] / units[own], upgrad::kLargestRatio) : 0;
+        sum += s.y > 0 ? share * ratio * s.y : 0;
+        if (s.unknown == own) sum += share;
     }
-    double residual = 0;
-    const bool solved = s.start() && (lane >= n || s.project(lane, n, sum, &residual));
-    if (__any_sync(kAllLanes, !solved)) return false;
-    double total = 0, value = 0;
-    PAMA_UNROLL
-    for (int j = 0; j < N; ++j) {
-        sum[j] = warp_sum(sum[j]);
-        total += sum[j];
+    if (warp < warps && writes) sums[warp * n + s.unknown] = sum;
+    __syncthreads();
+    const bool solved = flags[1] == 0 && flags[2] == 0;
+    if (solved && warp == 0) {
+        double own = 0;
+        PAMA_ROLLED
+        for (int w = 0; w < warps; ++w) own += s.real ? sums[w * n + s.unknown] : 0;
+        own /= s.sum(own);
+        if (writes) c[s.unknown] = own;
+        const double x = s.real ? own / units[s.unknown] : 0, value = s.sum(x * s.row_times(x));
+        if (first) *optimum = value > 0 ? value / flags[0] : 0;
     }
-    const double inverse = 1 / total;
-    PAMA_UNROLL
-    for (int j = 0; j < N; ++j) {
-        sum[j] *= inverse;
-        if (lane == 0 && j < n) c[j] = sum[j];
-        sum[j] /= s.unit[j];
-    }
-    PAMA_UNROLL
-    for (int j = 0; j < N; ++j) {
-        double product = 0;
-        PAMA_UNROLL
-        for (int k = 0; k < N; ++k) product += s.x.m.symmetric(j, k) * sum[k];
-        value += sum[j] * product;
-    }
-    if (lane == 0) *optimum = value > 0 ? value / halved : 0;
-    return true;
-}
-
-// The same for any n up to kMostInRegisters; false for fewer than three objectives.
-__device__ PAMA_NOINLINE bool upgrad_few(int n, const double* matrix, const double* preference, double* c,
-                                         double* optimum) {
-    if (n < upgrad::kSmallestSmall || n > kMostInRegisters) return false;
-    return n <= upgrad::kLargestSmall ? upgrad_in_registers<upgrad::kLargestSmall>(n, matrix, preference, c, optimum)
-                                      : upgrad_in_registers<kMostInRegisters>(n, matrix, preference, c, optimum);
+    __syncthreads();
+    return solved;
 }
 
 }  // namespace cuda

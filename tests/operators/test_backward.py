@@ -138,6 +138,7 @@ def test_vmap_of_the_gradient_is_an_error() -> None:
         torch.func.vmap(gradient)(logprobs)
 
 
+@pytest.mark.cpu
 def test_the_jacobian_is_the_gradient() -> None:
     x = make_batch()
     jacobian = torch.func.jacrev(lambda y: pk.pama_loss(**{**x, "logprobs": y}).loss)

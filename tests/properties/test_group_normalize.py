@@ -186,11 +186,11 @@ def test_whitening_counts_sequences_by_their_tokens() -> None:
 def test_whitening_of_tiny_values_beside_an_empty_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """The empty rank's unit divided by that of the others was squared: 0 times infinity."""
     x = torch.randn(5, 3, dtype=torch.float64) * 1e-200
-    empty = torch.stack(whiten._moments(torch.zeros(4, 3).double(), torch.zeros(4, 3).double()))
 
     def gather(parts: list[Tensor], mine: Tensor, group: object) -> None:
+        nothing = mine.new_zeros(4, 3)
         parts[0].copy_(mine)
-        parts[1].copy_(empty)
+        parts[1].copy_(torch.stack(whiten._moments(nothing, nothing)))
 
     monkeypatch.setattr(torch.distributed, "all_gather", gather)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)

@@ -11,7 +11,7 @@ from _sums import sizes, sums
 from _tables import RULES, fits, loss_of
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import AGGREGATIONS, EPS32, EPS64, SUM_ERROR, make, same
+from problems import AGGREGATIONS, EPS32, EPS64, ON_GPU, SUM_ERROR, make, same
 
 import pama_kernels as pk
 from pama_kernels import Pama
@@ -84,7 +84,8 @@ def test_weights_of_the_batch_are_those_of_its_statistics(name: str, aggregation
         "fixed": lambda: (torch.full((3,), 1 / 3).double(), s.scores.mean()),
     }[name]()
     output, _ = loss_of(problem, rule=rule, **options)
-    assert torch.equal(output.statistics.scores, s.scores)
+    # on a GPU the sums with pairs are another kernel's, in another order
+    close(output.statistics.scores, s.scores, 4 * EPS32 if ON_GPU else 0)
     # the same float64 problem, stored in float32
     close(output.weights.double(), wanted[0], 2 * EPS32)
     close(output.optimum.double(), wanted[1], 8 * EPS32)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from _inputs import randn, whitened
 from _tables import BATCH, RULES, diagonal, loss_of
-from problems import EPS32, EPS64, FLOATS, make
+from problems import DEVICE, EPS32, EPS64, FLOATS, make
 
 import pama_kernels as pk
 from pama_kernels import Fixed, Pama, UPGrad, reference
@@ -53,15 +53,16 @@ def test_weights_from_statistics_equal_those_of_the_call(name: str) -> None:
     for p in (None, [1.0, 2.0, 3.0, 4.0]):
         for x in (problem, replace(problem, advantages=torch.zeros_like(problem.advantages))):
             got = pk.combine_advantages(**x.combine_arguments(False), rule=RULES[name], preference=p)
-            share = None if p is None else torch.tensor(p).double() / 10
-            solved = solve_batch(got.statistics, resolve_rule(RULES[name]), share)
-            assert torch.allclose(solved.weights, got.weights.double(), rtol=0, atol=2 * EPS32)
+            share = None if p is None else torch.tensor(p).double().to(DEVICE) / 10
+            s = pk.ObjectiveStatistics(got.statistics.buffer.to(DEVICE), 4, got.statistics.has_pairs)
+            solved = solve_batch(s, resolve_rule(RULES[name]), share)
+            assert torch.allclose(solved.weights.cpu(), got.weights.double(), rtol=0, atol=2 * EPS32)
             assert float(solved.optimum) == pytest.approx(float(got.optimum), abs=16 * EPS32)
             wanted = reference.combine_advantages(
                 **x.combine_arguments(False), rule=RULES[name], preference=p
             ).statistics
             _, _, effective = reference.batch_weights(wanted, RULES[name], p, 4)
-            assert torch.allclose(solved.preference, effective, rtol=0, atol=4 * EPS64)
+            assert torch.allclose(solved.preference.cpu(), effective, rtol=0, atol=4 * EPS64)
 
 
 @pytest.mark.parametrize("name", SOLVING)

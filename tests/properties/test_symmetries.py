@@ -12,7 +12,7 @@ from _sums import sizes, sums
 from _tables import BATCH, RULES, diagonal, loss_of, weighting
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import AGGREGATIONS, EPS32, EPS64, FLOATS, SUM_ERROR, Problem, make, solution_error
+from problems import AGGREGATIONS, EPS32, EPS64, FLOATS, ON_GPU, SUM_ERROR, Problem, make, solution_error
 from torch import Tensor
 
 import pama_kernels as pk
@@ -87,6 +87,16 @@ def test_one_objective_of_another_magnitude() -> None:
                 assert (got.weights >= 0).all()
 
 
+def same(found: list[Tensor], wanted: list[Tensor]) -> None:
+    """Bit for bit on a CPU; on a GPU other layouts are summed by other kernels, in another order."""
+    for x, y in zip(found, wanted, strict=True):
+        if ON_GPU:
+            largest = float(y.abs().max())
+            torch.testing.assert_close(x, y, rtol=0, atol=16 * EPS32 * largest, equal_nan=True)
+        else:
+            assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("name", ["cosines", "upgrad", "scores", "token"])
 def test_views_and_layouts_of_the_same_tokens_give_the_same_bits(name: str) -> None:
     problem = rough(rows=5, width=60, importance_weights=True, ref_logprobs=True)
@@ -113,8 +123,7 @@ def test_views_and_layouts_of_the_same_tokens_give_the_same_bits(name: str) -> N
         {**flat, "cu_seqlens": torch.stack([cu, cu - 7], 1)[:, 0].long()},
     )
     for form in forms:
-        for x, y in zip(results(form, **options), wanted, strict=True):
-            assert torch.equal(x, y)
+        same(results(form, **options), wanted)
 
 
 @pytest.mark.parametrize("name", ["cosines", "sequence", "token"])
@@ -126,8 +135,7 @@ def test_broadcast_inputs(name: str) -> None:
     arguments["advantages"] = arguments["advantages"][:1].expand(4, 6, 3)
     arguments["old_logprobs"] = arguments["old_logprobs"][:, :1].expand(4, 6)
     copies = {k: v.contiguous() for k, v in arguments.items()}
-    for x, y in zip(results(arguments, rule=RULES[name]), results(copies, rule=RULES[name]), strict=True):
-        assert torch.equal(x, y)
+    same(results(arguments, rule=RULES[name]), results(copies, rule=RULES[name]))
 
 
 def expanded(problem: Problem) -> Problem:
