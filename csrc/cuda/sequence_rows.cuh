@@ -7,7 +7,7 @@
 namespace pama {
 namespace cuda {
 
-constexpr int kSequenceThreads = limited(256);
+constexpr int kSequenceThreads = limited(512);
 constexpr int kSequenceWarps = kSequenceThreads / kWarp;
 constexpr int kItems = 32;  // segments processed at a time; at least the number of warps
 static_assert(kSequenceWarps <= kItems);
@@ -25,13 +25,14 @@ struct SequenceMemory {
         struct {
             Item items[kItems];
             unsigned parts[kItems];
-            double fields[kSequenceWarps * kSequenceObjectives * kFields];
+            double fields[kFieldWarps * kSequenceObjectives * kFields];
         };
-        double solver[kSolverDoubles];  // once the items are done
+        double table[kSequenceThreads];  // once the items are done
+        double solver[kSolverDoubles];
     };
     double sums[kMostSums], statistics[kMostStatistics];
     double preference[kSequenceObjectives], weights[kSequenceObjectives], effective[kSequenceObjectives];
-    double table[kSequenceThreads], optimum;
+    double optimum;
     int count;    // objectives with a signal
     bool solved;  // by warps; else the first thread solves
 };

@@ -24,10 +24,14 @@ __device__ inline double pair_term(const Item& item, int kind, int i, int j, boo
     return valid * value * (y.here ? 1 : 0);  // a NaN gives NaN whether or not j is present
 }
 
-// The fields of every objective over the items of each warp, [warp][objective][field].
-__device__ inline void add_fields(const Terms& t, const Item* items, int count, double* fields) {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-    if (lane >= t.n) return;
+constexpr int kFieldWarps = 8;  // at most
+
+// The fields of every objective over the items of each of the first warps, [warp][objective][field]. Returns their
+// number.
+__device__ inline int add_fields(const Terms& t, const Item* items, int count, double* fields) {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, all = blockDim.x / kWarp;
+    const int most = all < kFieldWarps ? all : kFieldWarps, warps = count < most ? count : most;
+    if (lane >= t.n || warp >= warps) return warps;
     double sums[kFields] = {};
     for (int item = warp; item < count; item += warps) {
         const RowAdvantage& x = items[item].x[lane];
@@ -35,11 +39,11 @@ __device__ inline void add_fields(const Terms& t, const Item* items, int count, 
     }
     PAMA_UNROLL
     for (int f = 0; f < kFields; ++f) fields[(warp * t.n + lane) * kFields + f] = sums[f];
+    return warps;
 }
 
 __device__ inline void add_items(const Terms& t, const Item* items, int count, double* fields, double* sums) {
-    const int n = t.n, triangle = n * (n - 1) / 2, warps = blockDim.x / kWarp;
-    add_fields(t, items, count, fields);
+    const int n = t.n, triangle = n * (n - 1) / 2, warps = add_fields(t, items, count, fields);
     __syncthreads();
     for (int k = threadIdx.x; k < t.size(); k += blockDim.x) {
         double sum = 0;

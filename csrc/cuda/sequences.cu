@@ -22,7 +22,7 @@ bool plan_sequences(const DeviceTokens& p, bool pairs, int multiprocessors, Sequ
     s.pairs = pairs;
     s.factors = factors;
     if (factors && p.aggregation != Aggregation::seq_mean_token_mean) {  // which needs whole sequences
-        const int64_t wanted = 8 * int64_t{multiprocessors} / p.rows, most = tokens / (p.rows * 8 * kWarp);
+        const int64_t wanted = int64_t{kSequenceWarps} * multiprocessors / p.rows, most = tokens / (p.rows * 8 * kWarp);
         s.segments = least(wanted, most);
         s.segments = s.segments < 1 ? 1 : s.segments;
     }

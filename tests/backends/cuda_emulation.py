@@ -31,7 +31,7 @@ def build(folder: Path) -> Path:
 
     target = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     command = ["c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    command += ["-DPAMA_CUDA_EMULATION=1", "-DPAMA_CUDA_THREADS=32", f"-I{ROOT / 'csrc'}"]
+    command += ["-DPAMA_CUDA_EMULATION=1", "-DPAMA_CUDA_THREADS=64", f"-I{ROOT / 'csrc'}"]
     command += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     command += ["-x", "c++", *(str(ROOT / "csrc" / "cuda" / name) for name in SOURCES), "-o", str(target)]
     subprocess.run(command, check=True)
