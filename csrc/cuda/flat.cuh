@@ -216,15 +216,16 @@ __device__ inline bool add_flat(const FlatTokens& x, const FlatClip& clip, int f
     unsigned tokens = 0, positive = 0, clipped = 0;  // the last two are for the objective lane % 4
     bool held = true;
     float poison = 0;
-    FourTokens<G> next = {};  // loaded while the tokens before it are added
-    if (group - lane < x.groups) next = load_tokens<G, Full>(x, first, group);
+    constexpr bool kAhead = Full && !Pairs;  // load tokens while those before them are added; else registers spill
+    FourTokens<G> next = {};
+    if (kAhead && group - lane < x.groups) next = load_tokens<G, Full>(x, first, group);
     for (unsigned leader = group - lane; leader < x.groups;) {
         float sums[F::kAll] = {};
         unsigned counts[G] = {}, advantage_bits[G] = {}, bound_bits[G] = {}, chunk_tokens = 0;
         PAMA_ROLLED
         for (int step = 0; step < kFlatSteps && leader < x.groups; ++step, leader += x.stride) {
-            const FourTokens<G> t = next;
-            if (leader + x.stride < x.groups) next = load_tokens<G, Full>(x, first, leader + x.stride + lane);
+            const FourTokens<G> t = kAhead ? next : load_tokens<G, Full>(x, first, leader + lane);
+            if (kAhead && leader + x.stride < x.groups) next = load_tokens<G, Full>(x, first, leader + x.stride + lane);
             PAMA_UNROLL
             for (int u = 0; u < kTogether; ++u) {
                 const bool valid = t.valid(u);

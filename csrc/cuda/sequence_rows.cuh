@@ -20,13 +20,15 @@ constexpr int kThreadSolver = 1300;                             // workspace of 
 constexpr int kSolverDoubles =
     kSequenceObjectives * (kSequenceObjectives + 1) + (kWarpSolvers > kThreadSolver ? kWarpSolvers : kThreadSolver);
 
+struct Share {  // of a block, some segments at a time
+    Item items[kItems];
+    unsigned parts[kItems];
+    double fields[kFieldWarps * kSequenceObjectives * kFields];
+};
+
 struct SequenceMemory {
     union {
-        struct {
-            Item items[kItems];
-            unsigned parts[kItems];
-            double fields[kFieldWarps * kSequenceObjectives * kFields];
-        };
+        Share share;
         double table[kSequenceThreads];  // once the items are done
         double solver[kSolverDoubles];
     };

@@ -44,7 +44,7 @@ __device__ inline void count_items(const Sequences& s, int64_t first, int count,
         else if (lane == 0 && unit % each == 0)
             own = static_cast<unsigned>(length);
         const unsigned sum = __reduce_add_sync(kAllLanes, own);
-        if (lane == 0) m.parts[unit] = sum;
+        if (lane == 0) m.share.parts[unit] = sum;
     }
 }
 
@@ -63,8 +63,8 @@ __device__ inline void sum_items(const Sequences& s, int64_t first, int count, S
             add_segment<double, F32>(s.p, row, begin, end, all);
         }
         const double sum = transposed_sums(all, lane);
-        if (lane < kRowStatistics) m.items[item].factors.values[lane] = sum;
-        if (lane == kValid) m.parts[item] = static_cast<unsigned>(sum);
+        if (lane < kRowStatistics) m.share.items[item].factors.values[lane] = sum;
+        if (lane == kValid) m.share.parts[item] = static_cast<unsigned>(sum);
     }
 }
 
@@ -75,11 +75,11 @@ __device__ inline void finish_items(const Sequences& s, int64_t first, int count
     for (int k = threadIdx.x; k < count * n; k += blockDim.x) {
         const int item = k / n, i = k % n;
         unsigned tokens = 0;
-        for (int part = 0; part < each; ++part) tokens += m.parts[item * each + part];
-        if (tokens == 0) m.items[item].x[i] = {0, false, false};
+        for (int part = 0; part < each; ++part) tokens += m.share.parts[item * each + part];
+        if (tokens == 0) m.share.items[item].x[i] = {0, false, false};
         if (i != 0) continue;
         s.counts[first + item] = tokens;
-        RowFactors& f = m.items[item].factors;
+        RowFactors& f = m.share.items[item].factors;
         f.tokens = tokens;
         PAMA_UNROLL
         for (int v = 0; v < kRowStatistics; ++v)
@@ -107,13 +107,14 @@ __device__ inline void add_share(const Sequences& s, SequenceMemory& m) {
     for (int64_t first = begin; first < end; first += kItems) {
         const int count = static_cast<int>(end - first < kItems ? end - first : kItems), n = s.p.n;
         for (int k = threadIdx.x; k < count * n; k += blockDim.x)
-            m.items[k / n].x[k % n] = row_advantage(s.p, static_cast<unsigned>(first + k / n) / segments, k % n, 1);
+            m.share.items[k / n].x[k % n] =
+                row_advantage(s.p, static_cast<unsigned>(first + k / n) / segments, k % n, 1);
         const int each = !s.factors && count < kSequenceWarps ? kSequenceWarps / count : 1;
         read_items(s, first, count, m, each);
         __syncthreads();
         finish_items(s, first, count, m, each);
         __syncthreads();
-        add_items(s.terms, m.items, count, m.fields, m.sums);
+        add_items(s.terms, m.share.items, count, m.share.fields, m.sums);
         __syncthreads();
     }
     double* const to = s.partials + block * s.terms.size();

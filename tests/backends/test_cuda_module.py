@@ -17,7 +17,7 @@ import torch
 
 from pama_kernels._call import Kind, Rule, WeightsPer
 
-SOLVERS = ("matrices_kernel", "sequences_kernel")
+SOLVERS = ("matrices_kernel", "matrix_kernel", "sequences_kernel")
 ARCHITECTURES = re.compile(r"\d+")
 
 
@@ -84,5 +84,6 @@ def test_no_kernel_spills() -> None:
         if any(kernel in name for kernel in SOLVERS):  # printed only: their solvers take all registers
             continue
         assert local == 0, f"{name} spills on {place}"
-        most = 64 if "flat_kernel" in name else 0  # the frame of a call out of line
+        # the frame of a call out of line; two numbers kept outside the main loop (benchmarks/gpu_code.py)
+        most = 64 if "flat_kernel" in name else 16 if "row_sums_kernel" in name else 0
         assert stack <= most, f"{name} has a stack of {stack} bytes on {place}"

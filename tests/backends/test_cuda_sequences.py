@@ -99,8 +99,7 @@ def test_combined_advantages_in_one_launch(mask: torch.dtype | None, normalize: 
             launches, x = _launches(
                 functools.partial(pk.combine_advantages, problem.advantages, given, **asked)
             )
-            # UPGrad of more than 8 objectives is solved in a launch of its own, by more threads.
-            assert launches == 1 or (n > 8 and isinstance(rule, pk.UPGrad))
+            assert launches == 1
             y = reference.combine_advantages(problem.advantages, given, **asked)
             near: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False}
             if getattr(rule, "regularization", 1.0) > 0:
