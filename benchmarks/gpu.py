@@ -48,6 +48,7 @@ def goals(bench: Bench) -> list[functools.partial[None]]:
         part(first_pass, bench, 1024 if quick else 1 << 20, 4),
         part(first_pass, bench, 2048 if quick else 1 << 26, 4),
         part(combine, bench, rows, width, 8),
+        part(combine, bench, rows, 16 if quick else 128, 32),
         part(per_sequence_loss, bench, rows, width, 8),
         part(whole_loss, bench, 512 if quick else 1 << 20, 4, "batch"),
         part(policy_step, bench),
