@@ -17,10 +17,13 @@ inline double square_sum(const T* x, int64_t count, T sum) {
     return exact;
 }
 
+// Where the objective weights of a tile are: `fixed` (n), those of each token in w.c, or applied already (Noon), so
+// that w.combined contains sum_i c_i max(A_i, 0).
+enum class Weighting { fixed, own, applied };
+
 // Computes combined advantages, gradient and loss of one tile. omega: the weight of each of its tokens. Objective
-// weights are `fixed` (n) or, if Own, those of each token in w.c; they are multiplied by `shares` (one per token, or
-// null). NaN weights do not affect masked tokens.
-template <bool Noon, bool Own, class T, class V = typename Lanes<T>::V>
+// weights are multiplied by `shares` (one per token, or null). NaN weights do not affect masked tokens.
+template <bool Noon, Weighting Weights, class T, class V = typename Lanes<T>::V>
 inline void apply_weights(const Pass& pass, const Workspace<T>& w, int64_t first, double omega, const T* fixed,
                           const T* shares, Partial& partial) {
     const Tile<T> tile = w.tile;
@@ -39,10 +42,11 @@ inline void apply_weights(const Pass& pass, const Workspace<T>& w, int64_t first
     V sums[2] = {};
     for (int64_t t = 0; t < tile.padded; t += Lanes<T>::count) {
         V up = zero, down = zero;
-        for (int i = 0; i < n; ++i) {
+        if constexpr (Weights == Weighting::applied) up = load<V>(combined + t);
+        for (int i = 0; i < n && Weights != Weighting::applied; ++i) {
             if (first_pass) prefetch(tile.ahead.at(t, i));
-            const V a = load<V>(tile.advantages + i * kTileTokens + t), positive = a < 0 ? zero : a;
-            const V weight = Own ? load<V>(own + i * kTileTokens + t) : zero + fixed[i];
+            const V a = load<V>(tile.advantages + i * tile.stride + t), positive = max_of(zero, a);
+            const V weight = Weights == Weighting::own ? load<V>(own + i * tile.stride + t) : zero + fixed[i];
             up += weight * positive;
             if constexpr (!Noon) down += weight * (a - positive);
         }
@@ -74,22 +78,30 @@ inline void apply_weights(const Pass& pass, const Workspace<T>& w, int64_t first
     if (outputs.advantages) partial.square += omega * square_sum(combined, tile.padded, result[1]);
 }
 
-// Computes and stores the results of one tile. fixed (n): objective weights of all its tokens, or null to use w.c.
-// divisor (n): the preference; the weights of a token are divided by its sum over the objectives present there. Null:
-// no division.
+// Computes and stores the results of one tile. fixed (n): objective weights of all its tokens, or null to use w.c or,
+// if `applied`, w.combined. divisor (n): the preference; the weights of a token are divided by its sum over the
+// objectives present there. Null: no division.
 template <class T>
 inline void apply_tile(const Pass& pass, Workspace<T>& w, int64_t first, double omega, const T* fixed, const T* divisor,
-                       Partial& partial) {
+                       Partial& partial, bool applied = false) {
     const T* shares = nullptr;
     if (divisor && w.tile.present) {
         presence_shares(w.tile, pass.tokens.n, divisor, w.shares);
         shares = w.shares;
     }
-    const auto results = pass.tokens.noon ? (fixed ? apply_weights<true, false, T> : apply_weights<true, true, T>)
-                                          : (fixed ? apply_weights<false, false, T> : apply_weights<false, true, T>);
+    constexpr Weighting known = Weighting::fixed, own = Weighting::own;
+    const auto results = applied            ? apply_weights<true, Weighting::applied, T>
+                         : pass.tokens.noon ? (fixed ? apply_weights<true, known, T> : apply_weights<true, own, T>)
+                                            : (fixed ? apply_weights<false, known, T> : apply_weights<false, own, T>);
     results(pass, w, first, omega, fixed, shares, partial);
     if (pass.outputs.advantages) store_values(pass.outputs.advantages, first, w.tile.count, w.combined);
     if (pass.outputs.gradient) store_values(pass.outputs.gradient, first, w.tile.count, w.gradient);
+}
+
+// The results of tokens that are masked.
+inline void store_masked(const Pass& pass, int64_t first, int64_t count) {
+    store_zeros(pass.outputs.advantages, first, count);
+    store_zeros(pass.outputs.gradient, first, count);
 }
 
 // Computes the weights c (n) of a row from its own sums, or loads given ones. Returns the optimum. work: 3 n doubles.
@@ -113,20 +125,23 @@ template <class T>
 inline void apply_row(const Pass& pass, int64_t row, Workspace<T>& w, Partial& partial) {
     const Tokens& tokens = pass.tokens;
     const int n = tokens.n;
-    const int64_t first = tokens.begin(row), last = tokens.begin(row + 1), step = tile_tokens(n);
+    const int64_t first = tokens.begin(row), last = tokens.begin(row + 1);
     const double omega = pass.token_weight(row);
-    const bool need_ref = pass.outputs.kl_coef != 0, one_tile = last - first <= step;
+    const bool need_ref = pass.outputs.kl_coef != 0;
+    int64_t tiles = 0;
     double* sums = w.sums;
     const int64_t size = statistics_size(n, false);
     for (int64_t k = 0; k < size; ++k) sums[k] = 0;
-    for_each_tile(tokens, nullptr, first, last, [&](int64_t at, int64_t count, double) {
-        load_tile(tokens, at, count, need_ref, w.tile, w.arena);
+    const auto add = [&](int64_t at, int64_t count, int64_t next, double) {
+        load_tile(tokens, at, count, next, need_ref, w.tile, w.arena);
+        ++tiles;
         const bool pairs = partial.sums && pass.outputs.pairs;
         with_fields(tokens, w, at, pairs, [&](const auto& tile) {
             add_fields(tokens, tile, 1.0, sums);
             if (pairs) add_pairs(tokens, tile, omega, partial.sums);
         });
-    });
+    };
+    for_each_tile(tokens, nullptr, first, last, add, [](int64_t, int64_t) {});
     for (int64_t k = 0; partial.sums && k < size; ++k) partial.sums[k] += omega * sums[k];
     double* c = w.row + 3 * n;
     row_weights(pass, row, sums, c, w.row);
@@ -135,10 +150,12 @@ inline void apply_row(const Pass& pass, int64_t row, Workspace<T>& w, Partial& p
         w.weights[i] = static_cast<T>(c[i]);
         w.divisor[i] = static_cast<T>(w.row[i]);
     }
-    for_each_tile(tokens, nullptr, first, last, [&](int64_t at, int64_t count, double) {
-        if (!one_tile) load_tile(tokens, at, count, need_ref, w.tile, w.arena);
+    const auto apply = [&](int64_t at, int64_t count, int64_t next, double) {
+        if (tiles > 1) load_tile(tokens, at, count, next, need_ref, w.tile, w.arena);
         apply_tile(pass, w, at, omega, w.weights, pass.known ? nullptr : w.divisor, partial);
-    });
+    };
+    for_each_tile(tokens, nullptr, first, last, apply,
+                  [&](int64_t at, int64_t count) { store_masked(pass, at, count); });
 }
 
 PAMA_END

@@ -45,7 +45,7 @@ inline bool direct_chunk(const Chunk<float>& in, const ClipIn<float>& clip, int6
             V v[N];
             load_columns<N, ahead>(Format{}, a + t * n + block, row, v);
             for (int i = 0; i < N; ++i) {
-                const V weight = zero + c[block + i], positive = v[i] < 0 ? zero : v[i];
+                const V weight = zero + c[block + i], positive = max_of(zero, v[i]);
                 up += weight * positive;
                 if constexpr (Noon)
                     poison += zero * v[i];
@@ -113,24 +113,27 @@ inline void direct_pass(const Pass& pass, int64_t first, int64_t last, Workspace
                      : dtype == Dtype::f16 ? direct_chunk_of<Float16>(tokens)
                                            : direct_chunk_of<Native<float>>(tokens);
     const int64_t step = tile_tokens(tokens.n);
+    const LiveTokens live(tokens);
     ChunkBuffers<float> buffers;
     for_each_segment(tokens, first, last - first, [&](int64_t row, int64_t t, int64_t at, int64_t piece) {
         const double omega = pass.token_weight(row), by = pass.scale * omega;
-        for (int64_t done = 0; done < piece; done += step) {
-            const int64_t count = piece - done < step ? piece - done : step, place = first + at + done;
-            const Chunk<float> chunk = load_chunk(tokens, false, row, t + done, count, buffers);
+        const auto add = [&](int64_t place, int64_t count, int64_t next) {
+            const int64_t token = t + place - (first + at);
+            const Chunk<float> chunk = load_chunk(tokens, false, row, token, count, buffers);
             const bool in_place = to && to.dtype == Dtype::f32 && count == chunk.padded;
             float* const gradient = in_place ? static_cast<float*>(to.data) + place : buffers.gradient;
-            const void* a = direct_advantages(tokens, row, t + done, chunk, w.tile.bound);
+            const void* a = direct_advantages(tokens, row, token, chunk, w.tile.bound);
             double gain = 0;
             if (!run(chunk, clip, tokens.n, a, w.weights, static_cast<float>(by), gain, gradient)) {
-                load_tile(tokens, place, count, false, w.tile, w.arena);
+                load_tile(tokens, place, count, next, false, w.tile, w.arena);
                 apply_tile(pass, w, place, omega, w.weights, static_cast<const float*>(nullptr), partial);
-                continue;
+                return;
             }
             partial.loss -= by * gain;
             if (to && !in_place) store_values(to, place, count, gradient);
-        }
+        };
+        for_each_live(live, first + at, first + at + piece, step, add,
+                      [&](int64_t place, int64_t count) { store_masked(pass, place, count); });
     });
 }
 inline void direct_pass(const Pass&, int64_t, int64_t, Workspace<double>&, Partial&) {}
@@ -147,17 +150,23 @@ inline void apply_block(const Pass& pass, int64_t first, int64_t last, Partial& 
     if (pass.known) load_values(pass.weights, 0, pass.weights.objective, n, false, w.weights);
     if (is_direct(pass, partial)) return direct_pass(pass, first, last, w, partial);
     for (int i = 0; i < n; ++i) w.divisor[i] = static_cast<T>(pass.preference[i]);
-    for_each_tile(tokens, pass.omega, first, last, [&](int64_t at, int64_t count, double omega) {
-        load_tile(tokens, at, count, pass.outputs.kl_coef != 0, w.tile, w.arena);
+    const auto apply = [&](int64_t at, int64_t count, int64_t next, double omega) {
+        load_tile(tokens, at, count, next, pass.outputs.kl_coef != 0, w.tile, w.arena);
+        bool finite = false;
         if (partial.sums)
-            with_fields(tokens, w, at, pass.outputs.pairs || pass.rule.kind == Kind::scores, [&](const auto& tile) {
-                add_fields(tokens, tile, omega, partial.sums);
-                if (pass.outputs.pairs) add_pairs(tokens, tile, omega, partial.sums);
-            });
+            finite =
+                with_fields(tokens, w, at, pass.outputs.pairs || pass.rule.kind == Kind::scores, [&](const auto& tile) {
+                    add_fields(tokens, tile, omega, partial.sums);
+                    if (pass.outputs.pairs) add_pairs(tokens, tile, omega, partial.sums);
+                });
         if (!partial.sums && pass.rule.kind == Kind::scores) bound_terms(tokens, w.tile);
-        if (!pass.known) token_weights(pass, w, omega, partial);
-        apply_tile(pass, w, at, omega, pass.known ? w.weights : nullptr, pass.divided ? w.divisor : nullptr, partial);
-    });
+        const bool tied = !pass.known && has_tied_scores(pass, w.tile, finite);
+        if (!pass.known) (tied ? tied_scores<T> : token_weights<T>)(pass, w, omega, partial);
+        apply_tile(pass, w, at, omega, pass.known ? w.weights : nullptr, pass.divided ? w.divisor : nullptr, partial,
+                   tied);
+    };
+    for_each_tile(tokens, pass.omega, first, last, apply,
+                  [&](int64_t at, int64_t count) { store_masked(pass, at, count); });
 }
 
 PAMA_END

@@ -152,7 +152,7 @@ inline V solve_lanes(int given, const T* a, const T* present, int64_t stride, in
                 optimum = sorted_weights<V, N>(x, rho, keep);
             else
                 optimum = simplex_sorted<V, N>(x, rho, keep);
-            if (any(settled)) {
+            if (any(settled & (low < high))) {  // otherwise all weights are equal already
                 V ties = zero;
                 for (int i = 0; i < n; ++i) ties += choose(load<V>(a + i * stride) == nearest, one, zero);
                 const V share = reciprocal(ties);

@@ -65,6 +65,52 @@ PAMA_INLINE void interleave(FloatV* v) {
     }
 }
 
+// A vector of four floats at from, four at from + step, and so on.
+inline FloatV load_quads(const float* from, [[maybe_unused]] int64_t step) {
+#if defined(__AVX512F__)
+    __m512 x = _mm512_maskz_broadcast_f32x4(0xffff, _mm_loadu_ps(from));
+    x = _mm512_mask_broadcast_f32x4(x, 0x00f0, _mm_loadu_ps(from + step));
+    x = _mm512_mask_broadcast_f32x4(x, 0x0f00, _mm_loadu_ps(from + 2 * step));
+    x = _mm512_mask_broadcast_f32x4(x, 0xf000, _mm_loadu_ps(from + 3 * step));
+    return reinterpret_cast<FloatV>(x);
+#elif defined(__AVX2__)
+    const __m256 x = _mm256_castps128_ps256(_mm_loadu_ps(from));
+    return reinterpret_cast<FloatV>(_mm256_insertf128_ps(x, _mm_loadu_ps(from + step), 1));
+#else
+    return load<FloatV>(from);
+#endif
+}
+
+// Two numbers from each of a and b, in turn, within each quarter: of four numbers the first two, or the last two.
+template <int Offset, class V, int... K>
+inline V zip_quads(V a, V b, std::integer_sequence<int, K...>) {
+    constexpr int lanes = static_cast<int>(sizeof...(K));
+    return pick(a, b, std::integer_sequence<int, (K / 4 * 4 + Offset + K % 4 / 2 + K % 2 * lanes)...>{});
+}
+// The first halves of the quarters of a and b, or the second halves.
+template <int Offset, class V, int... K>
+inline V join_quads(V a, V b, std::integer_sequence<int, K...>) {
+    constexpr int lanes = static_cast<int>(sizeof...(K));
+    return pick(a, b, std::integer_sequence<int, (K / 4 * 4 + Offset + K % 2 + K % 4 / 2 * lanes)...>{});
+}
+
+// v[i]: float i of as many rows, `row` floats apart, as a vector has lanes; N a multiple of 4. Half the permutations of
+// `deinterleave` for N = 16.
+template <int N>
+PAMA_INLINE void load_rows_of_quads(const float* from, int64_t row, FloatV* v) {
+    constexpr LaneIndices lanes{};
+    for (int i = 0; i < N; i += 4) {
+        FloatV x[4];
+        for (int j = 0; j < 4; ++j) x[j] = load_quads(from + j * row + i, 4 * row);
+        const FloatV a = zip_quads<0>(x[0], x[1], lanes), b = zip_quads<2>(x[0], x[1], lanes),
+                     c = zip_quads<0>(x[2], x[3], lanes), d = zip_quads<2>(x[2], x[3], lanes);
+        v[i] = join_quads<0>(a, c, lanes);
+        v[i + 1] = join_quads<2>(a, c, lanes);
+        v[i + 2] = join_quads<0>(b, d, lanes);
+        v[i + 3] = join_quads<2>(b, d, lanes);
+    }
+}
+
 // In lane k the sum of the lanes k and k + Distance of a; where that bit of k is set, k - Distance and k of b.
 template <int Distance, class V, int... K>
 inline V fold(V a, V b, std::integer_sequence<int, K...>) {
@@ -101,6 +147,13 @@ PAMA_INLINE void totals(V* v, T* sums) {
 template <int N, int Ahead, class Format, class Row>
 PAMA_INLINE void load_columns(Format format, const typename Format::Stored* from, Row row, FloatV* v) {
     constexpr int width = Lanes<float>::count;
+    constexpr bool native = std::is_same<Format, Native<float>>::value;
+    // From memory, whole rows in order are faster; from the cache, fewer permutations.
+    constexpr bool quads = N >= 16 && Ahead == 0;
+    // Two 16-bit numbers are moved in the bits of a float.
+    constexpr bool pairs = std::is_same<Format, Bfloat16>::value && N > 1 &&
+                           (quads || !std::is_same<Row, int64_t>::value || N >= 2 * width);
+    constexpr int words = pairs ? N / 2 : N;
     const auto load_rows = [&](auto length, auto* to, auto read) {
         for (int k = 0; k < length * width; k += width) {
             const auto* at = from + k / length * row + k % length * (N / length);
@@ -109,23 +162,26 @@ PAMA_INLINE void load_columns(Format format, const typename Format::Stored* from
         }
         deinterleave<length>(to);
     };
-    constexpr bool pairs =
-        std::is_same<Format, Bfloat16>::value && N > 1 && (!std::is_same<Row, int64_t>::value || N >= 2 * width);
-    if constexpr (pairs) {  // two numbers in the bits of a float
-        FloatV words[N / 2];
-        load_rows(std::integral_constant<int, N / 2>{}, words, [](const auto* at) { return load<FloatV>(at); });
-        for (int i = 0; i < N / 2; ++i) {
-            const FloatBits bits = reinterpret_cast<FloatBits>(words[i]);
+    if constexpr (pairs) {
+        FloatV word[words];
+        if constexpr (quads)
+            load_rows_of_quads<words>(reinterpret_cast<const float*>(from), row / 2, word);
+        else
+            load_rows(std::integral_constant<int, words>{}, word, [](const auto* at) { return load<FloatV>(at); });
+        for (int i = 0; i < words; ++i) {
+            const FloatBits bits = reinterpret_cast<FloatBits>(word[i]);
             v[2 * i] = reinterpret_cast<FloatV>(bits << 16);
             v[2 * i + 1] = reinterpret_cast<FloatV>(bits & 0xffff0000);
         }
+    } else if constexpr (quads && native) {
+        load_rows_of_quads<N>(from, row, v);
     } else {
         load_rows(std::integral_constant<int, N>{}, v, [&](const auto* at) { return load_floats(format, at); });
     }
 }
 
 // Transposes N contiguous numbers of each of `count` rows to N arrays of floats `stride` apart, applying
-// `change`(vector, first row) to each vector. row: as in load_columns.
+// `change`(first row) to each vector of values of these rows. row: as in load_columns.
 template <int N, class Format, class Row, class Change>
 __attribute__((noinline)) void rows_to_columns(Format format, const typename Format::Stored* PAMA_RESTRICT rows,
                                                Row row, int64_t count, float* PAMA_RESTRICT columns, int64_t stride,
@@ -135,10 +191,11 @@ __attribute__((noinline)) void rows_to_columns(Format format, const typename For
     for (; t + width <= count; t += width) {
         FloatV v[N];
         load_columns<N, 0>(format, rows + t * row, row, v);
-        for (int i = 0; i < N; ++i) store(columns + i * stride + t, change(v[i], t));
+        const auto changed = change(t);
+        for (int i = 0; i < N; ++i) store(columns + i * stride + t, changed(v[i]));
     }
     for (; t < count; ++t)
-        for (int i = 0; i < N; ++i) columns[i * stride + t] = change(FloatV{} + Format::read(rows[t * row + i]), t)[0];
+        for (int i = 0; i < N; ++i) columns[i * stride + t] = change(t)(FloatV{} + Format::read(rows[t * row + i]))[0];
 }
 
 template <int N>
@@ -196,7 +253,7 @@ inline bool contiguous_rows_to_columns(Format format, int n, const typename Form
 inline void rows_to_columns(int n, const float* rows, int64_t row, int64_t objective, int64_t count, float* columns,
                             int64_t stride) {
     if (contiguous_rows_to_columns(Native<float>{}, n, rows, row, objective, count, columns, stride,
-                                   [](FloatV x, int64_t) { return x; }))
+                                   [](int64_t) { return [](FloatV x) { return x; }; }))
         return;
     for (int i = 0; i < n; ++i)
 #pragma omp simd

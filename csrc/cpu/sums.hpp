@@ -15,7 +15,7 @@ template <bool Noon, bool Bound, int Count, class V = FloatV>
 inline void plain_sums(const Tile<float>& tile, const float* a, float* bound, int64_t objective, float* sums) {
     const float *logp = tile.logp, *pos = tile.pos, *neg = tile.neg, *side = tile.side;
     const Ahead ahead = tile.ahead;
-    const int64_t padded = tile.padded;
+    const int64_t padded = tile.padded, stride = tile.stride;
     const V zero{}, one = zero + 1;
     V s[Count][kFields] = {};
     if (padded <= 0) __builtin_unreachable();
@@ -23,7 +23,7 @@ inline void plain_sums(const Tile<float>& tile, const float* a, float* bound, in
         for (int i = 0; i < Count; ++i) {
             prefetch(ahead.at(t, objective + i));
             V(&to)[kFields] = s[i];
-            const V raw = load<V>(a + i * kTileTokens + t), own = Noon ? max_of(zero, raw) : raw;  // max_of keeps NaN
+            const V raw = load<V>(a + i * stride + t), own = Noon ? max_of(zero, raw) : raw;  // max_of keeps NaN
             const auto positive = raw > zero, kept = !(load<V>(side + t) * own < zero);
             const V factor = Noon ? load<V>(pos + t) : (positive ? load<V>(pos + t) : load<V>(neg + t));
             const V counted = positive ? one : zero;
@@ -36,7 +36,7 @@ inline void plain_sums(const Tile<float>& tile, const float* a, float* bound, in
             to[kAdvantageSquareSum] += raw * raw;
             to[kPositiveCount] += counted;
             to[kClippedCount] = kept ? to[kClippedCount] + one : to[kClippedCount];
-            if constexpr (Bound) store(bound + i * kTileTokens + t, term);
+            if constexpr (Bound) store(bound + i * stride + t, term);
         }
     V all[Count * (kFields - 1)];
     float own[Count * (kFields - 1)];
@@ -54,7 +54,7 @@ inline void plain_sums(bool noon, const Tile<float>& tile, int64_t n) {
         const bool together = i + kTogether <= n;
         const auto sum = together ? (noon ? plain_sums<true, Bound, kTogether> : plain_sums<false, Bound, kTogether>)
                                   : (noon ? plain_sums<true, Bound, 1> : plain_sums<false, Bound, 1>);
-        sum(tile, tile.advantages + i * kTileTokens, tile.bound + i * kTileTokens, i, tile.fields + i * kFields);
+        sum(tile, tile.advantages + i * tile.stride, tile.bound + i * tile.stride, i, tile.fields + i * kFields);
         i += together ? kTogether : 1;
     }
 }
@@ -88,7 +88,7 @@ template <class T, class V = typename Lanes<T>::V>
 inline void bound_terms(const Tokens& tokens, const Tile<T>& tile) {
     const V zero{};
     for (int64_t i = 0; i < tokens.n; ++i)
-        for (int64_t t = 0, at = i * kTileTokens; t < tile.padded; t += Lanes<T>::count, at += Lanes<T>::count) {
+        for (int64_t t = 0, at = i * tile.stride; t < tile.padded; t += Lanes<T>::count, at += Lanes<T>::count) {
             const TokenFactors<V> f = tile_factors(tokens.noon, tile, t);
             V surrogate, bound;
             surrogate_terms(tokens.noon, load<V>(tile.advantages + at), zero, zero, f.grad_pos, f.grad_neg, surrogate,
@@ -106,6 +106,15 @@ inline T dot(const T* x, const T* y, int64_t padded) {
     for (int64_t t = 0; t < padded; t += Lanes<T>::count) s += load<V>(x + t) * load<V>(y + t);
     totals<1>(&s, &sum);
     return sum;
+}
+
+// The sums of x_i y over the tokens of a tile, for `Count` arrays x_i, `stride` apart.
+template <int Count, class T, class V = typename Lanes<T>::V>
+inline void dots(const T* x, int64_t stride, const T* y, int64_t padded, T* sums) {
+    V s[Count] = {};
+    for (int64_t t = 0; t < padded; t += Lanes<T>::count)
+        for (int i = 0; i < Count; ++i) s[i] += load<V>(x + i * stride + t) * load<V>(y + t);
+    totals<Count>(s, sums);
 }
 
 // Whether the tile must be summed in float64: float32 squares overflow above 1e19 and underflow below 1e-19. fields:
@@ -126,7 +135,7 @@ inline bool out_of_range(int64_t n, const float* fields, const Tile<float>& tile
         unsigned all = 0;
         for (int64_t t = 0; t < tile.count; ++t) {
             unsigned bits;
-            memcpy(&bits, tile.advantages + i * kTileTokens + t, sizeof bits);
+            memcpy(&bits, tile.advantages + i * tile.stride + t, sizeof bits);
             all |= bits << 1;
         }
         if (all != 0) return true;
@@ -144,11 +153,11 @@ inline bool objective_fields(const Tokens& tokens, bool bound, const Tile<T>& ti
         if (tile.plain) (bound ? plain_sums<true> : plain_sums<false>)(tokens.noon, tile, n);
     for (int64_t i = 0; i < n; ++i) {
         T* const own = tile.fields + i * kFields;
-        const T* here = tile.present ? tile.present + i * kTileTokens : nullptr;
+        const T* here = tile.present ? tile.present + i * tile.stride : nullptr;
         if (!tile.plain) {
             const auto sum = tokens.noon ? (here ? objective_sums<true, true, T> : objective_sums<true, false, T>)
                                          : (here ? objective_sums<false, true, T> : objective_sums<false, false, T>);
-            sum(tile, tile.advantages + i * kTileTokens, here, tile.bound + i * kTileTokens, i, own);
+            sum(tile, tile.advantages + i * tile.stride, here, tile.bound + i * tile.stride, i, own);
         }
         own[kCount] = here ? dot(here, tile.valid, tile.padded) : tile.fields[total_offset(n) + kTokenCount];
     }
@@ -203,7 +212,7 @@ template <class T>
 inline void add_products(int64_t n, const Tile<T>& tile, double omega, const T* x, const T* y, int field,
                          double* block) {
     const bool symmetric = x == y;
-    const auto row = [n](const T* rows, int64_t i) { return rows + (i < n ? i : n - 1) * kTileTokens; };
+    const auto row = [&](const T* rows, int64_t i) { return rows + (i < n ? i : n - 1) * tile.stride; };
     const auto add = [&](int64_t i, int64_t j, T sum) {
         if (i < n && j < n) block[i * n + j] += omega * static_cast<double>(sum);
     };
@@ -227,6 +236,12 @@ inline void add_products(int64_t n, const Tile<T>& tile, double omega, const T* 
             for (int k = 0; k < kPairRows; ++k) left[k] = row(x, i + k);
             for (int k = 0; k < kPairColumns; ++k) right[k] = row(y, j + k);
             product_block(left, right, tile.padded, sums);
+            if (i + kPairRows <= n && j + kPairColumns <= n) {
+                for (int64_t k = 0; k < kPairRows; ++k)
+                    for (int64_t l = 0; l < kPairColumns; ++l)
+                        block[(i + k) * n + j + l] += omega * static_cast<double>(sums[k * kPairColumns + l]);
+                continue;
+            }
             for (int k = 0; k < kPairRows * kPairColumns; ++k) add(i + k / kPairColumns, j + k % kPairColumns, sums[k]);
         }
 }
@@ -244,7 +259,7 @@ inline void add_pairs(const Tokens& tokens, const Tile<T>& tile, double omega, d
     add(kPairCount, tile.present, tile.present, kCount);
     add(kPairAdvantage, tile.advantages, tile.present);
     for (int64_t i = 0; i < n; ++i) {
-        T *PAMA_RESTRICT square = tile.squares + i * kTileTokens, *PAMA_RESTRICT a = tile.advantages + i * kTileTokens;
+        T *PAMA_RESTRICT square = tile.squares + i * tile.stride, *PAMA_RESTRICT a = tile.advantages + i * tile.stride;
         for (int64_t t = 0; t < padded; ++t) square[t] = a[t] * a[t];
     }
     add(kPairAdvantageSquare, tile.squares, tile.present);

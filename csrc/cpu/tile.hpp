@@ -1,35 +1,38 @@
-// A tile: up to kTileTokens consecutive tokens in the first-level cache, each input a contiguous array of T; advantages
-// are stored objective by objective. Masked entries are set to 0. A NaN or infinity makes the factors of its token, or
-// its own advantage, NaN, so later arithmetic needs no test for it.
+// A tile: up to tile_tokens(n) consecutive tokens in the first-level cache, each input a contiguous array of T;
+// advantages are stored objective by objective. Masked entries are set to 0. A NaN or infinity makes the factors of its
+// token, or its own advantage, NaN, so later arithmetic needs no test for it.
 #pragma once
 
 #include "../core/statistics.hpp"
 #include "../core/token.hpp"
-#include "segments.hpp"
+#include "live.hpp"
 #include "shuffle.hpp"
 
 PAMA_BEGIN
 
-constexpr int64_t kTileTokens = 256;
-
-// Tokens per tile: fewer for many objectives, so that a tile fits the cache.
+// Tokens per tile: fewer for many objectives, so that a tile fits the cache; many enough that the sums over the lanes
+// at its end cost little.
 inline int64_t tile_tokens(int n) {
-    int64_t tokens = kTileTokens;
+    int64_t tokens = n <= 16 ? 512 : 256;
     while (tokens > 16 && tokens * n > 16384) tokens /= 2;
     return tokens;
 }
+// From one objective of a tile to the next: not a multiple of 4096 bytes, which would map all of them to the same sets
+// of the cache.
+inline int64_t tile_stride(int n) { return tile_tokens(n) + 16; }
 
 template <class T>
 struct Tile {
     int64_t count, padded;  // tokens; tokens rounded up to whole vectors, with zeros at the end
+    int64_t stride;         // tile_stride(n)
     T *valid, *logp;
-    T *advantages, *present;             // (n, kTileTokens); present is null if all objectives are present
+    T *advantages, *present;             // (n, stride); present is null if all objectives are present
     T *pos, *neg, *grad_pos, *grad_neg;  // factors of the surrogate and of the bound, times w and mask
     T *off_pos, *off_neg;                // 1 where there is no gradient
     T* ratio;
     T *ref_kl, *ref_slope;        // the KL penalty to the reference, and its derivative
     Ahead ahead;                  // addresses of the next tile's advantages, to prefetch
-    T *bound, *squares, *fields;  // workspace of the sums: I and A'^2 (n, kTileTokens), (n, kFields) and the totals
+    T *bound, *squares, *fields;  // workspace of the sums: I and A'^2 (n, stride), (n, kFields) and the totals
     // Without importance weights the factors of the bound are 0 or 1. `side` then replaces them and the two flags: 0
     // where there is a gradient for both signs of the advantage, 1 for positive advantages only, -1 for others only.
     bool plain;
@@ -55,25 +58,40 @@ inline TokenFactors<V> tile_factors(bool noon, const Tile<T>& tile, int64_t t) {
     return f;
 }
 
+// x where the condition holds, NaN for infinity, else 0.
+template <class Mask>
+inline FloatV finite_where(Mask here, FloatV x) {
+#if defined(__AVX512F__)
+    const auto bits = reinterpret_cast<__m512i>(here);
+    const __m512 value = reinterpret_cast<__m512>(x);
+    return reinterpret_cast<FloatV>(
+        _mm512_maskz_fmadd_ps(_mm512_test_epi32_mask(bits, bits), value, _mm512_setzero_ps(), value));
+#else
+    x = here ? x : FloatV{};
+    return x + 0.0f * x;
+#endif
+}
+
 // Transposes (tokens, objectives) to objective-major order. If `valid` is given, masked entries become 0 and infinities
-// become NaN. buffer: (n, kTileTokens).
+// become NaN. target, buffer: (n, stride).
 template <class T>
 inline void load_objectives(const Tokens& tokens, const Array& array, int64_t first, int64_t count, bool truth,
                             const T* valid, T* target, T* buffer) {
+    const int64_t stride = tile_stride(tokens.n);
     for_each_segment(tokens, first, count, [&](int64_t row, int64_t t, int64_t at, int64_t piece) {
         const int64_t offset = row * array.row + t * array.token;
         bool loaded = false;
         if constexpr (sizeof(T) == sizeof(float)) {
-            const auto masked = [&](FloatV x, int64_t token) {
-                x = load<FloatV>(valid + at + token) != 0.0f ? x : FloatV{};
-                return x + 0.0f * x;
+            const auto masked = [&](int64_t token) {
+                const auto here = load<FloatV>(valid + at + token) != 0.0f;
+                return [here](FloatV x) { return finite_where(here, x); };
             };
             const bool done = valid && !truth && array.token != 0 && with_format(array.dtype, [&](auto format) {
                                   typedef typename decltype(format)::Stored Stored;
                                   if constexpr (sizeof(Stored) <= sizeof(float))
                                       return contiguous_rows_to_columns(
                                           format, tokens.n, static_cast<const Stored*>(array.data) + offset,
-                                          array.token, array.objective, piece, target + at, kTileTokens, masked);
+                                          array.token, array.objective, piece, target + at, stride, masked);
                                   return false;
                               });
             if (done) return;
@@ -85,12 +103,12 @@ inline void load_objectives(const Tokens& tokens, const Array& array, int64_t fi
                 from = buffer;
             }
             loaded = from != nullptr;
-            if (loaded) rows_to_columns(tokens.n, from, array.token, array.objective, piece, target + at, kTileTokens);
+            if (loaded) rows_to_columns(tokens.n, from, array.token, array.objective, piece, target + at, stride);
         }
         for (int i = 0; !loaded && i < tokens.n; ++i)
-            load_values(array, offset + i * array.objective, array.token, piece, truth, target + i * kTileTokens + at);
+            load_values(array, offset + i * array.objective, array.token, piece, truth, target + i * stride + at);
         for (int i = 0; valid && i < tokens.n; ++i) {
-            T* PAMA_RESTRICT a = target + i * kTileTokens + at;
+            T* PAMA_RESTRICT a = target + i * stride + at;
             const T* PAMA_RESTRICT here = valid + at;
 #pragma omp simd
             for (int64_t k = 0; k < piece; ++k) {
@@ -105,22 +123,23 @@ template <class T>
 inline Tile<T> allocate_tile(const Tokens& tokens, Arena& arena) {
     Tile<T> tile;
     tile.count = 0;
-    tile.valid = arena.take<T>(kTileTokens);
-    tile.logp = arena.take<T>(kTileTokens);
-    tile.advantages = arena.take<T>(tokens.n * kTileTokens);
-    tile.present = tokens.objective_mask ? arena.take<T>(tokens.n * kTileTokens) : nullptr;
+    const int64_t stride = tile.stride = tile_stride(tokens.n);
+    tile.valid = arena.take<T>(stride);
+    tile.logp = arena.take<T>(stride);
+    tile.advantages = arena.take<T>(tokens.n * stride);
+    tile.present = tokens.objective_mask ? arena.take<T>(tokens.n * stride) : nullptr;
     T** pieces[] = {&tile.pos,     &tile.neg,   &tile.grad_pos, &tile.grad_neg, &tile.off_pos,
                     &tile.off_neg, &tile.ratio, &tile.side,     &tile.ref_kl,   &tile.ref_slope};
-    for (T** piece : pieces) *piece = arena.take<T>(kTileTokens);
-    tile.bound = arena.take<T>(tokens.n * kTileTokens);
-    tile.squares = tile.present ? arena.take<T>(tokens.n * kTileTokens) : nullptr;
+    for (T** piece : pieces) *piece = arena.take<T>(stride);
+    tile.bound = arena.take<T>(tokens.n * stride);
+    tile.squares = tile.present ? arena.take<T>(tokens.n * stride) : nullptr;
     tile.fields = arena.take<T>(statistics_size(tokens.n, false));
     return tile;
 }
 
 template <class T>
 inline int64_t tile_bytes(int n) {
-    return static_cast<int64_t>(sizeof(T)) * (kTileTokens * (4 * n + 16) + statistics_size(n, false)) + 64 * 24;
+    return static_cast<int64_t>(sizeof(T)) * (tile_stride(n) * (4 * n + 16) + statistics_size(n, false)) + 64 * 24;
 }
 
 // Computes the factors of the tile's tokens and the two totals.
@@ -211,8 +230,10 @@ inline void store_ref_terms(const Tile<T> tile) {
     }
 }
 
+// next: the first token of the next tile, which is prefetched.
 template <class T>
-inline void load_tile(const Tokens& tokens, int64_t first, int64_t count, bool with_ref, Tile<T>& tile, Arena arena) {
+inline void load_tile(const Tokens& tokens, int64_t first, int64_t count, int64_t next, bool with_ref, Tile<T>& tile,
+                      Arena arena) {
     constexpr int64_t width = Lanes<T>::count;
     const int64_t padded = (count + width - 1) / width * width;
     tile.count = count;
@@ -224,8 +245,8 @@ inline void load_tile(const Tokens& tokens, int64_t first, int64_t count, bool w
         for (int64_t t = 0; t < count; ++t) valid[t] = 1;
     for (int64_t t = count; t < padded; ++t) valid[t] = 0;
 
-    T *buffer = arena.take<T>(3 * kTileTokens), *old_buffer = buffer + kTileTokens,
-      *w_buffer = old_buffer + kTileTokens;
+    T *buffer = arena.take<T>(3 * tile.stride), *old_buffer = buffer + tile.stride,
+      *w_buffer = old_buffer + tile.stride;
     const T *logp = buffer, *old = buffer, *w = valid;  // without old_logprobs the ratio is 1
     if (tokens.logprobs)
         old = logp = token_values(tokens, tokens.logprobs, first, count, buffer);
@@ -236,10 +257,10 @@ inline void load_tile(const Tokens& tokens, int64_t first, int64_t count, bool w
     tile.plain = false;
     if constexpr (sizeof(T) == sizeof(float)) {
         const auto plain = tokens.noon ? store_plain_factors<true> : store_plain_factors<false>;
-        tile.plain = tokens.logprobs && !tokens.importance_weights && plain(tokens, logp, old, first + count, tile);
+        tile.plain = tokens.logprobs && !tokens.importance_weights && plain(tokens, logp, old, next, tile);
     }
     const auto general = tokens.noon ? store_factors<true, T> : store_factors<false, T>;
-    if (!tile.plain) general(tokens, logp, old, w, first + count, tile);
+    if (!tile.plain) general(tokens, logp, old, w, next, tile);
     if (with_ref) {
         load_tokens(tokens, tokens.ref_logprobs, first, count, false, tile.ref_kl);
         store_ref_terms(tile);
@@ -247,13 +268,13 @@ inline void load_tile(const Tokens& tokens, int64_t first, int64_t count, bool w
 
     load_objectives<T>(tokens, tokens.advantages, first, count, false, tile.present ? nullptr : valid, tile.advantages,
                        tile.bound);
-    tile.ahead = in_pieces(ahead(tokens, tokens.advantages, first + count), tokens.n, count);
+    tile.ahead = in_pieces(ahead(tokens, tokens.advantages, next), tokens.n, count);
     for (int i = 0; i < tokens.n; ++i)
-        for (int64_t t = count; t < padded; ++t) tile.advantages[i * kTileTokens + t] = 0;
+        for (int64_t t = count; t < padded; ++t) tile.advantages[i * tile.stride + t] = 0;
     if (!tile.present) return;
     load_objectives<T>(tokens, tokens.objective_mask, first, count, true, nullptr, tile.present, tile.bound);
     for (int i = 0; i < tokens.n; ++i) {
-        T *PAMA_RESTRICT a = tile.advantages + i * kTileTokens, *PAMA_RESTRICT here = tile.present + i * kTileTokens;
+        T *PAMA_RESTRICT a = tile.advantages + i * tile.stride, *PAMA_RESTRICT here = tile.present + i * tile.stride;
 #pragma omp simd
         for (int64_t t = 0; t < padded; ++t) {
             here[t] = valid[t] != 0 ? here[t] : T(0);

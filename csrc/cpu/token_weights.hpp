@@ -7,7 +7,7 @@
 
 PAMA_BEGIN
 
-// Computes the weights c(t) of each token into w.c (n, kTileTokens), and the optima into w.combined.
+// Computes the weights c(t) of each token into w.c (n, tile.stride), and the optima into w.combined.
 template <class V, int N, class T>
 inline void token_scores(const Pass& pass, Workspace<T>& w) {
     const Tile<T>& tile = w.tile;
@@ -16,7 +16,7 @@ inline void token_scores(const Pass& pass, Workspace<T>& w) {
     for (int64_t t = 0; t < tile.count; t += width) {
         const int used = static_cast<int>(tile.count - t < width ? tile.count - t : width);
         const V s =
-            solve_lanes<V, N>(pass.tokens.n, tile.bound + t, tile.present ? tile.present + t : nullptr, kTileTokens,
+            solve_lanes<V, N>(pass.tokens.n, tile.bound + t, tile.present ? tile.present + t : nullptr, tile.stride,
                               used, pass.preference, pass.uniform, regularization,
                               pass.tokens.noon && regularization == 0, w.c + t, reinterpret_cast<V*>(w.lanes), w.row);
         store(w.combined + t, s);
@@ -30,11 +30,24 @@ inline void token_softmin(const Pass& pass, Workspace<T>& w) {
     V *const a = w.lanes, *const c = a + n;
     for (int64_t t = 0; t < tile.padded; t += Lanes<T>::count) {
         for (int i = 0; i < n; ++i) {
-            a[i] = load<V>(tile.advantages + i * kTileTokens + t);
-            c[i] = tile.present ? load<V>(tile.present + i * kTileTokens + t) : V{} + 1;
+            a[i] = load<V>(tile.advantages + i * tile.stride + t);
+            c[i] = tile.present ? load<V>(tile.present + i * tile.stride + t) : V{} + 1;
         }
         store(w.combined + t, softmin_solve(n, a, pass.preference, pass.rule.number, c));
-        for (int i = 0; i < n; ++i) store(w.c + i * kTileTokens + t, c[i]);
+        for (int i = 0; i < n; ++i) store(w.c + i * tile.stride + t, c[i]);
+    }
+}
+
+// weights (n) += omega times the sums of sum(constant number of objectives, first of them, sums).
+template <class T, class Sum>
+inline void add_means(int n, double omega, double* weights, Sum sum) {
+    constexpr std::integral_constant<int, 8> together{};
+    constexpr std::integral_constant<int, 1> one{};
+    T sums[together];
+    for (int i = 0; i < n;) {
+        const bool all = i + together <= n;
+        all ? sum(together, i, sums) : sum(one, i, sums);
+        for (int k = 0; k < (all ? together : one); ++k) weights[i++] += omega * static_cast<double>(sums[k]);
     }
 }
 
@@ -50,7 +63,68 @@ inline void token_weights(const Pass& pass, Workspace<T>& w, double omega, Parti
     else
         token_scores<typename Lanes<T>::V, 0>(pass, w);
     partial.optimum += omega * dot(w.combined, w.tile.valid, w.tile.padded);
-    for (int i = 0; i < n; ++i) partial.weights[i] += omega * dot(w.c + i * kTileTokens, w.tile.valid, w.tile.padded);
+    add_means<T>(n, omega, partial.weights, [&](auto count, int i, T* sums) {
+        dots<count>(w.c + i * w.tile.stride, w.tile.stride, w.tile.valid, w.tile.padded, sums);
+    });
+}
+
+// Whether `tied_scores` computes the weights of the tokens: under Noon without regularization, from finite bound terms.
+template <class T>
+inline bool has_tied_scores(const Pass& pass, const Tile<T>& tile, bool finite) {
+    return sizeof(T) == sizeof(float) && finite && tile.plain && !tile.present && pass.tokens.noon &&
+           pass.rule.kind == Kind::scores && pass.rule.number == 0 && pass.uniform;
+}
+
+// The weights of each token are equal where its bound term is the smallest: stores that term, which is its optimum, and
+// the weight, 0 where the token is masked, and sum_i c_i max(A_i, 0). For `Count` vectors of tokens from t on.
+template <int Count, class T, class V = typename Lanes<T>::V>
+inline void smallest_scores(const Tile<T>& tile, int n, int64_t t, T* smallest, T* share, T* combined) {
+    constexpr int width = Lanes<T>::count;
+    const V zero{}, one = zero + 1, equal = one / (zero + static_cast<T>(n));
+    V low[Count], ties[Count] = {}, total[Count] = {};
+    for (int k = 0; k < Count; ++k) low[k] = load<V>(tile.bound + t + k * width);
+    for (int i = 1; i < n; ++i)
+        for (int k = 0; k < Count; ++k) low[k] = min_of(load<V>(tile.bound + i * tile.stride + t + k * width), low[k]);
+    for (int i = 0; i < n; ++i)
+        for (int k = 0; k < Count; ++k) {
+            const int64_t at = i * tile.stride + t + k * width;
+            ties[k] = load<V>(tile.bound + at) == low[k] ? ties[k] + one : ties[k];
+            total[k] += max_of(zero, load<V>(tile.advantages + at));
+        }
+    for (int k = 0; k < Count; ++k) {
+        const int64_t at = t + k * width;
+        store(smallest + at, low[k]);
+        store(share + at, load<V>(tile.valid + at) != zero ? reciprocal(ties[k]) : zero);
+        // Without a gradient all bound terms are 0 and all weights equal.
+        store(combined + at, load<V>(tile.side + at) < zero ? total[k] * equal : low[k]);
+    }
+}
+
+// sums[i]: the weights of objective i, summed over the tile's tokens.
+template <int Count, class T, class V = typename Lanes<T>::V>
+inline void sum_shares(const T* bound, int64_t stride, const T* smallest, const T* share, int64_t padded, T* sums) {
+    V s[Count] = {};
+    for (int64_t t = 0; t < padded; t += Lanes<T>::count) {
+        const V low = load<V>(smallest + t), own = load<V>(share + t);
+        for (int i = 0; i < Count; ++i) s[i] = load<V>(bound + i * stride + t) == low ? s[i] + own : s[i];
+    }
+    totals<Count>(s, sums);
+}
+
+// What `token_weights` computes, with sum_i c_i max(A_i, 0) in w.combined in place of the weights.
+template <class T>
+inline void tied_scores(const Pass& pass, Workspace<T>& w, double omega, Partial& partial) {
+    const int n = pass.tokens.n;
+    T *const smallest = w.shares, *const share = w.gradient;
+    constexpr int64_t width = Lanes<T>::count;
+    int64_t t = 0;
+    for (; t + 4 * width <= w.tile.padded; t += 4 * width)
+        smallest_scores<4>(w.tile, n, t, smallest, share, w.combined);
+    for (; t < w.tile.padded; t += width) smallest_scores<1>(w.tile, n, t, smallest, share, w.combined);
+    partial.optimum += omega * dot(smallest, w.tile.valid, w.tile.padded);
+    add_means<T>(n, omega, partial.weights, [&](auto count, int i, T* sums) {
+        sum_shares<count>(w.tile.bound + i * w.tile.stride, w.tile.stride, smallest, share, w.tile.padded, sums);
+    });
 }
 
 // The preference normalised over the objectives that are present in a row (`counts` > 0); uniform over these if their
@@ -70,7 +144,7 @@ inline void presence_shares(const Tile<T>& tile, int n, const T* p, T* shares) {
     const V zero{}, one = zero + 1;
     for (int64_t t = 0; t < tile.padded; t += Lanes<T>::count) {
         V mass = zero;
-        for (int i = 0; i < n; ++i) mass += p[i] * load<V>(tile.present + i * kTileTokens + t);
+        for (int i = 0; i < n; ++i) mass += p[i] * load<V>(tile.present + i * tile.stride + t);
         store(shares + t, choose(mass > zero, one / mass, zero));
     }
 }

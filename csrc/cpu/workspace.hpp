@@ -10,7 +10,7 @@ template <class T>
 struct Workspace {
     Tile<T> tile;
     Tile<double> exact;
-    T *c, *combined, *gradient, *shares;  // (n, kTileTokens) and (kTileTokens) each
+    T *c, *combined, *gradient, *shares;  // (n, tile.stride) and (tile.stride) each
     T *weights, *divisor;                 // (n)
     double* row;                          // (4 n)
     double* sums;                         // (statistics_size(n, false))
@@ -24,10 +24,10 @@ inline Workspace<T> allocate(const Tokens& tokens, void* scratch) {
     Arena arena{static_cast<char*>(scratch)};
     w.tile = allocate_tile<T>(tokens, arena);
     w.exact = allocate_tile<double>(tokens, arena);
-    w.c = arena.take<T>(tokens.n * kTileTokens);
-    w.combined = arena.take<T>(kTileTokens);
-    w.gradient = arena.take<T>(kTileTokens);
-    w.shares = arena.take<T>(kTileTokens);
+    w.c = arena.take<T>(tokens.n * w.tile.stride);
+    w.combined = arena.take<T>(w.tile.stride);
+    w.gradient = arena.take<T>(w.tile.stride);
+    w.shares = arena.take<T>(w.tile.stride);
     w.weights = arena.take<T>(tokens.n);
     w.divisor = arena.take<T>(tokens.n);
     w.row = arena.take<double>(4 * tokens.n);
@@ -39,27 +39,35 @@ inline Workspace<T> allocate(const Tokens& tokens, void* scratch) {
 
 inline int64_t scratch_size(int n) {
     const int64_t size = n, vectors = 3 * size * PAMA_VECTOR_BYTES;
-    const int64_t doubles = kTileTokens * (size + 6) + 8 * size + statistics_size(n, false);
+    const int64_t doubles = tile_stride(n) * (size + 6) + 8 * size + statistics_size(n, false);
     return 2 * tile_bytes<double>(n) + 8 * doubles + vectors + 64 * 16;
 }
 
 // Calls add(tile) with the fields of w.tile or, if the range of T does not suffice, with those of the same tokens in
-// double. bound: the bound terms are needed.
+// double. bound: the bound terms are needed. Returns whether the range of T suffices.
 template <class T, class Add>
-inline void with_fields(const Tokens& tokens, Workspace<T>& w, int64_t first, bool bound, Add add) {
-    if (objective_fields(tokens, bound, w.tile)) return add(w.tile);
-    load_tile(tokens, first, w.tile.count, false, w.exact, w.arena);
+inline bool with_fields(const Tokens& tokens, Workspace<T>& w, int64_t first, bool bound, Add add) {
+    if (objective_fields(tokens, bound, w.tile)) {
+        add(w.tile);
+        return true;
+    }
+    load_tile(tokens, first, w.tile.count, first + w.tile.count, false, w.exact, w.arena);
     objective_fields(tokens, bound, w.exact);
     add(w.exact);
+    return false;
 }
 
-// Calls visit(first token, count, omega) for each tile of the tokens [first, last): within one row where tokens have
-// the weight of their row.
-template <class Visit>
-inline void for_each_tile(const Tokens& tokens, const double* omega, int64_t first, int64_t last, Visit visit) {
+// Calls visit(first token, count, first token of the next tile, omega) for each tile of the tokens [first, last):
+// within one row where tokens have the weight of their row. skip: as in for_each_live.
+template <class Visit, class Skip>
+inline void for_each_tile(const Tokens& tokens, const double* omega, int64_t first, int64_t last, Visit visit,
+                          Skip skip) {
     const int64_t step = tile_tokens(tokens.n);
+    const LiveTokens live(tokens);
     const auto pieces = [&](int64_t begin, int64_t end, double weight) {
-        for (int64_t at = begin; at < end; at += step) visit(at, end - at < step ? end - at : step, weight);
+        for_each_live(
+            live, begin, end, step, [&](int64_t at, int64_t count, int64_t next) { visit(at, count, next, weight); },
+            skip);
     };
     if (!omega) return pieces(first, last, 1.0);
     for_each_segment(tokens, first, last - first, [&](int64_t row, int64_t, int64_t at, int64_t count) {
@@ -71,13 +79,14 @@ template <class T>
 inline void statistics_block(const Tokens& tokens, const double* omega, bool pairs, int64_t first, int64_t last,
                              double* sums, void* scratch) {
     Workspace<T> w = allocate<T>(tokens, scratch);
-    for_each_tile(tokens, omega, first, last, [&](int64_t at, int64_t count, double weight) {
-        load_tile(tokens, at, count, false, w.tile, w.arena);
+    const auto add = [&](int64_t at, int64_t count, int64_t next, double weight) {
+        load_tile(tokens, at, count, next, false, w.tile, w.arena);
         with_fields(tokens, w, at, pairs, [&](const auto& tile) {
             add_fields(tokens, tile, weight, sums);
             if (pairs) add_pairs(tokens, tile, weight, sums);
         });
-    });
+    };
+    for_each_tile(tokens, omega, first, last, add, [](int64_t, int64_t) {});
 }
 
 PAMA_END

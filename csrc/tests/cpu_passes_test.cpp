@@ -1,6 +1,6 @@
 // The CPU kernels on every layout and instruction set, on heap buffers of exactly the size that they may read
 // (AddressSanitizer sees a step beyond): against plain float64 sums, advantages per sequence against the same repeated
-// at every token, and one thread against two.
+// at every token, and one thread against two. Half the cases have rows with long masked stretches.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -27,7 +27,7 @@ size_t size(int64_t count) { return static_cast<size_t>(count); }
 struct Case {
     int64_t rows, width;
     int n;
-    bool packed, per_sequence, masked, presence, noon, weighted, reference;
+    bool packed, per_sequence, masked, padded, presence, noon, weighted, reference;
     Aggregation aggregation;
 };
 
@@ -57,6 +57,11 @@ struct Data {
         draw(advantages, (c.per_sequence ? c.rows : tokens) * c.n);
         mask.resize(size(tokens));
         for (unsigned char& m : mask) m = random() % 4 != 0;
+        for (int64_t row = 0; c.padded && row < c.rows; ++row) {  // before a position of the row, or from there on
+            const int64_t first = begin(row), last = begin(row + 1), length = last - first;
+            const int64_t place = first + (length > 0 ? static_cast<int64_t>(random()) % length : 0);
+            for (int64_t t = row % 2 ? first : place; t < (row % 2 ? place : last); ++t) mask[size(t)] = 0;
+        }
         present.resize(size(c.rows * c.n));
         for (unsigned char& o : present) o = random() % 3 != 0;
         for (int64_t row = 0; c.per_sequence && row < c.rows; ++row)
@@ -152,7 +157,7 @@ struct Applied {
 Applied run_apply(const Tokens& p, const Rule& rule, bool reference) {
     const int64_t rows = rule.weights_per == WeightsPer::sequence ? p.rows : 1;
     Applied r;
-    r.gradient.resize(size(p.tokens()));
+    r.gradient.assign(size(p.tokens()), NAN);
     r.weights.resize(size(rows * p.n));
     r.optimum.resize(size(rows));
     r.sums.resize(size(statistics_size(p.n, true)));
@@ -184,6 +189,10 @@ void check_apply(Data& d) {
             expect(total, 1, 1e-5, name + " weights");
         }
         expect(std::isfinite(one.loss), 1, 0, name + " loss");
+        for (size_t t = 0; t < one.gradient.size(); ++t) {
+            expect(std::isfinite(one.gradient[t]), 1, 0, name + " gradient");
+            if (d.given.masked && !d.mask[t]) expect(one.gradient[t], 0, 0, name + " gradient of a masked token");
+        }
         // UPGrad's weights of a singular matrix follow its rounding.
         if (!d.given.per_sequence || rule.kind == Kind::upgrad) continue;
         const Applied other = run_apply(d.problem(true), rule, d.given.reference);
@@ -214,6 +223,7 @@ int main() {
             given.packed = random() % 2;
             given.per_sequence = random() % 2;
             given.masked = random() % 2;
+            given.padded = random() % 2;
             given.presence = random() % 2;
             given.noon = random() % 2;
             given.weighted = random() % 4 == 0;

@@ -76,6 +76,43 @@ def test_the_loss_without_statistics_is_that_with_them(
                 assert less.statistics.buffer.isnan().all(), name
 
 
+def _with_stretch(x: Tensor, row: int, at: int, value: float) -> Tensor:
+    """With 200 more tokens of `value` in each row: from `at` on in one row, at its end in the others."""
+    wide = torch.full((x.shape[0], x.shape[1] + 200, *x.shape[2:]), value, dtype=torch.float32).to(x.dtype)
+    wide[:, : x.shape[1]] = x
+    wide[row, at : at + 200] = torch.tensor(value).to(x.dtype)
+    wide[row, at + 200 :] = x[row, at:]
+    return wide
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [1, 3, 8, 16, 32])
+def test_long_masked_stretches_change_nothing(n: int, mask_dtype: torch.dtype) -> None:
+    """Such as padding on either side, with NaN in it. Sums in another order differ by rounding."""
+    problem = _problem(n, False, torch.float32)
+    for at in (0, 300, WIDTH):
+        wide = [_with_stretch(x, 1, at, NAN) for x in problem[:3]]
+        mask = _with_stretch(problem[3], 1, at, 0.0)
+        for name in ("UPGrad", "token", "token, regularized", "sequence", "given"):
+            how: dict[str, Any] = {"weights": torch.full((n,), 1 / n)} if name == "given" else {}
+            how = how or {"rule": RULES[name]}
+            for settings in (how, how | {"aggregation": "seq-mean-token-mean"}):
+                plain, gradient = _loss(pk.pama_loss, *problem, **settings)
+                output, found = _loss(pk.pama_loss, *wide, mask.to(mask_dtype), **settings)
+                assert (found[~mask] == 0).all(), name
+                wanted = _with_stretch(gradient, 1, at, 0.0)
+                assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-7), name
+                assert torch.allclose(output.loss, plain.loss, rtol=1e-4, atol=1e-5), name
+                assert torch.allclose(output.weights, plain.weights, rtol=1e-4, atol=1e-5), name
+                assert torch.equal(output.statistics.token_count, plain.statistics.token_count), name
+            if name == "given":
+                continue
+            combined = pk.combine_advantages(wide[2], mask.to(mask_dtype), **how).advantages
+            expected = pk.combine_advantages(problem[2], problem[3], **how).advantages
+            assert (combined[~mask] == 0).all(), name
+            assert torch.allclose(combined, _with_stretch(expected, 1, at, 0.0), rtol=1e-4, atol=1e-5), name
+
+
 @pytest.mark.parametrize("noon", [True, False])
 @pytest.mark.parametrize("place", ["logprobs", "old", "advantages"])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
