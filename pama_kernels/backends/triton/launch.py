@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -156,12 +156,37 @@ def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: Options
     if INTERPRETED:
         kernel[(programs,)](*arguments, **options)
         return
-    collected = _collected.get()
-    if collected is not None:
-        collected.append((kernel, arguments, options))
-        return
+    watch = _watch.get()
+    (start if watch is None else watch)(kernel, programs, arguments, options)
+
+
+def start(kernel: Any, programs: int, arguments: tuple[Any, ...], options: Options) -> None:
     variant, values = variant_of(kernel, arguments, options)
     variant(programs, values)
+
+
+Watch = Callable[[Any, int, tuple[Any, ...], Options], None]
+_watch: ContextVar[Watch | None] = ContextVar("what is called instead of `start`", default=None)
+
+
+@contextlib.contextmanager
+def watching(watch: Watch) -> Iterator[None]:
+    """Within it, `watch` is called instead of each launch."""
+    token = _watch.set(watch)
+    try:
+        yield
+    finally:
+        _watch.reset(token)
+
+
+def watched() -> bool:
+    return _watch.get() is not None
+
+
+def is_current(device: torch.device) -> bool:
+    """Whether a launch on this device needs no change of the current one."""
+    index = _place_of(device).index
+    return index is None or index == torch.cuda.current_device()
 
 
 class _Pointer:
@@ -248,9 +273,6 @@ def compiled(kernel: Any, arguments: tuple[Any, ...], even: bool, options: Optio
 # --- ahead of the first launch -----------------------------------------------------------------------------
 
 Launch = tuple[Any, tuple[Any, ...], Options]  # kernel, arguments, options
-_collected: ContextVar[list[Launch] | None] = ContextVar(
-    "launches that are collected, not made", default=None
-)
 
 
 def compile_launches(calls: Callable[[], object]) -> int:
@@ -262,11 +284,8 @@ def compile_launches(calls: Callable[[], object]) -> int:
     if INTERPRETED:
         return 0
     launches: list[Launch] = []
-    token = _collected.set(launches)
-    try:
+    with watching(lambda kernel, programs, *rest: launches.append((kernel, *rest))):
         calls()
-    finally:
-        _collected.reset(token)
     before = len(_variants)
     with ThreadPoolExecutor(os.cpu_count()) as executor, triton.AsyncCompileMode(executor):
         for kernel, arguments, options in launches:
