@@ -4,7 +4,8 @@
 `min_norm.py` min_norm and upgrad, `advantages.py` gae and group_normalize. They use `problem.py`, the
 arguments of kernels, `tokens.py`, which loads tokens, `statistics.py`, `row_sums.py` and `reduce.py`, which
 compute sums, `apply.py`, the pass over tokens, `rows.py`, the pass over sequences, `combine.py`, what both
-share, and `active_set.py`, which solves quadratic problems. `repeat.py` repeats the launches of earlier calls.
+share, and `active_set.py`, which solves quadratic problems. `repeat.py` repeats the launches of earlier
+calls.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""Repeats the launches of an earlier call with the same signature: shapes, strides, dtypes, alignment, settings.
+"""Repeats the launches of an earlier call with the same signature: shapes, strides, dtypes, alignment of the
+tensors, and settings.
 
 Most of the host time of a call goes into what its signature determines: the strides and sizes that a kernel
-takes, the number of programs, the compiled kernel. The second call with a signature is therefore recorded; later
-ones allocate their results, put the addresses of their tensors into the recorded launches, and launch. No tensor
-and no value of a tensor is kept. A call that does more than allocate memory and launch kernels is never repeated.
+takes, the number of programs, the compiled kernel. The second call with a signature is therefore recorded.
+Later ones allocate their results, put the addresses of their tensors into the recorded launches, and launch.
+No tensor and no value of a tensor is kept. A call that does more than allocate memory and launch kernels is
+never repeated.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from enum import Enum
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -82,7 +85,7 @@ def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tenso
 
 
 def _signature(arguments: tuple[Any, ...]) -> _Signature | None:
-    """The key of a call, the addresses of its tensors and their device; None for tensors that are not plain."""
+    """The key of a call, the addresses of its tensors and their device; None if one is not plain."""
     key: list[Any] = []
     addresses: list[int] = []
     device = None
@@ -118,11 +121,15 @@ def _signature(arguments: tuple[Any, ...]) -> _Signature | None:
     return (device, *key), addresses, device
 
 
+class _State(Enum):
+    SEEN = 0  # once
+    REFUSED = 1  # not to be repeated
+
+
 def repeatable(function: _F) -> _F:
-    """A function of a backend whose launches are repeated. Its arguments are records, tensors and settings; it
-    returns a tensor, a tuple of tensors or None."""
-    known: dict[tuple[Any, ...], _Recorded | None] = {}  # None: seen once, or never to be repeated
-    refused: set[tuple[Any, ...]] = set()
+    """A function of a backend whose launches are repeated. Its arguments are records, tensors and settings;
+    it returns a tensor, a tuple of tensors or None."""
+    known: dict[tuple[Any, ...], _Recorded | _State] = {}
     lock = threading.Lock()
 
     @functools.wraps(function)
@@ -134,25 +141,17 @@ def repeatable(function: _F) -> _F:
             return function(*arguments)
         key, addresses, device = made
         found = known.get(key)
-        if found is not None:
+        if type(found) is _Recorded:
             return found.repeat(addresses)
-        if key not in known:
+        if found is _State.SEEN and not _stream.capturing(device):
+            result, known[key] = _record(function, arguments, addresses, device)
+            return result
+        if found is None:
             with lock:
-                if len(known) >= _MOST:
-                    oldest = next(iter(known))
-                    del known[oldest]
-                    refused.discard(oldest)
-                known[key] = None
-            return function(*arguments)
-        if key in refused or _stream.capturing(device):
-            return function(*arguments)
-        result, recorded = _record(function, arguments, addresses, device)
-        with lock:
-            if recorded is None:
-                refused.add(key)
-            elif key in known:
-                known[key] = recorded
-        return result
+                while len(known) >= _MOST:
+                    del known[next(iter(known))]
+                known[key] = _State.SEEN
+        return function(*arguments)
 
     call.known = known  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]
@@ -172,7 +171,8 @@ _HARMLESS = {*_VIEWS, _aten.promote_types.default}
 
 
 class _Allocations(TorchDispatchMode):
-    """Keeps all that is allocated, so that no two allocations share memory; `other`: something else was run."""
+    """Keeps all that is allocated, so that no two allocations share memory. `other`: something else was
+    run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,8 +190,8 @@ class _Allocations(TorchDispatchMode):
 
 def _record(
     function: Callable[..., Any], arguments: tuple[Any, ...], addresses: list[int], device: torch.device
-) -> tuple[Any, _Recorded | None]:
-    """Calls the function. Returns its result, and what repeats the call, or None if nothing can."""
+) -> tuple[Any, _Recorded | _State]:
+    """Calls the function. Returns its result, and what repeats the call."""
     own_counter = counter(device)
     launches: list[tuple[Any, int, tuple[Any, ...], Options]] = []
 
@@ -205,12 +205,12 @@ def _record(
     results = [] if result is None else [result] if isinstance(result, Tensor) else list(result)
     fresh = {x.untyped_storage().data_ptr() for x in allocations.made}
     if allocations.other or not all(x is NOTHING or _is_whole(x, fresh) for x in results):
-        return result, None
+        return result, _State.REFUSED
     memory = _Memory(arguments, addresses, results, allocations.made)
     steps = [memory.step(*given, own_counter) for given in launches]
     complete = tuple(step for step in steps if step is not None)
     if len(complete) < len(steps) or memory.scratch > _MOST_SCRATCH:
-        return result, None
+        return result, _State.REFUSED
     shapes = tuple(None if x is NOTHING else (x.shape, x.dtype) for x in results)
     return result, _Recorded(device, shapes, _form_of(result), memory.scratch, complete)
 
@@ -235,7 +235,8 @@ def _is_equal(x: Tensor, y: Tensor) -> bool:
 
 
 class _Memory:
-    """To which tensor of a call an address belongs: an argument, a result, or the scratch memory of all launches."""
+    """To which tensor of a call an address belongs: an argument, a result, or the scratch memory of all
+    launches."""
 
     def __init__(
         self, arguments: tuple[Any, ...], addresses: list[int], results: list[Tensor], made: list[Tensor]
