@@ -99,9 +99,11 @@ KINDS: dict[Any, tuple[str, ...]] = {
 
 
 def _getter(kinds: Sequence[str], tensors: bool) -> Callable[[Any], Sequence[Any]]:
-    """Returns the fields of a record that may be tensors, or the others."""
+    """Returns the fields of a record that may be tensors, or the others, as a tuple."""
     places = [k for k, kind in enumerate(kinds) if ("Tensor" in kind or "Number" in kind) is tensors]
-    return itemgetter(*places) if len(places) > 1 else lambda record: tuple(record[k] for k in places)
+    if len(places) > 1:
+        return itemgetter(*places)
+    return itemgetter(slice(places[0], places[0] + 1) if places else slice(0))
 
 
 TENSORS = {record: _getter(kinds, True) for record, kinds in KINDS.items()}
