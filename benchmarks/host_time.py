@@ -9,6 +9,7 @@ tokens. Times are the lower quartile of single calls: others on the machine only
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "backends"))
 
 WARM_UP = 30
+LENGTHS = 1000  # more than the signatures whose launches are kept
 EMPTIED_EVERY = 50  # calls: a queue of launches that is full would make the next one wait
 
 
@@ -53,11 +55,22 @@ def calls_of(device: Any, rows: int, width: int, n: int) -> dict[str, Callable[[
         forward = loss(x, rule)
         return lambda: torch.autograd.grad(forward(), logprobs)
 
+    lengths = [
+        (logprobs.detach()[:, :1].expand(rows, length).clone().requires_grad_(), new(rows, length))
+        for length in range(width, width + LENGTHS)
+    ]
+    others = itertools.cycle((x, x.detach() + 0.1, y > -1) for x, y in lengths)
+
+    def another_length() -> object:
+        x, old, mask = next(others)
+        return torch.autograd.grad(pk.pama_loss(x, old, per_sequence, mask).loss, x)
+
     return {
         "combine_advantages (B, N)": lambda: pk.combine_advantages(per_sequence, mask),
         "combine_advantages (B, T, N)": lambda: pk.combine_advantages(advantages, mask),
         "pama_loss (B, N), forward": loss(per_sequence),
         "pama_loss (B, N), forward + backward": trained(per_sequence),
+        "the same, another length at every call": another_length,
         "pama_loss (B, T, N), forward": loss(advantages),
         "pama_loss (B, T, N), forward + backward": trained(advantages),
         "pama_loss (B, T, N) per token, forward + backward": trained(advantages, pk.Pama.paper("token")),

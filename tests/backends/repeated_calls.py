@@ -1,8 +1,8 @@
 """Calls whose launches are repeated (`backends/triton/repeat.py`) launch what they would launch otherwise.
 
 ``python repeated_calls.py`` prints a line of JSON for each call, made with a CUDA driver that does nothing
-(`null_driver.py`): twice on tensors of its own, so that it is recorded, then on others, once as if for the
-first time and once repeated. "differences" counts the arguments of kernels that are not equal or, for memory
+(`null_driver.py`): on tensors of its own until it is recorded, then on others, once as if for the first time
+and once repeated. "differences" counts the arguments of kernels that are not equal or, for memory
 that a call allocates, do not correspond; "repeated" the calls that took recorded launches. The last line is
 about what is kept.
 """
@@ -114,7 +114,7 @@ def differences(inputs: set[int], plain: Launches, again: Launches, results: lis
 
 
 def compared(watch: Watch, make: Callable[[], problems.Problem], call: Call) -> dict[str, int]:
-    for _ in range(2):
+    for _ in range(repeat.RECORDED):
         call(make())
     p = make()
     inputs = {x.data_ptr() for x in vars(p).values() if isinstance(x, Tensor)}
@@ -132,7 +132,7 @@ def of_two_arguments(watch: Watch) -> dict[str, Any]:
     """A call that was recorded with one tensor as two arguments, then gets two."""
     p = problems.make()
     other = p.logprobs.clone()
-    for _ in range(3):
+    for _ in range(repeat.RECORDED + 1):
         pk.pama_loss(p.logprobs, p.logprobs, p.advantages, p.mask)
     _, launches = watch.of(lambda: pk.pama_loss(p.logprobs, other, p.advantages, p.mask))
     missing = sum(other.data_ptr() not in values for variant, _, values in launches if len(values) > 40)
@@ -147,7 +147,7 @@ def kept() -> dict[str, Any]:
         return sum(issubclass(type(x), Tensor) for x in gc.get_objects())
 
     def step(width: int) -> None:
-        for _ in range(3):
+        for _ in range(repeat.RECORDED + 1):
             p = problems.make(width=width)
             pk.combine_advantages(p.advantages, p.mask)
 

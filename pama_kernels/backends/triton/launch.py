@@ -114,6 +114,7 @@ class Options(dict[str, Any]):
     def __init__(self, each: int, constants: dict[str, Any]) -> None:
         super().__init__(constants)
         self.each, self.key = each, next(_keys)
+        self.by_row = bool(constants.get("LAYOUT"))  # with a stride between rows
 
     def compile_options(self) -> dict[str, Any]:
         # Threads that hold copies of a sum of products add the terms in different orders. The copies are
@@ -241,14 +242,16 @@ def variant_of(kernel: Any, arguments: tuple[Any, ...], options: Options) -> tup
     if places is None:
         _places[id(kernel)] = places = _pointers_of(kernel, len(arguments))
     values, addresses = list(arguments), 0
-    dtypes: list[Any] = []  # with the positions of the tensors
+    dtypes: list[Any] = []  # None where there is no tensor
     for place in places:
         x = values[place]
-        if x is not None:
-            dtypes += place, x.dtype
+        if x is None:
+            dtypes.append(None)
+        else:
+            dtypes.append(x.dtype)
             values[place] = address = x.data_ptr()
             addresses |= address
-    even = addresses % ALIGNMENT == 0 and not options.get("LAYOUT")
+    even = addresses % ALIGNMENT == 0 and not options.by_row
     key = id(kernel), options.key, driver.active.get_current_device(), even, *dtypes
     return _variants.get(key) or _made(key, kernel, arguments, options), values
 
@@ -261,7 +264,7 @@ def _made(key: Any, kernel: Any, arguments: tuple[Any, ...], options: Options) -
 
 
 def _is_even(arguments: tuple[Any, ...], options: Options) -> bool:
-    return aligned(*(x for x in arguments if isinstance(x, Tensor))) and not options.get("LAYOUT")
+    return aligned(*(x for x in arguments if isinstance(x, Tensor))) and not options.by_row
 
 
 def compiled(kernel: Any, arguments: tuple[Any, ...], even: bool, options: Options) -> Any:

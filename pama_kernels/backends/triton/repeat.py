@@ -2,7 +2,7 @@
 tensors, and settings.
 
 Most of the host time of a call goes into what its signature determines: the strides and sizes that a kernel
-takes, the number of programs, the compiled kernel. The second call with a signature is therefore recorded.
+takes, the number of programs, the compiled kernel. The fourth call with a signature is therefore recorded.
 Later ones allocate their results, put the addresses of their tensors into the recorded launches, and launch.
 No tensor and no value of a tensor is kept. A call that does more than allocate memory and launch kernels is
 never repeated.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from enum import Enum
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -28,7 +27,9 @@ from pama_kernels.backends.operators import NOTHING
 from . import launch
 from .launch import ALIGNMENT, INTERPRETED, Options, Variant
 
-_MOST = 512  # signatures of a function; the oldest is dropped
+RECORDED = 4  # which call with a signature is recorded: it takes as long as four repeated ones save
+_MOST = 512  # recorded signatures of a function; the oldest is dropped
+_MOST_SEEN = 4096
 _MOST_SCRATCH = 1 << 26  # bytes: larger calls do not wait for the host
 _APART = 512  # bytes: the alignment of torch's CUDA allocator
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -121,16 +122,29 @@ def _signature(arguments: tuple[Any, ...]) -> _Signature | None:
     return (device, *key), addresses, device
 
 
-class _State(Enum):
-    SEEN = 0  # once
-    REFUSED = 1  # not to be repeated
+class _Refused:
+    """In the place of a `_Recorded`: not to be repeated."""
+
+
+_REFUSED = _Refused()
 
 
 def repeatable(function: _F) -> _F:
     """A function of a backend whose launches are repeated. Its arguments are records, tensors and settings;
     it returns a tensor, a tuple of tensors or None."""
-    known: dict[tuple[Any, ...], _Recorded | _State] = {}
+    known: dict[tuple[Any, ...], _Recorded | _Refused] = {}
+    seen: dict[int, int] = {}  # by hash of the signature: collisions only record a call earlier
     lock = threading.Lock()
+
+    def is_due(key: tuple[Any, ...]) -> bool:
+        """Whether a call that is not known is to be recorded."""
+        code = hash(key)
+        times = seen.get(code, 0) + 1
+        if times < RECORDED:
+            if len(seen) >= _MOST_SEEN:
+                seen.clear()
+            seen[code] = times
+        return times >= RECORDED
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
@@ -143,15 +157,14 @@ def repeatable(function: _F) -> _F:
         found = known.get(key)
         if type(found) is _Recorded:
             return found.repeat(addresses)
-        if found is _State.SEEN and not _stream.capturing(device):
-            result, known[key] = _record(function, arguments, addresses, device)
-            return result
-        if found is None:
-            with lock:
-                while len(known) >= _MOST:
-                    del known[next(iter(known))]
-                known[key] = _State.SEEN
-        return function(*arguments)
+        if found is _REFUSED or not is_due(key) or _stream.capturing(device):
+            return function(*arguments)
+        result, recorded = _record(function, arguments, addresses, device)
+        with lock:
+            while len(known) >= _MOST:
+                del known[next(iter(known))]
+            known[key] = recorded
+        return result
 
     call.known = known  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]
@@ -190,7 +203,7 @@ class _Allocations(TorchDispatchMode):
 
 def _record(
     function: Callable[..., Any], arguments: tuple[Any, ...], addresses: list[int], device: torch.device
-) -> tuple[Any, _Recorded | _State]:
+) -> tuple[Any, _Recorded | _Refused]:
     """Calls the function. Returns its result, and what repeats the call."""
     own_counter = counter(device)
     launches: list[tuple[Any, int, tuple[Any, ...], Options]] = []
@@ -205,12 +218,12 @@ def _record(
     results = [] if result is None else [result] if isinstance(result, Tensor) else list(result)
     fresh = {x.untyped_storage().data_ptr() for x in allocations.made}
     if allocations.other or not all(x is NOTHING or _is_whole(x, fresh) for x in results):
-        return result, _State.REFUSED
+        return result, _REFUSED
     memory = _Memory(arguments, addresses, results, allocations.made)
     steps = [memory.step(*given, own_counter) for given in launches]
     complete = tuple(step for step in steps if step is not None)
     if len(complete) < len(steps) or memory.scratch > _MOST_SCRATCH:
-        return result, _State.REFUSED
+        return result, _REFUSED
     shapes = tuple(None if x is NOTHING else (x.shape, x.dtype) for x in results)
     return result, _Recorded(device, shapes, _form_of(result), memory.scratch, complete)
 
