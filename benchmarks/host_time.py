@@ -2,15 +2,19 @@
 
 With a GPU: until the call returns, the kernels still running. Without one, Triton's launcher is followed down
 to a CUDA driver that does nothing (`tests/backends/null_driver.py`, on CPU tensors), which leaves out what
-torch's allocator and the real driver take. `--backend cpu`: whole calls of the native CPU backend on few
-tokens. Times are the lower quartile of single calls: others on the machine only ever add to them.
+torch's allocator and the real driver take. `--backend cuda`, without a GPU: CUDA C++ compiled for the host,
+with launches that do nothing, and Triton where it leaves a pass to it. `--backend cpu`: whole calls of the
+CPU backend on few tokens. Times are the lower quartile of single calls: others on the machine only ever add
+to them.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter_ns
@@ -83,13 +87,22 @@ def calls_of(device: Any, rows: int, width: int, n: int) -> dict[str, Callable[[
     }
 
 
+def serve_idle_cuda() -> None:
+    import cuda_emulation
+
+    with tempfile.TemporaryDirectory() as folder:
+        module = cuda_emulation.build(Path(folder), "-O2", "-DPAMA_CUDA_IDLE")
+        os.environ |= {"PAMA_CUDA_EMULATED": str(module), "PAMA_BACKEND": "cuda"}
+        cuda_emulation.serve(second_pass="triton")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.host_time",
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("--backend", choices=("triton", "cpu"), default="triton")
+    parser.add_argument("--backend", choices=("triton", "cuda", "cpu"), default="triton")
     parser.add_argument("--calls", type=int, default=2000)
     parser.add_argument("--objectives", type=int, default=4)
     options = parser.parse_args()
@@ -97,21 +110,24 @@ def main() -> None:
 
     torch.set_num_threads(1)
     device, names, empty = "cpu", None, lambda: None
-    rows, width = (8, 128) if options.backend == "triton" else (8, 8)
+    rows, width = (8, 8) if options.backend == "cpu" else (8, 128)
     where = "the CPU backend"
-    if options.backend == "triton" and torch.cuda.is_available():
+    if options.backend != "cpu" and torch.cuda.is_available():
         device, empty, where = "cuda", torch.cuda.synchronize, torch.cuda.get_device_name()
-    elif options.backend == "triton":
+    elif options.backend != "cpu":
         from null_driver import NullDriver
 
         names = NullDriver().launched
         empty, where = names, "Triton, a CUDA driver that does nothing"
+        if options.backend == "cuda":
+            serve_idle_cuda()
+            where = f"CUDA C++, launches that do nothing; {where}"
     print(f"{where}; torch {torch.__version__}; B = {rows}, T = {width}, N = {options.objectives}")
     for name, call in calls_of(device, rows, width, options.objectives).items():
         call()
         empty()
         call()
-        launched = "" if names is None else f"  {len(names())} launches"
+        launched = "" if names is None else f"  {len(names())} launches of Triton"
         print(f"{name:52}{quartile(call, options.calls, empty):8.1f} us{launched}", flush=True)
 
 
