@@ -110,7 +110,7 @@ def _signature(arguments: tuple[Any, ...]) -> _Signature | None:
                 if device is None:
                     device = x.device
                 addresses.append(address)
-                key += x.dtype, x.shape, x.stride(), address % ALIGNMENT
+                key += x.dtype, x.shape, x.stride(), address % ALIGNMENT == 0
             elif isinstance(x, Tensor):
                 return None
             else:
