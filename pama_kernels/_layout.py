@@ -26,7 +26,6 @@ from ._validate import (
     check_shape,
     check_tensor,
     clip_bounds,
-    is_dense,
     shape_of,
 )
 
@@ -63,9 +62,8 @@ def check_tokens(
 ) -> tuple[Tokens, Layout]:
     """Checks all inputs of a pass over tokens. `clip_range` None: (1, infinity), which never clips."""
     layout = resolve_layout(
-        advantages, mask, objective_mask=objective_mask, logprobs=logprobs, old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs, importance_weights=importance_weights, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
+        advantages, mask, objective_mask, logprobs, old_logprobs, ref_logprobs, importance_weights, cu_seqlens
+    )
     if old_logprobs is not None:
         if logprobs is None:
             raise ValueError("old_logprobs: expected None without logprobs, got a tensor")
@@ -90,7 +88,6 @@ def check_tokens(
 def resolve_layout(
     advantages: Any,
     mask: Any = None,
-    *,
     objective_mask: Any = None,
     logprobs: Any = None,
     old_logprobs: Any = None,
@@ -113,7 +110,7 @@ def resolve_layout(
     ):  # fmt: skip
         if x is None:
             continue
-        if not is_dense(x, dtypes):
+        if type(x) is not Tensor or x.dtype not in dtypes or x.layout is not torch.strided or x.is_nested:
             (check_mask if dtypes is MASKS else check_float)(name, x)
         if x.device != device:
             check_device(name, x, like_name, like)

@@ -212,10 +212,14 @@ def traced() -> bool:
     torch.func)."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
+        or _dispatch_modes() > 0
+        or _tracing_state() is not None
+        or _functorch_is_active()
     )
+
+
+_dispatch_modes, _tracing_state = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
+_functorch_is_active = torch._C._are_functorch_transforms_active
 
 
 # --- preference and weights --------------------------------------------------------------------------------

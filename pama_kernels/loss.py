@@ -144,7 +144,8 @@ def _scaled(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
     if torch.is_grad_enabled():  # create_graph=True
         return _first_derivative((gradient * grad_loss).to(logprobs.dtype), logprobs)
     scaled: Tensor
-    if _is_last_use(grad_loss):
+    # The saved gradient may be overwritten where no second backward pass, tracing or transform follows.
+    if not (traced() or _keeps_graph() or _is_legacy_batched(grad_loss)):
         unchanged = gradient.is_cpu and grad_loss.item() == 1.0
         scaled = gradient if unchanged else gradient.mul_(grad_loss)
     else:
@@ -152,14 +153,8 @@ def _scaled(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
     return scaled if scaled.dtype is logprobs.dtype else scaled.to(logprobs.dtype)
 
 
-def _is_last_use(grad_loss: Tensor) -> bool:
-    """Whether the saved gradient may be overwritten: there is no second backward pass, and no tracing
-    or transform."""
-    return not (
-        traced()
-        or torch._C._functorch.is_legacy_batchedtensor(grad_loss)  # is_grads_batched=True
-        or torch._C._autograd._get_current_graph_task_keep_graph()
-    )
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor  # is_grads_batched=True
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 _first_derivative: Callable[..., Tensor] = _FirstDerivative.apply

@@ -136,18 +136,21 @@ def resolve_rule(rule: RuleLike) -> Rule:
     return rule
 
 
+_UPGRAD = _call.Rule(Kind.UPGRAD, WeightsPer.BATCH, 0.0)
+_FIXED = _call.Rule(Kind.FIXED, WeightsPer.BATCH, 0.0)
+_CALLABLE = _call.Rule(Kind.SOLVED, WeightsPer.BATCH, 0.0)
+
+
 def record(rule: Rule) -> _call.Rule:
     """The record of the rule that backends read; the weights of a callable are computed before the call."""
+    if isinstance(rule, UPGrad):
+        return _UPGRAD
     if isinstance(rule, Pama):
         kind = Kind.GRAM if rule.bound == "gram" else Kind.SCORES
         return _call.Rule(kind, WeightsPer[rule.weights_per.upper()], rule.regularization)
     if isinstance(rule, SoftMin):
         return _call.Rule(Kind.SOFTMIN, WeightsPer[rule.weights_per.upper()], rule.temperature)
-    if isinstance(rule, UPGrad):
-        return _call.Rule(Kind.UPGRAD, WeightsPer.BATCH, 0.0)
-    if isinstance(rule, Fixed):
-        return _call.Rule(Kind.FIXED, WeightsPer.BATCH, 0.0)
-    return _call.Rule(Kind.SOLVED, WeightsPer.BATCH, 0.0)
+    return _FIXED if isinstance(rule, Fixed) else _CALLABLE
 
 
 def noon_of(rule: Rule) -> bool:

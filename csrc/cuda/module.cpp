@@ -1,5 +1,5 @@
 // The Python module `pama_kernels.backends._cuda`: it reads records and device pointers and raises the errors. Memory
-// is allocated by Python: empty(count) returns a float64 tensor on the device.
+// is allocated by torch; empty(count) returns a float64 tensor on the device.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -145,8 +145,8 @@ py::object sequences_of(const py::object& record, const py::object& rule, const 
     return py::make_tuple(parts[0], parts[1], parts[2], parts[3], parts[4], parts[5]);
 }
 
-// results: weights, optimum and effective preference in float64; then, optionally, weights and optimum in the dtype of
-// the call.
+// results: 2 n + 1 doubles for weights, effective preference and optimum; then, optionally, weights and optimum in the
+// dtype of the call.
 Solve read_solve(const py::handle& rule, int n, const double* sums, const py::handle& preference,
                  const py::tuple& results) {
     Solve s;
@@ -154,41 +154,48 @@ Solve read_solve(const py::handle& rule, int n, const double* sums, const py::ha
     s.n = n;
     s.sums = sums;
     s.preference = binding::read_preference(preference, n);
-    s.weights = read_doubles(results[0], "weights", n);
-    s.optimum = read_doubles(results[1], "optimum", 1);
-    s.effective = read_doubles(results[2], "preference", n);
-    if (results.size() == 5) {
-        s.rounded[0] = binding::read_result(results[3], "weights", n);
-        s.rounded[1] = binding::read_result(results[4], "optimum", 1);
+    s.weights = read_doubles(results[0], "weights", 2 * int64_t{n} + 1);
+    s.effective = s.weights + n;
+    s.optimum = s.effective + n;
+    if (results.size() == 3) {
+        s.rounded[0] = binding::read_result(results[1], "weights", n);
+        s.rounded[1] = binding::read_result(results[2], "optimum", 1);
     }
     return s;
 }
 
-// Computes the statistics and, with a rule of kind FIXED or SCORES, its weights.
-py::object statistics_of(const py::object& record, bool pairs, const py::object& rule, const py::object& preference,
-                         const py::object& results, const py::object& counter, const py::function& empty,
-                         const py::tuple& place) {
+// Writes the statistics into `sums` and, with a rule, its weights into `results`.
+void statistics_of(const py::object& record, bool pairs, const py::object& sums, const py::object& rule,
+                   const py::object& preference, const py::object& results, const py::object& counter,
+                   const py::tuple& place) {
     const DeviceTokens p = read_tokens(record);
     const Where where(place);
     const Plan plan = statistics_plan(p, pairs, where.multiprocessors);
-    const Memory sums(empty, statistics_size(p.n, pairs));
-    const Memory work(empty, plan.doubles() + (rule.is_none() ? 0 : solve_doubles(Kind::scores, p.n)));
+    double* const to = read_doubles(sums, "statistics", statistics_size(p.n, pairs));
+    Solve s;
+    int64_t more = 0;
+    bool inside = false;  // the last block of the statistics solves
+    if (!rule.is_none()) {
+        s = read_solve(rule, p.n, to, preference, results);
+        more = solve_doubles(s.rule.kind, p.n);
+        inside = !needs_pairs(s.rule.kind);
+        if (!inside && !pairs) throw py::value_error("pairs: expected true for a rule on pairs of objectives");
+    }
+    void* data = nullptr;
+    const py::object work =
+        binding::Allocator(record.attr("advantages")).vector(Dtype::f64, plan.doubles() + more, &data);
+    s.work = static_cast<double*>(data) + plan.doubles();
     Tensor zero;
     binding::read_tensor(counter, "counter", zero);
-    Solve solve;
-    if (!rule.is_none()) {
-        solve = read_solve(rule, p.n, sums.data, preference, results);
-        solve.work = work.data + plan.doubles();
-    }
     const DeviceGuard guard(where.device);
-    check(statistics(p, pairs, plan, work.data, static_cast<unsigned*>(zero.data), sums.data,
-                     rule.is_none() ? nullptr : &solve, where.stream),
+    check(statistics(p, pairs, plan, static_cast<double*>(data), static_cast<unsigned*>(zero.data), to,
+                     inside ? &s : nullptr, where.stream),
           "statistics");
-    return sums.tensor;
+    if (!rule.is_none() && !inside) check(solve(s, where.stream), "solve");
 }
 
 void solve_of(const py::object& sums, int n, const py::object& rule, const py::object& preference,
-              const py::tuple& results, const py::function& empty, const py::tuple& place) {
+              const py::tuple& results, const py::tuple& place) {
     const Where where(place);
     Tensor given;
     binding::read_tensor(sums, "statistics", given);
@@ -197,8 +204,9 @@ void solve_of(const py::object& sums, int n, const py::object& rule, const py::o
     if (given.dtype != Dtype::f64 || given.ndim != 1 || given.size(0) < statistics_size(n, pairs))
         throw py::value_error("statistics: expected at least " + std::to_string(statistics_size(n, pairs)) +
                               " float64 sums");
-    const Memory work(empty, solve_doubles(s.rule.kind, n));
-    s.work = work.data;
+    void* data = nullptr;
+    const py::object work = binding::Allocator(sums).vector(Dtype::f64, solve_doubles(s.rule.kind, n), &data);
+    s.work = static_cast<double*>(data);
     const DeviceGuard guard(where.device);
     check(solve(s, where.stream), "solve");
 }

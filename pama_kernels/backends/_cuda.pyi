@@ -7,10 +7,9 @@ from torch import Tensor
 from pama_kernels._call import Rule, Tokens
 
 Memory = Callable[[int], Tensor]
-Batch = tuple[
-    Tensor, Tensor, Tensor
-]  # float64 weights, optimum, preference over the objectives with a signal
-Rounded = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # the same, then weights and optimum in another dtype
+# (2 N + 1) float64: weights, preference over the objectives with a signal, optimum.
+Batch = tuple[Tensor]
+Rounded = tuple[Tensor, Tensor, Tensor]  # the same, then weights and optimum in another dtype
 # Combined advantages, weights, optimum, sums, their sum of squares, factors of the loss (B, 3).
 Sequences = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]
 Where = tuple[int, int, int]  # device, its multiprocessors, address of the stream
@@ -24,13 +23,13 @@ def device_problem() -> str: ...
 def statistics(
     tokens: Tokens,
     pairs: bool,
-    rule: Rule | None,  # FIXED or SCORES: its weights in the same launch
+    sums: Tensor,
+    rule: Rule | None,  # the weights too, of FIXED and SCORES in the same launch
     preference: Tensor | None,
     results: Batch | Rounded | None,
     counter: Tensor,
-    empty: Memory,
     where: Where,
-) -> Tensor: ...
+) -> None: ...
 def sequences(
     tokens: Tokens,
     rule: Rule | None,
@@ -45,7 +44,6 @@ def solve(
     rule: Rule,
     preference: Tensor | None,
     results: Batch | Rounded,
-    empty: Memory,
     where: Where,
 ) -> None: ...
 def weights(

@@ -98,13 +98,16 @@ KINDS: dict[Any, tuple[str, ...]] = {
 }
 
 
-def _getter(kinds: Sequence[str]) -> Callable[[Any], Sequence[Any]]:
-    """Returns the fields of a record that may be tensors."""
-    places = [k for k, kind in enumerate(kinds) if "Tensor" in kind or "Number" in kind]
-    return itemgetter(*places) if len(places) > 1 else lambda record: [record[k] for k in places]
+def _getter(kinds: Sequence[str], tensors: bool) -> Callable[[Any], Sequence[Any]]:
+    """Returns the fields of a record that may be tensors, or the others, as a tuple."""
+    places = [k for k, kind in enumerate(kinds) if ("Tensor" in kind or "Number" in kind) is tensors]
+    if len(places) > 1:
+        return itemgetter(*places)
+    return itemgetter(slice(places[0], places[0] + 1) if places else slice(0))
 
 
-TENSORS = {record: _getter(kinds) for record, kinds in KINDS.items()}
+TENSORS = {record: _getter(kinds, True) for record, kinds in KINDS.items()}
+OTHERS = {record: _getter(kinds, False) for record, kinds in KINDS.items()}
 
 
 def schema(records: Sequence[Any], returns: str) -> str:

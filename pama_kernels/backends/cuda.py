@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from pama_kernels._call import (
-    Kind,
     Number,
     Outputs,
     Results,
     Rule,
     Tokens,
     WeightsPer,
+    statistics_size,
 )
 
 from . import _cuda
@@ -35,8 +35,6 @@ from .registry import SOLVED, find
 build_info = _cuda.build_info
 if hasattr(Tensor, "__dlpack_c_exchange_api__"):
     _cuda.use_exchange(Tensor.__dlpack_c_exchange_api__)
-
-Batch = tuple[Tensor, Tensor, Tensor]  # weights, optimum, effective preference
 
 
 @functools.lru_cache(maxsize=4)
@@ -73,9 +71,9 @@ def _memory(like: Tensor) -> Callable[[int], Tensor]:
     return lambda count: torch.empty(count, dtype=torch.float64, device=like.device)
 
 
-def _batch(objectives: int, like: Tensor) -> Batch:
-    buffer = torch.empty(2 * objectives + 1, dtype=torch.float64, device=like.device)
-    return buffer[:objectives], buffer[2 * objectives], buffer[objectives : 2 * objectives]
+def _batch(objectives: int, like: Tensor) -> Tensor:
+    """For weights, effective preference and optimum."""
+    return torch.empty(2 * objectives + 1, dtype=torch.float64, device=like.device)
 
 
 # --- statistics and the weights of a batch ------------------------------------------------------------
@@ -100,28 +98,18 @@ def statistics(tokens: Tokens, pairs: bool) -> Tensor:
     if found is not None:
         return found[3]
     like = tokens.advantages
-    count = counter(like.device)
-    return _cuda.statistics(tokens, pairs, None, None, None, count, _memory(like), _where(like))
-
-
-def _statistics_and_weights(
-    tokens: Tokens, rule: Rule, preference: Tensor | None, results: _cuda.Rounded, pairs: bool
-) -> Tensor:
-    """Computes the statistics, and the weights of the batch into `results`; one launch for the kinds FIXED
-    and SCORES."""
-    like = tokens.advantages
-    count, memory, where = counter(like.device), _memory(like), _where(like)
-    if rule.kind in (Kind.FIXED, Kind.SCORES):
-        return _cuda.statistics(tokens, pairs, rule, preference, results, count, memory, where)
-    sums = _cuda.statistics(tokens, pairs, None, None, None, count, memory, where)
-    _cuda.solve(sums, tokens.objectives, rule, preference, results, memory, where)
+    size = statistics_size(tokens.objectives, pairs)
+    sums = torch.empty(size, dtype=torch.float64, device=like.device)
+    _cuda.statistics(tokens, pairs, sums, None, None, None, counter(like.device), _where(like))
     return sums
 
 
-def solve(sums: Tensor, rule: Rule, preference: Tensor | None, objectives: int) -> Batch:
-    batch, given = _batch(objectives, sums), sums.contiguous()
-    _cuda.solve(given, objectives, rule, preference, batch, _memory(sums), _where(sums))
-    return batch
+def solve(
+    sums: Tensor, rule: Rule, preference: Tensor | None, objectives: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, given, n = _batch(objectives, sums), sums.contiguous(), objectives
+    _cuda.solve(given, n, rule, preference, (batch,), _where(sums))
+    return batch[:n], batch[2 * n], batch[n : 2 * n]
 
 
 # --- weights of the batch, applied --------------------------------------------------------------------
@@ -155,13 +143,14 @@ def apply(
 def _apply_by_token(
     tokens: Tokens, rule: Rule, preference: Tensor | None, weights: Tensor | None, outputs: Outputs
 ) -> Results:
-    batch, results = (
-        _batch(tokens.objectives, tokens.advantages),
-        empty_results(tokens, rule, weights, outputs),
+    like, n = tokens.advantages, tokens.objectives
+    batch, results = _batch(n, like), empty_results(tokens, rule, weights, outputs)
+    rounded = batch, results.weights, results.optimum
+    _cuda.statistics(
+        tokens, outputs.pairs, results.sums, rule, preference, rounded, counter(like.device), _where(like)
     )
-    rounded = (*batch, results.weights, results.optimum)
-    results = results._replace(sums=_statistics_and_weights(tokens, rule, preference, rounded, outputs.pairs))
-    _second_pass(tokens, outputs, results, batch[2], None)
+    effective = None if tokens.objective_mask is None else batch[n : 2 * n]
+    _second_pass(tokens, outputs, results, effective, None)
     return results
 
 

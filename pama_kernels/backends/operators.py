@@ -105,13 +105,13 @@ def empty_loss(tokens: Tokens, outputs: Outputs, like: Tensor) -> tuple[Tensor, 
 def empty_results(tokens: Tokens, rule: Rule, weights: Tensor | None, outputs: Outputs) -> Results:
     """Allocates the results of `apply`."""
     advantages, n = tokens.advantages, tokens.objectives
-    # empty_like takes half as long as other ways to make a tensor.
-    optimum = torch.empty((), dtype=dtype_of_results(tokens, outputs), device=advantages.device)
+    # Each of these is the fastest way to make its tensor; a torch.Size as argument costs as much as a tensor.
+    optimum = torch.empty_strided((), (), dtype=dtype_of_results(tokens, outputs), device=advantages.device)
     combined = square_sum = NOTHING
     if outputs.advantages:
         per_token = tokens.per_sequence and not one_result_per_row(tokens, rule)
         shape = tokens.logprobs.shape if per_token and tokens.logprobs is not None else advantages.shape[:-1]
-        combined = advantages.new_empty(shape)
+        combined = advantages.new_empty(*shape)
         square_sum = torch.empty_like(optimum, dtype=torch.float64)
     loss, gradient = empty_loss(tokens, outputs, optimum)
     sums = optimum.new_empty(statistics_size(n, outputs.pairs), dtype=torch.float64)

@@ -25,12 +25,22 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ("module.cpp", "sequences.cu", "statistics.cu", "weights.cu", "min_norm.cu", "upgrad.cu")
 
 
-def build(folder: Path) -> Path:
-    """Compiles the emulated module (half a minute)."""
+def build(folder: Path, *options: str) -> Path:
+    """Compiles the emulated module (half a minute). `-DPAMA_CUDA_IDLE`: its launches run nothing."""
     import pybind11
 
     target = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    command = ["c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    command = [
+        "c++",
+        "-std=c++17",
+        "-O1",
+        *options,
+        "-shared",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+    ]
     command += ["-DPAMA_CUDA_EMULATION=1", "-DPAMA_CUDA_THREADS=64", f"-I{ROOT / 'csrc'}"]
     command += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     command += ["-x", "c++", *(str(ROOT / "csrc" / "cuda" / name) for name in SOURCES), "-o", str(target)]
@@ -62,7 +72,8 @@ def apply_solved(
         results.square_sum.copy_(made.square_sum)
 
 
-def serve() -> None:
+def serve(second_pass: str = "cpu") -> None:
+    """`second_pass`: the backend that follows this one."""
     name = "pama_kernels.backends._cuda"
     spec = importlib.util.spec_from_file_location(name, os.environ["PAMA_CUDA_EMULATED"])
     assert spec is not None
@@ -84,12 +95,13 @@ def serve() -> None:
 
     cpu, native, *others = registry.BACKENDS
     assert native.name == "cuda"
-    from pama_kernels.backends import cpu as following
-
-    setattr(following, registry.SOLVED, functools.partial(apply_solved, following))
-    cpu = replace(cpu, functions=(*cpu.functions, registry.SOLVED))
     emulated = replace(native, devices=("cpu", "cuda"), probe=lambda module, device: "emulated")
-    setattr(registry, "BACKENDS", (emulated, cpu, *others))  # noqa: B010
+    if second_pass == "cpu":
+        from pama_kernels.backends import cpu as following
+
+        setattr(following, registry.SOLVED, functools.partial(apply_solved, following))
+        others = [replace(cpu, functions=(*cpu.functions, registry.SOLVED)), *others]
+    setattr(registry, "BACKENDS", (emulated, *others))  # noqa: B010
     registry.load.cache_clear()
     registry.find.cache_clear()
     found: object = registry.find("cpu", "statistics")

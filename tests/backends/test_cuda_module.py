@@ -40,9 +40,8 @@ def test_the_module_loads_without_a_device() -> None:
         pytest.skip("a GPU is here: nothing is missing")
     assert _cuda.device_problem(), "no device, and no reason"
     sums, rule = torch.zeros(20).double(), Rule(Kind.FIXED, WeightsPer.BATCH, 0.0)
-    batch = torch.zeros(2).double(), torch.zeros(()).double(), torch.zeros(2).double()
     with pytest.raises(RuntimeError, match=r"^CUDA: .*(driver|device)"):
-        _cuda.solve(sums, 2, rule, None, batch, lambda count: torch.zeros(count).double(), (0, 1, 0))
+        _cuda.solve(sums, 2, rule, None, (torch.zeros(5).double(),), (0, 1, 0))
     assert cuda.unusable("cpu")
     assert cuda.unusable("cuda")
 

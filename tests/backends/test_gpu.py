@@ -104,6 +104,15 @@ def test_same_bits_every_time(name: str) -> None:
         assert same(flat(CALLS[name](x)), first)
 
 
+@each_call
+def test_later_calls_compute_on_their_own_tensors(name: str) -> None:
+    """Triton repeats launches that it recorded with other tensors."""
+    first = flat(CALLS[name](batch(5)))
+    for seed in range(6, 12 if ON_GPU else 7):
+        assert not same(flat(CALLS[name](batch(seed))), first)
+    assert same(flat(CALLS[name](batch(5))), first)
+
+
 @needs_gpu
 @each_call
 def test_no_call_synchronises_with_the_device(name: str) -> None:

@@ -13,25 +13,26 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: no kernels to compile")
-SCRIPT = Path(__file__).with_name("null_driver.py")
+HERE = Path(__file__).parent
 pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler, which Triton needs to launch"),
 ]
 
 
-def lines(config: pytest.Config, what: str) -> list[dict[str, Any]]:
+def lines(config: pytest.Config, *command: str) -> list[dict[str, Any]]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(config.cache.mkdir("triton"))
-    command = [sys.executable, str(SCRIPT), what]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    script, *arguments = command
+    whole = [sys.executable, str(HERE / script), *arguments]
+    done = subprocess.run(whole, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_calls_launch_kernels(pytestconfig: pytest.Config) -> None:
     """Through Triton's own launcher, down to a CUDA driver that does nothing."""
-    launched = {line["call"]: line["kernels"] for line in lines(pytestconfig, "launches")}
+    launched = {line["call"]: line["kernels"] for line in lines(pytestconfig, "null_driver.py", "launches")}
     padded, rows = ", padded, N=4, float32, few tensors", ", per-sequence, N=4, float32, few tensors"
     assert launched[f"loss gram{padded}"] == ["tokens_kernel", "solve_kernel", "tokens_kernel"]
     assert launched[f"loss fixed{padded}"] == ["tokens_kernel", "tokens_kernel"]
@@ -40,7 +41,7 @@ def test_calls_launch_kernels(pytestconfig: pytest.Config) -> None:
 
 def test_other_lengths_and_batch_sizes_compile_no_kernel(pytestconfig: pytest.Config) -> None:
     """One variant of each launch for whole tensors, a second for slices, none in a capture."""
-    found = lines(pytestconfig, "lengths")
+    found = lines(pytestconfig, "null_driver.py", "lengths")
     assert len(found) > 10
     *calls, beyond = found
     for line in calls:
@@ -51,8 +52,19 @@ def test_other_lengths_and_batch_sizes_compile_no_kernel(pytestconfig: pytest.Co
 
 
 def test_kernels_compiled_ahead_cover_all_launches(pytestconfig: pytest.Config) -> None:
-    found = lines(pytestconfig, "warmed")
+    found = lines(pytestconfig, "null_driver.py", "warmed")
     assert len(found) > 10
     for line in found:
         assert line["kernels"] > 0
         assert line["missing"] == 0, line
+
+
+def test_repeated_launches_are_those_of_a_first_call(pytestconfig: pytest.Config) -> None:
+    """On other tensors than the recorded ones; what torch's own kernels compute is not repeated."""
+    *calls, kept = lines(pytestconfig, "repeated_calls.py")
+    assert len(calls) > 30
+    once = {"normalize by ids", "combine, normalized", "two arguments"}
+    for line in calls:
+        assert line["differences"] == 0, line
+        assert line["repeated"] == (line["call"] not in once), line
+    assert kept == {"call": "many", "tensors": 0, "signatures": 0}

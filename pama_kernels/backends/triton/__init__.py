@@ -4,17 +4,21 @@
 `min_norm.py` min_norm and upgrad, `advantages.py` gae and group_normalize. They use `problem.py`, the
 arguments of kernels, `tokens.py`, which loads tokens, `statistics.py`, `row_sums.py` and `reduce.py`, which
 compute sums, `apply.py`, the pass over tokens, `rows.py`, the pass over sequences, `combine.py`, what both
-share, and `active_set.py`, which solves quadratic problems.
+share, and `active_set.py`, which solves quadratic problems. `repeat.py` repeats the launches of earlier
+calls.
 """
 
 from __future__ import annotations
 
-from .advantages import gae, group_normalize
+from . import advantages, passes, rules
 from .launch import INTERPRETED, compile_launches
 from .min_norm import min_norm, upgrad
-from .passes import apply, apply_solved, statistics
-from .rules import solve
+from .repeat import repeatable
 from .simplex import weights
+
+statistics, solve = repeatable(passes.statistics), repeatable(rules.solve)
+apply, apply_solved = repeatable(passes.apply), repeatable(passes.apply_solved)
+gae, group_normalize = repeatable(advantages.gae), repeatable(advantages.group_normalize)
 
 __all__ = [
     "apply",

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -114,6 +114,7 @@ class Options(dict[str, Any]):
     def __init__(self, each: int, constants: dict[str, Any]) -> None:
         super().__init__(constants)
         self.each, self.key = each, next(_keys)
+        self.by_row = bool(constants.get("LAYOUT"))  # with a stride between rows
 
     def compile_options(self) -> dict[str, Any]:
         # Threads that hold copies of a sum of products add the terms in different orders. The copies are
@@ -156,12 +157,37 @@ def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: Options
     if INTERPRETED:
         kernel[(programs,)](*arguments, **options)
         return
-    collected = _collected.get()
-    if collected is not None:
-        collected.append((kernel, arguments, options))
-        return
+    watch = _watch.get()
+    (start if watch is None else watch)(kernel, programs, arguments, options)
+
+
+def start(kernel: Any, programs: int, arguments: tuple[Any, ...], options: Options) -> None:
     variant, values = variant_of(kernel, arguments, options)
     variant(programs, values)
+
+
+Watch = Callable[[Any, int, tuple[Any, ...], Options], None]
+_watch: ContextVar[Watch | None] = ContextVar("what is called instead of `start`", default=None)
+
+
+@contextlib.contextmanager
+def watching(watch: Watch) -> Iterator[None]:
+    """Within it, `watch` is called instead of each launch."""
+    token = _watch.set(watch)
+    try:
+        yield
+    finally:
+        _watch.reset(token)
+
+
+def watched() -> bool:
+    return _watch.get() is not None
+
+
+def is_current(device: torch.device) -> bool:
+    """Whether a launch on this device needs no change of the current one."""
+    index = _place_of(device).index
+    return index is None or index == torch.cuda.current_device()
 
 
 class _Pointer:
@@ -216,14 +242,16 @@ def variant_of(kernel: Any, arguments: tuple[Any, ...], options: Options) -> tup
     if places is None:
         _places[id(kernel)] = places = _pointers_of(kernel, len(arguments))
     values, addresses = list(arguments), 0
-    dtypes: list[Any] = []  # with the positions of the tensors
+    dtypes: list[Any] = []  # None where there is no tensor
     for place in places:
         x = values[place]
-        if x is not None:
-            dtypes += place, x.dtype
+        if x is None:
+            dtypes.append(None)
+        else:
+            dtypes.append(x.dtype)
             values[place] = address = x.data_ptr()
             addresses |= address
-    even = addresses % ALIGNMENT == 0 and not options.get("LAYOUT")
+    even = addresses % ALIGNMENT == 0 and not options.by_row
     key = id(kernel), options.key, driver.active.get_current_device(), even, *dtypes
     return _variants.get(key) or _made(key, kernel, arguments, options), values
 
@@ -236,7 +264,7 @@ def _made(key: Any, kernel: Any, arguments: tuple[Any, ...], options: Options) -
 
 
 def _is_even(arguments: tuple[Any, ...], options: Options) -> bool:
-    return aligned(*(x for x in arguments if isinstance(x, Tensor))) and not options.get("LAYOUT")
+    return aligned(*(x for x in arguments if isinstance(x, Tensor))) and not options.by_row
 
 
 def compiled(kernel: Any, arguments: tuple[Any, ...], even: bool, options: Options) -> Any:
@@ -248,9 +276,6 @@ def compiled(kernel: Any, arguments: tuple[Any, ...], even: bool, options: Optio
 # --- ahead of the first launch -----------------------------------------------------------------------------
 
 Launch = tuple[Any, tuple[Any, ...], Options]  # kernel, arguments, options
-_collected: ContextVar[list[Launch] | None] = ContextVar(
-    "launches that are collected, not made", default=None
-)
 
 
 def compile_launches(calls: Callable[[], object]) -> int:
@@ -262,11 +287,8 @@ def compile_launches(calls: Callable[[], object]) -> int:
     if INTERPRETED:
         return 0
     launches: list[Launch] = []
-    token = _collected.set(launches)
-    try:
+    with watching(lambda kernel, programs, *rest: launches.append((kernel, *rest))):
         calls()
-    finally:
-        _collected.reset(token)
     before = len(_variants)
     with ThreadPoolExecutor(os.cpu_count()) as executor, triton.AsyncCompileMode(executor):
         for kernel, arguments, options in launches:
