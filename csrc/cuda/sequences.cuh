@@ -216,9 +216,8 @@ __device__ inline Signed combine_row(const Sequences& s, const SequenceMemory& m
         const RowAdvantage own = row_advantage(p, row, i, x.tokens);
         if (!own.here) continue;
         if (p.objective_mask) share += m.effective[i];
-        (own.negative ? x.down : x.up) += m.weights[i] * own.a;
+        (own.negative && !p.noon ? x.down : x.up) += m.weights[i] * kept(own, p.noon);
     }
-    if (p.noon) x.down = 0;
     // Divide by the sum of the preferences of the objectives that are present.
     const bool some = share > 0;
     x.up = some ? x.up / share : 0 * x.up;

@@ -216,13 +216,15 @@ def pama_loss(
     statistics, omega = batch_statistics(x, t, aggregation), token_weights(x, aggregation)
     c, reported, optimum = _token_coefficients(x, t, statistics, rule, preference, weights, omega)
     per_token = -(c.detach() * t.surrogate).sum(-1) + torch.where(t.unusable, math.nan, 0.0)
+    assert x.logprobs is not None
     if kl_coef:
-        assert x.logprobs is not None
         assert x.ref_logprobs is not None
         r = x.ref_logprobs.detach() - x.logprobs
         clamped = r.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         k3 = torch.where(torch.isfinite(r), clamped.exp() - clamped - 1, math.nan)
         per_token = per_token + kl_coef * k3
+    bad = per_token.isnan()  # their gradient is NaN too
+    per_token = torch.where(bad, math.nan * torch.where(bad, x.logprobs, 0.0), per_token)
     per_token = torch.where(x.valid, per_token, 0.0)
     rows = float(len(x.valid))
     denominator = (
