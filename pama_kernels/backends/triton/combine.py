@@ -67,8 +67,8 @@ def loss_and_slope(
     NOON: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Each token's loss, and `factor` times its derivative in logp, (TOKENS,) float64: these few products leave
-    the range of float32 where their result does not."""
+    """Each token's loss, and `factor` times its derivative in logp, (TOKENS,) float64: these few products may
+    leave the range of float32 where their result does not."""
     valid, logp, ratio, pos, neg, grad_pos, grad_neg, _, _, _ = factors
     up = up.to(tl.float64)
     value = -up * pos.to(tl.float64)
