@@ -160,7 +160,7 @@ def combine_advantages(
             f"sequence, got {shape_of(objective_mask)}"
         )
     p = preference_tensor(preference, layout.objectives, advantages.device)
-    pairs = needs_pairs(rule) or layout.objectives <= PAIRS_UP_TO
+    pairs = (weights is None and needs_pairs(rule)) or layout.objectives <= PAIRS_UP_TO
     if weights is not None:
         check_weights(weights, layout, advantages.device)
     asked, given, p, merged, solved = before_the_pass(tokens, rule, asked, p, weights, process_group, pairs)

@@ -260,7 +260,8 @@ __device__ inline void write_rows(const Sequences& s, SequenceMemory& m) {
         for (int64_t row = threadIdx.x; row < s.p.rows; row += blockDim.x) visit(row, combine_row(s, m, row));
     };
     const auto write = [&](int64_t row, const Signed& x, double root) {
-        if (s.combined) store_number(s.combined, row, (x.up + x.down) / root);
+        const double sum = x.up + x.down;
+        if (s.combined) store_number(s.combined, row, sum == 0 ? sum : sum / root);  // a NaN root: 0 without tokens
         if (!s.row_factors) return;
         s.row_factors[3 * row] = x.up;
         s.row_factors[3 * row + 1] = x.down;

@@ -175,7 +175,8 @@ def combine_advantages(
         noise = 32 * torch.finfo(dtype).eps * (share * size).sum()  # rounding of the specified arithmetic
         least = LEAST_SQUARE**0.5 if dtype == torch.float64 else torch.finfo(dtype).tiny
         root = torch.where(torch.isinf(root), math.nan, root)
-        combined = combined if root <= max(noise, least) else combined / root
+        if not root <= max(noise, least):
+            combined = torch.where(combined == 0, 0.0, combined / root)  # 0 where masked, also if root is NaN
     by_token = getattr(rule, "weights_per", "batch") == "token" and weights is None and logprobs is not None
     if not x.layout.per_sequence or by_token:
         return Combined(x.pack(combined), reported, optimum, statistics)

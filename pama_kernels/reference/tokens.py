@@ -160,7 +160,7 @@ def terms(x: Dense, clip_range: object, noon: bool, dual_clip: float | None) -> 
         torch.where(x.present, bound + poison, 0.0),
         torch.where(x.present, surrogate + poison, 0.0),
         x.valid & ~token_ok,
-        stopped & (a != 0) & x.present & token_ok[..., None],
+        stopped & ((a > 0) | (a < 0)) & x.present & token_ok[..., None],
         kl,
     )
 
