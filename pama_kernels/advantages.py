@@ -160,30 +160,29 @@ def combine_advantages(
             f"sequence, got {shape_of(objective_mask)}"
         )
     p = preference_tensor(preference, layout.objectives, advantages.device)
-    pairs = needs_pairs(rule) or layout.objectives <= PAIRS_UP_TO
+    pairs = (weights is None and needs_pairs(rule)) or layout.objectives <= PAIRS_UP_TO
     if weights is not None:
         check_weights(weights, layout, advantages.device)
     asked, given, p, merged, solved = before_the_pass(tokens, rule, asked, p, weights, process_group, pairs)
-    merges = normalize and process_group is not None  # then the root mean square is over all ranks
+    separately = normalize and merged is not None  # the root mean square is over all ranks
     if normalize and advantages.dtype in (torch.float16, torch.bfloat16):
         check_memory("advantages", advantages)
-        if merges:
+        if separately:
             tokens = tokens._replace(advantages=advantages.float())  # rounded once, after the division
     outputs = Outputs(
         advantages=True,
         loss=False,
         gradient=False,
-        statistics=True,
+        statistics=merged is None,
         pairs=pairs and merged is None,
-        normalize=normalize and not merges,
+        normalize=normalize and not separately,
         normalizer=None,
         kl_coef=0.0,
     )
     result = operators.apply(tokens, asked, arguments.Apply(p, given), outputs)
     statistics = merged or ObjectiveStatistics(result.sums, layout.objectives, pairs)
     combined = result.advantages
-    if merges:
-        assert process_group is not None
+    if separately:
         local = tokens.noon or objective_mask is not None
         square = _merged_square(statistics, solved, local, result.square_sum, process_group)
         root = root_mean_square(square, statistics.buffer, layout.objectives, result.weights)
@@ -201,10 +200,16 @@ def merged_optimum(merged: ObjectiveStatistics, solved: Solved | None, weights: 
 
 
 def _merged_square(
-    statistics: ObjectiveStatistics, solved: Solved | None, local: bool, square: Tensor, group: ProcessGroup
+    statistics: ObjectiveStatistics,
+    solved: Solved | None,
+    local: bool,
+    square: Tensor,
+    group: ProcessGroup | None,
 ) -> Tensor:
     """The sum of squares of the combined advantages over all ranks: c'Mc on the merged raw advantages if that
     is equal to it, else by a separate collective."""
+    if group is None:
+        return square
     gram = statistics.advantage_gram
     if gram is not None and solved is not None and not local:
         return (solved.weights @ gram @ solved.weights).clamp(min=0) * statistics.token_count

@@ -56,15 +56,14 @@ class PamaLossOutput(NamedTuple):
 # --- autograd -----------------------------------------------------------------------------------------
 
 
-class _FirstDerivative(torch.autograd.Function):
-    """Passes a gradient through, and raises an error if it is differentiated again, since it would wrongly be
-    treated as a constant."""
+class _SecondDerivative(torch.autograd.Function):
+    """A 0 that raises an error if it is differentiated with respect to logprobs."""
 
     generate_vmap_rule = True  # torch.func.jacrev
 
     @staticmethod
-    def forward(gradient: Tensor, logprobs: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
+    def forward(logprobs: Tensor) -> Tensor:
+        return logprobs.new_zeros(())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -75,6 +74,26 @@ class _FirstDerivative(torch.autograd.Function):
         raise RuntimeError(
             "pama_loss: the second derivative is not implemented (it cannot be backwarded twice)"
         )
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """Passes a gradient through. It depends on logprobs by `second`, the result of `_SecondDerivative`, since
+    it would otherwise be treated as a constant. Autograd does not evaluate that for the derivative with
+    respect to a factor of the loss, which exists."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor, second: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], grads[0].new_zeros(())
 
 
 _LOGPROBS, _GRADIENT = Tokens._fields.index("logprobs"), Results._fields.index("gradient")
@@ -142,7 +161,7 @@ def _scaled(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
     if grad_loss is None:
         return None
     if torch.is_grad_enabled():  # create_graph=True
-        return _first_derivative((gradient * grad_loss).to(logprobs.dtype), logprobs)
+        return _first_derivative((gradient * grad_loss).to(logprobs.dtype), _second_derivative(logprobs))
     scaled: Tensor
     # The saved gradient may be overwritten where no second backward pass, tracing or transform follows.
     if not (traced() or _keeps_graph() or _is_legacy_batched(grad_loss)):
@@ -158,6 +177,7 @@ _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 _first_derivative: Callable[..., Tensor] = _FirstDerivative.apply
+_second_derivative: Callable[..., Tensor] = _SecondDerivative.apply
 # Function.apply looks for functorch transforms first; none is active where this is called.
 _attached: Callable[..., Tensor] = super(torch.autograd.Function, _Attached).apply
 
@@ -246,6 +266,11 @@ def pama_loss(
 
     Returns:
         A `PamaLossOutput`. Without a valid token, loss and gradient are 0.
+
+    A NaN or infinity at a valid token (in `advantages`, where the objective is present) makes the loss NaN,
+    without an error. The gradient is NaN at that token, and at the tokens whose weights depend on it: with
+    weights per batch at all valid tokens, with weights per sequence in that sequence. No other token is
+    affected. `ref_logprobs` are used only with a `kl_coef`.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or range.

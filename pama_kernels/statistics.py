@@ -303,8 +303,9 @@ def objective_statistics(
 
     Sums run in float32 over at most 256 tokens and in float64 across them (float64 throughout when an
     input is float64): the relative error of a sum of positive terms stays below 2e-5 and is typically
-    1e-7. A NaN or infinity at a valid token makes every sum that depends on it NaN. Beyond a log ratio of 20
-    the ratio is clamped and has no gradient, so the bound term is 0.
+    1e-7. A NaN or infinity at a valid token makes every sum that depends on it NaN; it is counted neither as
+    positive nor as clipped. Beyond a log ratio of 20 the ratio is clamped and has no gradient, so the bound
+    term is 0.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or range.

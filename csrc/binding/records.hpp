@@ -167,13 +167,17 @@ inline std::vector<int64_t> read_offsets(const Tensor& t, int64_t rows, int64_t 
     for (int64_t k = 0; k <= rows; ++k)
         result[static_cast<size_t>(k)] = t.dtype == Dtype::i64 ? static_cast<const int64_t*>(t.data)[k * t.stride(0)]
                                                                : static_cast<const int32_t*>(t.data)[k * t.stride(0)];
-    bool sorted = result.front() == 0 && (tokens < 0 || result.back() == tokens);
-    for (size_t k = 1; k < result.size(); ++k) sorted = sorted && result[k - 1] <= result[k];
-    if (!sorted)
+    const auto text = [&](size_t k) { return "cu_seqlens[" + std::to_string(k) + "] = " + std::to_string(result[k]); };
+    const size_t last = result.size() - 1;
+    for (size_t k = 0; k <= last; ++k) {
+        const int64_t least = k == last && tokens >= 0 ? tokens : k == 0 ? 0 : result[k - 1];
+        const int64_t most = k == 0 ? 0 : tokens >= 0 ? tokens : std::numeric_limits<int64_t>::max();
+        if (least <= result[k] && result[k] <= most) continue;
         throw py::value_error(
             "cu_seqlens: expected offsets that start at 0, never fall and end at the number of tokens" +
-            (tokens < 0 ? std::string() : " (" + std::to_string(tokens) + ")") + ", got offsets from " +
-            std::to_string(result.front()) + " to " + std::to_string(result.back()));
+            (tokens < 0 ? std::string() : " (" + std::to_string(tokens) + ")") + ", got " + text(k) +
+            (k == 0 ? std::string() : " after " + text(k - 1)));
+    }
     return result;
 }
 

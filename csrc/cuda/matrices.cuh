@@ -99,7 +99,7 @@ __global__ void matrix_kernel(const Rows rows, const bool of_batch, const Solve 
             store_number(rows.optimum, rows.wide, row, optimum);
         } else if (threadIdx.x == 0) {
             for (int i = 0, k = 0; i < n; ++i)
-                batch.weights[i] = size == 0 ? batch.effective[i] : batch.weights[i] != 0 ? c[k++] : 0.0;
+                batch.weights[i] = size == 0 ? batch.effective[i] : batch.weights[i] != 0 ? c[k++] : 0 * optimum;
             *batch.optimum = optimum;
             store_rounded(batch);
         }

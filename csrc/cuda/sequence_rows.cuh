@@ -43,12 +43,13 @@ struct SequenceMemory {
 struct Signed {
     double tokens, omega, up, down, share;  // share: the preferences of the objectives that are present
 
-    __device__ void add(const SequenceMemory& m, int i, bool here, double advantage) {
+    __device__ void add(const SequenceMemory& m, bool noon, int i, bool here, double advantage) {
         const RowAdvantage own = row_advantage(here, advantage);
-        const double term = here ? m.weights[i] * own.a : 0;
+        const bool below = own.negative && !noon;
+        const double term = here ? m.weights[i] * kept(own, noon) : 0;
         share += here ? m.effective[i] : 0;
-        up += own.negative ? 0 : term;
-        down += own.negative ? term : 0;
+        up += below ? 0 : term;
+        down += below ? term : 0;
     }
 };
 
@@ -68,17 +69,16 @@ __device__ inline Signed combine_row(const Sequences& s, const SequenceMemory& m
             const float4 low = from[first / 4], high = first + 4 < p.n ? from[first / 4 + 1] : float4{0, 0, 0, 0};
             const float a[] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
             PAMA_UNROLL
-            for (int k = 0; k < 8; ++k) x.add(m, first + k, first + k < p.n, static_cast<double>(a[k]));
+            for (int k = 0; k < 8; ++k) x.add(m, p.noon, first + k, first + k < p.n, static_cast<double>(a[k]));
         }
     } else {
         PAMA_ROLLED
         for (int i = 0; i < p.n; ++i) {
             const bool here = row_present(p, row, i, x.tokens);
             const int64_t at = row * p.advantages.row + i * p.advantages.objective;
-            x.add(m, i, here, here ? load_number<double>(p.advantages, at) : 0);
+            x.add(m, p.noon, i, here, here ? load_number<double>(p.advantages, at) : 0);
         }
     }
-    if (p.noon) x.down = 0;
     if (!p.objective_mask) return x;
     const bool some = x.share > 0;
     x.up = some ? x.up / x.share : 0 * x.up;
@@ -125,7 +125,8 @@ __device__ inline void write_rows(const Sequences& s, SequenceMemory& m) {
         for (int64_t row = threadIdx.x; row < s.p.rows; row += blockDim.x) visit(row, combine_row(s, m, row, vectors));
     };
     const auto write = [&](int64_t row, const Signed& x, double root) {
-        if (s.combined) store_number(s.combined, row, s.normalize ? (x.up + x.down) / root : x.up + x.down);
+        const double sum = x.up + x.down;  // 0, such as that of no token, is not divided by a NaN
+        if (s.combined) store_number(s.combined, row, s.normalize && sum != 0 ? sum / root : sum);
         if (!s.row_factors) return;
         s.row_factors[3 * row] = x.up;
         s.row_factors[3 * row + 1] = x.down;

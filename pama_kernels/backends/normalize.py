@@ -35,7 +35,8 @@ def root_mean_square(square: Tensor, sums: Tensor, n: int, weights: Tensor) -> T
 
 
 def divided(combined: Tensor, root: Tensor, dtype: torch.dtype) -> Tensor:
-    return (combined / root.to(combined.dtype)).to(dtype)
+    """A 0 stays 0, so that a NaN root does not reach masked tokens."""
+    return torch.where(combined == 0, combined, combined / root.to(combined.dtype)).to(dtype)
 
 
 def with_normalize(apply: Apply) -> Apply:

@@ -175,7 +175,8 @@ def combine_advantages(
         noise = 32 * torch.finfo(dtype).eps * (share * size).sum()  # rounding of the specified arithmetic
         least = LEAST_SQUARE**0.5 if dtype == torch.float64 else torch.finfo(dtype).tiny
         root = torch.where(torch.isinf(root), math.nan, root)
-        combined = combined if root <= max(noise, least) else combined / root
+        if not root <= max(noise, least):
+            combined = torch.where(combined == 0, 0.0, combined / root)  # 0 where masked, also if root is NaN
     by_token = getattr(rule, "weights_per", "batch") == "token" and weights is None and logprobs is not None
     if not x.layout.per_sequence or by_token:
         return Combined(x.pack(combined), reported, optimum, statistics)
@@ -216,13 +217,15 @@ def pama_loss(
     statistics, omega = batch_statistics(x, t, aggregation), token_weights(x, aggregation)
     c, reported, optimum = _token_coefficients(x, t, statistics, rule, preference, weights, omega)
     per_token = -(c.detach() * t.surrogate).sum(-1) + torch.where(t.unusable, math.nan, 0.0)
+    assert x.logprobs is not None
     if kl_coef:
-        assert x.logprobs is not None
         assert x.ref_logprobs is not None
         r = x.ref_logprobs.detach() - x.logprobs
         clamped = r.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         k3 = torch.where(torch.isfinite(r), clamped.exp() - clamped - 1, math.nan)
         per_token = per_token + kl_coef * k3
+    bad = per_token.isnan()  # their gradient is NaN too
+    per_token = torch.where(bad, math.nan * torch.where(bad, x.logprobs, 0.0), per_token)
     per_token = torch.where(x.valid, per_token, 0.0)
     rows = float(len(x.valid))
     denominator = (

@@ -22,7 +22,7 @@ MAX_LOG_RATIO = 20.0
 
 class Dense(NamedTuple):
     layout: Layout
-    advantages: Tensor  # (B, T, N)
+    advantages: Tensor  # (B, T, N); NaN where not finite
     valid: Tensor  # (B, T) bool
     present: Tensor  # (B, T, N) bool
     logprobs: Tensor | None
@@ -89,6 +89,7 @@ def dense(
         return None if x is None else torch.where(valid, per_token(x).double(), 0.0)
 
     raw = per_objective(advantages.detach(), layout.per_sequence).double()
+    raw = torch.where(torch.isfinite(raw), raw, math.nan)
     weights = values(importance_weights)
     flat_result = layout.packed or not layout.sequences
     return Dense(
@@ -122,7 +123,7 @@ def check_sequences(
 
 
 class Terms(NamedTuple):
-    advantages: Tensor  # A (B, T, N), NaN where an input is not finite
+    advantages: Tensor  # A (B, T, N)
     bound: Tensor  # I
     surrogate: Tensor  # g, differentiable in logprobs
     unusable: Tensor  # tokens where an input is not finite (B, T) bool
@@ -139,8 +140,7 @@ def terms(x: Dense, clip_range: object, noon: bool, dual_clip: float | None) -> 
     u = torch.exp(d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))[..., None]
     raw = x.advantages
     token_ok = torch.isfinite(logp) & torch.isfinite(old) & torch.isfinite(x.importance_weights)
-    own = torch.where(x.present & ~torch.isfinite(raw), math.nan, 0.0)
-    poison = torch.where(x.present & ~token_ok[..., None], math.nan, own)
+    poison = torch.where(token_ok[..., None] & ~raw.isnan(), 0.0, math.nan)
 
     a = raw.clamp(min=0) if noon else raw
     ratio = u if dual_clip is None else u.clamp(max=dual_clip)
@@ -156,11 +156,11 @@ def terms(x: Dense, clip_range: object, noon: bool, dual_clip: float | None) -> 
     kl = clamped.exp() - 1 - clamped
     kl = torch.where(x.valid & ~token_ok, math.nan, kl)
     return Terms(
-        torch.where(x.present, a + own, 0.0),
+        a,
         torch.where(x.present, bound + poison, 0.0),
         torch.where(x.present, surrogate + poison, 0.0),
         x.valid & ~token_ok,
-        stopped & (a != 0) & x.present & token_ok[..., None],
+        stopped & ((a > 0) | (a < 0)) & x.present & token_ok[..., None],
         kl,
     )
 

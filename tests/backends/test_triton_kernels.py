@@ -196,3 +196,40 @@ def test_a_tensor_without_memory_is_named_in_the_error() -> None:
     with pytest.raises(NoMemory, match="mask: expected a tensor with memory of its own, got one without"):
         backend.statistics(tokens, False)
     assert launch.INTERPRETED
+
+
+def test_range_of_the_statistics() -> None:
+    """Terms are float32 and added in float32 up to 32 times: exact up to 2^122, infinite beyond. Squares are
+    float64, so that weights on the Gram matrix are right up to the limits of the inputs."""
+    tokens = 3 * 512 * 32  # 32 terms for each element of a tile
+    for size, fits in ((2.0**122, True), (2.0**123, False)):
+        advantages = torch.full((1, tokens, 1), size)
+        s = pk.objective_statistics(None, None, advantages, pairs=True)
+        assert s.gram is not None
+        assert s.gram.item() == pytest.approx(size**2)
+        assert s.scores.item() == (size if fits else INF)
+
+
+@pytest.mark.parametrize(("power", "moment"), [(63, 2.0**252), (64, INF), (-74, 2.0**-296), (-75, 0.0)])
+def test_range_of_bound_terms(power: int, moment: float) -> None:
+    """I = w A is a float32: NaN weights where it overflows, 0 where it is below 2^-149."""
+    advantages = torch.tensor([1.0, -1.0]).expand(2, 4, 2) * 2.0**power
+    importance = torch.full((2, 4), 2.0**power)
+    found = pk.pama_loss(torch.zeros(2, 4), None, advantages, importance_weights=importance)
+    assert (found.statistics.second_moments == moment).all()
+    assert bool(found.weights.isnan().all()) == (moment == INF)
+
+
+def test_gradient_beyond_the_range_of_the_statistics() -> None:
+    """It depends on the weights only, which are given here."""
+    logprobs = torch.zeros(2, 4, requires_grad=True)
+    advantages = torch.full((2, 4, 2), 2.0**100)
+    importance = torch.full((2, 4), 2.0**100)
+    output = pk.pama_loss(
+        logprobs, None, advantages, importance_weights=importance, weights=torch.tensor([0.5, 0.5]),
+        normalizer=2.0**90,
+    )  # fmt: skip
+    output.loss.backward()
+    assert output.statistics.scores.isinf().all()
+    assert output.loss == -(2.0**113)
+    assert (logprobs.grad == -(2.0**110)).all()

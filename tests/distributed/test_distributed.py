@@ -13,6 +13,7 @@ from torch import Tensor
 
 import pama_kernels as pk
 from pama_kernels import Fixed, Pama, UPGrad
+from pama_kernels.backends import operators
 
 N = 3
 P = [1.0, 2.0, 3.0]
@@ -96,15 +97,35 @@ class Collectives:
         return calls
 
 
+class Passes:
+    """Counts how often a call computes statistics."""
+
+    def __init__(self) -> None:
+        self.count, self.statistics, self.apply = 0, operators.statistics, operators.apply
+        vars(operators).update(statistics=self._statistics, apply=self._apply)
+
+    def _statistics(self, *records: Any) -> Any:
+        self.count += 1
+        return self.statistics(*records)
+
+    def _apply(self, *records: Any) -> Any:
+        self.count += records[3].statistics
+        return self.apply(*records)
+
+    def take(self) -> int:
+        count, self.count = self.count, 0
+        return count
+
+
 def work(world: int, rank: int) -> dict[str, Any]:
-    """The results of a rank; `calls` are the collectives of each step."""
-    group, collectives = dist.group.WORLD, Collectives()
+    """The results of a rank; `calls` are the collectives of each step, `passes` those for statistics."""
+    group, collectives, passes = dist.group.WORLD, Collectives(), Passes()
     batch, plain = rank_batch(world, rank), rank_batch(world, rank, absent=False)
-    found: dict[str, Any] = {}
-    calls = found["calls"] = {}
+    found: dict[str, Any] = {"calls": {}, "passes": {}}
 
     def note(name: str, result: Any) -> None:
-        found[name], calls[name] = result, collectives.take()
+        found[name] = result
+        found["calls"][name], found["passes"][name] = collectives.take(), passes.take()
 
     for name, options in RULES.items():
         result = pk.combine_advantages(**without_logprobs(batch), process_group=group, **options)
@@ -195,6 +216,13 @@ def test_one_collective_for_each_call(ranks: Ranks) -> None:
                 "absent" in name or any(k in name for k in ("scores", "paper", "given"))
             )
             assert made == ["all_reduce"] * (2 if local else 1), name
+
+
+def test_one_pass_for_the_statistics_of_each_call(ranks: Ranks) -> None:
+    for rank in ranks:
+        for name, count in rank["passes"].items():
+            if name.startswith(("combine", "loss", "normalize")):
+                assert count == 1, name
 
 
 @pytest.mark.parametrize("name", RULES)

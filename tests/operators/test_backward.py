@@ -115,6 +115,43 @@ def test_the_second_derivative_is_an_error() -> None:
         torch.func.grad(slope)(x["logprobs"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_derivative_of_the_gradient_with_respect_to_a_factor(dtype: torch.dtype) -> None:
+    """A learned factor of the loss: the gradient is linear in it."""
+    x = make_batch(dtype)
+    once = gradient_of(x)
+    loss, leaf = loss_of(x)
+    factor = torch.tensor(3.0, dtype=loss.dtype, requires_grad=True)
+    direction = torch.randn(B, T).to(dtype)
+    (gradient,) = torch.autograd.grad(factor.square() * loss, leaf, create_graph=True)
+    along = (gradient * direction).sum()
+    (slope,) = torch.autograd.grad(along, factor, retain_graph=True, create_graph=True)
+    wanted = (once.double() * direction.double()).sum()
+    error = 64 * torch.finfo(dtype).eps * float((once.double() * direction.double()).abs().sum())
+    assert slope.item() == pytest.approx(6 * wanted.item(), abs=6 * error)
+    (again,) = torch.autograd.grad(slope, factor, retain_graph=True)
+    assert again.item() == pytest.approx(2 * wanted.item(), abs=2 * error)
+    for second in (lambda: torch.autograd.grad(along, leaf, retain_graph=True), along.backward):
+        with SECOND:
+            second()
+    loss, leaf = loss_of(x)
+    of_factor, _ = torch.autograd.grad(factor * loss, (factor, leaf), create_graph=True)
+    (first,) = torch.autograd.grad(of_factor, leaf)  # of_factor is the loss
+    assert torch.equal(first, once)
+
+
+@pytest.mark.cpu
+def test_the_factor_of_a_transformed_gradient() -> None:
+    x = make_batch()
+
+    def along(factor: Tensor) -> Tensor:
+        gradient = torch.func.grad(lambda y: factor * pk.pama_loss(**{**x, "logprobs": y}).loss)
+        return gradient(x["logprobs"]).sum()
+
+    slope = torch.func.grad(along)(torch.tensor(3.0))
+    torch.testing.assert_close(slope, gradient_of(x).sum())
+
+
 @pytest.mark.cpu
 def test_forward_mode_is_an_error() -> None:
     """A tangent must not be dropped silently."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,7 +40,15 @@ def came(value: Any, error: type[Exception]) -> str:
 _LP, _TRUNCATED, _IDS = ones(B, T), ones(B, T), torch.zeros(6, dtype=torch.int64)
 _FLAT = {"advantages": ones(M, N), "mask": ones(M)}
 _PACKED = {**_FLAT, "cu_seqlens": OFFSETS}
-_UNORDERED = ([0, 12, 5, 20], [0, 5, 12, 19], [0, 5, 12, 21], [1, 5, 20], [-1, 5, 20], [0], [0, 25, 12, 20])
+_UNORDERED = {  # and the first wrong one
+    "[2] = 5 after cu_seqlens[1] = 12": [0, 12, 5, 20],
+    "[3] = 19 after cu_seqlens[2] = 12": [0, 5, 12, 19],
+    "[3] = 21 after cu_seqlens[2] = 12": [0, 5, 12, 21],
+    "[1] = 25 after cu_seqlens[0] = 0": [0, 25, 12, 20],
+    "[0] = 1": [1, 5, 20],
+    "[0] = -1": [-1, 5, 20],
+    "[0] = 0": [0],
+}
 COMBINATIONS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "combine_advantages": [
         ("old_logprobs", {"old_logprobs": _LP, "clip_range": 0.2}),
@@ -55,7 +64,7 @@ COMBINATIONS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         *(("advantages", {**_PACKED, "advantages": ones(*shape)}) for shape in ((B, N), (M, 1, N))),
         ("mask", {**_PACKED, "mask": ones(B, T)}),
         ("objective_mask", {**_PACKED, "advantages": ones(3, N), "objective_mask": ones(M, N)}),
-        *(("cu_seqlens", {**_PACKED, "cu_seqlens": torch.tensor(wrong)}) for wrong in _UNORDERED),
+        *(("cu_seqlens", {**_PACKED, "cu_seqlens": torch.tensor(x)}) for x in _UNORDERED.values()),
         ("cu_seqlens", {"advantages": ones(3, N), "mask": None, "cu_seqlens": OFFSETS[[0, 2, 1, 3]]}),
     ],
     "pama_loss": [
@@ -172,6 +181,19 @@ def test_boundary_values_are_accepted() -> None:
     check("multi_objective_gae", gamma=0, lam=1)
     for offsets in (OFFSETS, OFFSETS.int()):
         check("combine_advantages", **{**_PACKED, "cu_seqlens": offsets}, rule="softmin")
+
+
+@pytest.mark.parametrize("got", _UNORDERED)
+def test_the_first_wrong_offset_is_named(got: str) -> None:
+    offsets = torch.tensor(_UNORDERED[got])
+    message = re.escape(f"end at the number of tokens (20), got cu_seqlens{got}") + "$"
+    for given in (offsets, offsets.int()):
+        with pytest.raises(ValueError, match=message):
+            pk.combine_advantages(**{**_PACKED, "cu_seqlens": given})
+    with pytest.raises(
+        ValueError, match=r"end at the number of tokens, got cu_seqlens\[2\] = 5 after .*= 7$"
+    ):
+        pk.combine_advantages(ones(3, N), cu_seqlens=torch.tensor([0, 7, 5, 9]))
 
 
 @pytest.mark.parametrize("name", ["pama_weights", "min_norm_weights", "upgrad_weights"])

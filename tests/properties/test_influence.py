@@ -53,8 +53,7 @@ def test_masked_and_absent_values_are_ignored(layout: str, name: str) -> None:
                 assert same(value, dirty[key]), (key, bad)
 
 
-# Comparisons with a NaN count as they come.
-UNSPECIFIED = {"positive_count", "clipped_count"}
+COUNTS = ("count", "positive_count", "clipped_count", "token_count")
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
@@ -80,17 +79,18 @@ def test_sums_that_depend_on_a_nan_or_infinity(layout: str, name: str, bad: floa
         after = pk.objective_statistics(**changed.statistics_arguments(), **options, pairs=True)
         wanted = reference.objective_statistics(**changed.statistics_arguments(), **options)
         for field, value in sums(wanted).items():
-            if field in UNSPECIFIED:
-                continue
             found, old = sums(after)[field], sums(before)[field]
-            assert torch.equal(~torch.isfinite(found), ~torch.isfinite(value)), (field, found, value)
-            kept = torch.isfinite(value)
+            assert torch.equal(found.isnan(), value.isnan()), (field, found, value)
+            if field in COUNTS:
+                assert torch.equal(found, value), (field, found, value)
+                continue
+            kept = ~value.isnan()
             # a tile with a NaN may be summed in another precision
             rounding = SUM_ERROR * problem.eps() if field in ROUNDED else 4 * EPS64
             assert torch.allclose(found[kept], old[kept], rtol=rounding, atol=0), field
         for figure in ("scores", "gram", "cosines", "advantage_gram"):
-            pattern = ~torch.isfinite(getattr(wanted, figure))
-            assert torch.equal(~torch.isfinite(getattr(after, figure)), pattern), figure
+            pattern = getattr(wanted, figure).isnan()
+            assert torch.equal(getattr(after, figure).isnan(), pattern), figure
             kept = ~pattern
             assert torch.allclose(getattr(after, figure)[kept], getattr(before, figure)[kept], rtol=1e-14)
 
@@ -111,8 +111,8 @@ def test_results_that_depend_on_a_nan_or_infinity(name: str, bad: float, rule: s
     getattr(changed, name)[(0, 2, 1) if name == "advantages" else (0, 2)] = bad
     output, gradient = loss_of(changed, **options)
     specified, exact = reference_gradient(changed, **options)
-    assert specified.loss.isnan() or rule == "softmin token"
-    assert bool(output.loss.isnan()) == bool(specified.loss.isnan())
+    assert specified.loss.isnan()
+    assert output.loss.isnan()
     assert torch.equal(output.weights.isnan(), specified.weights.isnan())
     token = torch.zeros(4, 6, dtype=torch.bool)
     token[0, 2] = True
@@ -120,10 +120,32 @@ def test_results_that_depend_on_a_nan_or_infinity(name: str, bad: float, rule: s
     scope = token if name == "ref_logprobs" or "token" in rule or rule == "given" else row
     if scope is row and rule not in ("sequence", "softmin"):
         scope = problem.valid()
-    # where a token's own ratio is clipped, its gradient may be 0
-    assert (exact.isnan() <= gradient.isnan()).all()
+    assert exact[token].isnan().all()
+    assert torch.equal(gradient.isnan(), exact.isnan())
     assert (gradient.isnan() <= scope).all()
     assert torch.equal(gradient[~scope], before[~scope])
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("layout", ["padded", "per-sequence"])
+@pytest.mark.parametrize("rule", ["cosines", "gram noon", "paper batch", "upgrad", "callable"])
+def test_weights_that_are_nan(rule: str, layout: str) -> None:
+    """They make every token NaN at which some objective is present, whatever the sign of its advantage."""
+    problem = make(layout, rows=4, width=6, seed=1, objective_mask=torch.bool)
+    assert problem.objective_mask is not None
+    problem.objective_mask[3] = False
+    problem.objective_mask[2] = torch.tensor([True, False, False])
+    problem.advantages[2] = -1.0
+    problem.logprobs[tuple(problem.valid().nonzero()[0])] = NAN
+    reached = problem.valid() & problem.objective_mask.any(1)[:, None]
+    output, gradient = loss_of(problem, **weighting(rule, problem))
+    combined = pk.combine_advantages(**problem.combine_arguments(), clip_range=0.2, rule=RULES[rule])
+    specified, exact = reference_gradient(problem, **weighting(rule, problem))
+    assert output.weights.isnan().all()
+    assert specified.weights.isnan().all()
+    assert torch.equal(gradient.isnan(), reached)
+    assert torch.equal(exact.isnan(), reached)
+    assert torch.equal(combined.advantages.isnan(), reached if layout == "padded" else reached.any(1))
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from problems import make
 
 import pama_kernels as pk
+from pama_kernels import Pama, reference
 
 
 @pytest.mark.parametrize("rule", ["pama", "upgrad", "fixed", "softmin"])
@@ -84,3 +87,19 @@ def test_freed_weights_of_a_function_are_an_error() -> None:
     freed.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match=r"^weights of the rule: "):
         pk.combine_advantages(torch.randn(4, 3), rule=lambda statistics: freed)
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("layout", ["padded", "per-sequence", "packed", "packed-per-sequence"])
+@pytest.mark.parametrize("rule", ["fixed", Pama("sequence")], ids=str)
+def test_a_nan_makes_valid_tokens_nan_and_masked_ones_0(layout: str, rule: Any) -> None:
+    """Masked tokens were divided by the root mean square of the batch, which is NaN."""
+    problem = make(layout, rows=4, width=6, seed=1)
+    arguments = problem.combine_arguments(ratio=False)
+    problem.advantages[-1] = math.nan
+    for combine in (pk.combine_advantages, reference.combine_advantages):
+        alone = combine(**arguments, rule=rule).advantages
+        found = combine(**arguments, rule=rule, normalize=True).advantages
+        assert alone.isnan().any()
+        assert torch.equal(found.isnan(), alone != 0)
+        assert (found[~found.isnan()] == 0).all()

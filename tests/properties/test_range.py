@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import FLOATS
+from problems import FLOATS, ON_TRITON
 from torch import Tensor
 
 import pama_kernels as pk
@@ -121,23 +121,20 @@ _GRADIENTS = {
 }
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("statistics", [True, False], ids=["statistics", "no statistics"])
 @pytest.mark.parametrize("noon", [False, True], ids=["signed", "noon"])
 @pytest.mark.parametrize("per_sequence", [False, True], ids=["per token", "per sequence"])
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=pytest.mark.portable if case == "advantage times ratio" else pytest.mark.cpu)
-        for case in _GRADIENTS
-    ],
-)
+@pytest.mark.parametrize("case", _GRADIENTS)
 def test_a_gradient_within_float32(case: str, per_sequence: bool, noon: bool, statistics: bool) -> None:
     size, log_ratio, importance, normalizer, kl_coef = _GRADIENTS[case]
     generator = torch.Generator().manual_seed(0)
     shape = (4, 2) if per_sequence else (4, 300, 2)
     advantages = torch.randn(shape, generator=generator).sign() * size
     logprobs = torch.full((4, 300), -1.0)
-    for weights in (None, torch.tensor([0.5, 0.5])):
+    # Triton's weights of a batch are NaN where a bound term overflows (test_triton_kernels.py)
+    overflows = ON_TRITON and importance is not None and not per_sequence
+    for weights in (None, torch.tensor([0.5, 0.5]))[overflows:]:
         arguments: dict[str, Any] = {
             "rule": Pama(noon=noon), "weights": weights, "clip_range": _NEVER, "normalizer": normalizer
         }  # fmt: skip

@@ -187,9 +187,9 @@ def tokens_kernel(
                     if share is not None:
                         factor = share / divisor
                     amount, slope = loss_and_slope(
-                        factors, up, down, ref, coefficient, factor.to(D), row, token, inside, UNIT, NOON, D
+                        factors, up, down, ref, coefficient, factor, row, token, inside, UNIT, NOON, D
                     )
-                    loss_sum += tl.where(valid, amount.to(tl.float64) * factor, 0.0)
+                    loss_sum += tl.where(valid, amount * factor, 0.0)
                     if gradient is not None:
                         slope = tl.where(valid, slope, 0.0)
                         tl.store(gradient + at, rounded(slope, gradient.dtype.element_ty), mask=inside)

@@ -67,25 +67,26 @@ def loss_and_slope(
     NOON: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Each token's loss, and `factor` times its derivative in logp, (TOKENS,). `factor` and the ratio are
-    multiplied first, since up * ratio alone may overflow."""
+    """Each token's loss, and `factor` times its derivative in logp, (TOKENS,) float64: these few products may
+    leave the range of float32 where their result does not."""
     valid, logp, ratio, pos, neg, grad_pos, grad_neg, _, _, _ = factors
-    value = -up * pos
-    slope = -up * grad_pos
+    up = up.to(tl.float64)
+    value = -up * pos.to(tl.float64)
+    slope = -up * grad_pos.to(tl.float64)
     if not NOON:
-        value -= down * neg
-        slope -= down * grad_neg
-    slope *= ratio * factor
+        down = down.to(tl.float64)
+        value -= down * neg.to(tl.float64)
+        slope -= down * grad_neg.to(tl.float64)
+    slope *= ratio.to(tl.float64) * factor
     if ref[0] is not None:
         infinity: tl.constexpr = float("inf")
         r = tl.where(valid, read(at_tokens(ref, row, token, UNIT), inside, D) - logp, 0.0)
         clamped = tl.minimum(tl.maximum(r, -20.0), 20.0)
         _, rest = exponential(clamped)
         usable = tl.abs(r) < infinity
-        coefficient = tl.cast(kl_coef, D)
-        value += coefficient * tl.where(usable, rest, float("nan"))
+        value += kl_coef * tl.where(usable, rest, float("nan")).to(tl.float64)
         rise = tl.where(tl.abs(r) > 20.0, 0.0, clamped + rest)
-        slope -= coefficient * factor * tl.where(usable, rise, float("nan"))
+        slope -= kl_coef * factor * tl.where(usable, rise, float("nan")).to(tl.float64)
     return value, slope
 
 

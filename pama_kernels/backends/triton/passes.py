@@ -8,6 +8,8 @@ Advantages per sequence use `rows.py`, and a pass over the tokens only for the l
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -204,6 +206,11 @@ def apply(
         reported=results.weights, optimum=results.optimum,
         square_sum=results.square_sum if outputs.advantages else None,
     )  # fmt: skip
+    if weights is not None and not by_row and not outputs.statistics:
+        x.statistics, x.reported, x.optimum = False, None, None
+        results.weights.copy_(weights)
+        for left_out in (results.optimum, results.sums):
+            left_out.fill_(math.nan)
     solved = batch or (by_row and call.rows is None)  # statistics come first, and x.c has the weights
     if solved:
         first = x.copy()
@@ -238,7 +245,7 @@ def apply_solved(
     check_tokens_memory(tokens)
     tokens = _without_ref(tokens, outputs)
     if factors is not None and not outputs.advantages:
-        _loss_of_rows(problem(tokens, True, True), tokens, outputs, results, factors)
+        _loss_of_rows(problem(tokens, True, True), tokens, outputs, results, factors, results.sums)
         return
     x = Pass(
         results.sums, weights=BATCH, c=results.weights, effective=effective,
@@ -249,9 +256,11 @@ def apply_solved(
     _second_pass(_Call(tokens, by_token=False), x, rule, outputs, results, True)
 
 
-def _loss_of_rows(p: Problem, tokens: Tokens, outputs: Outputs, results: Results, factors: Tensor) -> None:
+def _loss_of_rows(
+    p: Problem, tokens: Tokens, outputs: Outputs, results: Results, factors: Tensor, sums: Tensor | None
+) -> None:
     """The loss from sums of c_i A_i over positive and over negative advantages, and omega, of each row."""
-    denominator, count = _denominator(tokens, outputs, results.sums)
+    denominator, count = _denominator(tokens, outputs, sums)
     x = Pass(
         results.sums, weights=FACTORS, row_factors=factors, denominator=denominator, count=count,
         kl_coef=outputs.kl_coef, loss=results.loss, gradient=results.gradient if outputs.gradient else None,
@@ -269,7 +278,8 @@ def _second_pass(call: _Call, x: Pass, rule: Rule, outputs: Outputs, results: Re
             x.combined, x.row_factors = combined, factors
             call.run(x)
         if factors is not None:
-            _loss_of_rows(call.rows.problem, tokens, outputs, results, factors)
+            sums = results.sums if solved or x.statistics else None
+            _loss_of_rows(call.rows.problem, tokens, outputs, results, factors, sums)
         return
     picked = combined
     if combined is not None and one_result_per_row(tokens, rule):
