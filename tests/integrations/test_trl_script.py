@@ -122,7 +122,7 @@ def test_script(rule: str, kind: str, plain: dict[str, dict[str, float]], tmp_pa
         assert set(taught) == {0}
     start = sum(steps[0][f"rewards/{name}/mean"] for name in ("vowels", "half"))
     gain, theirs = (sum(x.values()) - start for x in (reached(made), plain[kind]))
-    # One short run each, so the last rewards are noisy: with other versions of TRL either may end higher. The paper's
-    # rule has no part in the comparison: under its clamp a batch has no conflicts.
+    # One short run each, so the last rewards are noisy: with other versions of TRL either may end higher.
+    # The paper's rule has no part in the comparison: under its clamp a batch has no conflicts.
     assert gain > (0 if rule == "paper" else 0.75 * theirs), (start, gain, theirs)
     assert theirs > 0.2
