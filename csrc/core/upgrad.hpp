@@ -88,13 +88,8 @@ PAMA_HD inline SolverResult solve_all(Problem& s, const Threads& threads, double
             s.n, [&](auto n) { return solve_small<decltype(n)::value>(s, s.answer, &result); }))
         return result;
     result.residual = 0.0;
-    s.smallest_unit = nnqp::kLargestDouble;
-    for (int j = 0; j < s.n; ++j) {
-        s.answer[j] = s.shift[j] = 0.0;
-        s.smallest_unit = s.unit[j] < s.smallest_unit ? s.unit[j] : s.smallest_unit;
-    }
-    s.metric = 1.0;
-    for (int j = 0; j < s.n; ++j) s.metric = s.metric_of(j) > s.metric ? s.metric_of(j) : s.metric;
+    for (int j = 0; j < s.n; ++j) s.answer[j] = s.shift[j] = 0.0;
+    s.set_metric();
     if constexpr (Threads::kInLanes && kLargestInLanes > 0)
         if (s.n <= kLargestInLanes) return solve_in_lanes(s, workspace);
     for (int i = threads.first; i < s.n; i += threads.step) {

@@ -29,7 +29,7 @@ template <>
 struct Doubles<8> {
     typedef double V __attribute__((vector_size(64), aligned(8), may_alias));
 };
-constexpr int kSlots = 32, kSweeps = 15;
+constexpr int kSlots = 32, kSweeps = 10;
 constexpr int kLaneVectors = 4 + ldlt::kLaneBlock, kAlignment = 64;
 
 // Size of the workspace beyond that of the problem, in doubles.
@@ -126,12 +126,12 @@ inline void sort_by_size(Problem** problems, int count) {
 // is x_j of projection i. Where supports are dependent, they are a far better start than the signs of M_i.
 inline void sweep(const Problem& s, double* x) {
     typedef typename Doubles<ldlt::kLanes>::V V;
-    constexpr int kVectors = 16 / ldlt::kLanes < 2 ? 2 : 16 / ldlt::kLanes, kWidth = kVectors * ldlt::kLanes;
+    constexpr int kVectors = 16 / ldlt::kLanes, kWidth = kVectors * ldlt::kLanes;
     for (std::ptrdiff_t i = 0; i < static_cast<std::ptrdiff_t>(s.n) * s.ld; ++i) x[i] = 0.0;
     for (int first = 0; first < s.n; first += kWidth) {
         bool changed = true;
         for (int count = 0; changed && count < kSweeps; ++count) {
-            ldlt::Mask<V> flips = V{} < V{};
+            auto flips = V{} < V{};
             for (int j = 0; j < s.n; ++j) {
                 const double* const row = s.row_of(j);
                 V gradient[kVectors];

@@ -84,13 +84,19 @@ struct Problem : nnqp::ActiveSet<Problem> {
     }
 
     PAMA_HD bool convex() const { return false; }
-    PAMA_HD double proximal(int j) const { return ridge * metric_of(j); }
+    PAMA_HD double proximal(int j) const { return ridge * centre[j]; }
 
-    // The proximal term in the units of M, with the smallest unit scaled to 1; `unit` contains S.
-    double smallest_unit = 1.0, halved = 1.0;  // M is multiplied by `halved`
-    PAMA_HD double metric_of(int j) const {
-        const double relative = unit[j] / smallest_unit;
-        return relative < kLargestUnit ? relative * relative : kLargestUnit * kLargestUnit;
+    double halved = 1.0;  // M is multiplied by it
+    // The proximal term (in `centre`) in the units of M, with the smallest unit scaled to 1; `unit` contains S.
+    PAMA_HD void set_metric() {
+        double smallest = nnqp::kLargestDouble;
+        for (int j = 0; j < n; ++j) smallest = min_of(unit[j], smallest);
+        metric = 1.0;
+        for (int j = 0; j < n; ++j) {
+            const double relative = min_of(unit[j] / smallest, kLargestUnit);
+            centre[j] = relative * relative / members[j];  // x_j shared equally has 1 / members of its square
+            metric = max_of(centre[j], metric);
+        }
     }
 
     PAMA_HD void set() {

@@ -12,7 +12,7 @@ PAMA_HD inline bool by_lane(int n) { return n > kMostInRegisters; }
 struct UpGrad {
     static constexpr bool kDivided = true, kNeedsMass = true;
     static bool always_together(int n) { return by_lane(n); }
-    PAMA_HD static std::size_t workspace(int n) { return upgrad_workspace(n) * (by_lane(n) ? kWarp : 1); }
+    PAMA_HD static std::size_t workspace(int n) { return nnqp::workspace(n) * (by_lane(n) ? kWarp : 1); }
     __device__ static double entry(const double* sums, int64_t n, int64_t i, int64_t j) {
         return gram_entry(sums, n, i, j);
     }
@@ -26,7 +26,7 @@ struct UpGrad {
             if (upgrad_few(n, matrix, preference, c, &optimum)) return optimum;
             if (by_lane(n)) {
                 lanes = {lane, kWarp};
-                work += upgrad_workspace(n) * lane;
+                work += nnqp::workspace(n) * lane;
             } else if (lane != 0) {
                 return 0;
             }
