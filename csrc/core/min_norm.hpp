@@ -20,12 +20,13 @@ constexpr double kProximalSigma = 1e-2;  // keeps H regular along c where c'Mc =
 
 // The general problem: M is scaled so that 1 <= max_i M_ii < 2.
 struct Problem : nnqp::ActiveSet<Problem> {
-    static constexpr bool kBounded = true;
-    double weight, optimum = 0.0;  // the rho of the problem itself, and c'Mc of `point`
+    static constexpr bool kBounded = true, kSearches = false;
+    double optimum = 0.0;  // c'Mc of `point`; `weight` is the rho of the problem itself
 
     PAMA_HD bool convex() const { return weight >= nnqp::kRidge; }
 
-    PAMA_HD void set(double ridge) {
+    PAMA_HD double proximal(int) const { return weight + ridge; }
+    PAMA_HD void set() {
         const double rho = weight + ridge;
         double norm2 = 0.0, smallest = gram[0];
         for (int i = 0; i < n; ++i) {
@@ -80,7 +81,7 @@ struct Problem : nnqp::ActiveSet<Problem> {
     }
 
     // Wolfe's gap of `point`, and c'Mc.
-    PAMA_HD double residual() {
+    PAMA_HD double residual_of_point() {
         if (!strict || weight > 0.0) average_duplicates(point);
         multiply(point);
         double own = 0.0, mean = 0.0, smallest = nnqp::kLargestDouble;
@@ -153,12 +154,13 @@ PAMA_HD SolverResult solve_general(int n, const T* gram, std::ptrdiff_t row_stri
         double residual = 0.0;
         if (largest > 0.0) {
             const double size = scale(largest) + s.weight;
-            residual = s.minimise(s.weight, nnqp::kCertified * (1.0 + s.weight)) / size;
-            result.status = s.status(residual);
+            s.certified = nnqp::kCertified * (1.0 + s.weight);
+            residual = s.residual = s.minimise() / size;
+            result.status = s.status();
         } else {
             s.reset();
             s.weight = 0.0;
-            s.residual();
+            s.residual_of_point();
             result.status = SolveStatus::solved;
         }
         result.residual = residual > 0.0 ? residual : 0.0;

@@ -15,7 +15,7 @@
 PAMA_BEGIN
 namespace nnqp {
 
-constexpr int kVectorCount = 19;  // arrays of leading_dimension(n) doubles in the workspace, the integers included
+constexpr int kVectorCount = 22;  // arrays of leading_dimension(n) doubles in the workspace, the integers included
 
 constexpr int kLargestInRegisters = 8;
 #if defined(__CUDACC__)
@@ -50,6 +50,8 @@ struct System {
     double* point;       // the answer; in descend a feasible y
     double* saved;       // descend's best y
     double* kept;        // the best `point` of the proximal steps
+    double* moved;       // of the line searches: z,
+    double* force;       // and b - Gz (active_set.hpp)
     double* answer;      // the sum of the solutions of several problems
     double* unit;        // of each unknown
     double* compact;     // u on the support
@@ -57,6 +59,8 @@ struct System {
     ldlt::Scratch scratch;
     int* support;  // sorted
     int* inside;   // 1 in the support
+    int* group;    // of each objective: the unknown that stands for it
+    int* members;  // of each unknown: how many objectives it stands for
     int size = 0, factorisations = 0, most = 0;
     double value = 0.0, total = 0.0, linear = 0.0;  // b'y, e'y, u'y
     double fixed_total = 0.0, fixed_terms = 0.0;    // contributions of a fixed e_i to total and terms
@@ -79,7 +83,7 @@ struct System {
         gram = take(static_cast<std::ptrdiff_t>(n) * stride);
         scratch.columns = take(static_cast<std::ptrdiff_t>(blocks) * ld);
         scratch.panel = take(static_cast<std::ptrdiff_t>(ldlt::kBlock) * blocks);
-        double** const vectors[kVectorCount - 1] = {&preference,
+        double** const vectors[kVectorCount - 2] = {&preference,
                                                     &centre,
                                                     &shift,
                                                     &diagonal,
@@ -88,6 +92,8 @@ struct System {
                                                     &point,
                                                     &saved,
                                                     &kept,
+                                                    &moved,
+                                                    &force,
                                                     &answer,
                                                     &unit,
                                                     &compact,
@@ -100,6 +106,8 @@ struct System {
         for (double** const vector : vectors) *vector = take(ld);
         support = reinterpret_cast<int*>(take(ld));
         inside = support + ld;
+        group = reinterpret_cast<int*>(take(ld));
+        members = group + ld;
         for (int i = 0; i < n; ++i) unit[i] = 1.0;
     }
 
@@ -159,12 +167,18 @@ struct System {
         return regular || !strict;
     }
     // The unknowns of the support.
-    PAMA_HD bool factorise_gathered() {
-        size = 0;
+    // Lists the support; returns its size.
+    PAMA_HD int gather_support() {
+        int count = 0;
+        int* const PAMA_RESTRICT list = support;
         for (int i = 0; i < n; ++i) {
-            support[size] = i;
-            size += inside[i];
+            list[count] = i;
+            count += inside[i];
         }
+        return size = count;
+    }
+    PAMA_HD bool factorise_gathered() {
+        gather_support();
         const int end = ldlt::round_up_to_block(size), rows = ldlt::leading_dimension(size);
         const auto pad = [](double* array, int from, int to) {
             for (int b = from; b < to; ++b) array[b] = 0.0;
@@ -200,6 +214,17 @@ struct System {
             scratch.floor[a] = relative_floor * column[a];
         }
         return ldlt::solve(size, rows, scratch, strict);
+    }
+
+    // Whether a pivot of M vanishes. Overwrites the problem's data.
+    PAMA_HD bool singular() {
+        for (int i = 0; i < n; ++i) {
+            inside[i] = 1;
+            target[i] = 0.0;
+            diagonal[i] = row_of(i)[i];
+        }
+        strict = true;
+        return !factorise();
     }
 
     // Whether M + 2 kSmallestRidge is clearly positive definite. Overwrites the problem's data.

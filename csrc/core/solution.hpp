@@ -50,6 +50,7 @@ constexpr double kLargestRidge = 1.0, kRidgeFactor = 100.0;  // where M is not s
 constexpr double kProximalGap = 10.0;                        // of the ridge: more than a proximal step can leave
 constexpr int kProximalSteps = 12;
 constexpr int kSpareExchanges = 2;
+constexpr int kLineSteps = 30;  // evaluations of a line search, which need not be exact
 
 // No proof bounds the factorisations of one problem by a polynomial; this limit is several times the largest number
 // observed.

@@ -15,87 +15,12 @@
 
 #include <cstddef>
 
-#include "upgrad_small.hpp"
+#include "upgrad_lanes.hpp"
 
 PAMA_BEGIN
 namespace upgrad {
 
-constexpr double kLargestUnit = 1024.0;
 constexpr double kCosine = 1.0 + 1e-12;
-
-// m = f 2^e, 1 <= f < 2.
-PAMA_HD inline int exponent_of(double m) {
-    int exponent;
-    std::frexp(m, &exponent);
-    return exponent - 1;
-}
-
-// The power of two S with 1 <= S^2 m / 2^odd < 4. `odd`: the last bit of the largest diagonal entry's exponent, so that
-// M times any power of two is the same problem.
-PAMA_HD inline double unit_of(double m, int odd) {
-    const int above = exponent_of(m) - odd;
-    return std::ldexp(1.0, -(above - (above & 1)) / 2);
-}
-
-// S M S for the objectives with a nonzero gradient.
-struct Problem : nnqp::ActiveSet<Problem> {
-    static constexpr bool kBounded = false;
-    int own = 0;  // i
-
-    PAMA_HD bool convex() const { return false; }
-
-    // The proximal term in the units of M, with the smallest unit scaled to 1; `unit` contains S.
-    double smallest_unit = 1.0, halved = 1.0;  // M is multiplied by `halved`
-    PAMA_HD double metric_of(int j) const {
-        const double relative = unit[j] / smallest_unit;
-        return relative < kLargestUnit ? relative * relative : kLargestUnit * kLargestUnit;
-    }
-
-    PAMA_HD void set(double ridge) {
-        const double* const row = row_of(own);
-        for (int j = 0; j < n; ++j) {
-            const double weight = ridge > 0.0 ? ridge * metric_of(j) : 0.0;
-            diagonal[j] = row_of(j)[j] + weight;
-            target[j] = ridge > 0.0 ? weight * point[j] - row[j] : -row[j];
-        }
-        fixed_total = 1.0;
-        fixed_terms = row[own];
-    }
-    PAMA_HD void start() {
-        const double* const row = row_of(own);
-        for (int j = 0; j < n; ++j) inside[j] = row[j] < 0.0;
-    }
-    PAMA_HD void reset() {
-        for (int j = 0; j < n; ++j) point[j] = 0.0;
-    }
-    PAMA_HD void accept() {
-        reset();
-        for (int a = 0; a < size; ++a) {
-            const double y = scratch.solution[a];
-            point[support[a]] = y > 0.0 ? y : 0.0;
-        }
-    }
-    PAMA_HD void fall_back() { reset(); }
-
-    // The violation of x >= 0, g = M (e_i + x) >= 0, x.g = 0, with e_i + x scaled to sum 1.
-    PAMA_HD double residual() {
-        double sum = 1.0;
-        for (int j = 0; j < n; ++j) {
-            sum += point[j];
-            inside[j] = point[j] > 0.0;
-        }
-        point[own] += 1.0;
-        multiply(point);
-        point[own] -= 1.0;
-        double least = 0.0, slack = 0.0;
-        for (int j = 0; j < n; ++j) {
-            least = product[j] < least ? product[j] : least;
-            slack += point[j] * (product[j] < 0.0 ? -product[j] : product[j]);
-        }
-        const double violation = -least / sum, complementarity = slack / sum / sum;
-        return violation > complementarity || violation != violation ? violation : complementarity;
-    }
-};
 
 // Two objectives, in closed form at any scale: a = M_11, b = M_12, d = M_22, at least one of a and d positive; p and q
 // sum to 1. The unknowns are those of `gather`: M is scaled to 1 <= M_ii < 4.
@@ -134,7 +59,8 @@ PAMA_HD inline bool solve_small(const Problem& s, double* answer, SolverResult* 
         PAMA_UNROLL
         for (int j = 0; j <= i; ++j) small.x.m(i, j) = s.row_of(i)[j];
         small.unit[i] = s.unit[i];
-        sum[i] = small.preference[i] = s.preference[i];
+        small.preference[i] = s.preference[i];
+        sum[i] = 0.0;
     }
     if (!small.start()) return false;
     for (int own = 0; own < N; ++own)
@@ -148,43 +74,35 @@ PAMA_HD inline bool solve_small(const Problem& s, double* answer, SolverResult* 
 // projection, with a workspace of its own.
 struct Alone {
     static constexpr int first = 0, step = 1;
+    static constexpr bool kInLanes = true;  // on a CPU
     PAMA_HD double sum(double x) const { return x; }
     PAMA_HD SolverResult worst(const SolverResult& result) const { return result; }
 };
 
-// The weights of the objectives in s: p in `preference`, S in `unit`, the sums of the c^(i) to `answer`.
+// The projections of the objectives in s: p in `preference`, S in `unit`; sum_i p_i x of them to `answer`.
 template <class Threads>
-PAMA_HD inline SolverResult solve_all(Problem& s, const Threads& threads) {
+PAMA_HD inline SolverResult solve_all(Problem& s, const Threads& threads, double* workspace) {
     SolverResult result = {0.0, 0.0, SolveStatus::solved, 0};
     if (threads.step == 1 && s.n >= kSmallestSmall && s.n <= kLargestSmall &&
         nnqp::with_size<kSmallestSmall, kLargestSmall>(
             s.n, [&](auto n) { return solve_small<decltype(n)::value>(s, s.answer, &result); }))
         return result;
     result.residual = 0.0;
-    s.smallest_unit = nnqp::kLargestDouble;
-    for (int j = 0; j < s.n; ++j) {
-        s.answer[j] = s.shift[j] = 0.0;
-        s.smallest_unit = s.unit[j] < s.smallest_unit ? s.unit[j] : s.smallest_unit;
-    }
-    s.metric = 1.0;
-    for (int j = 0; j < s.n; ++j) s.metric = s.metric_of(j) > s.metric ? s.metric_of(j) : s.metric;
+    for (int j = 0; j < s.n; ++j) s.answer[j] = s.shift[j] = 0.0;
+    s.set_metric();
+    if constexpr (Threads::kInLanes && kLargestInLanes > 0)
+        if (s.n <= kLargestInLanes) return solve_in_lanes(s, workspace);
     for (int i = threads.first; i < s.n; i += threads.step) {
         if (s.preference[i] == 0.0) continue;
         s.own = i;
         s.factorisations = 0;
-        const double residual = s.minimise(0.0, nnqp::kCertified);
+        const double residual = s.minimise();
         result.factorisations += s.factorisations;
-        s.answer[i] += s.preference[i];
-        for (int j = 0; j < s.n; ++j) {
-            if (s.point[j] == 0.0) continue;
-            const double ratio = s.unit[j] / s.unit[i];
-            s.answer[j] += s.preference[i] * (ratio < kLargestRatio ? ratio : kLargestRatio) * s.point[j];
-        }
+        s.add(i, s.point);
         if (residual <= result.residual) continue;
         result.residual = residual;
-        result.status = s.status(residual);
+        result.status = s.status();
         if (unsolved(result)) break;
-        for (int j = 0; j < s.n; ++j) s.shift[j] = 0.0;
     }
     for (int j = 0; j < s.n; ++j) s.answer[j] = threads.sum(s.answer[j]);
     return threads.worst(result);
@@ -262,29 +180,33 @@ PAMA_HD SolverResult solve_general(int n, const T* gram, std::ptrdiff_t row_stri
     SolverResult result = {nnqp::kNan, nnqp::kNan, SolveStatus::not_finite, 0};
     const bool finite =
         gather(n, gram, row_stride, column_stride, preference, present, share, workspace, s) && 0.0 * mass == 0.0;
-    if (finite) result = solve_all(s, threads);
+    if (finite) {
+        s.merge();
+        result = solve_all(s, threads, workspace + nnqp::workspace(n));
+    }
     if (threads.first != 0) return result;
     if (!finite || unsolved(result)) {
         for (int i = 0; i < n; ++i) weights[i] = nnqp::kNan;
         result.optimum = nnqp::kNan;
         return result;
     }
-    s.average_duplicates(s.answer);
     const auto at = [&](int i) { return static_cast<double>(gram[i * (row_stride + column_stride)]); };
     double sum = 0.0;
     for (int i = 0, a = 0; i < n; ++i) {
-        if (present && !present[i])
-            weights[i] = 0.0;
-        else
-            weights[i] = at(i) > 0.0 ? s.answer[a++] : (preference ? preference[i] * share : share);
+        weights[i] = present && !present[i] ? 0.0 : preference ? preference[i] * share : share;
+        if ((!present || present[i]) && at(i) > 0.0) {
+            const int k = s.group[a++];
+            weights[i] += s.answer[k] / s.members[k];
+        }
         sum += weights[i];
     }
     const double inverse = 1.0 / sum;
+    for (int a = 0; a < s.n; ++a) s.point[a] = 0.0;
     for (int i = 0, a = 0; i < n; ++i) {
         weights[i] *= inverse;
         if ((!present || present[i]) && at(i) > 0.0) {
-            s.point[a] = weights[i] / s.unit[a];
-            ++a;
+            const int k = s.group[a++];
+            s.point[k] += weights[i] / s.unit[k];
         }
     }
     s.multiply(s.point);
@@ -297,7 +219,9 @@ PAMA_HD SolverResult solve_general(int n, const T* gram, std::ptrdiff_t row_stri
 }  // namespace upgrad
 
 // Size of the workspace of upgrad_solve for n objectives, in doubles.
-PAMA_HD inline std::size_t upgrad_workspace(int n) { return nnqp::workspace(n); }
+PAMA_HD inline std::size_t upgrad_workspace(int n) {
+    return nnqp::workspace(n) + (upgrad::kLargestInLanes > 0 ? upgrad::lanes_workspace(n) : 0);
+}
 
 // Arguments as for min_norm_solve; if the preferences of the present objectives sum to 0, the preference is returned
 // unchanged. The optimum is c'Mc of the normalised c. The residual is the largest violation of x >= 0, g = M (e_i + x)

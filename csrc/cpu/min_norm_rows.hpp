@@ -6,8 +6,9 @@
 
 PAMA_BEGIN
 
+// For both solvers: UPGrad needs more.
 inline int64_t min_norm_scratch(int n) {
-    return static_cast<int64_t>(sizeof(double)) * (static_cast<int64_t>(nnqp::workspace(n)) + n);
+    return static_cast<int64_t>(sizeof(double)) * (static_cast<int64_t>(upgrad_workspace(n)) + n);
 }
 
 // Checks each matrix and solves it with solve(matrix, c); matrices for which `skip` returns true are solved already.

@@ -14,7 +14,7 @@ struct UpGrad {
     static constexpr int kShared = upgrad_work(kMostByWarp);
     static bool always_together(int n) { return n > upgrad::kLargestSmall; }
     static int threads(int n) { return by_lane(n) ? kWarp : limited(upgrad_warps(n) * kWarp); }
-    PAMA_HD static std::size_t workspace(int n) { return upgrad_workspace(n) * (by_lane(n) ? kWarp : 1); }
+    PAMA_HD static std::size_t workspace(int n) { return nnqp::workspace(n) * (by_lane(n) ? kWarp : 1); }
     __device__ static double entry(const double* sums, int64_t n, int64_t i, int64_t j) {
         return gram_entry(sums, n, i, j);
     }
@@ -31,7 +31,7 @@ struct UpGrad {
         if (lane >= (by_lane(n) ? kWarp : 1)) return 0;
         if (n == 2) return solve(n, matrix, preference, 0, c, work);
         const Lanes lanes = by_lane(n) ? Lanes{lane, kWarp} : Lanes{0, 1};
-        work += by_lane(n) ? upgrad_workspace(n) * lane : 0;
+        work += by_lane(n) ? nnqp::workspace(n) * lane : 0;
         return upgrad::solve_general(n, matrix, n, 1, preference, nullptr, c, work, lanes).optimum;
     }
 };

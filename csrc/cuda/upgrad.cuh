@@ -9,6 +9,7 @@ namespace cuda {
 
 // The threads of upgrad::solve_all: this one alone (step 1), or a warp.
 struct Lanes {
+    static constexpr bool kInLanes = false;
     int first, step;
     __device__ double sum(double x) const { return step == 1 ? x : warp_sum(x); }
     __device__ SolverResult worst(SolverResult result) const {

@@ -201,7 +201,7 @@ void test_iteration_limit() {
         s.preference[i] = 1.0 / n;
         for (int k = 0; k < s.stride; ++k) s.row_of(i)[k] = k < n ? gram[i * n + k] / n : 0.0;
     }
-    const double residual = s.minimise(0.0, pama::nnqp::kCertified);
+    const double residual = s.minimise();
     CHECK(s.status(residual) == pama::SolveStatus::iteration_limit && s.factorisations == 1, "residual %g", residual);
 }
 

@@ -1,0 +1,151 @@
+// The problem of one of UPGrad's projections (upgrad.hpp), scaled, for the search of active_set.hpp.
+#pragma once
+
+#include "upgrad_small.hpp"
+
+PAMA_BEGIN
+namespace upgrad {
+
+constexpr double kLargestUnit = 1024.0;
+constexpr double kSame = 1e-14;  // of entries of about 1
+
+// m = f 2^e, 1 <= f < 2.
+PAMA_HD inline int exponent_of(double m) {
+    int exponent;
+    std::frexp(m, &exponent);
+    return exponent - 1;
+}
+
+// The power of two S with 1 <= S^2 m / 2^odd < 4. `odd`: the last bit of the largest diagonal entry's exponent, so that
+// M times any power of two is the same problem.
+PAMA_HD inline double unit_of(double m, int odd) {
+    const int above = exponent_of(m) - odd;
+    return std::ldexp(1.0, -(above - (above & 1)) / 2);
+}
+
+// S M S for the objectives with a nonzero gradient.
+struct Problem : nnqp::ActiveSet<Problem> {
+    static constexpr bool kBounded = false, kSearches = true;
+    static constexpr int kOwnVectors = 10;  // see share
+    int own = 0;                           // i
+
+    // Makes this a problem on the matrix of `other`, with vectors of its own in `memory`, kOwnVectors * ld.
+    PAMA_HD void share(const Problem& other, double* memory) {
+        *this = other;
+        double** const vectors[] = {&diagonal, &target, &product, &point, &saved, &kept, &moved, &force, &scratch.solution};
+        for (double** const vector : vectors) {
+            *vector = memory;
+            memory += ld;
+        }
+        support = reinterpret_cast<int*>(memory);
+        inside = support + ld;
+    }
+
+    // Adds p_i x of projection i to `answer`, in the units of the given matrix.
+    PAMA_HD void add(int i, const double* x) {
+        const double p = preference[i], inverse = 1.0 / unit[i];
+        for (int j = 0; j < n; ++j) answer[j] += p * min_of(unit[j] * inverse, kLargestRatio) * x[j];
+    }
+
+    // Whether the gradients i and k are the same, up to the rounding of their products.
+    PAMA_HD bool same(int i, int k) const {
+        const double *const first = row_of(i), *const second = row_of(k);
+        if (std::fabs(first[k] - first[i]) > kSame || unit[i] != unit[k]) return false;
+        for (int j = 0; j < n; ++j)
+            if (std::fabs(first[j] - second[j]) > kSame) return false;
+        return true;
+    }
+    // Replaces equal objectives by one with the sum of their preferences; share the solution equally among them, which
+    // is nearest to p. This removes the commonest reason for a singular matrix, and solves the projection once for all.
+    PAMA_HD void merge() {
+        int count = 0;
+        for (int i = 0; i < n; ++i) {
+            int to = 0;
+            while (to < count && !same(support[to], i)) ++to;
+            group[i] = to;
+            if (to == count) {
+                members[count] = 0;
+                saved[count] = 0.0;
+                support[count++] = i;
+            }
+            ++members[to];
+            saved[to] += preference[i];
+        }
+        if (count == n) return;
+        for (int a = 0; a < count; ++a) {
+            const double* const from = row_of(support[a]);
+            double* const to = row_of(a);
+            for (int b = 0; b < count; ++b) to[b] = from[support[b]];
+            for (int b = count; b < stride; ++b) to[b] = 0.0;
+            preference[a] = saved[a];
+            unit[a] = unit[support[a]];
+        }
+        n = count;
+    }
+
+    PAMA_HD bool convex() const { return false; }
+    PAMA_HD double proximal(int j) const { return ridge * centre[j]; }
+
+    double halved = 1.0;  // M is multiplied by it
+    // The proximal term (in `centre`) in the units of M, with the smallest unit scaled to 1; `unit` contains S.
+    PAMA_HD void set_metric() {
+        double smallest = nnqp::kLargestDouble;
+        for (int j = 0; j < n; ++j) smallest = min_of(unit[j], smallest);
+        metric = 1.0;
+        for (int j = 0; j < n; ++j) {
+            const double relative = min_of(unit[j] / smallest, kLargestUnit);
+            centre[j] = relative * relative / members[j];  // x_j shared equally has 1 / members of its square
+            metric = max_of(centre[j], metric);
+        }
+    }
+
+    PAMA_HD void set() {
+        const double* const row = row_of(own);
+        for (int j = 0; j < n; ++j) {
+            const double weight = ridge > 0.0 ? proximal(j) : 0.0;
+            diagonal[j] = row_of(j)[j] + weight;
+            target[j] = ridge > 0.0 ? weight * point[j] - row[j] : -row[j];
+        }
+        fixed_total = 1.0;
+        fixed_terms = row[own];
+    }
+    // guess: null, or positive where x_j of projection i is likely to be, at guess[j * ld + i].
+    const double* guess = nullptr;
+    PAMA_HD void start() {
+        const double* const row = row_of(own);
+        for (int j = 0; j < n; ++j) inside[j] = guess ? guess[j * static_cast<std::ptrdiff_t>(ld) + own] > 0.0 : row[j] < 0.0;
+    }
+    PAMA_HD void reset() {
+        for (int j = 0; j < n; ++j) point[j] = 0.0;
+    }
+    PAMA_HD void accept() {
+        reset();
+        for (int a = 0; a < size; ++a) {
+            const double y = scratch.solution[a];
+            point[support[a]] = y > 0.0 ? y : 0.0;
+        }
+    }
+    PAMA_HD void fall_back() { reset(); }
+
+    // The violation of x >= 0, g = M (e_i + x) >= 0, x.g = 0, with e_i + x scaled to sum 1.
+    PAMA_HD double residual_of_point() {
+        double sum = 1.0;
+        for (int j = 0; j < n; ++j) {
+            sum += point[j];
+            inside[j] = point[j] > 0.0;
+        }
+        point[own] += 1.0;
+        multiply(point);
+        point[own] -= 1.0;
+        double least = 0.0, slack = 0.0;
+        for (int j = 0; j < n; ++j) {
+            least = product[j] < least ? product[j] : least;
+            slack += point[j] * (product[j] < 0.0 ? -product[j] : product[j]);
+        }
+        const double violation = -least / sum, complementarity = slack / sum / sum;
+        return violation > complementarity || violation != violation ? violation : complementarity;
+    }
+};
+
+}  // namespace upgrad
+PAMA_END
