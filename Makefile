@@ -140,7 +140,7 @@ test-cuda: $(VENV)/test.stamp
 		PYTHONPATH=tests/backends $(PORTABLE) -p cuda_emulation tests/properties tests/backends/test_cuda_emulated.py \
 		tests/backends/test_cuda_sequences.py
 	PAMA_CUDA_EMULATED=$$(ls $(VENV)/emulated/_cuda.*.so) PYTHONPATH=tests/backends $(BIN)/python -m pytest \
-		-m 'not slow and not cpu' -p cuda_emulation tests/solvers
+		-m 'not slow and not cpu' -p cuda_emulation tests/solvers tests/properties/test_influence.py
 
 test-integrations: $(VENV)-verl/stamp
 	$(VENV)-verl/bin/python -m pytest tests/integrations/test_verl*.py

@@ -85,7 +85,7 @@ inline void solve_systems(Problem* const* problems, int count, double* scratch, 
             from[lane] = used ? problems[0]->row_of(static_cast<int>(support[a * Lanes + lane])) : zeros;
         }
         for (int b = 0; b < a; ++b) {
-            V x;
+            V x = {};
             PAMA_UNROLL
             for (int lane = 0; lane < Lanes; ++lane) x[lane] = from[lane][support[b * Lanes + lane]];
             to[b] = x;

@@ -57,12 +57,14 @@ struct VectorTokens {
                  (!w || aligned(w + skip, 16)) && (!mask || aligned(mask + skip, 4));
     }
 
-    __device__ static void load(float (&to)[4], const float* from) {
+    template <class T>
+    __device__ static void load(T (&to)[4], const float* from) {
         const float4 v = *reinterpret_cast<const float4*>(from);
         to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
     }
     // The tokens from `token` on that are in [first, last).
-    __device__ void load(TokenValues<float>& x, int64_t token, int64_t first, int64_t last) const {
+    template <class T>
+    __device__ void load(TokenValues<T>& x, int64_t token, int64_t first, int64_t last) const {
         const bool whole = token >= first && token + 4 <= last;
         unsigned bytes = 0x01010101u;
         if (whole) {
@@ -87,11 +89,12 @@ struct VectorTokens {
     }
 };
 
+// A lane that restarts in double takes the tokens that it took in float.
 template <class T, bool F32>
 __device__ inline bool add_segment(const DeviceTokens& p, int64_t row, int64_t first, int64_t last,
                                    double (&all)[kWarp]) {
-    constexpr bool kChunks = sizeof(T) < sizeof(double), kVectors = F32 && kChunks;
-    constexpr int kTogether = kChunks ? 4 : 1, kChunk = 32;
+    constexpr bool kChunks = sizeof(T) < sizeof(double);
+    constexpr int kTogether = kChunks || F32 ? 4 : 1, kChunk = 32;
     const ClipIn<T> clip(p.clip);
     const int64_t base = p.starts ? p.starts[row] : 0;
     const auto at = [&](const Array& array, int64_t token) { return row * array.row + (base + token) * array.token; };
@@ -100,18 +103,18 @@ __device__ inline bool add_segment(const DeviceTokens& p, int64_t row, int64_t f
     unsigned counts[kRowSums] = {};
     bool held = true;
     int64_t token = first + lane;
-    if (kVectors && vectors.usable) token = first - ((first - vectors.skip) & 3) + 4 * lane;
+    if (F32 && vectors.usable) token = first - ((first - vectors.skip) & 3) + 4 * lane;
     do {
         T sums[kRowSums] = {};
         PAMA_ROLLED
         for (int j = 0; (!kChunks || j < kChunk) && token < last; j += kTogether) {
             TokenValues<T> x;
-            if constexpr (kVectors)
+            if constexpr (F32)
                 if (vectors.usable) {
                     vectors.load(x, token, first, last);
                     token += 4 * kWarp;
                 }
-            if (!kVectors || !vectors.usable) {
+            if (!F32 || !vectors.usable) {
                 PAMA_UNROLL
                 for (int u = 0; u < kTogether; ++u) {
                     x.valid[u] = token < last;

@@ -168,7 +168,7 @@ __device__ PAMA_NOINLINE void solve_matrix(const Sequences& s, SequenceMemory& m
     const SolverResult result =
         s.rule.kind == Kind::gram
             ? min_norm::solve_general(n, matrix, n, 1, m.preference, present, s.rule.number, m.weights, work)
-            : upgrad::solve_general(n, matrix, n, 1, m.preference, present, m.weights, work, upgrad::Alone{});
+            : upgrad::solve_general(n, matrix, n, 1, m.preference, present, m.weights, work, Lanes{0, 1});
     for (int i = 0; i < n; ++i) m.weights[i] += 0 * result.optimum;  // a NaN optimum makes every weight NaN
     m.optimum = result.optimum;
 }

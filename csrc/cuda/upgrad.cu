@@ -20,7 +20,8 @@ struct UpGrad {
     }
     __device__ static double solve(int n, const double* matrix, const double* preference, double, double* c,
                                    double* work) {
-        return upgrad_solve(n, matrix, n, 1, preference, nullptr, c, work).optimum;
+        if (n == 2) return upgrad_solve(n, matrix, n, 1, preference, nullptr, c, work).optimum;
+        return upgrad::solve_general(n, matrix, n, 1, preference, nullptr, c, work, Lanes{0, 1}).optimum;
     }
     // The optimum is returned to the first thread.
     __device__ static double together(int n, const double* matrix, const double* preference, double, double* c,
