@@ -1,6 +1,6 @@
 // UPGrad's projections (upgrad.hpp) of many objectives on a CPU: the searches of several projections advance together,
 // and the systems that they wait for are solved in SIMD lanes. A projection gets the same bits whatever the others are.
-// One system at a time leaves most of a processor idle: supports are small, and each pivot waits for the one before.
+// One system at a time leaves most of a CPU core idle: supports are small, and each pivot waits for the one before.
 #pragma once
 
 #include "ldlt_lanes.hpp"
@@ -11,7 +11,8 @@ namespace upgrad {
 
 #if defined(__CUDACC__) || !defined(__GNUC__)
 constexpr int kLargestInLanes = 0;  // objectives up to which the projections are solved in lanes
-inline std::size_t lanes_workspace(int) { return 0; }
+PAMA_HD inline std::size_t lanes_workspace(int) { return 0; }
+SolverResult solve_in_lanes(Problem& s, double* workspace);  // never called
 #else
 constexpr int kLargestInLanes = 128;  // beyond, the vectors of one system are long enough
 
