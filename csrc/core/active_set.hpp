@@ -69,7 +69,7 @@ PAMA_HD inline ldlt::Mask<V> exchange(Searched& s, int unknowns, ldlt::Mask<V> a
 //   kBounded        whether the feasible set is bounded; if not, proximal steps on an indefinite matrix diverge
 template <class Problem>
 struct ActiveSet : System {
-    double weight = 0.0;  // coefficient of the problem's own quadratic regularization
+    double weight = 0.0;                            // coefficient of the problem's own quadratic regularization
     double certified = kCertified, residual = 0.0;  // where the search stops; of `point`, once it has stopped
     double ridge = 0.0;                             // of the current proximal step; 0: none
 
@@ -118,9 +118,9 @@ struct ActiveSet : System {
     enum class Stage { exchange, line, unique, first, block, single };
     Stage stage = Stage::exchange;
     Progress<double> progress = Progress<double>(0);
-    double best = 0.0;  // record of b'y
-    int spare = 0;      // additions that may still pass without a record
-    int worst = -1;     // index with the smallest multiplier
+    double best = 0.0;                 // record of b'y
+    int spare = 0;                     // additions that may still pass without a record
+    int worst = -1;                    // index with the smallest multiplier
     double least = 0.0, lowest = 0.0;  // the smallest ridge and the smallest residual of the proximal steps
     int steps = 0, searches = 0;
     bool closes = false;  // whether the last step brought the point closer
@@ -150,7 +150,7 @@ struct ActiveSet : System {
         const double u = linear, sum = total, bound = tolerance * (total + fixed_total),
                      rest = tolerance * (terms + fixed_terms);
         const double *const PAMA_RESTRICT own = diagonal, *const PAMA_RESTRICT gy = product,
-                                   *const PAMA_RESTRICT shifts = shift, *const PAMA_RESTRICT b = target;
+                                          *const PAMA_RESTRICT shifts = shift, *const PAMA_RESTRICT b = target;
         int* const PAMA_RESTRICT in = inside;
         int marked = 0;
         for (int j = 0; j < count; ++j) {
@@ -204,7 +204,8 @@ struct ActiveSet : System {
             force[j] = first ? product[j] : force[j] + step * (product[j] - force[j]);
             changed |= (inside[j] == 1) != (force[j] > 0.0);
         }
-        if (!changed) flip();
+        if (!changed)
+            flip();
         else
             for (int j = 0; j < n; ++j) inside[j] = force[j] > 0.0;
         return true;

@@ -38,9 +38,8 @@ inline void update_tile(V* row, std::ptrdiff_t length, int j, const V* panel) {
     for (int first = 0; first < kLaneBlock; first += kTileColumns) {
         V sum[kLaneBlock][kTileColumns];
         PAMA_UNROLL
-        for (int r = 0; r < kLaneBlock; ++r)
-            PAMA_UNROLL
-            for (int c = 0; c < kTileColumns; ++c) sum[r][c] = row[r * length + j + first + c];
+        for (int r = 0; r < kLaneBlock; ++r) PAMA_UNROLL
+        for (int c = 0; c < kTileColumns; ++c) sum[r][c] = row[r * length + j + first + c];
         const V* factor = panel + first;
         for (int p = 0; p < j; ++p, factor += kLaneBlock) {
             V f[kTileColumns];
@@ -54,9 +53,8 @@ inline void update_tile(V* row, std::ptrdiff_t length, int j, const V* panel) {
             }
         }
         PAMA_UNROLL
-        for (int r = 0; r < kLaneBlock; ++r)
-            PAMA_UNROLL
-            for (int c = 0; c < kTileColumns; ++c) row[r * length + j + first + c] = sum[r][c];
+        for (int r = 0; r < kLaneBlock; ++r) PAMA_UNROLL
+        for (int c = 0; c < kTileColumns; ++c) row[r * length + j + first + c] = sum[r][c];
     }
 }
 
@@ -122,7 +120,8 @@ inline void solve_lanes(int k, const LaneScratch<V>& s, bool* regular) {
             z[j] = sum;
         }
     }
-    for (int lane = 0; lane < static_cast<int>(sizeof(V) / sizeof(double)); ++lane) regular[lane] = above_floor[lane] != 0;
+    for (int lane = 0; lane < static_cast<int>(sizeof(V) / sizeof(double)); ++lane)
+        regular[lane] = above_floor[lane] != 0;
 }
 
 }  // namespace ldlt

@@ -27,12 +27,13 @@ PAMA_HD inline double unit_of(double m, int odd) {
 struct Problem : nnqp::ActiveSet<Problem> {
     static constexpr bool kBounded = false, kSearches = true;
     static constexpr int kOwnVectors = 10;  // see share
-    int own = 0;                           // i
+    int own = 0;                            // i
 
     // Makes this a problem on the matrix of `other`, with vectors of its own in `memory`, kOwnVectors * ld.
     PAMA_HD void share(const Problem& other, double* memory) {
         *this = other;
-        double** const vectors[] = {&diagonal, &target, &product, &point, &saved, &kept, &moved, &force, &scratch.solution};
+        double** const vectors[] = {&diagonal, &target, &product, &point,           &saved,
+                                    &kept,     &moved,  &force,   &scratch.solution};
         for (double** const vector : vectors) {
             *vector = memory;
             memory += ld;
@@ -113,7 +114,8 @@ struct Problem : nnqp::ActiveSet<Problem> {
     const double* guess = nullptr;
     PAMA_HD void start() {
         const double* const row = row_of(own);
-        for (int j = 0; j < n; ++j) inside[j] = guess ? guess[j * static_cast<std::ptrdiff_t>(ld) + own] > 0.0 : row[j] < 0.0;
+        for (int j = 0; j < n; ++j)
+            inside[j] = guess ? guess[j * static_cast<std::ptrdiff_t>(ld) + own] > 0.0 : row[j] < 0.0;
     }
     PAMA_HD void reset() {
         for (int j = 0; j < n; ++j) point[j] = 0.0;
