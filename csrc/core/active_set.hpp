@@ -349,8 +349,11 @@ struct ActiveSet : System {
             least = ridge = ends ? ridge : kRidgeFactor * ridge;
         }
         if (!ends && ++steps < kProximalSteps) return begin_step();
-        if (lowest < residual) {
+        if (lowest < kLargestDouble && !(residual <= lowest)) {
             for (int j = 0; j < n; ++j) point[j] = kept[j];
+            residual = self().residual_of_point();
+        } else if (!(residual <= kLargestDouble)) {  // a step overflowed, on a matrix that is far from semidefinite
+            self().fall_back();
             residual = self().residual_of_point();
         }
         return false;
