@@ -1,14 +1,16 @@
-// Searches for the optimal support of a non-negative quadratic problem (nnqp.hpp), in three steps:
+// Searches for the optimal support of a non-negative quadratic problem (nnqp.hpp), in four steps:
 //
 // 1. Exchange (block principal pivoting): swap every index of the wrong sign (y_i < 0 inside, (Hy - b)_j < 0 outside)
 //    while their number reaches new minima, with kSpareExchanges exceptions: it ends after at most n + 1 +
 //    kSpareExchanges factorisations, and almost always after one to six.
-// 2. Descend, where exchange gave up: Lawson and Hanson's method with block additions. Each addition ends because every
+// 2. Newton's method with line searches, where the exchange of a proximal step cycles (if kSearches): at most n + 1 of
+//    them.
+// 3. Descend, where these gave up: Lawson and Hanson's method with block additions. Each addition ends because every
 //    round of it drops an index, and raises b'y, which is twice the descent of the objective and a function of the
 //    support alone: no support returns, and there are finitely many. In floating point too: what counts as a rise is a
 //    new record of the b'y computed from the sorted support, and at most n additions (of one index each, where the rise
 //    may be lost to rounding) pass without a record.
-// 3. Where the minimiser may not be unique (a pivot vanishes, or a multiplier outside the support does and the support
+// 4. Where the minimiser may not be unique (a pivot vanishes, or a multiplier outside the support does and the support
 //    with it is singular): at most kProximalSteps proximal steps, which add ridge/2 |x - x_previous|^2, until the
 //    residual of the problem itself closes. The first step finds the minimiser nearest to the start up to O(ridge), the
 //    next ones remove that bias where M is positive and leave the rest alone. Where a step fails, because M is not

@@ -33,7 +33,7 @@ PAMA_HD inline auto with_size(int n, Visit visit) {
 }
 
 // Size of the workspace for n unknowns, in doubles.
-PAMA_HD inline std::size_t workspace(int n) {
+PAMA_HD constexpr std::size_t workspace(int n) {
     const std::size_t ld = ldlt::leading_dimension(n), blocks = ldlt::round_up_to_block(n);
     return (n + blocks + kVectorCount) * ld + ldlt::kBlock * blocks;
 }

@@ -15,10 +15,9 @@ constexpr int kMostSums = kTotals + kFields * kSequenceObjectives + kSequenceObj
                           (kPairs - 2) * kSequenceObjectives * kSequenceObjectives;
 constexpr int kMostStatistics =
     kTotals + kFields * kSequenceObjectives + kPairs * kSequenceObjectives * kSequenceObjectives;
-constexpr int kWarpSolvers = upgrad_work(kSequenceObjectives);  // more than Pama's weights need
-constexpr int kThreadSolver = 1300;                             // workspace of the solvers by one thread
-constexpr int kSolverDoubles =
-    kSequenceObjectives * (kSequenceObjectives + 1) + (kWarpSolvers > kThreadSolver ? kWarpSolvers : kThreadSolver);
+// A matrix and flags, and the workspace of the solver with the largest one.
+constexpr int kSolverDoubles = kSequenceObjectives * (kSequenceObjectives + 1) + upgrad_work(kSequenceObjectives);
+static_assert(nnqp::workspace(kSequenceObjectives) <= upgrad_work(kSequenceObjectives), "for one thread");
 
 struct Share {  // of a block, some segments at a time
     Item items[kItems];

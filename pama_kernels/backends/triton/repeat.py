@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -166,8 +166,8 @@ def repeatable(function: _F) -> _F:
             known[key] = recorded
         return result
 
-    call.known = known  # type: ignore[attr-defined]
-    return call  # type: ignore[return-value]
+    call.known = known  # type: ignore[attr-defined]  # read by the tests
+    return cast(_F, call)
 
 
 # --- recording ---------------------------------------------------------------------------------------------
