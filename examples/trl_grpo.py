@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=10, help="steps between two lines of the table")
     parser.add_argument(
         "--out",
-        help="folder of logs and completions, for `pama_kernels plot`, `inspect` (default: a temporary folder)",
+        help="folder of logs and completions, for `plot` and `inspect` (default: a temporary folder)",
     )
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
