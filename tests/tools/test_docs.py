@@ -83,14 +83,32 @@ def test_block(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert callable(namespace[block.value])
 
 
+def prose(page: Path) -> str:
+    """Without the blocks of code."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub makes them: the second of two equal ones gets the suffix -1."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#{1,6} (.+)$", prose(page), flags=re.MULTILINE):
+        text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+        name = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+        same = sum(1 for other in found if re.fullmatch(rf"{re.escape(name)}(-\d+)?", other))
+        found.add(f"{name}-{same}" if same else name)
+    return found
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links(page: Path) -> None:
-    """Links to files of the repository exist."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    targets = re.findall(r"\]\((?!https?:)([^)#\s]+)", text)
-    # The benchmarks' pictures come with their results, which tests/tools/test_benchmarks.py checks.
-    targets = [target for target in targets if "benchmarks/results/" not in target]
-    assert not [target for target in targets if not (page.parent / target).exists()]
+    """Links to files of the repository and to headings of its pages."""
+    broken = []
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)", prose(page)):
+        file, _, anchor = target.partition("#")
+        path = page.parent / file if file else page
+        if not path.exists() or (anchor and anchor not in anchors(path)):
+            broken.append(target)
+    assert not broken
 
 
 def test_numbers_of_how_it_works_are_those_of_its_call() -> None:
