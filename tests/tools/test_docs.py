@@ -1,7 +1,7 @@
 """The Python code in README.md and docs/ runs as it is printed.
 
-A block stands alone: in a fresh namespace and an empty directory. A comment on the line before it may say
-otherwise:
+Each block runs separately, in a fresh namespace and an empty directory. A comment on the line before it may
+change this:
 
     <!-- not run: why -->   is only compiled
     <!-- run by: file -->   is only compiled here: it needs what that test prepares
