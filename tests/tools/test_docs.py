@@ -11,6 +11,7 @@ change this:
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -81,6 +82,25 @@ def test_block(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     exec(program, namespace)
     if block.kind == "recipe":
         assert callable(namespace[block.value])
+
+
+def test_two_names_change_in_the_script_of_the_readme() -> None:
+    """The lines with + are those with - under the new names, apart from the module that they come from."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (diff,) = re.findall(r"^```diff\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    before, after = (
+        "\n".join(line[1:] for line in diff.splitlines() if line[:1] in (" ", sign, "")) for sign in "-+"
+    )
+    for script in (before, after):
+        compile(script, "README.md", "exec")
+    names = ("GRPOConfig", "GRPOTrainer")
+    for name in names:
+        before = re.sub(rf"\b{name}\b", f"Pama{name}", before)
+    assert before.replace("from trl import", "from pama_kernels.integrations.trl import") == after
+    from_library = importlib.util.find_spec("trl") and importlib.import_module(
+        "pama_kernels.integrations.trl"
+    )
+    assert not from_library or all(hasattr(from_library, f"Pama{name}") for name in names)
 
 
 def prose(page: Path) -> str:
