@@ -131,6 +131,23 @@ def test_links(page: Path) -> None:
     assert not broken
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_name_what_exists(page: Path) -> None:
+    """Targets of make, scripts and modules of the repository, in blocks and in the text."""
+    text = page.read_text(encoding="utf-8")
+    targets = re.findall(
+        r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    blocks_of_code = "".join(re.findall(r"^```\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE))
+    shown = re.findall(r"^make (?:-\S+ )?([a-z0-9-]+)", blocks_of_code, flags=re.MULTILINE)
+    assert not {*shown, *re.findall(r"`make (?:-\S+ )?([a-z0-9-]+)", text)} - set(targets)
+    scripts = re.findall(r"\bpython ([a-z_/0-9]+\.py)\b", text)
+    assert not [script for script in scripts if not (ROOT / script).is_file()]
+    for name in re.findall(r"\bpython -m ((?:pama_kernels|benchmarks|study)[a-z_.]*)", text):
+        path = ROOT.joinpath(*name.rstrip(".").split("."))
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), name
+
+
 def test_numbers_of_how_it_works_are_those_of_its_call() -> None:
     """In the comments, and in the picture."""
     page = ROOT / "docs" / "how_it_works.md"
