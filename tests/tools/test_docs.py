@@ -138,8 +138,9 @@ def test_commands_name_what_exists(page: Path) -> None:
     targets = re.findall(
         r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE
     )
-    blocks_of_code = "".join(re.findall(r"^```\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE))
-    shown = re.findall(r"^make (?:-\S+ )?([a-z0-9-]+)", blocks_of_code, flags=re.MULTILINE)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    shells = "".join(code for language, code in fenced if not language)
+    shown = re.findall(r"^make (?:-\S+ )?([a-z0-9-]+)", shells, flags=re.MULTILINE)
     assert not {*shown, *re.findall(r"`make (?:-\S+ )?([a-z0-9-]+)", text)} - set(targets)
     scripts = re.findall(r"\bpython ([a-z_/0-9]+\.py)\b", text)
     assert not [script for script in scripts if not (ROOT / script).is_file()]
