@@ -134,7 +134,7 @@ def test_findings() -> None:
     assert "helpful and sometimes are redundant" in said
 
 
-def test_the_report_explains_its_columns() -> None:
+def test_report_explains_itself() -> None:
     text = format_inspection(inspected(small_table()))
     assert "nan" not in text
     assert max(map(len, text.splitlines())) <= 100
