@@ -109,6 +109,7 @@ FUZZ_CASES = 10000
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check
+	$(BIN)/ruff check --preview --select PLR0917 --exclude pama_kernels/backends/triton
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds: to see that it works")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="of results (benchmarks/local; for --docs benchmarks/results)"
+        "--out", type=Path, metavar="DIR", default=LOCAL, help="of results (default: benchmarks/local)"
     )
     parser.add_argument(
         "--resume", action="store_true", help="leave out parts whose CSV is of this commit and command"
@@ -51,7 +51,7 @@ def main() -> None:
     if arguments.docs:
         from . import report
 
-        report.fill(arguments.out or RESULTS)
+        report.fill(RESULTS)
         return
 
     import torch
@@ -59,13 +59,12 @@ def main() -> None:
     from .harness import Session
 
     torch.set_num_threads(1)
-    out = arguments.out or LOCAL
-    out.mkdir(parents=True, exist_ok=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     failures = []
     for part in arguments.parts or PARTS:
         command = ["python", "-m", "benchmarks", part] + ["--quick"] * arguments.quick
         seconds = QUICK_SECONDS if arguments.quick else PARTS[part]
-        session = Session(part, out, arguments.quick, shlex.join(command), seconds)
+        session = Session(part, arguments.out, arguments.quick, shlex.join(command), seconds)
         if arguments.resume and session.measured():
             print(f"{session.csv} is there")
             continue

@@ -3,7 +3,7 @@
 For the main loop of each float32 kernel in MODULE (the built `_cpu`) and each instruction set: tokens per
 iteration, instructions, those that access memory, and cycles according to llvm-mca with all data in the
 first-level cache. The counts do not depend on other processes. Needs objdump; without
-llvm-mca there are no cycles. Prints a table and writes benchmarks/results/cpu_code.csv.
+llvm-mca there are no cycles. Prints a table and writes it to cpu_code.csv.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def rows(file: str) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("module", nargs="?", help="default: the installed pama_kernels.backends._cpu")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "cpu_code.csv")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "local", help="folder of the CSV")
     arguments = parser.parse_args()
     file = arguments.module
     if file is None:
@@ -167,7 +167,8 @@ def main() -> None:
     order = [kernel for kernel, *_ in KERNELS]
     longest = {(x["isa"], x["kernel"]): x for x in sorted(rows(file), key=lambda x: int(x["instructions"]))}
     table = sorted(longest.values(), key=lambda x: (list(WIDTHS).index(x["isa"]), order.index(x["kernel"])))
-    with arguments.out.open("w", newline="", encoding="utf-8") as out:
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with (arguments.out / "cpu_code.csv").open("w", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)

@@ -112,7 +112,11 @@ def main() -> int:
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run, tiny sizes"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="default: benchmarks/results, of a dry run benchmarks/local"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path(__file__).resolve().parent / "local",
+        help="of the CSV (default: benchmarks/local; the committed files are in benchmarks/results)",
     )
     parser.add_argument("--seconds", type=float, default=380, help="after them no part is begun")
     parser.add_argument("--goals", action="store_true", help="only the figures that have a goal")
@@ -129,10 +133,9 @@ def main() -> int:
     if not available(device):
         parser.error("no backend serves this GPU: see python -m pama_kernels info")
     quick = device.type == "cpu"
-    out = arguments.out or Path(__file__).parent / ("local" if quick else "results")
-    out.mkdir(parents=True, exist_ok=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     command = "python -m benchmarks.gpu" + " --goals" * arguments.goals + " --device cpu" * quick
-    session = Session("gpu-dry-run" if quick else "gpu", out, quick, command, 0.0)
+    session = Session("gpu-dry-run" if quick else "gpu", arguments.out, quick, command, 0.0)
     session.notes += machine(device)
     session.notes.append(
         f"backends: {', '.join(available(device))}; input pools of {CACHE_BYTES / 1e6:.0f} MB"

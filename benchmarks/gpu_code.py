@@ -2,7 +2,7 @@
 
 For the CUDA kernels in MODULE (the built `_cuda`, or a .cubin): registers, and for the main loop instructions
 per token and accesses to local memory. For the Triton kernels, compiled ahead of time: registers,
-instructions, barriers, seconds of compilation. Prints a table and writes benchmarks/results/gpu_code.csv.
+instructions, barriers, seconds of compilation. Prints a table and writes it to gpu_code.csv.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("module", nargs="?", help="default: the installed pama_kernels.backends._cuda")
     parser.add_argument("--no-triton", action="store_true", help="CUDA C++ only")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_code.csv")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "local", help="folder of the CSV")
     arguments = parser.parse_args()
     file = arguments.module
     if file is None:
@@ -172,7 +172,8 @@ def main() -> None:
         file = found.origin if found else None
     rows = list(cuda(file)) if file else []
     rows += [] if arguments.no_triton else triton("sm_90")
-    with arguments.out.open("w", newline="") as out:
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with (arguments.out / "gpu_code.csv").open("w", newline="") as out:
         table = csv.DictWriter(out, COLUMNS, restval="")
         table.writeheader()
         table.writerows(rows)

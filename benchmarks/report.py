@@ -218,9 +218,9 @@ def figures(results: Path) -> str:
         f"  thread): {time}, {beside_ppo} eager PyTorch's PPO loss of one objective.\n"
         f"- From the advantages of {headline.MODEL_N} objectives to their weights: {duration(pama)};\n"
         f"  from the gradients of a model of {millions} million parameters (MGDA): {duration(mgda)}.\n"
-        "- The min-norm problem of 8 objectives, whole call from Python:\n"
-        f"  {beside('gram', 'min_norm_weights', qp.DAQP)}; UPGrad's:\n"
-        f"  {beside('upgrad', 'upgrad_weights', solvers.TORCHJD)}."
+        "- From the Gram matrix of 8 objectives to their weights, a call from Python (in brackets: another\n"
+        f"  library): min-norm {beside('gram', 'min_norm_weights', qp.DAQP)},\n"
+        f"  UPGrad {beside('upgrad', 'upgrad_weights', solvers.TORCHJD)}."
     )
 
 

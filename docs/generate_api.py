@@ -199,7 +199,7 @@ def command(name: str) -> str:
     """The arguments of a command, as its --help prints them."""
     commands = next(x for x in command_line.parser()._actions if isinstance(x, argparse._SubParsersAction))
     parser = commands.choices[name]
-    rows = []
+    rows, usage = [], []
     text = parser.description or ""
     for action in parser._actions:
         if isinstance(action, argparse._HelpAction):
@@ -210,9 +210,16 @@ def command(name: str) -> str:
         shown = " ".join([*action.option_strings, str(more)]).strip()
         help_text = (action.help or "") % {**vars(action), "prog": parser.prog}
         rows.append((f"`{shown}`", help_text))
-    return (
-        f"### {name}\n\n```text\n{command_line.PROGRAM} {name}\n```\n\n{text[0].upper()}{text[1:]}.\n\n"
-        + table(("argument", "meaning"), rows)
+        usage.append(UNBROKEN.join((f"[{shown}]" if action.option_strings else shown).split(" ")))
+    usage.sort(key=lambda argument: argument.startswith("["))  # the positional arguments first
+    called = textwrap.fill(
+        " ".join([f"{command_line.PROGRAM} {name}", *usage]),
+        WIDTH,
+        subsequent_indent="    ",
+        break_on_hyphens=False,
+    ).replace(UNBROKEN, " ")
+    return f"### {name}\n\n```text\n{called}\n```\n\n{text[0].upper()}{text[1:]}.\n\n" + table(
+        ("argument", "meaning"), rows
     )
 
 

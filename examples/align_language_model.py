@@ -39,7 +39,9 @@ from pama_kernels.integrations import _trl_mixin, trl
 from pama_kernels.integrations.trl import PamaGRPOConfig, PamaGRPOTrainer
 from pama_kernels.rules import NAMES
 
-RESULTS = Path(__file__).resolve().parent / "results"
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"  # committed: README and docs show it
+LOCAL = HERE / "local"  # ignored by git
 
 
 @dataclass(frozen=True)
@@ -194,10 +196,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
     parser.add_argument("--quick", action="store_true", help="two minutes, to check that it runs")
     parser.add_argument(
-        "--out", type=Path, help="folder of demo.json, demo.png, demo.md (default: examples/results)"
+        "--out",
+        type=Path,
+        default=LOCAL,
+        help="folder of demo.json, demo.png, demo.md (default: examples/local; the committed files are in "
+        "examples/results)",
     )
     parser.add_argument(
-        "--docs", action="store_true", help="no training: picture, README and docs from demo.json"
+        "--docs",
+        action="store_true",
+        help="no training: picture, README and docs from the committed demo.json",
     )
     options = parser.parse_args()
     if options.steps is not None and options.steps < 1:
@@ -210,7 +218,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     if options.docs:
-        report.write_docs(options.out or RESULTS)
+        report.write_docs(RESULTS)
         return
     settings = Settings(
         model=options.model,
@@ -223,7 +231,7 @@ def main() -> None:
         settings = replace(settings, steps=4, greedy_tokens=32, judged_replies=2)
     if options.steps is not None:
         settings = replace(settings, steps=options.steps)
-    folder = options.out or (Path(tempfile.gettempdir()) / "pama-demo" if options.quick else RESULTS)
+    folder = LOCAL / "quick" if options.quick and options.out == LOCAL else options.out
     result = run(settings)
     result["command"] = " ".join(["python examples/align_language_model.py", *sys.argv[1:]])
     report.write(folder, result)

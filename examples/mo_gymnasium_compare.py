@@ -19,7 +19,6 @@ import argparse
 import csv
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -32,7 +31,7 @@ from _control import TASKS, Run, measure
 from _control_report import draw, table
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
+LOCAL = Path(__file__).resolve().parent / "local"  # ignored by git
 GYMNASIUM = (1.0, 0.0, 1e-3)  # the scalar reward of Gymnasium's Hopper, up to the bonus for being upright
 EQUAL = Run("", "fixed")
 METHODS = {
@@ -117,8 +116,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder for mo_gymnasium.csv and mo_gymnasium.png "
-        "(default: examples/results and docs/images; with --quick a temporary folder)",
+        default=LOCAL,
+        help="folder of mo_gymnasium.csv and mo_gymnasium.png (default: examples/local; the committed files "
+        "are in examples/results)",
     )
     options = parser.parse_args()
     for name in ("seeds", "jobs"):
@@ -129,9 +129,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
-    folder = options.out or (Path(tempfile.mkdtemp(prefix="pama-mo-gym-")) if options.quick else None)
-    table_path = (folder or ROOT / "examples" / "results") / "mo_gymnasium.csv"
-    picture_path = (folder or ROOT / "docs" / "images") / "mo_gymnasium.png"
+    folder = LOCAL / "quick" if options.quick and options.out == LOCAL else options.out
+    table_path, picture_path = folder / "mo_gymnasium.csv", folder / "mo_gymnasium.png"
     began = time.perf_counter()
     if not options.draw:
         train_all(study(options.quick, 1 if options.quick else options.seeds), table_path, options.jobs)

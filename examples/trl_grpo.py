@@ -84,7 +84,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--every", type=int, default=10, help="steps between two lines of the table")
     parser.add_argument(
-        "--out", help="keep logs and completions in this folder, for `pama_kernels plot`, `inspect`"
+        "--out",
+        help="folder of logs and completions, for `plot` and `inspect` (default: a temporary folder)",
     )
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

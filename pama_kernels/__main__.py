@@ -61,6 +61,7 @@ def _add_inspect(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument(
         "file",
+        metavar="FILE",
         type=Path,
         help="CSV, JSONL or Parquet with a row for each completion; or a folder of such files, as TRL's "
         "log_completions writes them",
@@ -126,6 +127,7 @@ def _add_plot(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument(
         "--out",
+        metavar="PICTURE",
         type=Path,
         default=Path("pama.png"),
         help="the picture: .png, .svg or .pdf; default: %(default)s",

@@ -1,5 +1,5 @@
-"""Computes per-objective advantages from rewards, and combines them to the single advantage that a trainer
-uses."""
+"""Computes per-objective advantages from rewards, and combines them into the single advantage that a
+trainer uses."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def combine_advantages(
     cu_seqlens: Tensor | None = None,
     process_group: ProcessGroup | None = None,
 ) -> CombinedAdvantages:
-    """Combines N advantages per token (or sequence) to the single advantage that a trainer takes.
+    """Combines N advantages per token (or sequence) into the single advantage that a trainer takes.
 
     The combined advantage is sum_i c_i A_i with the rule's weights c. An objective whose raw advantages are
     all 0 in the batch (a saturated or constant reward) gets no weight from rules with weights per batch.

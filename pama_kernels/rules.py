@@ -39,7 +39,7 @@ class Pama:
     Args:
         weights_per: one set of weights for the "batch", for each "sequence", or for each "token".
         bound: "gram", the min-norm problem on the cosines of the bound terms (per batch only), or "scores",
-            Theorem 1 on their means. None: "gram" per batch, "scores" otherwise.
+            the problem of the paper's Theorem 1 on their means. None: "gram" per batch, "scores" otherwise.
         noon: "no negative", the paper's clamp: advantages below 0 count as 0.
         regularization: penalty on the distance from the preference, rho = regularization * r, with r = 1
             for cosines and max_i mean(I_i^2) for scores; at least 0.

@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-import tempfile
 from pathlib import Path
 
 SIMULATED = ("bandits", "words", "grpo")
 PARTS = (*SIMULATED, "theory", "pretrained", "sentiment_length")
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"  # committed: the documentation shows them
+LOCAL = HERE / "local"  # ignored by git
 
 
 def main() -> None:
@@ -28,11 +29,12 @@ def main() -> None:
         "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}, all by default; or report"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="small, in a temporary folder: to check that it runs"
+        "--quick", action="store_true", help="small, in study/local/quick: to check that it runs"
     )
     parser.add_argument(
         "--out",
         type=Path,
+        default=LOCAL,
         help="folder of the results (default: study/local; the committed ones are in study/results)",
     )
     arguments = parser.parse_args()
@@ -42,14 +44,13 @@ def main() -> None:
     if "report" in arguments.parts:
         from . import report
 
-        report.write(arguments.out or HERE / "results")
+        report.write(RESULTS)
         return
 
     import torch
 
     torch.set_num_threads(1)
-    temporary = Path(tempfile.gettempdir()) / "pama-study"
-    folder = arguments.out or (temporary if arguments.quick else HERE / "local")
+    folder = LOCAL / "quick" if arguments.quick and arguments.out == LOCAL else arguments.out
     for part in arguments.parts or PARTS:
         if part in SIMULATED:
             from . import sweep

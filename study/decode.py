@@ -25,7 +25,7 @@ class Decoder:
         self.heads = config.num_key_value_heads
         self.head = config.hidden_size // config.num_attention_heads
         self.size, self.eps = size, config.rms_norm_eps
-        total = -(-(size + width) // 16) * 16  # fused attention wants the bias aligned
+        total = -(-(size + width) // 16) * 16  # fused attention needs an aligned bias
         positions = torch.arange(total, device=weight.device)[None]
         cos, sin = model.model.rotary_emb(weight[None, :1], position_ids=positions)
         sin = torch.cat([-sin[..., : self.head // 2], sin[..., self.head // 2 :]], -1)

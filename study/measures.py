@@ -64,7 +64,7 @@ def min_norm(gram: ArrayLike) -> tuple[float, Array]:
         return 0.0, np.full(n, 1 / n)
     g = g / top
     constraints = np.hstack([np.ones((n, 1)), np.eye(n)])
-    # quadprog wants a positive definite matrix; the ridge moves the norm by at most 1e-6 of the largest.
+    # quadprog needs a positive definite matrix; the ridge changes the norm by at most 1e-6 of the largest.
     c = quadprog.solve_qp(g + 1e-12 * np.eye(n), np.zeros(n), constraints, np.append(1.0, np.zeros(n)), 1)[0]
     c = np.clip(c, 0, None)
     c /= c.sum()

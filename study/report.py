@@ -1,7 +1,7 @@
 """Writes the study's figures into its pages in docs, and draws its pictures.
 
-Between `<!-- study:NAME -->` and `<!-- end -->` stands a table; between `<!--study NAME-->` and `<!---->` a
-figure. A name that is not known is an error.
+The table NAME is written between `<!-- study:NAME -->` and `<!-- end -->`, the figure NAME between
+`<!--study NAME-->` and `<!---->`. An unknown name is an error.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Functions shared by the adapters: build a rule from settings, and combine the rewards of a rollout to one
-advantage per completion.
+"""Functions shared by the adapters: build a rule from settings, and combine the rewards of a rollout into
+one advantage per completion.
 
 A reward belongs to a completion. NaN means that the objective does not apply to it (a reward function
 returned None or NaN): it is ignored in all means, and the objective is absent for this completion. An

@@ -55,8 +55,8 @@ class PamaOptions:
         pama_weights_per: "batch": one set of weights per rollout, over the completions of all processes.
             "sequence": one per completion; "token" is the same, since a reward belongs to a completion. None:
             the rule's default. "paper" needs it.
-        pama_bound: of "pama": "gram", the min-norm problem on cosines ("batch" only), or "scores", Theorem 1.
-            None: the rule's default.
+        pama_bound: of "pama": "gram", the min-norm problem on cosines ("batch" only), or "scores", the
+            problem of the paper's Theorem 1 on the mean bound terms. None: the rule's default.
         pama_noon: of "pama": keep positive advantages only. None: False.
         pama_regularization: of "pama": penalty on the distance from the preference, at least 0. None: 0.1.
         pama_temperature: of "softmin", in units of the advantages, above 0. None: 1.
@@ -83,7 +83,8 @@ class PamaOptions:
         metadata={"help": "'batch' (one set of weights per rollout) or 'sequence' (one per completion)."},
     )
     pama_bound: str | None = field(
-        default=None, metadata={"help": "'gram' (min-norm on cosines; 'batch' only) or 'scores' (Theorem 1)."}
+        default=None,
+        metadata={"help": "'gram' (min-norm on cosines; 'batch' only) or 'scores' (the paper's Theorem 1)."},
     )
     pama_noon: bool | None = field(
         default=None, metadata={"help": "Keep positive advantages only (Noon PPO), as the paper does."}

@@ -34,8 +34,8 @@ class Settings:
         preference: one non-negative number for each objective; with "fixed" the weights. None: uniform.
         weights_per: "batch": one set of weights per rollout. "sequence": one per completion; "token" is
             the same, since rewards belong to completions. None: the rule's default. "paper" needs it.
-        bound: of "pama": "gram", the min-norm problem on cosines ("batch" only), or "scores", Theorem 1.
-            None: the rule's default.
+        bound: of "pama": "gram", the min-norm problem on cosines ("batch" only), or "scores", the
+            problem of the paper's Theorem 1 on the mean bound terms. None: the rule's default.
         noon: of "pama": keep positive advantages only. None: False.
         regularization: of "pama": penalty on the distance from the preference, at least 0. None: 0.1.
         temperature: of "softmin", in units of the advantages, above 0. None: 1.

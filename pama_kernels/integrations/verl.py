@@ -3,7 +3,7 @@ estimator.
 
 verl loads this module automatically (entry-point group ``verl.plugins``). It registers
 
-- the advantage estimator ``pama``: it combines the components of the reward to one advantage, with weights
+- the advantage estimator ``pama``: it combines the components of the reward into one advantage, with weights
   solved once per rollout in the driver process, which has all samples;
 - the policy loss ``pama``, for rules without Noon: each objective is clipped according to its own sign;
 - the trainers ``pama_sync``, ``pama_colocate_async`` and ``pama_separate_async``: verl's own trainers,

@@ -178,14 +178,14 @@ def _groups(table: Table, steps: Sequence[Any], size: int | None, column: str | 
             if len({_key(cell) for cell in cells[start : start + size]}) > 1:
                 raise ValueError(
                     f"group_size: expected the rows of a group to have the same {known}, got different ones "
-                    f"in rows {start + 1} to {start + size}; without --group-size {known} tells the groups"
+                    f"in rows {start + 1} to {start + size}; without --group-size {known} defines the groups"
                 )
         return torch.arange(table.rows) // size
     column = find_column(table, column, GROUP_COLUMNS, "group_column")
     if column is None:
         raise ValueError(
             "group_size: expected the number of completions of a prompt (--group-size), or a column that "
-            f"tells prompts apart (--group-column); {table.source} has {table.listed()}"
+            f"identifies the prompt (--group-column); {table.source} has {table.listed()}"
         )
     cells = table.columns[column]
     groups = _numbered([(_key(step), _key(cell)) for step, cell in zip(steps, cells, strict=True)])

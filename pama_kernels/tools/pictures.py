@@ -117,7 +117,7 @@ def draw_inspection(found: Inspection, path: Path) -> None:
         )
         _grid(third, covariance, list(effects), diverging(), -1, 1)
         titles = ("Do they agree?", "Weight", "Covariance with the update")
-        notes = ("correlation within groups", "of each rule", "below 0, red: the reward falls")
+        notes = ("correlation within groups", "of each rule", "below 0, red: falls to first order")
         for axes, title, note in zip((first, second, third), titles, notes, strict=True):
             axes.set_title(title, pad=10)
             axes.text(0, -0.03, note, transform=axes.transAxes, color=GREY, va="top", fontsize=10)

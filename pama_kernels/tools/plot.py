@@ -22,7 +22,7 @@ TITLES = {"reward": "Reward", "weight": "Weight", "covariance": "Covariance with
 NOTES = {
     "reward": "mean of each rollout",
     "weight": "share in the update",
-    "covariance": "below 0, red: the reward falls",
+    "covariance": "below 0, red: falls to first order",
 }
 
 

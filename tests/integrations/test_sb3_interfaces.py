@@ -270,7 +270,7 @@ def test_normalize_of_other_objectives_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("with_env", [False, True])
-def test_a_file_of_plain_ppo_is_named(with_env: bool, tmp_path: Path) -> None:
+def test_loading_a_file_of_plain_ppo_is_an_error(with_env: bool, tmp_path: Path) -> None:
     PPO("MlpPolicy", "CartPole-v1", **SMALL).save(tmp_path / "plain")
     env = make_vec_env("CartPole-v1") if with_env else None
     with pytest.raises(ValueError, match=r"policy: .* PPO saved has one value head: PPO\.load reads it"):

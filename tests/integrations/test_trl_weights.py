@@ -64,7 +64,7 @@ CASES: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
 @pytest.mark.filterwarnings("ignore:every combined advantage")  # the paper's rule, of 8 completions
 @pytest.mark.parametrize("length", [3, 6])  # 3: as many tokens as objectives
 @pytest.mark.parametrize("case", CASES)
-def test_settings_reach_the_weights(case: str, length: int, tmp_path: Path) -> None:
+def test_weights_are_those_of_the_settings(case: str, length: int, tmp_path: Path) -> None:
     settings, rule, arguments = CASES[case]
     pama = {f"pama_{name}": value for name, value in settings.items()}
     made = trainer(Recorded, REWARDS, tmp_path, max_completion_length=length, loss_type="dapo", **pama)

@@ -57,7 +57,7 @@ print(*(get_trainer_cls(f"pama_{mode}").__name__ for mode in ("sync", "colocate_
 
 
 @needs_verl
-def test_a_name_that_is_taken_is_reported() -> None:
+def test_a_name_that_is_already_registered_is_reported() -> None:
     code = """
 from verl.trainer.ppo.core_algos import register_adv_est
 register_adv_est("pama")(print)

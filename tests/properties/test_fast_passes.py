@@ -116,7 +116,7 @@ def test_long_masked_stretches_change_nothing(n: int, mask_dtype: torch.dtype) -
 @pytest.mark.parametrize("noon", [True, False])
 @pytest.mark.parametrize("place", ["logprobs", "old", "advantages"])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_a_value_that_is_not_finite_spoils_no_other_row(value: float, place: str, noon: bool) -> None:
+def test_a_non_finite_value_affects_no_other_row(value: float, place: str, noon: bool) -> None:
     """Such a chunk is computed by the general pass: the gradient is NaN where the reference has NaN, and else
     that of the same weights without the value."""
     for per_sequence in (True, False):

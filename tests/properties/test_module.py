@@ -197,6 +197,6 @@ def test_another_number_of_objectives_is_an_error() -> None:
 @pytest.mark.parametrize(
     "momentum", [-0.1, 1.0, 1.5, float("nan"), float("inf"), torch.tensor(0.5).expand(2)], ids=str
 )
-def test_the_range_of_momentum_is_told(momentum: Any) -> None:
+def test_the_error_names_the_range_of_momentum(momentum: Any) -> None:
     with pytest.raises(ValueError, match=r"^momentum: expected a number in \[0, 1\), got "):
         pk.PamaLoss(momentum=momentum)

@@ -40,7 +40,7 @@ def test_the_root_mean_square_is_1() -> None:
         assert float((omega * got.double().square()).sum() / omega.sum()) == pytest.approx(1, rel=1e-5)
 
 
-def test_a_nan_is_visible() -> None:
+def test_a_nan_gives_a_nan() -> None:
     a = torch.randn(4, 2)
     a[0, 0] = math.nan
     assert pk.combine_advantages(a, rule="fixed", normalize=True).advantages.isnan().any()

@@ -71,7 +71,7 @@ def test_more_objectives(solver: Solver) -> None:
 
 
 @every_family
-def test_no_worse_than_the_reference(name: str, family: str) -> None:
+def test_solutions_are_at_least_as_good_as_the_reference(name: str, family: str) -> None:
     """In the objective; and its weights where they are unique by regularization."""
     solver = SOLVERS[name]
     for n in (2, 3, 5, 8):

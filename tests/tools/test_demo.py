@@ -90,7 +90,7 @@ def test_gamed_completions_are_not_helpful(rewards: Any) -> None:
 
 
 @needs_sentences
-def test_each_reward_asks_for_what_another_makes_costly(rewards: Any) -> None:
+def test_one_completion_is_more_helpful_and_another_friendlier(rewards: Any) -> None:
     pair = module("complaints").HELD_OUT[:1] * 2
     named, kind = scores(
         rewards,

@@ -1,7 +1,7 @@
 """The Python code in README.md and docs/ runs as it is printed.
 
-A block stands alone: in a fresh namespace and an empty directory. A comment on the line before it may say
-otherwise:
+Each block runs separately, in a fresh namespace and an empty directory. A comment on the line before it may
+change this:
 
     <!-- not run: why -->   is only compiled
     <!-- run by: file -->   is only compiled here: it needs what that test prepares
@@ -11,6 +11,7 @@ otherwise:
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -83,14 +84,69 @@ def test_block(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert callable(namespace[block.value])
 
 
+def test_two_names_change_in_the_script_of_the_readme() -> None:
+    """The lines with + are those with - under the new names, apart from the module that they come from."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (diff,) = re.findall(r"^```diff\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    before, after = (
+        "\n".join(line[1:] for line in diff.splitlines() if line[:1] in (" ", sign, "")) for sign in "-+"
+    )
+    for script in (before, after):
+        compile(script, "README.md", "exec")
+    names = ("GRPOConfig", "GRPOTrainer")
+    for name in names:
+        before = re.sub(rf"\b{name}\b", f"Pama{name}", before)
+    assert before.replace("from trl import", "from pama_kernels.integrations.trl import") == after
+    from_library = importlib.util.find_spec("trl") and importlib.import_module(
+        "pama_kernels.integrations.trl"
+    )
+    assert not from_library or all(hasattr(from_library, f"Pama{name}") for name in names)
+
+
+def prose(page: Path) -> str:
+    """Without the blocks of code."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub makes them: the second of two equal ones gets the suffix -1."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#{1,6} (.+)$", prose(page), flags=re.MULTILINE):
+        text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+        name = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+        same = sum(1 for other in found if re.fullmatch(rf"{re.escape(name)}(-\d+)?", other))
+        found.add(f"{name}-{same}" if same else name)
+    return found
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links(page: Path) -> None:
-    """Links to files of the repository exist."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    targets = re.findall(r"\]\((?!https?:)([^)#\s]+)", text)
-    # The benchmarks' pictures come with their results, which tests/tools/test_benchmarks.py checks.
-    targets = [target for target in targets if "benchmarks/results/" not in target]
-    assert not [target for target in targets if not (page.parent / target).exists()]
+    """Links to files of the repository and to headings of its pages."""
+    broken = []
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)", prose(page)):
+        file, _, anchor = target.partition("#")
+        path = page.parent / file if file else page
+        if not path.exists() or (anchor and anchor not in anchors(path)):
+            broken.append(target)
+    assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_name_what_exists(page: Path) -> None:
+    """Targets of make, scripts and modules of the repository, in blocks and in the text."""
+    text = page.read_text(encoding="utf-8")
+    targets = re.findall(
+        r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    shells = "".join(code for language, code in fenced if not language)
+    shown = re.findall(r"^make (?:-\S+ )?([a-z0-9-]+)", shells, flags=re.MULTILINE)
+    assert not {*shown, *re.findall(r"`make (?:-\S+ )?([a-z0-9-]+)", text)} - set(targets)
+    scripts = re.findall(r"\bpython ([a-z_/0-9]+\.py)\b", text)
+    assert not [script for script in scripts if not (ROOT / script).is_file()]
+    for name in re.findall(r"\bpython -m ((?:pama_kernels|benchmarks|study)[a-z_.]*)", text):
+        path = ROOT.joinpath(*name.rstrip(".").split("."))
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), name
 
 
 def test_numbers_of_how_it_works_are_those_of_its_call() -> None:

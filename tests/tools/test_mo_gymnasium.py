@@ -159,6 +159,30 @@ def test_the_committed_figures_are_of_the_study(tmp_path: Path) -> None:
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
+def test_the_page_shows_the_committed_figures() -> None:
+    """The table of docs/examples.md, the number of runs and the time."""
+    rows = compare.read(EXAMPLES / "results" / "mo_gymnasium.csv")
+    page = (EXAMPLES.parent / "docs" / "examples.md").read_text(encoding="utf-8")
+    lines = ([x.strip() for x in line.split("|")[1:-1]] for line in page.splitlines() if line[:1] == "|")
+    table = {label: cells for label, *cells in lines if len(cells) == 3}
+    labels = {'`"pama"`': "pama", '`"upgrad"`': "upgrad", "fixed, equal": "fixed"}
+    for column, result in enumerate(_control_report.results(rows, _control.TASKS)):
+        uneven = [x for x in result.by_hand if x.startswith("fixed ")]
+        best = max(uneven, key=lambda x: float(result.balance(x).mean()))
+        shown = {label: (result.balance, method) for label, method in labels.items() if method in result.rows}
+        shown["fixed, the best other hand-tuned weights"] = (result.balance, best)
+        for label, (values, method) in shown.items():
+            expected = "{:.2f} ± {:.2f}".format(*_fronts.mean_and_interval(values(method).tolist()))
+            assert table[label][column].startswith(expected), (result.env, label)
+        for label in labels:
+            over, method = table.get(f"{label} over equal"), labels[label]
+            if over is not None and method in result.rows:
+                mean, half = result.gain(method, "fixed")
+                assert over[column] == (f"{mean:+.2f} ± {half:.2f}" if half > 0 else "0"), (result.env, label)
+    cpu = sum(row["cpu_s"] for row in rows)
+    assert f"{len(rows)} runs, {cpu:.0f} s of CPU time" in page
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

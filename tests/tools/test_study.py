@@ -62,7 +62,7 @@ def test_words_rewards_and_kl_are_those_of_enumeration(objectives: int) -> None:
     assert (kl > 0.01).all()
 
 
-def test_whitening_is_the_library_s() -> None:
+def test_whitening_equals_that_of_the_library() -> None:
     x, mask = torch.randn(3, 8, 5, 2), (torch.rand(3, 8, 5) < 0.7).float()
     x[1, ..., 1] = 0.5
     for run in range(3):
@@ -71,7 +71,7 @@ def test_whitening_is_the_library_s() -> None:
     assert (whiten(x, mask)[1, ..., 1] == 0).all()
 
 
-def test_gradients_of_the_softmax_policy_are_autograd_s() -> None:
+def test_gradients_of_the_softmax_policy_equal_autograd() -> None:
     problem = Softmax(CONFLICT, 2, [0.1])
     moved(problem)
     batch = problem.rollout()
@@ -142,7 +142,7 @@ def test_two_whitened_objectives_get_equal_weights() -> None:
         assert cosines["balance"] == pytest.approx(fixed["balance"], rel=1e-3)
 
 
-def test_ctwa_raises_the_weight_of_what_lags() -> None:
+def test_ctwa_raises_the_weight_of_an_objective_below_its_target() -> None:
     a = torch.randn(64, 3)
     a[:, 2] -= a[:, 0] + a[:, 1]
     rule = CovarianceTargets(target=0.5, rate=0.5)
@@ -214,7 +214,7 @@ def test_the_criterion_pairs_seeds_and_rates() -> None:
     assert criterion.paired(rows, "p", "cosines-r0.1") is None
 
 
-def test_the_criterion_selects_the_best_of_those_that_never_lose() -> None:
+def test_the_criterion_selects_the_best_rule_that_is_worse_on_no_problem() -> None:
     rows = rows_of({"fixed": [[0.5, 0.6]], "upgrad": [[0.52, 0.62]], "cosines-r0.1": [[0.6, 0.71]]})
     rows += rows_of({"fixed": [[0.5, 0.6]], "upgrad": [[0.5, 0.6]], "cosines-r0.1": [[0.49, 0.591]]}, "q")
     found = criterion.verdicts(rows, ["p", "q"])
@@ -292,7 +292,7 @@ def test_every_step_keeps_the_inequality_of_the_proof(rule: str) -> None:
         assert min(row["slack"] for row in rows) > -1e-12
 
 
-def test_weights_of_scores_alone_need_not_come_to_rest() -> None:
+def test_weights_from_scores_alone_need_not_converge() -> None:
     """Two arms, each serves one objective: every policy is stationary, yet the ascent oscillates."""
     rows = [theory.theorem_2("two-arms", rule, 1.0, 1, 512)[0] for rule in ("scores-r0", "scores-r0.1")]
     assert rows[0]["combined_norm"] > 0.1
