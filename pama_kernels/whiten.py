@@ -32,8 +32,8 @@ def masked_whiten(
 
     Returns:
         The shape and dtype of `advantages`; 0 where masked or absent. An objective that is constant over its
-        valid tokens becomes exactly 0. A NaN or infinity at a valid token makes its objective NaN. Computed
-        in float64.
+        valid tokens, up to rounding (four units in the last place), becomes exactly 0. A NaN or infinity at a
+        valid token makes its objective NaN. Computed in float64.
     """
     _, layout = check_tokens(advantages, mask, objective_mask=objective_mask)
     check_process_group(process_group, batch=True)
@@ -55,11 +55,18 @@ def masked_whiten(
     local = _moments(flat, weight)
     moments = local if process_group is None else _merged(local, process_group)
     unit, low, high, count, mean, square = moments
-    constant = low >= high
+    constant = high - low <= _rounding(advantages.dtype) * unit
     deviation = (square / count.clamp(min=1)).sqrt()
     whitened = (flat / unit - mean) / torch.where(constant, 1.0, deviation)
     whitened = torch.where(constant & (mean - mean == 0), 0.0, whitened).reshape(x.shape)
     return torch.where(present, whitened, 0.0).to(advantages.dtype)
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """The spread of equal values that were computed in different orders, relative to their magnitude: four
+    units in the last place. A half-precision type rounds most such differences away, and its own unit is too
+    large to be noise."""
+    return 4 * min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
 
 
 class _Moments(NamedTuple):

@@ -120,6 +120,25 @@ def check_finite(rewards: Tensor, names: Sequence[str]) -> None:
         raise ValueError(f"rewards: expected finite numbers or None, got inf from {', '.join(infinite)}")
 
 
+# Rewards arrive in float32, and may be sums of terms: eight units in the last place.
+ROUNDING = 2.0**-20
+
+
+def without_rounding(rewards: Tensor, groups: Tensor) -> Tensor:
+    """Makes rewards (B, N) that differ within a group (B,) by rounding errors only equal: a rule would take
+    the errors of a constant reward for an objective, and give it weight."""
+    index = torch.unique(groups, return_inverse=True)[1][:, None].expand_as(rewards)
+    absent = rewards.isnan()
+
+    def extreme(which: str, fill: float) -> Tensor:
+        filled = rewards.masked_fill(absent, fill)
+        return torch.full_like(rewards, fill).scatter_reduce(0, index, filled, which).gather(0, index)
+
+    high, low = extreme("amax", -math.inf), extreme("amin", math.inf)
+    constant = high - low <= ROUNDING * torch.maximum(high.abs(), low.abs())
+    return torch.where(constant & ~absent, high, rewards)
+
+
 def reward_advantages(
     rewards: Tensor,
     names: Sequence[str],
@@ -132,6 +151,9 @@ def reward_advantages(
     """Advantages (B, N), separately for each objective: the reward minus the mean of its group, divided by
     the standard deviation within the "group" or the "batch", or not divided ("none")."""
     check_finite(rewards, names)
+    size = group_size or max(len(rewards), 1)
+    groups = torch.arange(len(rewards)) // size if group_ids is None else group_ids
+    rewards = without_rounding(rewards, groups)
     advantages = group_normalize(
         rewards, group_size=group_size, group_ids=group_ids, scale=scale == "group", eps=eps
     )
@@ -165,6 +187,7 @@ def leave_one_out(
     otherwise a constant reward minus a penalty would look like an objective that varies.
     """
     check_finite(rewards, names)
+    rewards = without_rounding(rewards, torch.arange(len(rewards)) // group_size)
     here = ~rewards.isnan()
     number = here.view(-1, group_size, rewards.shape[1]).sum(1).repeat_interleave(group_size, 0)
     factor = number / (number - 1).clamp(min=1)
