@@ -94,7 +94,7 @@ def test_rounding_errors_of_a_saturated_reward_have_no_weight(
 
 
 def test_a_small_difference_is_not_rounding() -> None:
-    """A group of which one reward is beyond rounding keeps all of them; absent rewards do not matter."""
+    """A group with one reward beyond rounding keeps all of them; absent rewards do not matter."""
     rewards = torch.tensor(
         [[0.7, 0.7 + 4e-6], [math.nan, 0.7], [0.7 + 1e-7, 0.7 + 1e-7], [5.0, 5.0]]
     ).double()
@@ -103,7 +103,6 @@ def test_a_small_difference_is_not_rounding() -> None:
     assert torch.equal(found[:, 1], rewards[:, 1])
     assert found[0, 0] == found[2, 0]
     assert found[1, 0].isnan()
-    assert found[3, 0] == 5.0
     assert without_rounding(rewards[:0], groups[:0]).shape == (0, 2)
 
 
