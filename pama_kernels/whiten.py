@@ -1,7 +1,8 @@
-"""Whitens the advantages of each objective."""
+"""Whitens the advantages of each objective, and recognises constant rewards despite rounding errors."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -109,3 +110,24 @@ def _merged(local: _Moments, group: ProcessGroup) -> _Moments:
     merged = (mean * count).sum(0) / total.clamp(min=1)
     square = (square + count * (mean - merged).square()).sum(0)
     return _Moments(unit, low.amin(0), high.amax(0), total, merged, square)
+
+
+# --- rewards ------------------------------------------------------------------------------------------------
+
+# Rewards arrive in float32, and may be sums of terms: eight units in the last place.
+ROUNDING = 2.0**-20
+
+
+def without_rounding(rewards: Tensor, groups: Tensor) -> Tensor:
+    """Makes rewards (B, N) that differ within a group (B,) by rounding errors only equal: a rule would take
+    the errors of a constant reward for an objective, and give it weight."""
+    index = torch.unique(groups, return_inverse=True)[1][:, None].expand_as(rewards)
+    absent = rewards.isnan()
+
+    def extreme(which: str, fill: float) -> Tensor:
+        filled = rewards.masked_fill(absent, fill)
+        return torch.full_like(rewards, fill).scatter_reduce(0, index, filled, which).gather(0, index)
+
+    high, low = extreme("amax", -math.inf), extreme("amin", math.inf)
+    constant = high - low <= ROUNDING * torch.maximum(high.abs(), low.abs())
+    return torch.where(constant & ~absent, high, rewards)

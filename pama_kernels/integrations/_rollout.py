@@ -33,6 +33,7 @@ from pama_kernels.rules import (
     resolve_rule,
 )
 from pama_kernels.statistics import ObjectiveStatistics
+from pama_kernels.whiten import without_rounding
 
 # The rules by name, and the settings of each.
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -118,25 +119,6 @@ def check_finite(rewards: Tensor, names: Sequence[str]) -> None:
     infinite = [name for name, bad in zip(names, rewards.isinf().any(0).tolist(), strict=True) if bad]
     if infinite:
         raise ValueError(f"rewards: expected finite numbers or None, got inf from {', '.join(infinite)}")
-
-
-# Rewards arrive in float32, and may be sums of terms: eight units in the last place.
-ROUNDING = 2.0**-20
-
-
-def without_rounding(rewards: Tensor, groups: Tensor) -> Tensor:
-    """Makes rewards (B, N) that differ within a group (B,) by rounding errors only equal: a rule would take
-    the errors of a constant reward for an objective, and give it weight."""
-    index = torch.unique(groups, return_inverse=True)[1][:, None].expand_as(rewards)
-    absent = rewards.isnan()
-
-    def extreme(which: str, fill: float) -> Tensor:
-        filled = rewards.masked_fill(absent, fill)
-        return torch.full_like(rewards, fill).scatter_reduce(0, index, filled, which).gather(0, index)
-
-    high, low = extreme("amax", -math.inf), extreme("amin", math.inf)
-    constant = high - low <= ROUNDING * torch.maximum(high.abs(), low.abs())
-    return torch.where(constant & ~absent, high, rewards)
 
 
 def reward_advantages(

@@ -33,7 +33,7 @@ from trl_setup import (
 )
 
 import pama_kernels as pk
-from pama_kernels.integrations._rollout import without_rounding
+from pama_kernels.whiten import without_rounding
 
 BATCH_RULES = {
     "pama": {},
