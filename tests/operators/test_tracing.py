@@ -234,6 +234,20 @@ def test_fake_tensors(name: str) -> None:
     assert all(type(r) is Tensor for r in real)
 
 
+@every_call
+def test_meta_tensors(name: str) -> None:
+    """Shapes without memory, as for a dry run of a model that does not fit."""
+    x = _with_gradient(EVERY[name].tensors(4, 6))
+    on_meta = {k: v.detach().to("meta").requires_grad_(v.requires_grad) for k, v in x.items()}
+    meta = leaves(EVERY[name].run(**on_meta))
+    real = leaves(EVERY[name].run(**x))
+    assert all(m.is_meta for m in meta)
+    assert [(m.shape, m.dtype, m.stride()) for m in meta] == [(r.shape, r.dtype, r.stride()) for r in real]
+    for found in meta:
+        if found.requires_grad:
+            found.backward()  # type: ignore[no-untyped-call]
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", [name for name, call in EVERY.items() if call.batched])
 def test_vmap_is_a_loop(name: str) -> None:
