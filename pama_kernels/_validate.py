@@ -214,12 +214,12 @@ def traced() -> bool:
         torch.compiler.is_compiling()
         or _dispatch_modes() > 0
         or _tracing_state() is not None
-        or _functorch_is_active()
+        or functorch_is_active()
     )
 
 
 _dispatch_modes, _tracing_state = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
-_functorch_is_active = torch._C._are_functorch_transforms_active
+functorch_is_active = torch._C._are_functorch_transforms_active
 
 
 # --- preference and weights --------------------------------------------------------------------------------
@@ -264,6 +264,11 @@ def _on_simplex(values: tuple[float, ...], device: torch.device) -> Tensor:
         raise ValueError(
             f"preference: expected non-negative finite numbers with a positive sum, got {list(values)}"
         )
+    if torch.compiler.is_compiling():
+        # As in `arguments.flat`: numbers that become constants would make the graph valid for them only.
+        one = torch.ones((), dtype=torch.float64, device=device)
+        numbers = torch.stack([one * value for value in values])
+        return numbers / numbers.sum()
     total = math.fsum(values)
     shares = tuple(value / total for value in values)
     if traced() or _stream.capturing(device):

@@ -19,6 +19,7 @@ from ._validate import (
     check_float,
     check_number,
     check_positive,
+    functorch_is_active,
     preference_tensor,
     traced,
 )
@@ -122,15 +123,18 @@ class _Loss(torch.autograd.Function):
         return _scaled(ctx, grad_loss), *([None] * (ctx.arguments - 1))
 
 
+_NO_FORWARD_MODE = (
+    "pama_loss: forward-mode differentiation (jvp, jacfwd, dual numbers) is not implemented; "
+    "use reverse mode (backward, torch.func.grad, jacrev)"
+)
+
+
 class _Transformed(_Loss):
     """`_Loss` with errors for transforms without a rule; torch.compile rejects a class that has a `jvp`."""
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError(
-            "pama_loss: forward-mode differentiation (jvp, jacfwd, dual numbers) is not implemented; "
-            "use reverse mode (backward, torch.func.grad, jacrev)"
-        )
+        raise NotImplementedError(_NO_FORWARD_MODE)
 
     @staticmethod
     def vmap(*_: Any) -> Any:
@@ -194,6 +198,14 @@ def _differentiable(tokens: Tokens, rule: Rule, problem: arguments.Apply, output
         return Results(*_Transformed.apply(logprobs, *rest))  # type: ignore[no-untyped-call]
     results = operators.apply(tokens, rule, problem, outputs)
     return Results(results.advantages, _attached(logprobs, results), *results[_GRADIENT:])
+
+
+def _known_to_the_compiler(logprobs: Tensor) -> Tensor:
+    """A view of logprobs: of results, but not of arguments, the compiler knows which are differentiated."""
+    logprobs, forward = logprobs.view_as(logprobs), torch.autograd.forward_ad
+    if forward._current_level >= 0 and forward.unpack_dual(logprobs).tangent is not None:  # type: ignore[no-untyped-call]
+        raise NotImplementedError(_NO_FORWARD_MODE)
+    return logprobs
 
 
 def _forward_mode() -> bool:
@@ -279,6 +291,8 @@ def pama_loss(
     """
     if logprobs is None:
         check_float("logprobs", logprobs)
+    if torch.compiler.is_compiling() and functorch_is_active():
+        logprobs = _known_to_the_compiler(logprobs)
     rule = resolve_rule(rule)
     kl_coef = check_number("kl_coef", kl_coef, 0.0)
     penalty = isinstance(kl_coef, Tensor) or kl_coef != 0

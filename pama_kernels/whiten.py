@@ -1,7 +1,8 @@
-"""Whitens the advantages of each objective."""
+"""Whitens the advantages of each objective, and recognises constant rewards despite rounding errors."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -32,8 +33,8 @@ def masked_whiten(
 
     Returns:
         The shape and dtype of `advantages`; 0 where masked or absent. An objective that is constant over its
-        valid tokens becomes exactly 0. A NaN or infinity at a valid token makes its objective NaN. Computed
-        in float64.
+        valid tokens, up to rounding (four units in the last place), becomes exactly 0. A NaN or infinity at a
+        valid token makes its objective NaN. Computed in float64.
     """
     _, layout = check_tokens(advantages, mask, objective_mask=objective_mask)
     check_process_group(process_group, batch=True)
@@ -55,11 +56,18 @@ def masked_whiten(
     local = _moments(flat, weight)
     moments = local if process_group is None else _merged(local, process_group)
     unit, low, high, count, mean, square = moments
-    constant = low >= high
+    constant = high - low <= _rounding(advantages.dtype) * unit
     deviation = (square / count.clamp(min=1)).sqrt()
     whitened = (flat / unit - mean) / torch.where(constant, 1.0, deviation)
     whitened = torch.where(constant & (mean - mean == 0), 0.0, whitened).reshape(x.shape)
     return torch.where(present, whitened, 0.0).to(advantages.dtype)
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """The spread of equal values that were computed in different orders, relative to their magnitude: four
+    units in the last place. A half-precision type rounds most such differences away, and its own unit is too
+    large to be noise."""
+    return 4 * min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
 
 
 class _Moments(NamedTuple):
@@ -102,3 +110,24 @@ def _merged(local: _Moments, group: ProcessGroup) -> _Moments:
     merged = (mean * count).sum(0) / total.clamp(min=1)
     square = (square + count * (mean - merged).square()).sum(0)
     return _Moments(unit, low.amin(0), high.amax(0), total, merged, square)
+
+
+# --- rewards ------------------------------------------------------------------------------------------------
+
+# Rewards arrive in float32, and may be sums of terms: eight units in the last place.
+ROUNDING = 2.0**-20
+
+
+def without_rounding(rewards: Tensor, groups: Tensor) -> Tensor:
+    """Makes rewards (B, N) that differ within a group (B,) by rounding errors only equal: a rule would take
+    the errors of a constant reward for an objective, and give it weight."""
+    index = torch.unique(groups, return_inverse=True)[1][:, None].expand_as(rewards)
+    absent = rewards.isnan()
+
+    def extreme(which: str, fill: float) -> Tensor:
+        filled = rewards.masked_fill(absent, fill)
+        return torch.full_like(rewards, fill).scatter_reduce(0, index, filled, which).gather(0, index)
+
+    high, low = extreme("amax", -math.inf), extreme("amin", math.inf)
+    constant = high - low <= ROUNDING * torch.maximum(high.abs(), low.abs())
+    return torch.where(constant & ~absent, high, rewards)

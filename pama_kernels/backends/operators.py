@@ -193,8 +193,9 @@ class _Operator(Generic[_P, _R]):
         try:
             return self.call(self.backend(records), *records, **none)
         except (NoMemory, RuntimeError) as error:
-            # A wrapped tensor, as in torch.vmap and functionalize: the dispatcher unwraps it.
-            if not isinstance(error, NoMemory) and not _is_wrapped(str(error)):
+            # A wrapped tensor, as in torch.vmap and functionalize: the dispatcher unwraps it. For tensors on
+            # the meta device it has the fake kernels.
+            if not (isinstance(error, NoMemory) or _is_wrapped(str(error)) or _is_meta(records)):
                 raise
             return self._through_operator(records)
 
@@ -212,6 +213,10 @@ def _plain_tuple(result: object, records: Sequence[Any]) -> object:
 
 def _is_wrapped(message: str) -> bool:
     return "data pointer" in message or "access storage" in message
+
+
+def _is_meta(records: Sequence[Any]) -> bool:
+    return bool(records[0][0].is_meta)
 
 
 def _direct(records: Sequence[Any]) -> bool:

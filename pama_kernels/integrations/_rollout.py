@@ -33,6 +33,7 @@ from pama_kernels.rules import (
     resolve_rule,
 )
 from pama_kernels.statistics import ObjectiveStatistics
+from pama_kernels.whiten import without_rounding
 
 # The rules by name, and the settings of each.
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -132,6 +133,9 @@ def reward_advantages(
     """Advantages (B, N), separately for each objective: the reward minus the mean of its group, divided by
     the standard deviation within the "group" or the "batch", or not divided ("none")."""
     check_finite(rewards, names)
+    size = group_size or max(len(rewards), 1)
+    groups = torch.arange(len(rewards)) // size if group_ids is None else group_ids
+    rewards = without_rounding(rewards, groups)
     advantages = group_normalize(
         rewards, group_size=group_size, group_ids=group_ids, scale=scale == "group", eps=eps
     )
@@ -165,6 +169,7 @@ def leave_one_out(
     otherwise a constant reward minus a penalty would look like an objective that varies.
     """
     check_finite(rewards, names)
+    rewards = without_rounding(rewards, torch.arange(len(rewards)) // group_size)
     here = ~rewards.isnan()
     number = here.view(-1, group_size, rewards.shape[1]).sum(1).repeat_interleave(group_size, 0)
     factor = number / (number - 1).clamp(min=1)

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from pama_kernels._validate import check_flag
+import torch
+
+from pama_kernels._validate import check_flag, preference_tensor
 from pama_kernels.module import PamaLoss
 from pama_kernels.rules import Fixed
 
@@ -184,4 +186,7 @@ def read_settings(args: Any) -> PamaLoss:
             ) from None
         if not isinstance(args.pama_preference, (list, tuple, type(None))):
             raise TypeError(f"preference: expected a list of numbers, got {args.pama_preference!r}")
-        return PamaLoss(rule=rule, preference=args.pama_preference, momentum=args.pama_momentum)
+        if args.pama_preference is not None:
+            preference_tensor(args.pama_preference, len(args.pama_preference), torch.device("cpu"))
+        # Without the preference, it takes the size of the running mean from the trainer's statistics.
+        return PamaLoss(rule=rule, momentum=args.pama_momentum)

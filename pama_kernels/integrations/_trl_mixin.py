@@ -81,6 +81,7 @@ class PamaMixin:
         self._pama, self._normalize = read_settings(args), args.pama_normalize
         self.combination: Combination | None = None
         self._forward_cache: list[Any] | None = None
+        self._forward_calls = 0
         self._silence_known = False
         if isinstance(reward_funcs, tuple):  # TRL accepts lists only
             reward_funcs = list(reward_funcs)
@@ -276,6 +277,7 @@ class PamaMixin:
         try:
             for side in (positive, -negative, torch.zeros_like(positive)):
                 self.__dict__.update(entropy)
+                self._forward_calls = 0
                 self._metrics[mode] = defaultdict(list)
                 losses.append(super()._compute_loss(model, {**inputs, "advantages": side}))  # type: ignore[misc]
                 metrics.append(self._metrics[mode])
@@ -289,11 +291,15 @@ class PamaMixin:
         return total
 
     def _get_per_token_logps_and_entropies(self, *arguments: Any, **named: Any) -> Any:
-        if self._forward_cache:
-            return self._forward_cache[0]
+        """While a loss is evaluated again, its calls return the first results, in the same order."""
+        recorded = self._forward_cache
+        if recorded is not None and self._forward_calls < len(recorded):
+            self._forward_calls += 1
+            return recorded[self._forward_calls - 1]
         result = super()._get_per_token_logps_and_entropies(*arguments, **named)  # type: ignore[misc]
-        if self._forward_cache is not None:
-            self._forward_cache.append(result)
+        if recorded is not None:
+            self._forward_calls += 1
+            recorded.append(result)
         return result
 
     # --- checkpoints ----------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor
 from pama_kernels.advantages import combine_advantages, group_normalize
 from pama_kernels.rules import Fixed, Pama, Rule, SoftMin, UPGrad
 from pama_kernels.statistics import objective_statistics
+from pama_kernels.whiten import without_rounding
 
 from .read import GROUP_COLUMNS, STEP_COLUMNS, Table, find_column, reward_columns, reward_matrix
 
@@ -103,6 +104,7 @@ def inspect_rewards(
     group_ids = _groups(table, steps, group_size, group_column)
     sizes = torch.bincount(group_ids)
 
+    values = without_rounding(values, group_ids)
     advantages = group_normalize(values, group_ids=group_ids)
     present = ~values.isnan()
     together = present.double().T @ present.double()

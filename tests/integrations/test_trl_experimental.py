@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 from trl_setup import (
     REWARDS,
     GRPOTrainer,
@@ -62,3 +63,32 @@ def test_recipe(rule: str | None, tmp_path: Path) -> None:
     for name in ("pama/weight/short", "pama/conflict/vowels~short"):
         assert logged(theirs, name) == pytest.approx(logged(ours, name), abs=1e-6)
         assert len(logged(theirs, name)) == 2
+
+
+def prompt_logprobs(made: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
+    ids, mask = inputs["prompt_ids"], inputs["prompt_mask"]
+    logprobs, *_ = made._get_per_token_logps_and_entropies(model, ids, mask, ids.shape[1] - 1)
+    return (logprobs * mask[:, 1:]).mean()
+
+
+class Rehearsing(GRPOTrainer):
+    """Its loss evaluates the model twice: a term of the prompts is added."""
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        loss: Tensor = super()._compute_loss(model, inputs)
+        return loss - prompt_logprobs(self, model, inputs)
+
+
+def test_a_loss_that_evaluates_the_model_twice(tmp_path: Path) -> None:
+    """The second evaluation is not taken for the first, in any part of the loss."""
+
+    class Ours(PamaGRPOTrainer, Rehearsing): ...
+
+    class Added(PamaGRPOTrainer):
+        def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+            return super()._compute_loss(model, inputs) - prompt_logprobs(self, model, inputs)
+
+    made, gradients = run(Ours, REWARDS, tmp_path, num_iterations=2)
+    _, expected = run(Added, REWARDS, tmp_path, num_iterations=2)
+    assert "pama_positive" in made._buffered_inputs[0]
+    close(gradients, expected)

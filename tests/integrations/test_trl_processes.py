@@ -27,7 +27,15 @@ from trl_setup import (
 from pama_kernels.integrations._trl_mixin import STATE_FILE
 
 
-@pytest.mark.parametrize("rule", [{}, {"pama_bound": "scores", "pama_noon": True}], ids=str)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {},
+        {"pama_bound": "scores", "pama_noon": True},
+        {"pama_rule": "fixed", "pama_preference": [1.0, 2.0, 1.0]},  # with the number of objectives known
+    ],
+    ids=str,
+)
 def test_resume(rule: dict[str, Any], tmp_path: Path) -> None:
     """Four steps at once, or two and two with a checkpoint between them: the same bits."""
     changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "pama_momentum": 0.8, **rule}

@@ -18,6 +18,7 @@ from trl_setup import (
     REWARDS,
     GRPOTrainer,
     PamaGRPOTrainer,
+    PamaRLOOTrainer,
     Recorded,
     close,
     constant,
@@ -32,6 +33,7 @@ from trl_setup import (
 )
 
 import pama_kernels as pk
+from pama_kernels.whiten import without_rounding
 
 BATCH_RULES = {
     "pama": {},
@@ -56,6 +58,52 @@ def test_saturated_rewards_do_not_change_the_update(rule: str, momentum: float, 
                 assert logged(made, f"pama/weight/{name}") == pytest.approx(
                     logged(alone, f"pama/weight/{name}"), abs=1e-9
                 )
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (PamaGRPOTrainer, {}),
+        (PamaGRPOTrainer, {"pama_rule": "pama"}),
+        (PamaGRPOTrainer, {"scale_rewards": "none"}),
+        (PamaRLOOTrainer, {"beta": 0.0}),
+        (PamaRLOOTrainer, {"beta": 0.0, "normalize_advantages": True}),
+    ],
+    ids=str,
+)
+def test_rounding_errors_of_a_saturated_reward_have_no_weight(
+    kind: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """A constant that is computed in an order that depends on the completion, against the other reward."""
+
+    def rounded(completions: list[str], **_: Any) -> list[float]:
+        return [0.7 * (1 - 6e-7 * x) for x in vowels(completions)]
+
+    rollout: list[Tensor] = []
+
+    class Seen(kind):  # type: ignore[misc]
+        def _calculate_rewards(self, *arguments: Any, **named: Any) -> Tensor:
+            rollout.append(super()._calculate_rewards(*arguments, **named))
+            return rollout[-1]
+
+    made, gradients = run(Seen, [vowels, rounded], tmp_path, **options)
+    assert len(rollout[0][:, 1].unique()) > 1  # in float32, too
+    _, expected = run(kind, [vowels, constant(0.7)], tmp_path, **options)
+    close(gradients, expected, 0.0)
+    assert logged(made, "pama/signal/rounded") == [1.0, 1.0]
+
+
+def test_a_small_difference_is_not_rounding() -> None:
+    """A group with one reward beyond rounding keeps all of them; absent rewards do not matter."""
+    rewards = torch.tensor(
+        [[0.7, 0.7 + 4e-6], [math.nan, 0.7], [0.7 + 1e-7, 0.7 + 1e-7], [5.0, 5.0]]
+    ).double()
+    groups = torch.tensor([4, 4, 4, 9])
+    found = without_rounding(rewards, groups)
+    assert torch.equal(found[:, 1], rewards[:, 1])
+    assert found[0, 0] == found[2, 0]
+    assert found[1, 0].isnan()
+    assert without_rounding(rewards[:0], groups[:0]).shape == (0, 2)
 
 
 def task(prompt: str) -> Any:

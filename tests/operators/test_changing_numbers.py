@@ -92,6 +92,19 @@ def test_two_graphs_at_most(name: str, as_tensor: bool) -> None:
     assert graphs(SCHEDULES[name], as_tensor) <= (2 if as_tensor else plain_graphs())
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda k: pk.combine_advantages(A, preference=[k, *[1.0] * (A.shape[-1] - 1)])[:3],
+        lambda k: _loss(rule="fixed", preference=[k, *[0.5 - k] * (A.shape[-1] - 1)]),
+        lambda k: pk.upgrad_weights(GRAM, preference=(k, 0.5, 2 * k)),
+    ],
+    ids=["combine_advantages", "pama_loss", "upgrad_weights"],
+)
+def test_a_scheduled_preference(function: Callable[[float], Any]) -> None:
+    assert graphs(function, as_tensor=False) <= plain_graphs()
+
+
 @each
 def test_a_tensor_is_its_number(name: str) -> None:
     """Bitwise equal in float64; in float32 equal to the rounded number."""

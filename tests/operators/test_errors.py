@@ -16,6 +16,7 @@ from torch import Tensor
 
 import pama_kernels as pk
 from pama_kernels.backends import operators
+from pama_kernels.backends.registry import find
 
 
 def came(value: Any, error: type[Exception]) -> str:
@@ -134,15 +135,10 @@ def test_error_names_the_wrong_argument(case: Case, monkeypatch: pytest.MonkeyPa
     assert "got" in rest, message
 
 
-@pytest.mark.parametrize("name", [name for name, f in FUNCTIONS.items() if f.good])
-def test_error_names_a_device_without_a_backend(name: str) -> None:
-    function = FUNCTIONS[name]
-    moved = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in function.good.items()}
-    if name in ("pareto_gap", "masked_whiten"):  # plain torch: any device
-        function.call(**moved)
-        return
-    with pytest.raises(RuntimeError, match=r"no backend.*meta.*pama_kernels info"):
-        function.call(**moved)
+@pytest.mark.parametrize("function", ["apply", "statistics", "solve", "weights", "gae", "group_normalize"])
+def test_error_names_a_device_without_a_backend(function: str) -> None:
+    with pytest.raises(RuntimeError, match=rf"no backend.*'{function}'.*'xpu'.*pama_kernels info"):
+        find("xpu", function)
 
 
 def test_boundary_values_are_accepted() -> None:

@@ -90,6 +90,40 @@ def test_modules() -> None:
     torch.testing.assert_close(eager.running_statistics, compiled.running_statistics, rtol=1e-12, atol=0)
 
 
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]] = {
+    "grad": torch.func.grad,
+    "jacrev": torch.func.jacrev,
+    "vjp": lambda f: lambda x: torch.func.vjp(f, x)[1](torch.tensor(2.0))[0],
+    "grad_and_value": lambda f: lambda x: torch.func.grad_and_value(f)(x)[0],
+    "of a product": lambda f: torch.func.grad(lambda x: f(3 * x)),
+}
+
+
+def _loss_of_logprobs(x: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda logprobs: pk.pama_loss(logprobs, x["old_logprobs"], x["advantages"], x["mask"]).loss
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_functional_gradients(name: str) -> None:
+    """The compiler does not know that an argument of torch.func.grad is differentiated."""
+    x = tokens(4, 6)
+    transformed = TRANSFORMS[name](_loss_of_logprobs(x))
+    wanted = transformed(x["logprobs"])
+    assert wanted.any()
+    compiled = torch.compile(transformed, fullgraph=True, backend="aot_eager")
+    assert_same(compiled(x["logprobs"]), wanted)
+
+
+def test_functional_forward_mode_is_an_error() -> None:
+    x = tokens(4, 6)
+
+    def tangent(logprobs: Tensor) -> Tensor:
+        return torch.func.jvp(_loss_of_logprobs(x), (logprobs,), (logprobs,))[1]
+
+    with pytest.raises(NotImplementedError, match=r"pama_loss: forward-mode .* use reverse mode"):
+        torch.compile(tangent, backend="aot_eager")(x["logprobs"])
+
+
 def test_bad_input_raises_while_compiling() -> None:
     step = torch.compile(
         lambda x: pk.combine_advantages(x, rule="wrong")[0], fullgraph=True, backend="aot_eager"
@@ -198,6 +232,20 @@ def test_fake_tensors(name: str) -> None:
     real = leaves(EVERY[name].run(**x))
     assert [(f.shape, f.dtype, f.stride()) for f in fake] == [(r.shape, r.dtype, r.stride()) for r in real]
     assert all(type(r) is Tensor for r in real)
+
+
+@every_call
+def test_meta_tensors(name: str) -> None:
+    """Shapes without memory, as for a dry run of a model that does not fit."""
+    x = _with_gradient(EVERY[name].tensors(4, 6))
+    on_meta = {k: v.detach().to("meta").requires_grad_(v.requires_grad) for k, v in x.items()}
+    meta = leaves(EVERY[name].run(**on_meta))
+    real = leaves(EVERY[name].run(**x))
+    assert all(m.is_meta for m in meta)
+    assert [(m.shape, m.dtype, m.stride()) for m in meta] == [(r.shape, r.dtype, r.stride()) for r in real]
+    for found in meta:
+        if found.requires_grad:
+            found.backward()  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

@@ -220,6 +220,17 @@ def test_whitening_gives_exactly_0_where_constant_and_nan_where_not_finite(dtype
     assert (pk.masked_whiten(torch.randn(1, 2)) == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whitening_does_not_amplify_rounding_errors(dtype: torch.dtype) -> None:
+    eps = torch.finfo(dtype).eps
+    noise = torch.tensor([0.0, 0.5, 1.0, -0.5], dtype=dtype)[:, None] * eps
+    x = torch.cat([0.7 + noise, -3e20 * (1 + noise), 0.7 + 100 * noise], 1).to(dtype)
+    assert (x != x[:1]).any(0).all()
+    found = pk.masked_whiten(x)
+    assert (found[:, :2] == 0).all()
+    torch.testing.assert_close(found[:, 2].double().std(correction=0).item(), 1.0, rtol=0, atol=0.01)
+
+
 def test_inputs_are_not_modified() -> None:
     x = episodes(2, 5, 2)
     before = {name: value.clone() for name, value in x.items()}

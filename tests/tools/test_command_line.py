@@ -134,6 +134,15 @@ def test_findings() -> None:
     assert "helpful and sometimes are redundant" in said
 
 
+def test_rounding_errors_are_no_reward() -> None:
+    table = small_table()
+    errors = [1.0 - 1e-7 * value for value in table["long"]]
+    said, wanted = inspected({**table, "format": errors}), inspected(table)
+    assert findings(said) == findings(wanted)
+    for rule in RULES:
+        torch.testing.assert_close(said.effects[rule].weights, wanted.effects[rule].weights, equal_nan=True)
+
+
 def test_report_explains_itself() -> None:
     text = format_inspection(inspected(small_table()))
     assert "nan" not in text
