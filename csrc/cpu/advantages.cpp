@@ -95,11 +95,12 @@ void multi_objective_gae(const Gae& g, int threads) {
     });
 }
 
-void group_normalize(int64_t groups, const int64_t* group_begin, const int64_t* order, int n, const Array& rewards,
-                     bool scale, double eps, const Array& result, int threads) {
-    const bool parallel = groups > 0 && group_begin[groups] * n > kParallel;
-    for_each_block(groups, parallel ? threads : 1, [&](int64_t group) {
-        const int64_t first = group_begin[group], last = group_begin[group + 1];
+void group_normalize(const Groups& groups, int n, const Array& rewards, bool scale, double eps, const Array& result,
+                     int threads) {
+    const bool parallel = groups.count > 0 && groups.begin[groups.count] * n > kParallel;
+    for_each_block(groups.count, parallel ? threads : 1, [&](int64_t group) {
+        const int64_t first = groups.begin[group], last = groups.begin[group + 1];
+        const int64_t* const order = groups.order;
         for (int64_t i = 0; i < n; ++i) {
             std::vector<double> values;
             values.reserve(static_cast<size_t>(last - first));

@@ -55,8 +55,13 @@ struct Gae {
 };
 void multi_objective_gae(const Gae& problem, int threads);
 
-// order: the rows, group after group; group_begin: groups + 1 positions in it.
-void group_normalize(int64_t groups, const int64_t* group_begin, const int64_t* order, int n, const Array& rewards,
-                     bool scale, double eps, const Array& result, int threads);
+// `order`: the rows, group after group; `begin`: count + 1 positions in it.
+struct Groups {
+    int64_t count;
+    const int64_t* begin;
+    const int64_t* order;
+};
+void group_normalize(const Groups& groups, int n, const Array& rewards, bool scale, double eps, const Array& result,
+                     int threads);
 
 }  // namespace pama

@@ -215,27 +215,33 @@ py::object quick_upgrad(const py::handle& matrices, double, int threads) {
                       [&](const Gram& gram, const double* p, int most) { return upgrad(gram, p, most); });
 }
 
-void gae_of(const py::handle& rewards, const py::handle& values, const py::handle& mask, const py::handle& dones,
-            const py::handle& truncated, const py::handle& last_values, const py::handle& final_values, double gamma,
-            double lam, const py::handle& advantages, const py::handle& returns, int threads) {
+struct GaeNames {
+    static constexpr const char* record = "problem";
+    enum Field { rewards, values, mask, dones, truncated, last_values, final_values, gamma, lam, count };
+    static constexpr const char* names[count] = {"rewards",     "values",       "mask",  "dones", "truncated",
+                                                 "last_values", "final_values", "gamma", "lam"};
+};
+
+void gae_of(const py::handle& problem, const py::handle& advantages, const py::handle& returns, int threads) {
+    const Record<GaeNames> record(problem);
     Tensor t;
-    const auto read = [&](const py::handle& object, const char* name) -> const Tensor& {
-        read_tensor(object, name, t);
+    const auto read = [&](GaeNames::Field field) -> const Tensor& {
+        read_tensor(record[field], GaeNames::names[field], t);
         return t;
     };
     Gae g{};
-    g.rewards = by_objective(read(rewards, "rewards"), false);
+    g.rewards = by_objective(read(GaeNames::rewards), false);
     g.rows = t.size(0);
     g.width = t.size(1);
     g.n = objectives_of(t.size(2), "rewards", 0);
-    g.gamma = gamma;
-    g.lam = lam;
-    g.values = by_objective(read(values, "values"), false);
-    g.mask = by_token(read(mask, "mask"));
-    g.dones = by_token(read(dones, "dones"));
-    g.truncated = by_token(read(truncated, "truncated"));
-    g.last_values = by_objective(read(last_values, "last_values"), true);
-    g.final_values = by_objective(read(final_values, "final_values"), false);
+    g.gamma = number(record[GaeNames::gamma]);
+    g.lam = number(record[GaeNames::lam]);
+    g.values = by_objective(read(GaeNames::values), false);
+    g.mask = by_token(read(GaeNames::mask));
+    g.dones = by_token(read(GaeNames::dones));
+    g.truncated = by_token(read(GaeNames::truncated));
+    g.last_values = by_objective(read(GaeNames::last_values), true);
+    g.final_values = by_objective(read(GaeNames::final_values), false);
     if (g.truncated && !g.final_values)
         throw py::value_error("final_values: expected a tensor with truncated, got None");
     const int64_t elements = g.rows * g.width * g.n;
@@ -252,12 +258,11 @@ void group_normalize_of(const py::handle& rewards, const py::handle& begin, cons
     read_tensor(order, "order", rows);
     if (first.dtype != Dtype::i64 || rows.dtype != Dtype::i64 || rows.elements != t.size(0))
         throw py::value_error("group_ids: expected int64 positions");
+    const Groups groups{first.elements - 1, static_cast<const int64_t*>(first.data),
+                        static_cast<const int64_t*>(rows.data)};
     const Array r = by_objective(t, true), out = read_result(result, "result", t.elements);
-    run(t.elements, [&] {
-        group_normalize(first.elements - 1, static_cast<const int64_t*>(first.data),
-                        static_cast<const int64_t*>(rows.data), objectives_of(t.size(1), "rewards", 0), r, scale, eps,
-                        out, threads);
-    });
+    const int n = objectives_of(t.size(1), "rewards", 0);
+    run(t.elements, [&] { group_normalize(groups, n, r, scale, eps, out, threads); });
 }
 
 py::dict build_info() {

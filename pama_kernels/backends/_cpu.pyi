@@ -7,6 +7,8 @@ from torch import Tensor
 
 from pama_kernels._call import Outputs, Results, Rule, Tokens
 
+from .arguments import Gae
+
 class NoMemory(ValueError): ...
 
 def build_info() -> dict[str, object]: ...
@@ -55,20 +57,7 @@ def upgrad(
 def quick_weights(scores: Tensor, regularization: float, threads: int) -> tuple[Tensor, Tensor] | None: ...
 def quick_min_norm(gram: Tensor, regularization: float, threads: int) -> tuple[Tensor, Tensor] | None: ...
 def quick_upgrad(gram: Tensor, regularization: float, threads: int) -> tuple[Tensor, Tensor] | None: ...
-def gae(
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    dones: Tensor | None,
-    truncated: Tensor | None,
-    last_values: Tensor | None,
-    final_values: Tensor | None,
-    gamma: float,
-    lam: float,
-    advantages: Tensor,
-    returns: Tensor,
-    threads: int,
-) -> None: ...
+def gae(problem: Gae, advantages: Tensor, returns: Tensor, threads: int) -> None: ...
 def group_normalize(
     rewards: Tensor,
     group_begin: Tensor,

@@ -86,12 +86,10 @@ def _check_gram(gram: Tensor, bad: int) -> None:
 
 
 def gae(problem: Gae) -> tuple[Tensor, Tensor]:
-    rewards, values, gamma, lam = problem.rewards, problem.values, float(problem.gamma), float(problem.lam)
-    dtype = torch.promote_types(rewards.dtype, values.dtype)
-    advantages = torch.empty(rewards.shape, device="cpu", dtype=dtype)
+    dtype = torch.promote_types(problem.rewards.dtype, problem.values.dtype)
+    advantages = torch.empty(problem.rewards.shape, device="cpu", dtype=dtype)
     returns = torch.empty_like(advantages)
-    steps = problem.mask, problem.dones, problem.truncated, problem.last_values, problem.final_values
-    _cpu.gae(rewards, values, *steps, gamma, lam, advantages, returns, torch.get_num_threads())
+    _cpu.gae(problem, advantages, returns, torch.get_num_threads())
     return advantages, returns
 
 
