@@ -160,10 +160,10 @@ inline void apply_block(const Pass& pass, int64_t first, int64_t last, Partial& 
                     if (pass.outputs.pairs) add_pairs(tokens, tile, omega, partial.sums);
                 });
         if (!partial.sums && pass.rule.kind == Kind::scores) bound_terms(tokens, w.tile);
-        const bool tied = !pass.known && has_tied_scores(pass, w.tile, finite);
-        if (!pass.known) (tied ? tied_scores<T> : token_weights<T>)(pass, w, omega, partial);
+        const bool applied = !pass.known && finite && applied_scores(pass, w, omega, partial);
+        if (!pass.known && !applied) token_weights(pass, w, omega, partial);
         apply_tile(pass, w, at, omega, pass.known ? w.weights : nullptr, pass.divided ? w.divisor : nullptr, partial,
-                   tied);
+                   applied);
     };
     for_each_tile(tokens, pass.omega, first, last, apply,
                   [&](int64_t at, int64_t count) { store_masked(pass, at, count); });
