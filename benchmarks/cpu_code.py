@@ -35,7 +35,7 @@ KERNELS = (
         "most",
     ),
     ("per token, known weights, N=8, bfloat16", r"bool \S+::direct_chunk<false, 8, \S+Bfloat16", "most"),
-    ("per token: factors of the clipped ratio", r"bool \S+::store_plain_factors<false, float", "most"),
+    ("per token: factors of the clipped ratio", r"bool \S+::store_plain_factors<false, \S+Native", "most"),
     (
         "per token, N=8: objectives transposed",
         r"void \S+::rows_to_columns<8, \S+Native.*load_objectives",
@@ -66,6 +66,11 @@ KERNELS = (
         "weights per token, N=8, regularization > 0",
         r".*::(sorted_weights|simplex_sorted)<float __vector\(\d+\), 8>",
         "whole",
+    ),
+    (
+        "the same, with bound terms and combination (Noon)",
+        r"void \S+::regularized_scores<8, ",
+        "most",
     ),
 )
 ARITHMETIC = re.compile(r"vf?n?m?(?:add|sub|mul|madd|msub|nmadd|min|max)\w*ps")

@@ -142,10 +142,53 @@ PAMA_HD inline void sort_values(V* v) {
     }
 }
 
-// The same if all objectives are included and p is uniform, for small N: the support then consists of the k smallest or
-// the k largest scores, so all N candidate supports are evaluated in sorted order, without a dependent loop. Mean and
-// spread of the first k scores are updated as in Welford's algorithm; the largest k that leaves its last member a
-// weight is the solution.
+// The first N of the values, N at most 16; v: sorted_size<N>() of them.
+template <int N>
+constexpr int sorted_size() {
+    static_assert(N <= 16, "a larger network is needed");
+    return N <= 2 ? 2 : N <= 4 ? 4 : N <= 8 ? 8 : 16;
+}
+template <int N, class V>
+PAMA_HD inline void sort_some(V* v) {
+    for (int i = N; i < sorted_size<N>(); ++i) v[i] = V{} + static_cast<float>(INFINITY);
+    sort_values<sorted_size<N>()>(v);
+}
+
+// The multipliers of the weights c_i = [tau - lambda a_i]_+ if all objectives are included and p is uniform. a: the
+// distances of the scores from the smallest one, `base`, in rising order. The support consists of the first k of them,
+// so all N supports are evaluated in order, without a dependent loop: with e the sum of the differences between the
+// k-th distance and those before it, the k-th weight at lambda_{k-1} is (1 - lambda_{k-1} e) / k. At any lambda e rises
+// with k, so the support ends before the first k where it is negative. Tau is the largest weight, hence lambda times a
+// distance in the support is at most 1.
+template <class V>
+struct Threshold {
+    V lambda, tau, last;  // last: the largest distance in the support
+};
+template <int N, class V>
+PAMA_HD inline Threshold<V> sorted_threshold(const V* a, V base, V rho) {
+    const V zero = V{};
+    V sum = zero, score = base, spread = rho;
+    V share = zero + 1, mean = zero, width = rho, last = zero;  // of the support
+    for (int k = 2; k <= N; ++k) {
+        const float count = static_cast<float>(k);
+        const V apart = a[k - 1] * (count - 1) - sum;
+        const auto holds = score * apart <= spread;
+        sum += a[k - 1];
+        spread += apart * apart * ((zero + 1) / (zero + count * (count - 1)));
+        const V middle = sum * ((zero + 1) / (zero + count));
+        score = base + middle;
+        share = choose(holds, (zero + 1) / (zero + count), share);
+        mean = choose(holds, middle, mean);
+        width = choose(holds, spread, width);
+        last = choose(holds, a[k - 1], last);
+    }
+    V lambda = choose(width > least_spread<V>(), (base + mean) * reciprocal(width), zero);
+    lambda = max_of(lambda, zero);  // below 0 only by rounding, where an index with a weight near 0 was dropped
+    return {lambda, share + lambda * mean, last};
+}
+
+// Solves the problem for scores in any order, for small N. rho, c and the result as in simplex_solve; c is only
+// written.
 template <class V, int N>
 PAMA_HD inline V simplex_sorted(const V* PAMA_RESTRICT a, V rho, V* PAMA_RESTRICT c) {
     const V zero = V{}, one = zero + 1;
@@ -156,32 +199,15 @@ PAMA_HD inline V simplex_sorted(const V* PAMA_RESTRICT a, V rho, V* PAMA_RESTRIC
         total += a[i];
     }
     const V sign = choose(total >= zero, one, -one), base = choose(total >= zero, low, -high);
-    constexpr int padded = N <= 2 ? 2 : N <= 4 ? 4 : N <= 8 ? 8 : 16;
-    static_assert(N <= padded, "a larger network is needed");
-    V sorted[padded];
+    V sorted[sorted_size<N>()];
     for (int i = 0; i < N; ++i) sorted[i] = c[i] = sign * a[i] - base;
-    for (int i = N; i < padded; ++i) sorted[i] = zero + static_cast<float>(INFINITY);
-    sort_values<padded>(sorted);
-    V mean = zero, spread = rho;  // of the first k
-    V share = one, centre = zero, apart = zero, last = zero;
-    for (int k = 2; k <= N; ++k) {
-        const V own = sorted[k - 1], distance = own - mean, part = one / (zero + static_cast<float>(k));
-        mean += distance * part;
-        const V gap = own - mean;
-        spread += distance * gap;
-        const auto holds = (base + mean) * gap <= part * max_of(spread, zero + least_spread<V>());
-        share = choose(holds, part, share);
-        centre = choose(holds, mean, centre);
-        apart = choose(holds, spread, apart);
-        last = choose(holds, own, last);
-    }
-    V lambda = choose(apart > least_spread<V>(), (base + centre) * reciprocal(apart), zero);
-    lambda = max_of(lambda, zero);  // below 0 only by rounding, where an index with a weight near 0 was dropped
+    sort_some<N>(sorted);
+    const Threshold<V> at = sorted_threshold<N>(sorted, base, rho);
     V optimum = base;
     for (int i = 0; i < N; ++i) {
-        const V weight = share - lambda * (c[i] - centre), kept = choose(c[i] <= last, max_of(weight, zero), zero);
-        optimum += kept * c[i];
-        c[i] = kept;
+        const V weight = choose(c[i] <= at.last, max_of(at.tau - at.lambda * c[i], zero), zero);
+        optimum += weight * c[i];
+        c[i] = weight;
     }
     return choose(rho == zero, zero, sign * optimum);
 }

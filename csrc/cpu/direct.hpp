@@ -18,14 +18,26 @@ inline bool is_direct(const Pass& pass, const Partial& partial) {
            tokens.advantages.token == n && (n == 1 || n == 2 || n == 4 || n == 8 || n % 16 == 0);
 }
 
-// One chunk. a (padded, n): advantages in a format; c (n): weights. Adds the loss without its factor `by` to `gain`.
-// Returns false if a value is not finite: the pass over a tile must then compute the chunk.
-template <bool Noon, int N, class Format, class V = FloatV>
+// Log-probabilities of a chunk in a format.
+template <class Values>
+inline const typename Values::Stored* chunk_values(const float* values, const void* half) {
+    if constexpr (std::is_same<Values, Native<float>>::value)
+        return values;
+    else
+        return static_cast<const typename Values::Stored*>(half);
+}
+
+// One chunk. a (padded, n): advantages in a format; c (n): weights. Values: the format of log-probabilities. Adds the
+// loss without its factor `by` to `gain`. Returns false if a value is not finite: the pass over a tile must then
+// compute the chunk.
+template <bool Noon, int N, class Format, class Values, class V = FloatV>
 inline bool direct_chunk(const Chunk<float>& in, const ClipIn<float>& clip, int64_t given, const void* data,
                          const float* c, float by, double& gain, float* gradient) {
     typedef typename Format::Stored Stored;
     typedef typename std::conditional < N<16, std::integral_constant<int, N>, int64_t>::type Row;
     const Stored* const a = static_cast<const Stored*>(data);
+    const auto *const logp = chunk_values<Values>(in.logp, in.half_logp), *const old =
+                                                                              chunk_values<Values>(in.old, in.half_old);
     constexpr int64_t width = Lanes<float>::count;
     constexpr int ahead = 4096;  // bytes
     const int64_t n = N < 16 ? N : given;
@@ -37,7 +49,7 @@ inline bool direct_chunk(const Chunk<float>& in, const ClipIn<float>& clip, int6
     V s[2] = {};
     for (int64_t t = 0; t < in.padded; t += width) {
         const auto valid = valid_lanes<V>(in.valid + t);
-        const V d = choose(valid, load<V>(in.logp + t) - load<V>(in.old + t), zero);
+        const V d = choose(valid, load_floats(Values{}, logp + t) - load_floats(Values{}, old + t), zero);
         const V clamped = max_of(min_of(d, most), -most);
         V k3, up{}, down{}, poison{};
         const V u = exponential<true>(clamped, k3);
@@ -71,24 +83,25 @@ inline bool direct_chunk(const Chunk<float>& in, const ClipIn<float>& clip, int6
     return 0 * sums[0] + sums[1] == 0;
 }
 
-template <bool Noon, class Format>
+template <bool Noon, class Format, class Values>
 inline auto direct_chunk_of(int n) {
     switch (n) {
         case 1:
-            return direct_chunk<Noon, 1, Format>;
+            return direct_chunk<Noon, 1, Format, Values>;
         case 2:
-            return direct_chunk<Noon, 2, Format>;
+            return direct_chunk<Noon, 2, Format, Values>;
         case 4:
-            return direct_chunk<Noon, 4, Format>;
+            return direct_chunk<Noon, 4, Format, Values>;
         case 8:
-            return direct_chunk<Noon, 8, Format>;
+            return direct_chunk<Noon, 8, Format, Values>;
         default:
-            return direct_chunk<Noon, 16, Format>;
+            return direct_chunk<Noon, 16, Format, Values>;
     }
 }
-template <class Format>
+template <class Format, class Values = Native<float>>
 inline auto direct_chunk_of(const Tokens& tokens) {
-    return tokens.noon ? direct_chunk_of<true, Format>(tokens.n) : direct_chunk_of<false, Format>(tokens.n);
+    return tokens.noon ? direct_chunk_of<true, Format, Values>(tokens.n)
+                       : direct_chunk_of<false, Format, Values>(tokens.n);
 }
 
 // The chunk's advantages, padded by zeros: a pointer to the tensor's memory if that suffices, else `buffer`.
@@ -111,7 +124,11 @@ inline void direct_pass(const Pass& pass, int64_t first, int64_t last, Workspace
     const Dtype dtype = tokens.advantages.dtype;
     const auto run = dtype == Dtype::bf16  ? direct_chunk_of<Bfloat16>(tokens)
                      : dtype == Dtype::f16 ? direct_chunk_of<Float16>(tokens)
-                                           : direct_chunk_of<Native<float>>(tokens);
+                                           : direct_chunk_of<Native<float>>(tokens),
+               run_half = dtype == Dtype::bf16 ? direct_chunk_of<Bfloat16, Bfloat16>(tokens)
+                                               : direct_chunk_of<Float16, Float16>(tokens);
+    const Array& old = tokens.old_logprobs ? tokens.old_logprobs : tokens.logprobs;
+    const bool half = size_of(dtype) == 2 && tokens.logprobs.dtype == dtype && old.dtype == dtype && tokens.logprobs;
     const int64_t step = tile_tokens(tokens.n);
     const LiveTokens live(tokens);
     ChunkBuffers<float> buffers;
@@ -119,12 +136,13 @@ inline void direct_pass(const Pass& pass, int64_t first, int64_t last, Workspace
         const double omega = pass.token_weight(row), by = pass.scale * omega;
         const auto add = [&](int64_t place, int64_t count, int64_t next) {
             const int64_t token = t + place - (first + at);
-            const Chunk<float> chunk = load_chunk(tokens, false, row, token, count, buffers);
+            const Chunk<float> chunk = load_chunk(tokens, false, row, token, count, buffers, half);
             const bool in_place = to && to.dtype == Dtype::f32 && count == chunk.padded;
             float* const gradient = in_place ? static_cast<float*>(to.data) + place : buffers.gradient;
             const void* a = direct_advantages(tokens, row, token, chunk, w.tile.bound);
             double gain = 0;
-            if (!run(chunk, clip, tokens.n, a, w.weights, static_cast<float>(by), gain, gradient)) {
+            if (!(chunk.half_logp ? run_half : run)(chunk, clip, tokens.n, a, w.weights, static_cast<float>(by), gain,
+                                                    gradient)) {
                 load_tile(tokens, place, count, next, false, w.tile, w.arena);
                 apply_tile(pass, w, place, omega, w.weights, static_cast<const float*>(nullptr), partial);
                 return;
@@ -160,10 +178,10 @@ inline void apply_block(const Pass& pass, int64_t first, int64_t last, Partial& 
                     if (pass.outputs.pairs) add_pairs(tokens, tile, omega, partial.sums);
                 });
         if (!partial.sums && pass.rule.kind == Kind::scores) bound_terms(tokens, w.tile);
-        const bool tied = !pass.known && has_tied_scores(pass, w.tile, finite);
-        if (!pass.known) (tied ? tied_scores<T> : token_weights<T>)(pass, w, omega, partial);
+        const bool applied = !pass.known && finite && applied_scores(pass, w, omega, partial);
+        if (!pass.known && !applied) token_weights(pass, w, omega, partial);
         apply_tile(pass, w, at, omega, pass.known ? w.weights : nullptr, pass.divided ? w.divisor : nullptr, partial,
-                   tied);
+                   applied);
     };
     for_each_tile(tokens, pass.omega, first, last, apply,
                   [&](int64_t at, int64_t count) { store_masked(pass, at, count); });

@@ -62,12 +62,15 @@ class LiveTokens {
     int64_t end(int64_t first, int64_t last) const {
         if (!mask) return last;
         return with_groups([&](auto valid) {
-            int64_t end = first;  // of the last group with a valid token
-            for (int64_t at = first; at < last && at - end < kStretch; at += kGroup) {
-                const int64_t count = last - at < kGroup ? last - at : kGroup;
-                if (valid(at, count)) end = at + count;
+            const auto found = [&](int64_t at) {
+                return at + kGroup <= last ? valid(at, kGroup) : at < last && valid(at, last - at);
+            };
+            for (int64_t end = first;;) {
+                int64_t at = end + kStretch - kGroup;  // if this group has a valid token, those before need no scan
+                while (at >= end && !found(at)) at -= kGroup;
+                if (at < end) return end < last ? end : last;
+                end = at + kGroup;
             }
-            return end;
         });
     }
 };

@@ -9,8 +9,9 @@
 PAMA_BEGIN
 
 // block (n, n) += sum_k x_k y_k', four outer products at a time. y_k may differ for negative x. Of a symmetric sum,
-// only the upper triangle is computed.
+// only the upper triangle is computed; what is left of it in the vector of the diagonal has no meaning.
 struct OuterProducts {
+    static constexpr int64_t kWidth = Lanes<double>::count;
     int64_t n;
     bool symmetric;
     double* block;
@@ -38,22 +39,26 @@ struct OuterProducts {
                                         *PAMA_RESTRICT y3 = x(3) + (x3 < 0 ? 2 : 1) * n;
             double* PAMA_RESTRICT out = block + i * n;
 #pragma omp simd
-            for (int64_t j = symmetric ? i : 0; j < n; ++j)
+            for (int64_t j = symmetric ? i / kWidth * kWidth : 0; j < n; ++j)
                 out[j] += x0 * y0[j] + x1 * y1[j] + (x2 * y2[j] + x3 * y3[j]);
         }
     }
 };
 
-// Loads the raw advantages of a row (0 if the objective is absent, NaN for infinity) and the presence of the
-// objectives.
+// Loads the raw advantages of a row (0 if the objective is absent, NaN for infinity) and, if there is a mask, the
+// presence of the objectives; without one `present` contains 1.
 inline void row_advantages(const Tokens& tokens, int64_t row, double* a, double* present) {
     const int n = tokens.n;
     const Array &given = tokens.advantages, &mask = tokens.objective_mask;
-    load_values(given, row * given.row, given.objective, n, false, a);
-    if (mask)
-        load_values(mask, row * mask.row, mask.objective, n, true, present);
-    else
-        for (int i = 0; i < n; ++i) present[i] = 1;
+    if (given.dtype == Dtype::f32 && given.objective == 1) {
+        const float* PAMA_RESTRICT from = static_cast<const float*>(given.data) + row * given.row;
+#pragma omp simd
+        for (int i = 0; i < n; ++i) a[i] = static_cast<double>(from[i]);
+    } else {
+        load_values(given, row * given.row, given.objective, n, false, a);
+    }
+    if (mask) load_values(mask, row * mask.row, mask.objective, n, true, present);
+#pragma omp simd
     for (int i = 0; i < n; ++i) {
         const double value = present[i] != 0 ? a[i] : 0.0;
         a[i] = value + 0 * value;
@@ -76,7 +81,13 @@ struct RowGroup {
           masked(static_cast<bool>(tokens.objective_mask)),
           advantages(arena.take<double>(kGroupRows * stride)),
           present(arena.take<double>(kGroupRows * stride)),
-          sums(arena.take<double>(kGroupRows * kRowSums)) {}
+          sums(arena.take<double>(kGroupRows * kRowSums)) {
+        for (int64_t row = 0; row < kGroupRows; ++row)
+            for (int64_t i = 0; i < stride; ++i) {
+                a(row)[i] = 0;
+                here(row)[i] = i < n ? 1 : 0;
+            }
+    }
 
     double* a(int64_t row) const { return advantages + row * stride; }
     double* here(int64_t row) const { return present + row * stride; }
@@ -86,7 +97,6 @@ struct RowGroup {
     void push(const Tokens& tokens, int64_t row, double omega, const double* row_sums) {
         if (row_sums[kValid] == 0) return;
         row_advantages(tokens, row, a(rows), here(rows));
-        for (int64_t i = n; i < stride; ++i) a(rows)[i] = here(rows)[i] = 0;
         for (int k = 0; k < kRowSums; ++k) r(rows)[k] = omega * row_sums[k];
         ++rows;
     }
@@ -223,6 +233,9 @@ inline void row_apply(const Pass& pass, const double* row_sums, double* up, doub
     RowGroup group(tokens, arena);
     double *a = arena.take<double>(n), *present = arena.take<double>(n), *c = arena.take<double>(n),
            *work = arena.take<double>(3 * n), *sums = arena.take<double>(statistics_size(n, false));
+    constexpr int64_t together = 64;
+    double results[together];  // stored at once
+    for (int i = 0; i < n; ++i) present[i] = 1;
     if (pass.known && !pass.per_row) load_values(pass.weights, 0, pass.weights.objective, n, false, c);
     for (int64_t row = first; row < last; ++row) {
         const double* r = row_sums ? row_sums + row * kRowSums : nullptr;
@@ -231,15 +244,16 @@ inline void row_apply(const Pass& pass, const double* row_sums, double* up, doub
             weights_of_row(pass, row, r, a, present, c, work, sums, group, partial);
         else if (pass.per_row)
             load_values(pass.weights, row * pass.weights.row, pass.weights.objective, n, false, c);
-        double above = 0, below = 0, mass = 0;
-#pragma omp simd reduction(+ : above, below, mass)
+        double above = 0, below = 0;
+#pragma omp simd reduction(+ : above, below)
         for (int i = 0; i < n; ++i) {
             const double positive = a[i] < 0 ? 0.0 : a[i];
             above += c[i] * positive;
             below += tokens.noon ? 0.0 : c[i] * (a[i] - positive);
-            mass += present[i] * pass.preference[i];
         }
         if (pass.divided && tokens.objective_mask) {
+            double mass = 0;
+            for (int i = 0; i < n; ++i) mass += present[i] * pass.preference[i];
             above = mass > 0 ? above / mass : 0.0;
             below = mass > 0 ? below / mass : 0.0;
         }
@@ -248,7 +262,10 @@ inline void row_apply(const Pass& pass, const double* row_sums, double* up, doub
         if (!r) continue;
         const double combined = r[kValid] != 0 ? above + below : 0.0, omega = pass.token_weight(row);
         if (outputs.advantages) {
-            store_value(outputs.advantages, row, combined);
+            const int64_t place = (row - first) % together;
+            results[place] = combined;
+            if (place + 1 == together || row + 1 == last)
+                store_values(outputs.advantages, row - place, place + 1, results);
             partial.square += omega * r[kValid] * combined * combined;
         }
         if (outputs.loss && r[kValid] != 0)

@@ -10,12 +10,14 @@ PAMA_BEGIN
 
 constexpr int64_t kChunkTokens = 512;  // tokens that are summed in float32
 
-// The inputs of one chunk of a row, converted to T and padded to whole vectors.
+// The inputs of one chunk of a row, converted to T and padded to whole vectors. half_logp, half_old: the
+// log-probabilities in the tensors' memory, in a 16-bit format; logp and old are then null.
 template <class T>
 struct Chunk {
     int64_t count = 0, padded = 0;
     const unsigned char* valid = nullptr;                                        // not 0 where a token is valid
     const T *logp = nullptr, *old = nullptr, *weight = nullptr, *ref = nullptr;  // weight: null if all are 1
+    const void *half_logp = nullptr, *half_old = nullptr;
 };
 
 template <class T>
@@ -25,9 +27,10 @@ struct ChunkBuffers {
     alignas(64) unsigned char valid[kChunkTokens];
 };
 
+// half: 16-bit log-probabilities are not converted where they are in one piece.
 template <class T>
 inline Chunk<T> load_chunk(const Tokens& tokens, bool with_ref, int64_t row, int64_t t, int64_t count,
-                           ChunkBuffers<T>& buffers) {
+                           ChunkBuffers<T>& buffers, bool half = false) {
     constexpr int64_t width = Lanes<T>::count;
     constexpr Dtype own = sizeof(T) == sizeof(float) ? Dtype::f32 : Dtype::f64;
     Chunk<T> chunk;
@@ -49,6 +52,14 @@ inline Chunk<T> load_chunk(const Tokens& tokens, bool with_ref, int64_t row, int
         memset(buffers.valid, mask ? 0 : 1, sizeof buffers.valid);
         if (mask) load_values(mask, offset, mask.token, count, true, buffers.valid);
         memset(buffers.valid + count, 0, static_cast<size_t>(chunk.padded - count));
+    }
+    if (half && count == chunk.padded) {
+        const Array &given = tokens.logprobs, &old = tokens.old_logprobs ? tokens.old_logprobs : given;
+        if (given.token == 1 && old.token == 1) {
+            chunk.half_logp = static_cast<const unsigned short*>(given.data) + row * given.row + t;
+            chunk.half_old = static_cast<const unsigned short*>(old.data) + row * old.row + t;
+            return chunk;
+        }
     }
     if (tokens.logprobs) {
         chunk.logp = values(tokens.logprobs, buffers.logp);

@@ -74,14 +74,21 @@ inline void load_tokens(const Tokens& tokens, const Array& array, int64_t first,
     });
 }
 
+// The memory of a tile's tokens if it consists of whole vectors of T in one piece, else null.
+template <class T>
+inline const void* token_memory(const Tokens& tokens, const Array& array, int64_t first, int64_t count) {
+    const bool one_piece = tokens.offsets || first % tokens.width + count <= tokens.width;
+    if (array.token != 1 || !one_piece || count % Lanes<T>::count != 0) return nullptr;
+    return ahead(tokens, array, first).first;
+}
+
 // The values of a tile's tokens as T: a pointer to the tensor's memory if it is contiguous and of type T, else a copy
 // in `buffer`.
 template <class T>
 inline const T* token_values(const Tokens& tokens, const Array& array, int64_t first, int64_t count, T* buffer) {
     constexpr Dtype own = sizeof(T) == sizeof(float) ? Dtype::f32 : Dtype::f64;
-    const bool one_piece = tokens.offsets || first % tokens.width + count <= tokens.width;
-    if (array.dtype == own && array.token == 1 && one_piece && count % Lanes<T>::count == 0)
-        return reinterpret_cast<const T*>(ahead(tokens, array, first).first);
+    const void* const memory = array.dtype == own ? token_memory<T>(tokens, array, first, count) : nullptr;
+    if (memory) return static_cast<const T*>(memory);
     load_tokens(tokens, array, first, count, false, buffer);
     return buffer;
 }

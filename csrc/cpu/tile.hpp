@@ -174,11 +174,11 @@ inline void store_factors(const Tokens& tokens, const T* logp, const T* old, con
     totals<kTotals>(s, tile.fields + total_offset(tokens.n));
 }
 
-// The same in the form of a plain tile. Returns false if an input is not finite or, without Noon, a token has no
-// gradient for either sign: the tile is then not plain.
-template <bool Noon, class V = FloatV>
-inline bool store_plain_factors(const Tokens& tokens, const float* logprobs, const float* old, int64_t next,
-                                const Tile<float> tile) {
+// The same in the form of a plain tile, from log-probabilities in a format. Returns false if an input is not finite or,
+// without Noon, a token has no gradient for either sign: the tile is then not plain.
+template <bool Noon, class Format, class V = FloatV>
+inline bool store_plain_factors(Format format, const Tokens& tokens, const typename Format::Stored* logprobs,
+                                const typename Format::Stored* old, int64_t next, const Tile<float> tile) {
     const Ahead next_logp = ahead(tokens, tokens.logprobs, next),
                 next_old = ahead(tokens, tokens.old_logprobs ? tokens.old_logprobs : tokens.logprobs, next);
     const ClipIn<float> clip(tokens.clip);
@@ -192,7 +192,8 @@ inline bool store_plain_factors(const Tokens& tokens, const float* logprobs, con
         prefetch(next_old.at(t));
         const V flag = load<V>(tile.valid + t);
         const auto valid = flag != zero;
-        const V logp = choose(valid, load<V>(logprobs + t), zero), d = choose(valid, logp - load<V>(old + t), zero);
+        const V logp = choose(valid, load_floats(format, logprobs + t), zero),
+                d = choose(valid, logp - load_floats(format, old + t), zero);
         const V clamped = max_of(min_of(d, most), -most);
         V k3;
         const V u = exponential<true>(clamped, k3);
@@ -219,6 +220,25 @@ inline bool store_plain_factors(const Tokens& tokens, const float* logprobs, con
     return bad == 0;
 }
 
+// Stores the factors of a plain tile, if it is one, from 16-bit log-probabilities in the memory of the tensors. Returns
+// whether they are there.
+inline bool plain_from_memory(const Tokens& tokens, int64_t first, int64_t count, int64_t next, Tile<float>& tile) {
+    const Array &given = tokens.logprobs, &given_old = tokens.old_logprobs ? tokens.old_logprobs : given;
+    if (!given || tokens.importance_weights || size_of(given.dtype) != 2 || given_old.dtype != given.dtype)
+        return false;
+    const void *const logp = token_memory<float>(tokens, given, first, count), *const old = token_memory<float>(
+                                                                                   tokens, given_old, first, count);
+    if (!logp || !old) return false;
+    const auto store = [&](auto format) {
+        typedef decltype(format) Format;
+        typedef const typename Format::Stored* Values;
+        const auto plain = tokens.noon ? store_plain_factors<true, Format> : store_plain_factors<false, Format>;
+        return plain(format, tokens, static_cast<Values>(logp), static_cast<Values>(old), next, tile);
+    };
+    tile.plain = given.dtype == Dtype::bf16 ? store(Bfloat16{}) : store(Float16{});
+    return true;
+}
+
 // Replaces tile.ref_kl, which contains the reference log-probabilities, by the KL penalty, and computes its derivative.
 template <class T, class V = typename Lanes<T>::V>
 inline void store_ref_terms(const Tile<T> tile) {
@@ -228,6 +248,29 @@ inline void store_ref_terms(const Tile<T> tile) {
         store(tile.ref_kl + t, kl);
         store(tile.ref_slope + t, slope);
     }
+}
+
+// Stores the factors of the tile's tokens. tried: it is not plain.
+template <class T>
+inline void load_factors(const Tokens& tokens, int64_t first, int64_t count, int64_t next, bool tried, Tile<T>& tile,
+                         Arena arena) {
+    T *buffer = arena.take<T>(3 * tile.stride), *old_buffer = buffer + tile.stride,
+      *w_buffer = old_buffer + tile.stride;
+    const T *logp = buffer, *old = buffer, *w = tile.valid;  // without old_logprobs the ratio is 1
+    if (tokens.logprobs)
+        old = logp = token_values(tokens, tokens.logprobs, first, count, buffer);
+    else
+        for (int64_t t = 0; t < tile.padded; ++t) buffer[t] = 0;
+    if (tokens.old_logprobs) old = token_values(tokens, tokens.old_logprobs, first, count, old_buffer);
+    if (tokens.importance_weights) w = token_values(tokens, tokens.importance_weights, first, count, w_buffer);
+    if constexpr (sizeof(T) == sizeof(float)) {
+        typedef Native<float> Format;
+        const auto plain = tokens.noon ? store_plain_factors<true, Format> : store_plain_factors<false, Format>;
+        const bool possible = !tried && tokens.logprobs && !tokens.importance_weights;
+        tile.plain = possible && plain(Format{}, tokens, logp, old, next, tile);
+    }
+    const auto general = tokens.noon ? store_factors<true, T> : store_factors<false, T>;
+    if (!tile.plain) general(tokens, logp, old, w, next, tile);
 }
 
 // next: the first token of the next tile, which is prefetched.
@@ -245,22 +288,10 @@ inline void load_tile(const Tokens& tokens, int64_t first, int64_t count, int64_
         for (int64_t t = 0; t < count; ++t) valid[t] = 1;
     for (int64_t t = count; t < padded; ++t) valid[t] = 0;
 
-    T *buffer = arena.take<T>(3 * tile.stride), *old_buffer = buffer + tile.stride,
-      *w_buffer = old_buffer + tile.stride;
-    const T *logp = buffer, *old = buffer, *w = valid;  // without old_logprobs the ratio is 1
-    if (tokens.logprobs)
-        old = logp = token_values(tokens, tokens.logprobs, first, count, buffer);
-    else
-        for (int64_t t = 0; t < padded; ++t) buffer[t] = 0;
-    if (tokens.old_logprobs) old = token_values(tokens, tokens.old_logprobs, first, count, old_buffer);
-    if (tokens.importance_weights) w = token_values(tokens, tokens.importance_weights, first, count, w_buffer);
     tile.plain = false;
-    if constexpr (sizeof(T) == sizeof(float)) {
-        const auto plain = tokens.noon ? store_plain_factors<true> : store_plain_factors<false>;
-        tile.plain = tokens.logprobs && !tokens.importance_weights && plain(tokens, logp, old, next, tile);
-    }
-    const auto general = tokens.noon ? store_factors<true, T> : store_factors<false, T>;
-    if (!tile.plain) general(tokens, logp, old, w, next, tile);
+    bool tried = false;
+    if constexpr (sizeof(T) == sizeof(float)) tried = plain_from_memory(tokens, first, count, next, tile);
+    if (!tile.plain) load_factors(tokens, first, count, next, tried, tile, arena);
     if (with_ref) {
         load_tokens(tokens, tokens.ref_logprobs, first, count, false, tile.ref_kl);
         store_ref_terms(tile);

@@ -68,13 +68,6 @@ inline void token_weights(const Pass& pass, Workspace<T>& w, double omega, Parti
     });
 }
 
-// Whether `tied_scores` computes the weights of the tokens: under Noon without regularization, from finite bound terms.
-template <class T>
-inline bool has_tied_scores(const Pass& pass, const Tile<T>& tile, bool finite) {
-    return sizeof(T) == sizeof(float) && finite && tile.plain && !tile.present && pass.tokens.noon &&
-           pass.rule.kind == Kind::scores && pass.rule.number == 0 && pass.uniform;
-}
-
 // The weights of each token are equal where its bound term is the smallest: stores that term, which is its optimum, and
 // the weight, 0 where the token is masked, and sum_i c_i max(A_i, 0). For `Count` vectors of tokens from t on.
 template <int Count, class T, class V = typename Lanes<T>::V>
@@ -111,7 +104,7 @@ inline void sum_shares(const T* bound, int64_t stride, const T* smallest, const 
     totals<Count>(s, sums);
 }
 
-// What `token_weights` computes, with sum_i c_i max(A_i, 0) in w.combined in place of the weights.
+// Without regularization: see `applied_scores`.
 template <class T>
 inline void tied_scores(const Pass& pass, Workspace<T>& w, double omega, Partial& partial) {
     const int n = pass.tokens.n;
@@ -125,6 +118,71 @@ inline void tied_scores(const Pass& pass, Workspace<T>& w, double omega, Partial
     add_means<T>(n, omega, partial.weights, [&](auto count, int i, T* sums) {
         sum_shares<count>(w.tile.bound + i * w.tile.stride, w.tile.stride, smallest, share, w.tile.padded, sums);
     });
+}
+
+// Solves a vector of tokens of any scale, through memory: the weights in w.c. Returns the optima.
+template <int N>
+__attribute__((noinline)) FloatV scores_in_memory(const Pass& pass, const Workspace<float>& w, int64_t t) {
+    const float* const absent = nullptr;
+    return solve_lanes<FloatV, N>(N, w.tile.bound + t, absent, w.tile.stride, Lanes<float>::count, pass.preference,
+                                  true, pass.rule.number, false, w.c + t, w.lanes, w.row);
+}
+
+// The same as `tied_scores` with regularization, from bound terms of at least 0. Not inlined, like `sorted_weights`.
+template <int N, class V = FloatV>
+__attribute__((noinline)) void regularized_scores(const Pass& pass, Workspace<float>& w, double omega,
+                                                  Partial& partial) {
+    const Tile<float>& tile = w.tile;
+    const V zero{}, equal = zero + 1.0f / N;
+    V sums[N + 1] = {};
+    for (int64_t t = 0; t < tile.padded; t += Lanes<float>::count) {
+        const auto valid = load<V>(tile.valid + t) != zero;
+        const auto bound = [&](int i) { return load<V>(tile.bound + i * tile.stride + t); };
+        const auto add = [&](int i, V weight) { sums[i] = valid ? sums[i] + weight : sums[i]; };
+        V sorted[sorted_size<N>()], optimum, total{};
+        for (int i = 0; i < N; ++i) sorted[i] = bound(i);
+        sort_some<N>(sorted);
+        const V low = sorted[0], high = sorted[N - 1];
+        if (any((high > 1e6f) | ((high < 1e-3f) & (high > zero)))) {  // squares may be out of the range of float
+            optimum = scores_in_memory<N>(pass, w, t);
+            for (int i = 0; i < N; ++i) add(i, load<V>(w.c + i * tile.stride + t));
+        } else {
+            const V rho = high * high * static_cast<float>(pass.rule.number);
+            for (int i = 0; i < N; ++i) sorted[i] -= low;
+            const Threshold<V> at = sorted_threshold<N>(sorted, low, rho);
+            for (int i = 0; i < N; ++i) add(i, max_of(at.tau - at.lambda * (bound(i) - low), zero));
+            optimum = max_of(low, min_of(high, rho * at.lambda));
+        }
+        for (int i = 0; i < N; ++i) total += max_of(zero, load<V>(tile.advantages + i * tile.stride + t));
+        sums[N] += optimum;
+        // Without a gradient all bound terms are 0 and all weights equal.
+        store(w.combined + t, load<V>(tile.side + t) < zero ? total * equal : optimum);
+    }
+    float means[N + 1];
+    totals<N + 1>(sums, means);
+    for (int i = 0; i < N; ++i) partial.weights[i] += omega * static_cast<double>(means[i]);
+    partial.optimum += omega * static_cast<double>(means[N]);
+}
+
+// What `token_weights` computes, for the paper's rule and finite bound terms, with sum_i c_i max(A_i, 0) in w.combined
+// in place of the weights. Returns false where it does not.
+template <class T>
+inline bool applied_scores(const Pass& pass, Workspace<T>& w, double omega, Partial& partial) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+        const double regularization = pass.rule.number;
+        if (!w.tile.plain || w.tile.present || !pass.tokens.noon || pass.rule.kind != Kind::scores || !pass.uniform)
+            return false;
+        if (regularization == 0) {
+            tied_scores(pass, w, omega, partial);
+            return true;
+        }
+        if (regularization < weak_regularization<T>() || regularization > 1e6) return false;
+        return with_lanes_size(pass.tokens.n, [&](auto size) {
+            if constexpr (size > 0) regularized_scores<size>(pass, w, omega, partial);
+            return size > 0;
+        });
+    }
+    return false;
 }
 
 // The preference normalised over the objectives that are present in a row (`counts` > 0); uniform over these if their

@@ -113,6 +113,27 @@ def test_long_masked_stretches_change_nothing(n: int, mask_dtype: torch.dtype) -
             assert torch.allclose(combined, _with_stretch(expected, 1, at, 0.0), rtol=1e-4, atol=1e-5), name
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("regularization", [1e-3, 0.1, 100.0])
+@pytest.mark.parametrize("n", [2, 5, 8, 9, 16])
+def test_regularized_weights_of_tokens_of_any_scale(isa: str, n: int, regularization: float) -> None:
+    logprobs, old, advantages, mask = (x[:2, :100] for x in _problem(n, False, torch.float32))
+    scales = torch.rand(2, 60, 1, generator=torch.Generator().manual_seed(n))
+    advantages[:, 40:] *= torch.where(scales < 0.1, 1e8, torch.where(scales < 0.2, 1e-6, 1.0))
+    advantages[:, 20:] = advantages[:, 20:].abs()  # no bound term is 0 by its sign
+    advantages[0, :20] = advantages[0, :20, :1]  # equal scores
+    how: dict[str, Any] = {"logprobs": logprobs, "old_logprobs": old, "clip_range": 0.2}
+    how["rule"] = pk.Pama("token", noon=True, regularization=regularization)
+    found = pk.combine_advantages(advantages, mask, **how)
+    exact = reference.combine_advantages(advantages, mask, **how)
+    size = advantages.abs().amax(-1).double()
+    error = (found.advantages.double() - exact.advantages.double()).abs()
+    # two rounded supports differ by the rounding of a score over the regularization
+    assert (error <= (1e-6 + 1e-7 / regularization) * size)[mask].all()
+    assert torch.allclose(found.weights.double(), exact.weights.double(), rtol=0, atol=1e-5)
+    assert abs(float(found.optimum - exact.optimum)) <= 1e-5 * float(exact.optimum)
+
+
 @pytest.mark.parametrize("noon", [True, False])
 @pytest.mark.parametrize("place", ["logprobs", "old", "advantages"])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
