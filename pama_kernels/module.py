@@ -193,7 +193,10 @@ class PamaLoss(nn.Module):
         return self.__dict__
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PamaLoss:
-        """Statistics follow the module to another device but stay float64: counts don't fit a half type."""
+        """Statistics and preference follow the module to another device, in their own dtype: counts don't fit
+        a half type."""
+        if isinstance(self.preference, Tensor):
+            self.preference = self.preference.to(fn(self.preference).device)
         kept = {name: x for name, x in self._buffers.items() if x is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, x in kept.items():

@@ -56,6 +56,16 @@ def test_equals_the_function(settings: dict[str, Any]) -> None:
     assert not list(module.parameters())
 
 
+def test_a_preference_follows_the_module() -> None:
+    preference = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    module = torch.nn.Sequential(pk.PamaLoss(preference=preference, momentum=0.5)).to("meta", torch.bfloat16)
+    x = {name: value.to("meta") for name, value in batch().items()}
+    result = module[0](x["logprobs"], x["old_logprobs"], x["advantages"])
+    assert result.weights.is_meta
+    assert module[0].preference.dtype == torch.float64
+    assert not preference.is_meta  # the caller's
+
+
 def test_given_weights_do_not_update_the_running_mean() -> None:
     module, weights = pk.PamaLoss(momentum=0.5), torch.tensor([0.2, 0.3, 0.5])
     result = module(**batch(), weights=weights)
