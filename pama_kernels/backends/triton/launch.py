@@ -21,6 +21,8 @@ from triton.runtime.driver import driver
 from pama_kernels._call import Number
 from pama_kernels.backends.native import NoMemory
 
+from .trace import Traced, larger, smaller
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 NVIDIA = torch.version.hip is None and not INTERPRETED
 ALIGNMENT = 16  # bytes: Triton specialises a kernel on whether a pointer is a multiple of this
@@ -58,14 +60,14 @@ def aligned(*tensors: Tensor | None) -> bool:
     return addresses % ALIGNMENT == 0
 
 
-def number(x: Number | None, without: float = 0.0) -> tuple[float, Tensor | None]:
+def number(x: Number | Traced | None, without: float = 0.0) -> tuple[float | Traced, Tensor | None]:
     """A setting as two arguments of a kernel, which `number_of` joins: a value, and the tensor that replaces
     it."""
-    if type(x) is float:
+    if isinstance(x, (float, Traced)):
         return x, None
     if isinstance(x, Tensor):
         check_memory(setting=x)
-        return 0.0, x.detach()
+        return 0.0, x
     return without if x is None else float(x), None
 
 
@@ -302,4 +304,5 @@ def programs(device: torch.device, units: int, each: int = 2) -> int:
     """The number of programs for `units` tiles or rows: at most `each` per SM of the GPU; a few in the
     interpreter."""
     most = each * _place_of(device).processors or 3
-    return units if 0 < units < most else most if units > 0 else 1
+    programs: int = smaller(larger(units, 1), most)
+    return programs
