@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "backends"))
 
 WARM_UP = 30
-LENGTHS = 1000  # more than the signatures whose launches are kept
+LENGTHS = 1000
 EMPTIED_EVERY = 50  # calls: a queue of launches that is full would make the next one wait
 
 
@@ -63,7 +63,7 @@ def calls_of(device: Any, rows: int, width: int, n: int) -> dict[str, Callable[[
         (logprobs.detach()[:, :1].expand(rows, length).clone().requires_grad_(), new(rows, length))
         for length in range(width, width + LENGTHS)
     ]
-    others = itertools.cycle((x, x.detach() + 0.1, y > -1) for x, y in lengths)
+    others = itertools.cycle([(x, x.detach() + 0.1, y > -1) for x, y in lengths])
 
     def another_length() -> object:
         x, old, mask = next(others)

@@ -103,23 +103,23 @@ def resolve_layout(
         check_float("advantages", advantages)
         if advantages.device != device:
             check_device("advantages", advantages, like_name, like)
-    tokens_name, tokens, shape = "", None, None
-    for name, x, dtypes in (
-        ("logprobs", logprobs, FLOATS), ("mask", mask, MASKS), ("old_logprobs", old_logprobs, FLOATS),
-        ("ref_logprobs", ref_logprobs, FLOATS), ("importance_weights", importance_weights, FLOATS),
+    tokens_name, tokens = "logprobs", logprobs
+    shape = None if logprobs is None else _shape_of_tokens("logprobs", logprobs)
+    for name, x in (
+        ("mask", mask), ("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs),
+        ("importance_weights", importance_weights),
     ):  # fmt: skip
         if x is None:
             continue
+        dtypes = MASKS if name == "mask" else FLOATS
         if type(x) is not Tensor or x.dtype not in dtypes or x.layout is not torch.strided or x.is_nested:
             (check_mask if dtypes is MASKS else check_float)(name, x)
         if x.device != device:
             check_device(name, x, like_name, like)
-        if tokens is None:
-            tokens_name, tokens, shape = name, x, x.shape
-            if len(shape) not in (1, 2):
-                raise ValueError(f"{name}: expected shape (B, T) or (M,), got {shape_of(x)}")
+        if shape is None:
+            tokens_name, tokens, shape = name, x, _shape_of_tokens(name, x)
         elif x.shape != shape:
-            check_shape(name, x, tokens.shape, f" as {tokens_name}")
+            check_shape(name, x, shape, f" as {tokens_name}")
     if advantages.dim() not in (2, 3):
         raise ValueError(
             "advantages: expected shape (B, T, N), (B, N) or (M, N), objectives last, "
@@ -137,6 +137,13 @@ def resolve_layout(
     check_mask("objective_mask", objective_mask)
     check_device("objective_mask", objective_mask, like_name, like)
     return layout._replace(mask_per_sequence=_mask_per_sequence(objective_mask, layout))
+
+
+def _shape_of_tokens(name: str, x: Tensor) -> torch.Size:
+    shape = x.shape
+    if len(shape) not in (1, 2):
+        raise ValueError(f"{name}: expected shape (B, T) or (M,), got {shape_of(x)}")
+    return shape
 
 
 def _mask_per_sequence(objective_mask: Tensor, layout: Layout) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._call import Number, Outputs, Results, Rule, Tokens
+from ._autograd import attached, differentiable, forward_mode, known_to_the_compiler
+from ._call import Kind, Number, Outputs
 from ._layout import check_tokens, check_weights
 from ._solve import before_the_pass
 from ._validate import (
@@ -25,7 +27,7 @@ from ._validate import (
 )
 from .advantages import check_rule_fits, merged_optimum
 from .backends import arguments, operators
-from .rules import RuleLike, needs_pairs, noon_of, record, resolve_rule
+from .rules import Rule, RuleLike, needs_pairs, noon_of, record, resolve_rule
 from .statistics import ObjectiveStatistics, result_metrics
 
 if TYPE_CHECKING:
@@ -52,168 +54,6 @@ class PamaLossOutput(NamedTuple):
         metrics = result_metrics(self.statistics, self.weights, self.optimum, names)
         metrics["pama/loss"] = self.loss.detach()
         return metrics
-
-
-# --- autograd -----------------------------------------------------------------------------------------
-
-
-class _SecondDerivative(torch.autograd.Function):
-    """A 0 that raises an error if it is differentiated with respect to logprobs."""
-
-    generate_vmap_rule = True  # torch.func.jacrev
-
-    @staticmethod
-    def forward(logprobs: Tensor) -> Tensor:
-        return logprobs.new_zeros(())
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(
-            "pama_loss: the second derivative is not implemented (it cannot be backwarded twice)"
-        )
-
-
-class _FirstDerivative(torch.autograd.Function):
-    """Passes a gradient through. It depends on logprobs by `second`, the result of `_SecondDerivative`, since
-    it would otherwise be treated as a constant. Autograd does not evaluate that for the derivative with
-    respect to a factor of the loss, which exists."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(gradient: Tensor, second: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0], grads[0].new_zeros(())
-
-
-_LOGPROBS, _GRADIENT = Tokens._fields.index("logprobs"), Results._fields.index("gradient")
-
-
-class _Loss(torch.autograd.Function):
-    """The forward pass computes the gradient too; the backward pass scales it."""
-
-    @staticmethod
-    def forward(logprobs: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        arguments = (*rest[:_LOGPROBS], logprobs, *rest[_LOGPROBS:])
-        result: tuple[Tensor, ...] = operators.apply.operator(*arguments)
-        return result
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        results = Results(*output)
-        ctx.save_for_backward(results.gradient, inputs[0])
-        ctx.arguments = len(inputs)
-        ctx.mark_non_differentiable(*(x for x in output if x is not results.loss))
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_loss = Results(*grads).loss  # type: ignore[arg-type]
-        return _scaled(ctx, grad_loss), *([None] * (ctx.arguments - 1))
-
-
-_NO_FORWARD_MODE = (
-    "pama_loss: forward-mode differentiation (jvp, jacfwd, dual numbers) is not implemented; "
-    "use reverse mode (backward, torch.func.grad, jacrev)"
-)
-
-
-class _Transformed(_Loss):
-    """`_Loss` with errors for transforms without a rule; torch.compile rejects a class that has a `jvp`."""
-
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError(_NO_FORWARD_MODE)
-
-    @staticmethod
-    def vmap(*_: Any) -> Any:
-        raise NotImplementedError(
-            "pama_loss: torch.vmap over a differentiated loss is not implemented; differentiate one at a time"
-        )
-
-
-class _Attached(torch.autograd.Function):
-    """`_Loss` for eager mode: attaches a gradient to finished results, at a tenth of the cost.
-
-    Most of the cost of `_Loss` is the binding of its many arguments, which `setup_context` causes.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logprobs: Tensor, results: Results) -> Tensor:
-        ctx.save_for_backward(results.gradient, logprobs)
-        ctx.set_materialize_grads(False)
-        return results.loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, None]:
-        return _scaled(ctx, grad_loss), None
-
-
-def _scaled(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
-    gradient, logprobs = ctx.saved_tensors
-    if grad_loss is None:
-        return None
-    if torch.is_grad_enabled():  # create_graph=True
-        return _first_derivative((gradient * grad_loss).to(logprobs.dtype), _second_derivative(logprobs))
-    scaled: Tensor
-    # The saved gradient may be overwritten where no second backward pass, tracing or transform follows.
-    if not (traced() or _keeps_graph() or _is_legacy_batched(grad_loss)):
-        unchanged = gradient.is_cpu and grad_loss.item() == 1.0
-        scaled = gradient if unchanged else gradient.mul_(grad_loss)
-    else:
-        scaled = gradient * grad_loss
-    return scaled if scaled.dtype is logprobs.dtype else scaled.to(logprobs.dtype)
-
-
-_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor  # is_grads_batched=True
-_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
-
-
-_first_derivative: Callable[..., Tensor] = _FirstDerivative.apply
-_second_derivative: Callable[..., Tensor] = _SecondDerivative.apply
-# Function.apply looks for functorch transforms first; none is active where this is called.
-_attached: Callable[..., Tensor] = super(torch.autograd.Function, _Attached).apply
-
-
-def _differentiable(tokens: Tokens, rule: Rule, problem: arguments.Apply, outputs: Outputs) -> Results:
-    logprobs = tokens.logprobs
-    assert logprobs is not None
-    if type(logprobs) is not Tensor or traced() or _forward_mode():
-        rest = arguments.flat(tokens._replace(logprobs=None), rule, problem, outputs)
-        del rest[_LOGPROBS]
-        if torch.compiler.is_compiling():  # the compiler rejects a tensor that is used in two places
-            rest = [x.detach() if isinstance(x, Tensor) else x for x in rest]
-            return Results(*_Loss.apply(logprobs, *rest))  # type: ignore[no-untyped-call]
-        return Results(*_Transformed.apply(logprobs, *rest))  # type: ignore[no-untyped-call]
-    results = operators.apply(tokens, rule, problem, outputs)
-    return Results(results.advantages, _attached(logprobs, results), *results[_GRADIENT:])
-
-
-def _known_to_the_compiler(logprobs: Tensor) -> Tensor:
-    """A view of logprobs: of results, but not of arguments, the compiler knows which are differentiated."""
-    logprobs, forward = logprobs.view_as(logprobs), torch.autograd.forward_ad
-    if forward._current_level >= 0 and forward.unpack_dual(logprobs).tangent is not None:  # type: ignore[no-untyped-call]
-        raise NotImplementedError(_NO_FORWARD_MODE)
-    return logprobs
-
-
-def _forward_mode() -> bool:
-    """Whether forward-mode differentiation is active, for which `_Transformed` raises an error."""
-    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
-
-
-# --- the public function ------------------------------------------------------------------------------
 
 
 def pama_loss(
@@ -292,8 +132,19 @@ def pama_loss(
     if logprobs is None:
         check_float("logprobs", logprobs)
     if torch.compiler.is_compiling() and functorch_is_active():
-        logprobs = _known_to_the_compiler(logprobs)
+        logprobs = known_to_the_compiler(logprobs)
     rule = resolve_rule(rule)
+    if (
+        preference is weights is dual_clip is objective_mask is importance_weights is normalizer is None
+        and ref_logprobs is cu_seqlens is None
+        and process_group is None
+        and aggregation == "token-mean"
+        and type(kl_coef) is type(clip_range) is float
+        and kl_coef == 0.0
+    ):
+        quick = _quick(logprobs, old_logprobs, advantages, mask, rule, clip_range, statistics)
+        if quick is not None:
+            return quick
     kl_coef = check_number("kl_coef", kl_coef, 0.0)
     penalty = isinstance(kl_coef, Tensor) or kl_coef != 0
     if penalty and ref_logprobs is None:
@@ -326,20 +177,59 @@ def pama_loss(
     outputs = Outputs(
         advantages=False,
         loss=True,
-        gradient=differentiated or _forward_mode(),
+        gradient=differentiated or forward_mode(),
         statistics=statistics and merged is None,
         pairs=pairs and merged is None,
         normalize=False,
         normalizer=None if normalizer is None else _normalizer(normalizer, logprobs),
         kl_coef=kl_coef,
     )
-    call = _differentiable if outputs.gradient else operators.apply
+    call = differentiable if outputs.gradient else operators.apply
     result = call(tokens, asked, arguments.Apply(p, given), outputs)
     found = merged or ObjectiveStatistics(result.sums, layout.objectives, pairs)
     optimum = result.optimum
     if merged is not None and result.weights.dim() == 1:
         optimum = merged_optimum(merged, solved, result.weights)
     return PamaLossOutput(result.loss, result.weights, optimum, found)
+
+
+_OUTPUTS = {
+    (gradient, statistics, pairs): Outputs(False, True, gradient, statistics, pairs, False, None, 0.0)
+    for gradient, statistics, pairs in itertools.product((False, True), repeat=3)
+}
+
+
+def _quick(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    rule: Rule,
+    clip_range: float,
+    statistics: bool,
+) -> PamaLossOutput | None:
+    """The loss of plain tensors on the CPU by one native call, which checks them too: in a small batch, the
+    checks in Python take longer than the computation. None for anything else, also for invalid arguments."""
+    asked = record(rule)
+    if (
+        traced()
+        or forward_mode()
+        or type(logprobs) is not Tensor
+        or type(advantages) is not Tensor
+        or not logprobs.is_cpu
+        or type(statistics) is not bool
+        or type(asked.number) is not float
+        or asked.kind == Kind.SOLVED
+    ):
+        return None
+    pairs, gradient = needs_pairs(rule), logprobs.requires_grad and torch.is_grad_enabled()
+    outputs, tensors = _OUTPUTS[gradient, statistics, pairs], (logprobs, old_logprobs, advantages, mask)
+    results = operators.quick_loss(tensors, asked, clip_range, noon_of(rule), outputs)
+    if results is None:
+        return None
+    loss = attached(logprobs, results) if gradient else results.loss
+    found = ObjectiveStatistics(results.sums, advantages.shape[-1], pairs)
+    return PamaLossOutput(loss, results.weights, results.optimum, found)
 
 
 def _normalizer(normalizer: object, logprobs: Tensor) -> Number:

@@ -158,6 +158,37 @@ inline Tokens read_tokens(const py::handle& object, Tensor& packed) {
     return tokens;
 }
 
+// Reads and checks plain tensors in host memory: logprobs, old_logprobs and mask (B, T), advantages (B, T, N) or (B,
+// N). Returns false for others and for invalid ones, about which the caller's Python code raises the error.
+inline bool read_padded(const py::handle& logprobs, const py::handle& old_logprobs, const py::handle& advantages,
+                        const py::handle& mask, Tensor& l, Tensor& a, Tokens& tokens) {
+    if (!exchange::table()) return false;
+    const auto read = [](const py::handle& object, Tensor& t, bool floats) {
+        read_tensor(object, "", t);
+        return t.lent.strides && t.lent.device_type == exchange::kCpu && t.elements > 0 &&
+               (!floats || is_float(t.dtype));
+    };
+    if (!read(logprobs, l, true) || !read(advantages, a, true) || l.ndim != 2 || a.ndim < 2 || a.ndim > 3) return false;
+    if (a.size(0) != l.size(0) || (a.ndim == 3 && a.size(1) != l.size(1))) return false;
+    tokens.rows = l.size(0);
+    tokens.width = l.size(1);
+    tokens.n = objectives_of(a.size(-1), "advantages");
+    tokens.per_sequence = a.ndim == 2;
+    tokens.advantages = by_objective(a, tokens.per_sequence);
+    tokens.logprobs = by_token(l);
+    tokens.wide = a.dtype == Dtype::f64 || l.dtype == Dtype::f64;
+    Tensor t;
+    const auto read_tokens = [&](const py::handle& object, bool floats, Array& array) {
+        if (object.is_none()) return true;
+        if (!read(object, t, floats) || t.ndim != 2 || t.size(0) != tokens.rows || t.size(1) != tokens.width)
+            return false;
+        array = by_token(t);
+        tokens.wide = tokens.wide || (floats && t.dtype == Dtype::f64);
+        return true;
+    };
+    return read_tokens(old_logprobs, true, tokens.old_logprobs) && read_tokens(mask, false, tokens.mask);
+}
+
 // Reads offsets in host memory as int64 and checks them, since kernels compute addresses from them. tokens < 0: the
 // number of tokens is known only from the offsets.
 inline std::vector<int64_t> read_offsets(const Tensor& t, int64_t rows, int64_t tokens) {

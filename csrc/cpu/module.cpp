@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "../binding/contract.hpp"
+#include "../binding/results.hpp"
 #include "../core/statistics.hpp"
 #include "driver.hpp"
 
@@ -64,8 +65,11 @@ void solve_of(const py::handle& sums, const py::handle& rule, const py::handle& 
     *value = solve(static_cast<const double*>(t.data), asked, read_preference(preference, n), n, c, p);
 }
 
-void apply_of(const py::handle& record, const py::handle& rule, const py::handle& preference, const py::handle& weights,
-              const py::handle& asked, const py::handle& results, int threads) {
+// Returns the results: `results`, which Python has allocated, or new ones if that is the class of the record; `nothing`
+// is then the tensor for those that are not asked for.
+py::object apply_of(const py::handle& record, const py::handle& rule, const py::handle& preference,
+                    const py::handle& weights, const py::handle& asked, const py::handle& results,
+                    const py::handle& nothing, int threads) {
     const Given given(record);
     const Tokens& tokens = given.tokens;
     const Rule how = read_rule(rule);
@@ -78,7 +82,15 @@ void apply_of(const py::handle& record, const py::handle& rule, const py::handle
     if (known && (!is_float(c.dtype) || c.ndim < 1 || c.size(-1) != tokens.n || (per_row && c.size(0) != tokens.rows)))
         throw py::value_error("weights: expected floats of shape (N,) or (B, N)");
     const bool by_row = known ? per_row : how.weights_per == WeightsPer::sequence;
-    const Outputs outputs = read_outputs(asked, results, tokens, how, by_row);
+    py::object into = py::reinterpret_borrow<py::object>(results);
+    if (PyType_Check(results.ptr())) {
+        const Record<TokenNames> fields(record);
+        Tensor advantages, logprobs;
+        read_tensor(fields[TokenNames::advantages], "advantages", advantages);
+        read_tensor(fields[TokenNames::logprobs], "logprobs", logprobs);
+        into = new_results({results, nothing, advantages, logprobs, by_row}, asked, tokens, how);
+    }
+    const Outputs outputs = read_outputs(asked, into, tokens, how, by_row);
     if (outputs.kl_coef != 0 && outputs.loss && !tokens.ref_logprobs)
         throw py::value_error("ref_logprobs: expected a tensor with kl_coef, got None");
     if ((outputs.loss || outputs.gradient) && !tokens.logprobs)
@@ -89,6 +101,27 @@ void apply_of(const py::handle& record, const py::handle& rule, const py::handle
     if (c) fixed = {c.data, c.dtype, per_row ? c.stride(0) : 0, 0, c.stride(-1)};
     run(given.elements(),
         [&] { apply(tokens, how, p, fixed, per_row, outputs, threads_for(given.elements(), threads)); });
+    return into;
+}
+
+// `apply` for the loss alone, of plain CPU tensors that it checks itself. Returns None for other inputs, as the fast
+// path of the solvers below.
+py::object quick_loss(const py::handle& logprobs, const py::handle& old_logprobs, const py::handle& advantages,
+                      const py::handle& mask, const py::handle& rule, double clip, bool noon, const py::handle& asked,
+                      const py::handle& type, const py::handle& nothing, int threads) {
+    Tensor l, a;
+    Tokens tokens;
+    tokens.noon = noon;
+    tokens.clip = Clip::make(clip, clip, std::numeric_limits<double>::infinity());
+    if (!(clip >= 0 && clip <= 1) || !read_padded(logprobs, old_logprobs, advantages, mask, l, a, tokens))
+        return py::none();
+    const Rule how = read_rule(rule);
+    const bool by_row = how.weights_per == WeightsPer::sequence;
+    const py::object results = new_results({type, nothing, a, l, by_row}, asked, tokens, how);
+    const Outputs outputs = read_outputs(asked, results, tokens, how, by_row);
+    const int64_t elements = tokens.tokens() * (tokens.per_sequence ? 1 : tokens.n);
+    run(elements, [&] { apply(tokens, how, nullptr, {}, false, outputs, threads_for(elements, threads)); });
+    return results;
 }
 
 // Matrices (..., N, N) in float32 or float64 with one stride through the leading dimensions; false for anything else.
@@ -295,6 +328,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("statistics", &statistics_of);
     m.def("solve", &solve_of);
     m.def("apply", &apply_of);
+    m.def("quick_loss", &quick_loss);
     m.def("weights", &weights_of);
     m.def("min_norm", &min_norm_of);
     m.def("upgrad", &upgrad_of);

@@ -1,6 +1,7 @@
 """The native CPU module.
 
-It reads records by field and tensors with their strides; the caller allocates contiguous results.
+It reads records by field and tensors with their strides. The caller allocates contiguous results; `apply`
+allocates them if it gets the class `Results`, with `nothing` for those that are not requested.
 """
 
 from torch import Tensor
@@ -31,9 +32,23 @@ def apply(
     preference: Tensor | None,
     weights: Tensor | None,
     outputs: Outputs,
-    results: Results,
+    results: Results | type[Results],
+    nothing: Tensor,
     threads: int,
-) -> None: ...
+) -> Results: ...
+def quick_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    rule: Rule,
+    clip_range: float,
+    noon: bool,
+    outputs: Outputs,
+    results: type[Results],
+    nothing: Tensor,
+    threads: int,
+) -> Results | None: ...
 def weights(
     scores: Tensor,
     preference: Tensor | None,

@@ -11,14 +11,17 @@ from . import _cpu
 from .arguments import Gae
 from .native import computed, scale_of_rows
 from .normalize import with_normalize
-from .operators import empty_results
+from .operators import NOTHING, empty_results
 
 build_info = _cpu.build_info
-# The solvers' fast path in C++ for the common case: a plain tensor and the uniform preference. It returns
+# Fast paths in C++ for the common case: plain tensors, the uniform preference and few settings. They return
 # None otherwise.
 quick_weights, quick_min_norm, quick_upgrad = _cpu.quick_weights, _cpu.quick_min_norm, _cpu.quick_upgrad
-if hasattr(Tensor, "__dlpack_c_exchange_api__"):
-    _cpu.use_exchange(Tensor.__dlpack_c_exchange_api__)
+quick_loss = _cpu.quick_loss
+# Whether the native module allocates tensors, which needs torch >= 2.10.
+_ALLOCATES = hasattr(Tensor, "__dlpack_c_exchange_api__") and _cpu.use_exchange(
+    Tensor.__dlpack_c_exchange_api__
+)
 
 
 def statistics(tokens: Tokens, pairs: bool) -> Tensor:
@@ -40,9 +43,9 @@ def solve(
 def apply(
     tokens: Tokens, rule: Rule, preference: Tensor | None, weights: Tensor | None, outputs: Outputs
 ) -> Results:
-    results = empty_results(tokens, rule, weights, outputs)
-    _cpu.apply(tokens, rule, preference, weights, outputs, results, torch.get_num_threads())
-    return results
+    results = Results if _ALLOCATES else empty_results(tokens, rule, weights, outputs)
+    threads = torch.get_num_threads()
+    return _cpu.apply(tokens, rule, preference, weights, outputs, results, NOTHING, threads)
 
 
 def weights(

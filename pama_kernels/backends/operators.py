@@ -7,6 +7,7 @@ wrappers, negated views.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
@@ -175,7 +176,7 @@ class _Operator(Generic[_P, _R]):
         _LIBRARY.define(name + schema(records, returns), tags=(torch.Tag.needs_exact_strides,))
         _LIBRARY.impl(name, run, "CPU")
         _LIBRARY.impl(name, run, "CUDA")
-        # No result has a gradient here; `loss._Loss` attaches that of the loss.
+        # No result has a gradient here; `_autograd._Loss` attaches that of the loss.
         _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
         torch.library.register_fake(f"pama::{name}", fake_run, lib=_LIBRARY)
         self.operator = getattr(torch.ops.pama, name).default
@@ -188,6 +189,10 @@ class _Operator(Generic[_P, _R]):
         return find(first.device.type, self.name, tensors)
 
     def __call__(self, *records: _P.args, **none: _P.kwargs) -> _R:
+        return self._through_operator(records) if traced() else self.eager(*records, **none)
+
+    def eager(self, *records: _P.args, **none: _P.kwargs) -> _R:
+        """A call while nothing is traced."""
         if not _direct(records):
             return self._through_operator(records)
         try:
@@ -221,8 +226,6 @@ def _is_meta(records: Sequence[Any]) -> bool:
 
 def _direct(records: Sequence[Any]) -> bool:
     """Whether a backend can read the memory of every tensor as it is."""
-    if traced():
-        return False
     for record in records:
         for x in TENSORS[type(record)](record):
             if x is None or type(x) is float:
@@ -287,7 +290,7 @@ group_normalize = _Operator(
 )
 
 
-# --- whole calls of the solvers for a plain tensor and default options ----------------------------------
+# --- whole calls for plain tensors and default options --------------------------------------------------
 
 
 def _quick(name: str) -> Callable[[Tensor, float], Solution | None]:
@@ -318,3 +321,24 @@ def _quick(name: str) -> Callable[[Tensor, float], Solution | None]:
 quick_weights = _quick("quick_weights")
 quick_min_norm = _quick("quick_min_norm")
 quick_upgrad = _quick("quick_upgrad")
+
+
+@functools.cache
+def _quick_loss() -> Callable[..., Results | None]:
+    found: Callable[..., Results | None] = getattr(find("cpu", "apply"), "quick_loss", lambda *_: None)
+    return found
+
+
+def quick_loss(
+    tensors: tuple[Tensor | None, ...], rule: Rule, clip_range: float, noon: bool, outputs: Outputs
+) -> Results | None:
+    """`apply` for logprobs, old_logprobs, advantages and mask that the CPU backend checks itself; None for
+    others, which the validating path then takes."""
+    for x in tensors:
+        if x is not None and (type(x) is not Tensor or x.is_neg()):
+            return None
+    threads = torch.get_num_threads()
+    try:
+        return _quick_loss()(*tensors, rule, clip_range, noon, outputs, Results, NOTHING, threads)
+    except Exception:
+        return None

@@ -10,15 +10,20 @@ calls.
 
 from __future__ import annotations
 
+from pama_kernels.backends.normalize import with_normalize
+
 from . import advantages, passes, rules
 from .launch import INTERPRETED, compile_launches
 from .min_norm import min_norm, upgrad
 from .repeat import repeatable
 from .simplex import weights
 
-statistics, solve = repeatable(passes.statistics), repeatable(rules.solve)
-apply, apply_solved = repeatable(passes.apply), repeatable(passes.apply_solved)
-gae, group_normalize = repeatable(advantages.gae), repeatable(advantages.group_normalize)
+statistics = repeatable(passes.empty_sums, passes.statistics)
+solve = repeatable(rules.empty_solution, rules.solve)
+apply = with_normalize(repeatable(passes.empty, passes.apply))
+apply_solved = repeatable(lambda *_: None, passes.apply_solved)
+gae = repeatable(advantages.empty_gae, advantages.gae)
+group_normalize = repeatable(advantages.empty_normalized, advantages.group_normalize)
 
 __all__ = [
     "apply",

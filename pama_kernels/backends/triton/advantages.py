@@ -14,6 +14,7 @@ from pama_kernels.backends.arguments import Gae
 from .launch import check_memory, launch, number, number_of, options_of, power_of_two
 from .simplex import power_of_two_of
 from .tokens import read, rounded, truth
+from .trace import shape, strides
 
 _STEPS = 1024  # steps times objectives that a program scans at a time
 _MEMBERS = 1024  # members of a group times objectives that a program processes at a time
@@ -129,25 +130,28 @@ def gae_kernel(
         value = tl.where(any_found, tl.sum(earliest, 0), value)
 
 
-def gae(problem: Gae) -> tuple[Tensor, Tensor]:
-    rewards, values, *_, gamma, lam = problem
-    rows, width, n = rewards.shape
-    dtype = torch.promote_types(rewards.dtype, values.dtype)
+def empty_gae(problem: Gae) -> tuple[Tensor, Tensor]:
+    rewards = problem.rewards
+    dtype = torch.promote_types(rewards.dtype, problem.values.dtype)
     advantages = torch.empty(rewards.shape, dtype=dtype, device=rewards.device)
-    returns = torch.empty_like(advantages)
-    if advantages.numel() == 0:
-        return advantages, returns
+    return advantages, torch.empty_like(advantages)
+
+
+def gae(problem: Gae, results: tuple[Tensor, Tensor]) -> None:
+    rewards, *_, gamma, lam = problem
+    (rows, width, _), n = shape(rewards), rewards.shape[-1]
+    if rows == 0 or width == 0 or n == 0:
+        return
     block = min(power_of_two(n), 16)
     arrays: list[Any] = []
     for (name, x), dimensions in zip(problem._asdict().items(), (3, 3, 2, 2, 2, 2, 3), strict=False):
         check_memory(**{name: x})
-        arrays += [x, *((0,) * dimensions if x is None else x.stride())]
+        arrays += [x, *((0,) * dimensions if x is None else strides(x))]
     options = options_of(n=n, STEPS=_STEPS // max(block, 4), BLOCK=block)
     launch(
-        gae_kernel, rewards.device, rows * triton.cdiv(n, block), options, *arrays, advantages, returns,
+        gae_kernel, rewards.device, rows * triton.cdiv(n, block), options, *arrays, *results,
         *number(gamma), *number(lam), width,
     )  # fmt: skip
-    return advantages, returns
 
 
 # --- group normalisation ---------------------------------------------------------------------------------
@@ -241,13 +245,18 @@ def group_normalize_kernel(
             first += MEMBERS
 
 
-def group_normalize(
+def empty_normalized(
     rewards: Tensor, group_size: int, group_ids: Tensor | None, scale: bool, eps: float
 ) -> Tensor:
-    rows, n = rewards.shape
-    result = torch.empty(rewards.shape, dtype=rewards.dtype, device=rewards.device)
-    if result.numel() == 0:
-        return result
+    return torch.empty(rewards.shape, dtype=rewards.dtype, device=rewards.device)
+
+
+def group_normalize(
+    rewards: Tensor, group_size: int, group_ids: Tensor | None, scale: bool, eps: float, result: Tensor
+) -> None:
+    (rows, _), n = shape(rewards), rewards.shape[-1]
+    if rows == 0 or n == 0:
+        return
     check_memory(rewards=rewards, group_ids=group_ids)
     order = ids = None
     groups = rows // group_size
@@ -261,6 +270,5 @@ def group_normalize(
     options = options_of(n=n, SCALE=scale, MEMBERS=members, BLOCK=block, num_warps=2)
     launch(
         group_normalize_kernel, rewards.device, groups * triton.cdiv(n, block), options, rewards,
-        *rewards.stride(), order, ids, result, eps, rows, group_size,
+        *strides(rewards), order, ids, result, eps, rows, group_size,
     )  # fmt: skip
-    return result

@@ -51,6 +51,7 @@ from .tokens import (
     rounded,
     tokens_in_all,
 )
+from .trace import memory, strides
 
 
 @triton.jit(do_not_specialize=[*ANY_SIZE, "c_row", "c_step", "e_row", "parts"])
@@ -303,7 +304,7 @@ def run_tokens(p: Problem, x: Pass) -> None:
     slots = programs(p.device, units, plan.each)
     partial = count = None
     if x.statistics or x.loss is not None or x.square_sum is not None:
-        partial = x.sums.new_empty(slots * plan.stride)
+        partial = memory(p.device, slots * plan.stride)
         count = counter(p.device)
     c_row, c_step = weight_strides(x.c)
     launch(
@@ -318,5 +319,5 @@ def weight_strides(c: Tensor | None) -> tuple[int, ...]:
     """The row stride and the stride of weights (N,) or (B, N)."""
     if c is None:
         return 0, 0
-    strides = c.stride()
-    return strides if len(strides) == 2 else (0, *strides)
+    steps = strides(c)
+    return tuple(steps) if len(steps) == 2 else (0, *steps)

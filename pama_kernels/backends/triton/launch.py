@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from triton.runtime.driver import driver
 
 from pama_kernels._call import Number
 from pama_kernels.backends.native import NoMemory
+
+from .trace import Traced, larger, smaller
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 NVIDIA = torch.version.hip is None and not INTERPRETED
@@ -58,14 +61,14 @@ def aligned(*tensors: Tensor | None) -> bool:
     return addresses % ALIGNMENT == 0
 
 
-def number(x: Number | None, without: float = 0.0) -> tuple[float, Tensor | None]:
+def number(x: Number | Traced | None, without: float = 0.0) -> tuple[float | Traced, Tensor | None]:
     """A setting as two arguments of a kernel, which `number_of` joins: a value, and the tensor that replaces
     it."""
-    if type(x) is float:
+    if isinstance(x, (float, Traced)):
         return x, None
     if isinstance(x, Tensor):
         check_memory(setting=x)
-        return 0.0, x.detach()
+        return 0.0, x
     return without if x is None else float(x), None
 
 
@@ -238,6 +241,12 @@ def _pointers_of(kernel: Any, count: int) -> tuple[int, ...]:
 
 def variant_of(kernel: Any, arguments: tuple[Any, ...], options: Options) -> tuple[Variant, list[Any]]:
     """The compiled kernel for a call, and the arguments with addresses in the place of tensors."""
+    key, values = _key(kernel, arguments, options)
+    return _variants.get(key) or _made(key, kernel, arguments, options), values
+
+
+def _key(kernel: Any, arguments: tuple[Any, ...], options: Options) -> tuple[tuple[Any, ...], list[Any]]:
+    """What determines the variant, and the arguments with addresses."""
     places = _places.get(id(kernel))
     if places is None:
         _places[id(kernel)] = places = _pointers_of(kernel, len(arguments))
@@ -252,8 +261,7 @@ def variant_of(kernel: Any, arguments: tuple[Any, ...], options: Options) -> tup
             values[place] = address = x.data_ptr()
             addresses |= address
     even = addresses % ALIGNMENT == 0 and not options.by_row
-    key = id(kernel), options.key, driver.active.get_current_device(), even, *dtypes
-    return _variants.get(key) or _made(key, kernel, arguments, options), values
+    return (id(kernel), options.key, driver.active.get_current_device(), even, *dtypes), values
 
 
 def _made(key: Any, kernel: Any, arguments: tuple[Any, ...], options: Options) -> Variant:
@@ -289,17 +297,49 @@ def compile_launches(calls: Callable[[], object]) -> int:
     launches: list[Launch] = []
     with watching(lambda kernel, programs, *rest: launches.append((kernel, *rest))):
         calls()
-    before = len(_variants)
-    with ThreadPoolExecutor(os.cpu_count()) as executor, triton.AsyncCompileMode(executor):
-        for kernel, arguments, options in launches:
-            compiled(kernel, arguments, _is_even(arguments, options), options)
-    for launch_of in launches:
-        variant_of(*launch_of)
-    return len(_variants) - before
+    missing = {key: one for one in launches if (key := _key(*one)[0]) not in _variants}
+    if missing:
+        with _without_collection(), ThreadPoolExecutor(os.cpu_count()) as executor:
+            with triton.AsyncCompileMode(executor):
+                for one in missing.values():
+                    _compiled(one)
+            list(executor.map(_loaded, map(_compiled, missing.values()), [_current()] * len(missing)))
+    for key, one in missing.items():
+        _made(key, *one)
+    return len(missing)
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Before Python 3.13, `ast.parse` fails in a thread if a garbage collection lets another thread parse."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _compiled(one: Launch) -> Any:
+    kernel, arguments, options = one
+    return compiled(kernel, arguments, _is_even(arguments, options), options)
+
+
+def _current() -> int | None:
+    """The current GPU, which each thread has to set."""
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+
+def _loaded(kernel: Any, device: int | None) -> Any:
+    """What runs a compiled kernel. Some versions of Triton compile it with a C compiler."""
+    with contextlib.nullcontext() if device is None else torch.cuda.device(device):
+        return kernel.run
 
 
 def programs(device: torch.device, units: int, each: int = 2) -> int:
     """The number of programs for `units` tiles or rows: at most `each` per SM of the GPU; a few in the
     interpreter."""
     most = each * _place_of(device).processors or 3
-    return units if 0 < units < most else most if units > 0 else 1
+    programs: int = smaller(larger(units, 1), most)
+    return programs

@@ -29,7 +29,6 @@ from pama_kernels._call import (
     statistics_size,
     weights_by_row,
 )
-from pama_kernels.backends.normalize import with_normalize
 from pama_kernels.backends.operators import empty_results
 
 from .apply import Pass, run_tokens, weight_strides
@@ -42,6 +41,7 @@ from .simplex import preference_of, softmin, solve_scaled
 from .statistics import PAIRS_IN_REGISTERS, store_pairs_of, valid_count
 from .terms import ADVANTAGE_SUM, BOUND_SQUARE_SUM, BOUND_SUM, COUNT, FIELD_COUNT, added, repeated
 from .tokens import read, row_range, valid_tokens
+from .trace import element, larger, memory, smaller, strides
 
 _SOLVED_INLINE = 16  # objectives whose weights the last program of the statistics finds without spilling
 
@@ -82,17 +82,19 @@ class _Call:
                 present = self.given.objective_mask is not None
                 store_pairs_of(self.problem, present, self.row_counts, x.sums)
 
-    def new(self, *shape: int) -> Tensor:
+    def new(self, count: int) -> Tensor:
         """In float64."""
-        return torch.empty(*shape, device=self.device, dtype=torch.float64)
+        return memory(self.device, count)
 
 
-def statistics(tokens: Tokens, pairs: bool) -> Tensor:
+def empty_sums(tokens: Tokens, pairs: bool) -> Tensor:
+    size, device = statistics_size(tokens.objectives, pairs), tokens.advantages.device
+    return torch.empty(size, device=device, dtype=torch.float64)
+
+
+def statistics(tokens: Tokens, pairs: bool, sums: Tensor) -> None:
     check_tokens_memory(tokens)
-    call = _Call(tokens, by_token=False)
-    sums = call.new(statistics_size(call.n, pairs))
-    call.run(Pass(sums, statistics=True, pairs=pairs))
-    return sums
+    _Call(tokens, by_token=False).run(Pass(sums, statistics=True, pairs=pairs))
 
 
 @triton.jit(do_not_specialize=["parts", "rows", "c_row", "c_step"])
@@ -141,7 +143,7 @@ def _row_weights(call: _Call, x: Pass, fields: Tensor, parts: int, effective: Te
     each = max(1, 256 // block)
     options = options_of(n=n, N=block, ROWS=each, WEIGHTS=x.weights, NOON=call.given.noon)
     launch(
-        row_weights_kernel, call.device, max(1, -(-rows // each)), options, fields, parts, x.preference,
+        row_weights_kernel, call.device, larger(1, -(-rows // each)), options, fields, parts, x.preference,
         *number(x.setting), x.c, *weight_strides(x.c), x.reported, x.optimum, effective, rows,
     )  # fmt: skip
 
@@ -166,11 +168,11 @@ def _denominator(given: Tokens, outputs: Outputs, sums: Tensor | None) -> tuple[
     if outputs.normalizer is not None:
         return outputs.normalizer, False
     if given.aggregation != Aggregation.TOKEN_MEAN:
-        return float(max(given.rows, 1)), False
+        return 1.0 * larger(given.rows, 1), False
     if given.mask is None and given.cu_seqlens is None:
-        return float(max(given.rows * given.width, 1)), False
+        return 1.0 * larger(given.rows * given.width, 1), False
     if sums is not None:
-        return sums[len(FIELDS) * given.objectives], True
+        return element(sums, len(FIELDS) * given.objectives), True
     return valid_count(given, False), True
 
 
@@ -179,14 +181,35 @@ def _without_ref(tokens: Tokens, outputs: Outputs) -> Tokens:
     return tokens._replace(ref_logprobs=None) if unused and tokens.ref_logprobs is not None else tokens
 
 
-@with_normalize
-def apply(
+def empty(
     tokens: Tokens, rule: Rule, preference: Tensor | None, weights: Tensor | None, outputs: Outputs
 ) -> Results:
+    results = empty_results(tokens, rule, weights, outputs)
+    if _known_weights(weights, outputs):
+        check_memory(weights=weights)
+        assert weights is not None
+        results.weights.copy_(weights)
+        for left_out in (results.optimum, results.sums):
+            left_out.fill_(math.nan)
+    return results
+
+
+def _known_weights(weights: Tensor | None, outputs: Outputs) -> bool:
+    """Whether no kernel has to write weights and statistics."""
+    return weights is not None and weights.dim() == 1 and not outputs.statistics
+
+
+def apply(
+    tokens: Tokens,
+    rule: Rule,
+    preference: Tensor | None,
+    weights: Tensor | None,
+    outputs: Outputs,
+    results: Results,
+) -> None:
     check_tokens_memory(tokens)
     check_memory(preference=preference, weights=weights)
     tokens = _without_ref(tokens, outputs)
-    results = empty_results(tokens, rule, weights, outputs)
     n, rows = tokens.objectives, tokens.rows
     by_row = weights_by_row(rule, weights)
     by_token = rule.weights_per == WeightsPer.TOKEN and weights is None and tokens.logprobs is not None
@@ -201,16 +224,13 @@ def apply(
     x = Pass(
         results.sums, weights=kind, statistics=True, pairs=outputs.pairs, preference=preference,
         setting=rule.number,
-        c=None if weights is None else weights.detach(), effective=preference,
+        c=weights, effective=preference,
         share=tokens.objective_mask is not None and kind in (BATCH, ROW) and rule.kind != Kind.GIVEN,
         reported=results.weights, optimum=results.optimum,
         square_sum=results.square_sum if outputs.advantages else None,
     )  # fmt: skip
-    if weights is not None and not by_row and not outputs.statistics:
+    if _known_weights(weights, outputs):
         x.statistics, x.reported, x.optimum = False, None, None
-        results.weights.copy_(weights)
-        for left_out in (results.optimum, results.sums):
-            left_out.fill_(math.nan)
     solved = batch or (by_row and call.rows is None)  # statistics come first, and x.c has the weights
     if solved:
         first = x.copy()
@@ -226,8 +246,9 @@ def apply(
             solve_into(results.sums, rule, preference, n, results.weights, results.optimum, x.effective)
         x.optimum = None
     elif solved:
-        parts = 1 if INTERPRETED else max(1, min(programs(call.device, 1 << 30, 2) // max(rows, 1), 64))
-        fields, x.effective = call.new(rows * parts * len(FIELDS) * n), call.new(rows, n)
+        most = 1 if INTERPRETED else programs(call.device, 1 << 30, 2) // larger(rows, 1)
+        parts = larger(1, smaller(most, 64))
+        fields, x.effective = call.new(rows * parts * len(FIELDS) * n), call.new(rows * n)
         first.row_fields, first.parts, first.effective = fields, parts, None
         call.run(first)
         first.weights = kind
@@ -235,11 +256,15 @@ def apply(
         x.weights = ROW
         x.share = tokens.objective_mask is not None and not tokens.mask_per_sequence and weights is None
     _second_pass(call, x, rule, outputs, results, solved)
-    return results
 
 
 def apply_solved(
-    tokens: Tokens, outputs: Outputs, results: Results, effective: Tensor | None, factors: Tensor | None
+    tokens: Tokens,
+    outputs: Outputs,
+    results: Results,
+    effective: Tensor | None,
+    factors: Tensor | None,
+    _: None = None,
 ) -> None:
     """Runs only the second pass; the weights per batch and the statistics are in `results`."""
     check_tokens_memory(tokens)
@@ -273,7 +298,7 @@ def _second_pass(call: _Call, x: Pass, rule: Rule, outputs: Outputs, results: Re
     tokens, rows = call.given, call.given.rows
     combined = results.advantages if outputs.advantages else None
     if call.rows is not None:
-        factors = call.new(rows, 3) if outputs.loss else None
+        factors = call.new(rows * 3) if outputs.loss else None
         if not solved or combined is not None or factors is not None:
             x.combined, x.row_factors = combined, factors
             call.run(x)
@@ -284,7 +309,7 @@ def _second_pass(call: _Call, x: Pass, rule: Rule, outputs: Outputs, results: Re
     picked = combined
     if combined is not None and one_result_per_row(tokens, rule):
         # Presence may differ within a row: use that of its first valid token.
-        combined = combined.new_empty(tokens.width)
+        combined = memory(call.device, tokens.width, combined.dtype)
     x.combined = combined
     if outputs.loss:
         x.denominator, x.count = _denominator(tokens, outputs, results.sums if solved else None)
@@ -297,6 +322,6 @@ def _second_pass(call: _Call, x: Pass, rule: Rule, outputs: Outputs, results: Re
         mask = tokens.mask
         launch(
             first_token_kernel, call.device, rows, options_of(TOKENS=128), mask,
-            0 if mask is None else mask.stride(0), tokens.cu_seqlens, tokens.cu_seqlens.stride(0),
+            0 if mask is None else strides(mask)[0], tokens.cu_seqlens, strides(tokens.cu_seqlens)[0],
             tokens.width, combined, picked,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 from pama_kernels._call import Tokens
 
 from .launch import ALIGNMENT, INTERPRETED, check_address, number, power_of_two
+from .trace import strides
 
 # Sizes and strides change from step to step, so kernels that take the arguments of `Problem` are not
 # specialised on them.
@@ -54,10 +55,10 @@ def objective_strides(x: Tensor | None, per_sequence: bool) -> tuple[int, ...]:
     """(B, T, N), (B, N) or (M, N)."""
     if x is None:
         return 0, 0, 0
-    strides = x.stride()
-    if len(strides) == 3:
-        return strides
-    first, last = strides
+    steps = strides(x)
+    if len(steps) == 3:
+        return tuple(steps)
+    first, last = steps
     return (first, 0, last) if per_sequence else (0, first, last)
 
 
@@ -94,8 +95,8 @@ def problem(given: Tokens, by_row: bool, without_objectives: bool = False) -> Pr
         if x is None:
             arrays += _ABSENT
             continue
-        strides = x.stride()
-        row, token = strides if len(strides) == 2 else (0, *strides)
+        steps = strides(x)
+        row, token = steps if len(steps) == 2 else (0, *steps)
         arrays += x, row, token
         unit = unit and token == 1
         places.append((row, token))
@@ -111,7 +112,7 @@ def problem(given: Tokens, by_row: bool, without_objectives: bool = False) -> Pr
     if flat and cu is None:  # rows are then not multiplied by their strides
         rows, width = 1, total
     arguments = (
-        own, *a, presence, *o, *arrays, cu, 0 if cu is None else cu.stride(0), rows, width, *number(low),
+        own, *a, presence, *o, *arrays, cu, 0 if cu is None else strides(cu)[0], rows, width, *number(low),
         *(_UNCLIPPED if high is None else number(high)), *(_UNCLIPPED if dual is None else number(dual)),
     )  # fmt: skip
     constants = Constants(

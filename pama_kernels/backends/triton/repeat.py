@@ -1,105 +1,95 @@
-"""Repeats the launches of an earlier call with the same signature: shapes, strides, dtypes, alignment of the
-tensors, and settings.
+"""Repeats the launches of an earlier call with the same signature: dtypes, dimensions and alignment of the
+tensors, the number of objectives, and flags. Shapes, strides and settings may change.
 
-Most of the host time of a call goes into what its signature determines: the strides and sizes that a kernel
-takes, the number of programs, the compiled kernel. The fourth call with a signature is therefore recorded.
-Later ones allocate their results, put the addresses of their tensors into the recorded launches, and launch.
-No tensor and no value of a tensor is kept. A call that does more than allocate memory and launch kernels is
-never repeated.
+Most of the host time of a call goes into the arguments of its launches: strides and sizes, the number of
+programs, the compiled kernel. The second call with a signature is therefore recorded as a function
+(`trace.py`). Later ones allocate their results, and call it with their sizes, settings and addresses. Where
+it returns False, since another branch is taken for these sizes, the call is recorded too. No tensor and no
+value of a tensor is kept. A call that does more than allocate memory and launch kernels is never repeated.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import threading
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pama_kernels import _stream
+from pama_kernels._call import Tokens
 from pama_kernels.backends._counter import counter
 from pama_kernels.backends.arguments import OTHERS, TENSORS
-from pama_kernels.backends.operators import NOTHING
 
 from . import launch
-from .launch import ALIGNMENT, INTERPRETED, Options, Variant
+from .launch import ALIGNMENT, INTERPRETED, Options
+from .trace import Trace, Traced, plain, source, tracing
 
-RECORDED = 4  # which call with a signature is recorded: it takes as long as four repeated ones save
-_MOST = 512  # recorded signatures of a function; the oldest is dropped
-_MOST_SEEN = 4096
+_MOST = 512  # signatures; the oldest is dropped
+_MOST_FUNCTIONS = 16  # of a signature
 _MOST_SCRATCH = 1 << 26  # bytes: larger calls do not wait for the host
 _APART = 512  # bytes: the alignment of torch's CUDA allocator
 _PLAIN = (Tensor, torch.nn.Parameter)
+_SIZES = 2  # `rows` and `width`, the first of the other fields of `Tokens`
 
-_Signature = tuple[tuple[Any, ...], list[int], torch.device]
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-class _Launch(NamedTuple):
-    variant: Variant
-    programs: int
-    values: list[Any]
-    addresses: tuple[tuple[int, int, int], ...]  # the place among the values, which tensor, offset in bytes
-    counter: int  # the place of the counter, or -1
+_Signature = tuple[tuple[Any, ...], list[Any], list[int], torch.device]
 
 
-class _Recorded(NamedTuple):
-    device: torch.device
-    results: tuple[tuple[torch.Size, torch.dtype] | None, ...]  # None: not requested
-    form: Callable[[list[Tensor]], Any]
-    scratch: int  # bytes
-    launches: tuple[_Launch, ...]
+class _Known:
+    """What repeats the calls with one signature: a function for each combination of branches."""
 
-    def repeat(self, addresses: list[int]) -> Any:
-        """`addresses`: of the tensors among the arguments."""
-        device = self.device
-        results = []
-        for made in self.results:
-            x = NOTHING if made is None else _empty(made[0], made[1], device)
-            addresses.append(x.data_ptr())
-            results.append(x)
-        scratch = None
-        if self.scratch:
-            scratch = torch.empty(self.scratch, dtype=torch.uint8, device=device)
-            addresses.append(scratch.data_ptr())
-        for variant, programs, values, places, counted in self.launches:
-            values = values.copy()
-            for place, which, offset in places:
-                values[place] = addresses[which] + offset
-            if counted >= 0:
-                values[counted] = counter(device).data_ptr()
-            variant(programs, values)
-        return self.form(results)
+    def __init__(self) -> None:
+        self.functions: list[Callable[..., bool]] = []
+        self.refused = False
+
+    def repeat(self, numbers: list[Any], addresses: list[int], results: list[int]) -> bool:
+        return any(function(numbers, addresses, results) for function in self.functions)
+
+    @property
+    def complete(self) -> bool:
+        """Whether no further call is to be recorded."""
+        return self.refused or len(self.functions) >= _MOST_FUNCTIONS
 
 
-_GETTERS = {record: (tensors, OTHERS[record]) for record, tensors in TENSORS.items()}
+_known: dict[tuple[Any, ...], _Known] = {}
+_lock = threading.Lock()
 
 
-def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty in half the time: it reads sizes faster from a list of arguments."""
-    if shape:
-        return torch.empty(*shape, dtype=dtype, device=device)
-    return torch.empty_strided((), (), dtype=dtype, device=device)
+def _new(key: tuple[Any, ...]) -> None:
+    with _lock:
+        while len(_known) >= _MOST:
+            del _known[next(iter(_known))]
+        _known[key] = _Known()
 
 
-def _signature(arguments: tuple[Any, ...]) -> _Signature | None:
-    """The key of a call, the addresses of its tensors and their device; None if one is not plain."""
-    key: list[Any] = []
+def _signature(function: Any, arguments: tuple[Any, ...]) -> _Signature | None:
+    """The key of a call, its sizes and settings, the addresses of its tensors and their device; None if one
+    is not plain. `_Recording` reads the sizes and settings in the same order."""
+    key: list[Any] = [function]
+    numbers: list[Any] = []
     addresses: list[int] = []
     device = None
     for record in arguments:
-        getters = _GETTERS.get(type(record))
-        if getters is not None:
-            fields = getters[0](record)
-            key.append(getters[1](record))
+        kind = type(record)
+        if kind in TENSORS:
+            others = OTHERS[kind](record)
+            if kind is Tokens:
+                numbers += others[:_SIZES]
+                others = others[_SIZES:]
+            key.append(others)
+            fields = TENSORS[kind](record)
         else:
             fields = record if isinstance(record, tuple) else (record,)
         for x in fields:
-            if x is None or type(x) is float:
-                key.append(x)
+            if x is None:
+                key.append(None)
+            elif type(x) is float:
+                key.append(float)
+                numbers.append(x)
             elif type(x) in _PLAIN:
                 try:
                     address = x.data_ptr()
@@ -108,9 +98,13 @@ def _signature(arguments: tuple[Any, ...]) -> _Signature | None:
                 if address == 0 and x.numel() != 0:
                     return None
                 if device is None:
-                    device = x.device
+                    device, shape = x.device, x.shape
+                    numbers += shape
+                    key += device, shape[-1]  # objectives
+                steps = x.stride()
+                numbers += steps
                 addresses.append(address)
-                key += x.dtype, x.shape, x.stride(), address % ALIGNMENT == 0
+                key += x.dtype, len(steps), address % ALIGNMENT == 0 if address else None
             elif isinstance(x, Tensor):
                 return None
             else:
@@ -119,183 +113,158 @@ def _signature(arguments: tuple[Any, ...]) -> _Signature | None:
         return None
     if len({*addresses}) < len(addresses):  # a tensor given twice
         key.append(tuple(map(addresses.index, addresses)))
-    return (device, *key), addresses, device
+    return tuple(key), numbers, addresses, device
 
 
-class _Refused:
-    """In the place of a `_Recorded`: not to be repeated."""
+def repeatable(allocate: Callable[..., Any], run: Callable[..., None]) -> Callable[..., Any]:
+    """A function of a backend. It returns what `allocate` returns: a tensor, a tuple of them, or None; `run`,
+    whose last argument this is, writes into it, by launches that are repeated. The other arguments are
+    records, tensors and settings."""
 
-
-_REFUSED = _Refused()
-
-
-def repeatable(function: _F) -> _F:
-    """A function of a backend whose launches are repeated. Its arguments are records, tensors and settings;
-    it returns a tensor, a tuple of tensors or None."""
-    known: dict[tuple[Any, ...], _Recorded | _Refused] = {}
-    seen: dict[int, int] = {}  # by hash of the signature: collisions only record a call earlier
-    lock = threading.Lock()
-
-    def is_due(key: tuple[Any, ...]) -> bool:
-        """Whether a call that is not known is to be recorded."""
-        code = hash(key)
-        times = seen.get(code, 0) + 1
-        if times < RECORDED:
-            if len(seen) >= _MOST_SEEN:
-                seen.clear()
-            seen[code] = times
-        return times >= RECORDED
-
-    @functools.wraps(function)
+    @functools.wraps(run)
     def call(*arguments: Any) -> Any:
-        if INTERPRETED or launch.watched():
-            return function(*arguments)
-        made = _signature(arguments)
-        if made is None or not launch.is_current(made[2]):
-            return function(*arguments)
-        key, addresses, device = made
-        found = known.get(key)
-        if type(found) is _Recorded:
-            return found.repeat(addresses)
-        if found is _REFUSED or not is_due(key) or _stream.capturing(device):
-            return function(*arguments)
-        result, recorded = _record(function, arguments, addresses, device)
-        with lock:
-            while len(known) >= _MOST:
-                del known[next(iter(known))]
-            known[key] = recorded
+        result = allocate(*arguments)
+        made = None if INTERPRETED or launch.watched() else _signature(run, arguments)
+        if made is None or not launch.is_current(made[3]):
+            run(*arguments, result)
+            return result
+        key, numbers, addresses, device = made
+        known = _known.get(key)
+        if known is None:
+            launch.compile_launches(lambda: run(*arguments, result))
+            run(*arguments, result)
+            _new(key)
+        elif not known.repeat(numbers, addresses, [x.data_ptr() for x in _tensors(result)]):
+            if known.complete or _stream.capturing(device):
+                run(*arguments, result)
+            else:
+                _Recording(numbers, arguments, result).of(run, known)
         return result
 
-    call.known = known  # type: ignore[attr-defined]  # read by the tests
-    return cast(_F, call)
+    return call
+
+
+def _tensors(result: Any) -> Sequence[Tensor]:
+    if isinstance(result, Tensor):
+        return (result,)
+    return () if result is None else result
 
 
 # --- recording ---------------------------------------------------------------------------------------------
 
 _aten = torch.ops.aten
-_ALLOCATIONS = {
-    _aten.empty.memory_format,
-    _aten.empty_strided.default,
-    _aten.empty_like.default,
-    _aten.new_empty.default,
+_HARMLESS = {
+    *(_aten.empty.memory_format, _aten.alias.default, _aten.detach.default, _aten.select.int),
+    *(_aten.slice.Tensor, _aten.view.default),
 }
-_VIEWS = {_aten.alias.default, _aten.detach.default, _aten.select.int, _aten.slice.Tensor, _aten.view.default}
-_HARMLESS = {*_VIEWS, _aten.promote_types.default}
 
 
-class _Allocations(TorchDispatchMode):
-    """Keeps all that is allocated, so that no two allocations share memory. `other`: something else was
-    run."""
+class _Others(TorchDispatchMode):
+    """Whether anything but allocations and views was run."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[Tensor] = []
-        self.other = False
+    found = False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if function in _ALLOCATIONS:
-            self.made.append(result)
-        elif function not in _HARMLESS:
-            self.other = True
-        return result
+        self.found = self.found or function not in _HARMLESS
+        return function(*args, **(kwargs or {}))
 
 
-def _record(
-    function: Callable[..., Any], arguments: tuple[Any, ...], addresses: list[int], device: torch.device
-) -> tuple[Any, _Recorded | _Refused]:
-    """Calls the function. Returns its result, and what repeats the call."""
-    own_counter = counter(device)
-    launches: list[tuple[Any, int, tuple[Any, ...], Options]] = []
-
-    def noted(*given: Any) -> None:
-        launches.append(given)
-        launch.start(*given)
-
-    allocations = _Allocations()
-    with launch.watching(noted), allocations:
-        result = function(*arguments)
-    results = [] if result is None else [result] if isinstance(result, Tensor) else list(result)
-    fresh = {x.untyped_storage().data_ptr() for x in allocations.made}
-    if allocations.other or not all(x is NOTHING or _is_whole(x, fresh) for x in results):
-        return result, _REFUSED
-    memory = _Memory(arguments, addresses, results, allocations.made)
-    steps = [memory.step(*given, own_counter) for given in launches]
-    complete = tuple(step for step in steps if step is not None)
-    if len(complete) < len(steps) or memory.scratch > _MOST_SCRATCH:
-        return result, _REFUSED
-    shapes = tuple(None if x is NOTHING else (x.shape, x.dtype) for x in results)
-    return result, _Recorded(device, shapes, _form_of(result), memory.scratch, complete)
+def _names(device: torch.device) -> dict[str, Any]:
+    """What the lines of a function refer to; it keeps no tensor."""
+    memory = functools.partial(torch.empty, dtype=torch.uint8, device=device)
+    count: Callable[[], int] = lambda: counter(device).data_ptr()  # noqa: E731
+    return {"inf": math.inf, "nan": math.nan, "memory": memory, "count": count}
 
 
-def _is_whole(x: Tensor, fresh: set[int]) -> bool:
-    """Whether a new tensor of its shape can take its place."""
-    storage = x.untyped_storage()
-    whole = x.is_contiguous() and storage.nbytes() == x.numel() * x.element_size()
-    return whole and storage.data_ptr() in fresh
+class _Recording:
+    """A call with `Traced` numbers in the place of its sizes and settings."""
 
+    def __init__(self, numbers: list[Any], arguments: tuple[Any, ...], result: Any) -> None:
+        self.trace, self.result, self.results = Trace(), result, _tensors(result)
+        self.original, self.given = arguments, list[Tensor]()
+        inputs = iter([Traced(self.trace, f"n{k}", value) for k, value in enumerate(numbers)])
+        self.arguments = [self._record(record, inputs) for record in arguments]
+        self.device = self.given[0].device
+        self.inputs = ", ".join(f"n{k}" for k in range(len(numbers)))
+        self.names = _names(self.device)
 
-def _form_of(result: Any) -> Callable[[list[Tensor]], Any]:
-    if result is None:
-        return lambda results: None
-    if isinstance(result, Tensor):
-        return lambda results: results[0]
-    return type(result)._make if hasattr(result, "_make") else tuple
+    def _record(self, record: Any, inputs: Iterator[Traced]) -> Any:
+        kind = type(record)
+        if kind not in TENSORS:
+            if not isinstance(record, tuple):
+                return self._field(record, inputs)
+            return cast(Any, kind)._make(self._field(x, inputs) for x in record)
+        sizes = {"rows": next(inputs), "width": next(inputs)} if kind is Tokens else {}
+        fields = TENSORS[kind](kind(*record._fields))  # their names
+        values = TENSORS[kind](record)
+        changed = {name: self._field(x, inputs) for name, x in zip(fields, values, strict=True)}
+        return record._replace(**sizes, **changed)
 
+    def _field(self, x: Any, inputs: Iterator[Traced]) -> Any:
+        if type(x) is float:
+            return next(inputs)
+        if isinstance(x, Tensor):
+            if id(x) in self.trace.sizes:  # a tensor given twice
+                x = x.detach()
+            shape = None if self.given else [next(inputs) for _ in x.shape]
+            self.given.append(x)
+            self.trace.sizes[id(x)] = shape, [next(inputs) for _ in x.stride()]
+            self.trace.storages.add(x.untyped_storage().data_ptr())
+        return x
 
-def _is_equal(x: Tensor, y: Tensor) -> bool:
-    return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
+    def of(self, run: Callable[..., Any], known: _Known) -> None:
+        """Makes the call, and adds to `known` what repeats it."""
+        counted = counter(self.device)
+        launches: list[tuple[Any, Any, tuple[Any, ...], Options]] = []
 
+        def noted(kernel: Any, programs: Any, arguments: tuple[Any, ...], options: Options) -> None:
+            launches.append((kernel, programs, arguments, options))
+            launch.start(kernel, plain(programs), tuple(map(plain, arguments)), options)
 
-class _Memory:
-    """To which tensor of a call an address belongs: an argument, a result, or the scratch memory of all
-    launches."""
+        others = _Others()
+        try:
+            with launch.watching(noted), tracing(self.trace), others:
+                run(*self.arguments, self.result)
+            if others.found:
+                raise TypeError("more than launches")
+            known.functions.append(self._function(launches, counted))
+        except TypeError:  # something cannot be recorded
+            known.refused = True
+            run(*self.original, self.result)
 
-    def __init__(
-        self, arguments: tuple[Any, ...], addresses: list[int], results: list[Tensor], made: list[Tensor]
-    ) -> None:
-        self.addresses = addresses
-        self.given = [
-            x
-            for record in arguments
-            for x in (record if isinstance(record, tuple) else (record,))
-            if isinstance(x, Tensor)
-        ]
-        self.storages = [x.untyped_storage().data_ptr() for x in self.given]
-        first = len(addresses)
-        self.places = {x.untyped_storage().data_ptr(): (first + k, 0) for k, x in enumerate(results)}
-        self.scratch = 0
-        for x in made:
-            storage = x.untyped_storage()
-            if storage.data_ptr() not in self.places:
-                self.places[storage.data_ptr()] = first + len(results), self.scratch
-                self.scratch += -(-storage.nbytes() // _APART) * _APART
+    def _function(self, launches: list[Any], counted: Tensor) -> Callable[..., bool]:
+        trace = self.trace
+        offsets, total = [], 0
+        for _, size in trace.scratch:
+            offsets.append(total)
+            total = total + (size + (_APART - 1)) // _APART * _APART
+        calls = []
+        if offsets:
+            trace.lines.append(f"if {source(total)} > {_MOST_SCRATCH}: return False")
+            calls = [f"scratch = memory({source(total)})", "m = scratch.data_ptr()"]
+        for k, (kernel, programs, arguments, options) in enumerate(launches):
+            values = (self._value(x, counted, offsets) for x in arguments)
+            calls.append(f"launch{k}({source(programs)}, [{', '.join(values)}])")
+            self.names[f"launch{k}"], _ = launch.variant_of(kernel, tuple(map(plain, arguments)), options)
+        lines = [f"{self.inputs}, = n", *trace.lines, *calls, "return True"]
+        text = "def repeat(n, a, r):\n " + "\n ".join(lines)
+        exec(text, self.names)
+        return cast(Callable[..., bool], self.names["repeat"])
 
-    def find(self, x: Tensor) -> tuple[int, int] | None:
-        """Which tensor, and the offset in bytes; None if that depends on more than the signature."""
-        address, storage = x.data_ptr(), x.untyped_storage().data_ptr()
-        if storage in self.places:
-            which, offset = self.places[storage]
-            return which, offset + address - storage
-        same = [k for k, own in enumerate(self.storages) if own == storage]
-        if len(same) > 1:  # a view may begin where another argument happens to
-            same = [k for k in same if _is_equal(x, self.given[k])]
-        return (same[0], address - self.addresses[same[0]]) if same else None
-
-    def step(
-        self, kernel: Any, programs: int, arguments: tuple[Any, ...], options: Options, own_counter: Tensor
-    ) -> _Launch | None:
-        variant, values = launch.variant_of(kernel, arguments, options)
-        places: list[tuple[int, int, int]] = []
-        counted = -1
-        for place, x in enumerate(arguments):
-            if not isinstance(x, Tensor) or x.data_ptr() == 0:
-                continue
-            if x is own_counter:
-                counted = place
-                continue
-            found = self.find(x)
-            if found is None:
-                return None
-            places.append((place, *found))
-        return _Launch(variant, programs, values, tuple(places), counted)
+    def _value(self, x: Any, counted: Tensor, offsets: list[Any]) -> str:
+        """The source of an argument of a kernel."""
+        if not isinstance(x, Tensor):
+            return source(x)
+        if x is counted:
+            return "count()"
+        view = self.trace.views.get(id(x))
+        if view is not None:
+            return f"{self._value(view[1], counted, offsets)} + {view[2]}"
+        for name, tensors in (("a", self.given), ("r", self.results)):
+            for k, own in enumerate(tensors):
+                if x is own:
+                    return f"{name}[{k}]"
+        for (own, _), offset in zip(self.trace.scratch, offsets, strict=True):
+            if x is own:
+                return f"m + {source(offset)}"
+        raise TypeError("an argument of unknown memory")

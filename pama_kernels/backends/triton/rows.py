@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -39,6 +38,7 @@ from .terms import (
     row_terms,
 )
 from .tokens import by_sign, rounded
+from .trace import larger, memory, smaller
 
 _BLOCK = 8  # objectives of a block of pairs
 _HEAD = tl.constexpr(HEAD)
@@ -218,12 +218,13 @@ class Rows:
         self.parts = 1
         self.problem = p = problem(given, True, without_objectives=True)
         if not self.plain or given.mask is not None:
-            rows = max(given.rows, 1)
+            rows = larger(given.rows, 1)
             each = -(-p.total // rows)
-            self.parts = max(1, min(programs(self.device, 1 << 30, 8) // rows, -(-each // ROW_TOKENS)))
+            most = programs(self.device, 1 << 30, 8) // rows
+            self.parts = larger(1, smaller(most, -(-each // ROW_TOKENS)))
             units = given.rows * self.parts
             size = units * (1 if self.plain else ROW_SUMS)
-            self.sums = torch.empty(size, device=self.device, dtype=torch.float64)
+            self.sums = memory(self.device, size)
             options = sums_options(p.constants.UNIT, p.constants.WIDE, self.plain)
             launch(
                 row_sums_kernel, self.device, programs(self.device, units, 8), options,
@@ -244,8 +245,8 @@ class Rows:
         plan = _plan(self.constants, self.present, by_row, x.weights, x.statistics, x.pairs, x.share, x.solve)
         # The last program adds all slots: few of them, unless there are many rows.
         slots = programs(self.device, -(-self.given.rows // plan.count), 2)
-        slots = min(slots, max(64, self.given.rows // 256))
-        partial = x.sums.new_empty(slots * plan.stride)
+        slots = smaller(slots, larger(64, self.given.rows // 256))
+        partial = memory(self.device, slots * plan.stride)
         launch(
             rows_kernel, self.device, slots, plan.options, *self.arguments, x.preference, *number(x.setting),
             x.c, *weight_strides(x.c), x.effective, x.combined, x.row_factors, x.square_sum, x.reported,
@@ -257,7 +258,7 @@ class Rows:
         n, present = self.n, self.present
         count = 8 if present else 16
         slots = pair_slots(self.device, n, -(-self.given.rows // count))
-        partial = sums.new_empty(slots * pairs_in_slot(present) * n * n)
+        partial = memory(self.device, slots * pairs_in_slot(present) * n * n)
         options = options_of(ROWS=count, BLOCK=_BLOCK, PRESENT=present, **self.constants._asdict())
         blocks = (-(-n // _BLOCK)) ** 2
         launch(row_pairs_kernel, self.device, slots * blocks, options, *self.arguments, partial, slots)

@@ -28,6 +28,7 @@ from .terms import (
     POSITIVE_COUNT,
     TOTAL_COUNT,
 )
+from .trace import strides
 
 FIXED, SCORES = tl.constexpr(int(Kind.FIXED)), tl.constexpr(int(Kind.SCORES))
 GRAM, UPGRAD = tl.constexpr(int(Kind.GRAM)), tl.constexpr(int(Kind.UPGRAD))
@@ -156,12 +157,17 @@ def solve_into(
     )  # fmt: skip
 
 
-def solve(
-    sums: Tensor, rule: Rule, preference: Tensor | None, objectives: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_memory(sums=sums, preference=preference)
+Solution = tuple[Tensor, Tensor, Tensor]
+
+
+def empty_solution(sums: Tensor, rule: Rule, preference: Tensor | None, objectives: int) -> Solution:
     weights = torch.empty(objectives, dtype=torch.float64, device=sums.device)
-    effective = torch.empty_like(weights)
     optimum = torch.empty((), dtype=torch.float64, device=sums.device)
-    solve_into(sums.contiguous(), rule, preference, objectives, weights, optimum, effective)
-    return weights, optimum, effective
+    return weights, optimum, torch.empty_like(weights)
+
+
+def solve(sums: Tensor, rule: Rule, preference: Tensor | None, objectives: int, result: Solution) -> None:
+    check_memory(sums=sums, preference=preference)
+    if strides(sums)[0] != 1:
+        sums = sums.contiguous()
+    solve_into(sums, rule, preference, objectives, *result)

@@ -16,6 +16,7 @@ from .problem import ANY_SIZE, MASK, OFFSETS, Problem, problem
 from .reduce import add_pairs_kernel, added_number, is_last, store_pair_tile
 from .terms import add_token_pairs, no_pairs, pairs_in_slot
 from .tokens import clip_of, load_factors, load_terms, locate, row_range, tokens_in_all, valid_tokens
+from .trace import larger, memory
 
 PAIRS_IN_REGISTERS = 8  # up to this number of objectives, the pass over tokens also computes the N x N sums
 _COUNTED = 128 if INTERPRETED else 1024  # tokens at a time if only the mask is read
@@ -56,15 +57,15 @@ def count_kernel(
 
 
 def valid_count(given: Tokens, by_row: bool) -> Tensor:
-    """Valid tokens of each row, or of all (0-d), in float64."""
+    """Valid tokens of each row, or of all (1,), in float64."""
     only_mask = given._replace(
         logprobs=None, old_logprobs=None, ref_logprobs=None, importance_weights=None, objective_mask=None
     )
     p = problem(only_mask, by_row, without_objectives=True)
     units = given.rows if by_row else -(-p.total // _COUNTED)
     slots = programs(p.device, units, 4)
-    counts = torch.empty(given.rows if by_row else slots, device=p.device, dtype=torch.float64)
-    total = None if by_row else torch.empty((), device=p.device, dtype=torch.float64)
+    counts = memory(p.device, given.rows if by_row else slots)
+    total = None if by_row else memory(p.device, 1)
     c = p.constants
     options = options_of(TOKENS=_COUNTED, LAYOUT=c.LAYOUT, NARROW=c.NARROW, UNIT=c.UNIT, BY_ROW=by_row)
     launch(
@@ -125,7 +126,8 @@ def pairs_kernel(
 
 def pair_slots(device: torch.device, n: int, units: int) -> int:
     """The number of shares into which the tokens are divided, for each block of pairs."""
-    return max(1, programs(device, units, 4) // (-(-n // _BLOCK)) ** 2)
+    slots: int = larger(1, programs(device, units, 4) // (-(-n // _BLOCK)) ** 2)
+    return slots
 
 
 def finish_pairs(partial: Tensor, slots: int, sums: Tensor, n: int, present: bool) -> None:
@@ -138,7 +140,7 @@ def store_pairs_of(p: Problem, present: bool, row_counts: Tensor | None, sums: T
     """Writes the N x N blocks of a buffer whose fields are computed already."""
     n, tokens = p.constants.n, p.constants.tile(128 if present else 256, _BLOCK)
     slots = pair_slots(p.device, n, -(-p.total // tokens))
-    partial = torch.empty(slots * pairs_in_slot(present) * n * n, device=p.device, dtype=torch.float64)
+    partial = memory(p.device, slots * pairs_in_slot(present) * n * n)
     options = options_of(TOKENS=tokens, BLOCK=_BLOCK, PRESENT=present, **p.constants._asdict())
     blocks = (-(-n // _BLOCK)) ** 2
     launch(pairs_kernel, p.device, slots * blocks, options, *p.arguments, row_counts, partial, slots)
