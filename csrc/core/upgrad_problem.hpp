@@ -27,7 +27,7 @@ PAMA_HD inline double unit_of(double m, int odd) {
 struct Problem : nnqp::ActiveSet<Problem> {
     static constexpr bool kBounded = false, kSearches = true;
     static constexpr int kOwnVectors = 10;  // see share
-    int own = 0;                            // i
+    int objective = 0;                      // i
 
     // Makes this a problem on the matrix of `other`, with vectors of its own in `memory`, kOwnVectors * ld.
     PAMA_HD void share(const Problem& other, double* memory) {
@@ -61,7 +61,10 @@ struct Problem : nnqp::ActiveSet<Problem> {
     PAMA_HD void merge() {
         int count = 0;
         for (int i = 0; i < n; ++i) {
-            int to = 0;
+            const double* const row = row_of(i);
+            bool some = false;  // whether M_ik = M_ii for a k before i
+            for (int k = 0; k < i; ++k) some |= std::fabs(row[k] - row[i]) <= kSame;
+            int to = some ? 0 : count;
             while (to < count && !same(support[to], i)) ++to;
             group[i] = to;
             if (to == count) {
@@ -82,6 +85,7 @@ struct Problem : nnqp::ActiveSet<Problem> {
             unit[a] = unit[support[a]];
         }
         n = count;
+        for (int a = 0; a < n; ++a) own[a] = row_of(a)[a];
     }
 
     PAMA_HD bool convex() const { return false; }
@@ -101,21 +105,21 @@ struct Problem : nnqp::ActiveSet<Problem> {
     }
 
     PAMA_HD void set() {
-        const double* const row = row_of(own);
+        const double* const row = row_of(objective);
         for (int j = 0; j < n; ++j) {
             const double weight = ridge > 0.0 ? proximal(j) : 0.0;
-            diagonal[j] = row_of(j)[j] + weight;
+            diagonal[j] = own[j] + weight;
             target[j] = ridge > 0.0 ? weight * point[j] - row[j] : -row[j];
         }
         fixed_total = 1.0;
-        fixed_terms = row[own];
+        fixed_terms = row[objective];
     }
-    // guess: null, or positive where x_j of projection i is likely to be, at guess[j * ld + i].
-    const double* guess = nullptr;
+    // guess: null, or x_j where it is likely to be positive, at guess[j * guess_stride].
+    const float* guess = nullptr;
+    int guess_stride = 0;
     PAMA_HD void start() {
-        const double* const row = row_of(own);
-        for (int j = 0; j < n; ++j)
-            inside[j] = guess ? guess[j * static_cast<std::ptrdiff_t>(ld) + own] > 0.0 : row[j] < 0.0;
+        const double* const row = row_of(objective);
+        for (int j = 0; j < n; ++j) inside[j] = guess ? guess[j * guess_stride] > 0.0f : row[j] < 0.0;
     }
     PAMA_HD void reset() {
         for (int j = 0; j < n; ++j) point[j] = 0.0;
@@ -127,25 +131,28 @@ struct Problem : nnqp::ActiveSet<Problem> {
             point[support[a]] = y > 0.0 ? y : 0.0;
         }
     }
-    PAMA_HD void fall_back() { reset(); }
+    PAMA_HD void fall_back() {
+        reset();
+        for (int j = 0; j < n; ++j) product[j] = 0.0;
+    }
 
     // The violation of x >= 0, g = M (e_i + x) >= 0, x.g = 0, with e_i + x scaled to sum 1.
-    PAMA_HD double residual_of_point() {
-        double sum = 1.0;
+    PAMA_HD double residual_of_product() {
+        const double* const row = row_of(objective);
+        double sum = 1.0, least = 0.0, slack = 0.0;
         for (int j = 0; j < n; ++j) {
+            const double gradient = product[j] + row[j];
             sum += point[j];
+            least = gradient < least || gradient != gradient ? gradient : least;
+            slack += point[j] * std::fabs(gradient);
             inside[j] = point[j] > 0.0;
-        }
-        point[own] += 1.0;
-        multiply(point);
-        point[own] -= 1.0;
-        double least = 0.0, slack = 0.0;
-        for (int j = 0; j < n; ++j) {
-            least = product[j] < least ? product[j] : least;
-            slack += point[j] * (product[j] < 0.0 ? -product[j] : product[j]);
         }
         const double violation = -least / sum, complementarity = slack / sum / sum;
         return violation > complementarity || violation != violation ? violation : complementarity;
+    }
+    PAMA_HD double residual_of_point() {
+        multiply(point);
+        return residual_of_product();
     }
 };
 
