@@ -17,6 +17,7 @@
 //    quite semidefinite (a singular matrix rounded to float32), a larger ridge begins again.
 #pragma once
 
+#include "line_search.hpp"
 #include "nnqp.hpp"
 #include "numbers.hpp"
 
@@ -197,7 +198,12 @@ struct ActiveSet : System {
             product[j] = self().proximal(j) * saved[j];
         }
         const bool first = searches++ == 0;
-        const double step = first ? 1.0 : step_to_minimum();
+        double* const inverse = scratch.rhs;  // 1 / r
+        for (int j = 0; j < stride; ++j) {
+            if (j >= n) force[j] = product[j] = saved[j] = moved[j] = 0.0;
+            inverse[j] = j < n ? 1.0 / self().proximal(j) : 0.0;
+        }
+        const double step = first ? 1.0 : line_step(stride, moved, saved, force, product, inverse);
         bool changed = false;
         for (int j = 0; j < n; ++j) {
             moved[j] = first ? saved[j] : moved[j] + step * (saved[j] - moved[j]);
@@ -209,44 +215,6 @@ struct ActiveSet : System {
         else
             for (int j = 0; j < n; ++j) inside[j] = force[j] > 0.0;
         return true;
-    }
-    // The step from z towards y that minimises the function of the line search, to a tenth of the slope at z. The
-    // derivative increases and is piecewise linear: Newton's method, with a bracket.
-    PAMA_HD double step_to_minimum() {
-        using ldlt::vector_at;
-        double* const inverse = scratch.rhs;  // 1 / r
-        for (int j = 0; j < n; ++j) inverse[j] = 1.0 / self().proximal(j);
-        for (int j = n; j < stride; ++j) force[j] = product[j] = saved[j] = moved[j] = inverse[j] = 0.0;
-        ldlt::Vector along = {}, across = {};
-        for (int j = 0; j < stride; j += ldlt::kLanes) {
-            const ldlt::Vector drop = vector_at(force + j) - vector_at(product + j), z = vector_at(moved + j);
-            along += z * drop;
-            across += (vector_at(saved + j) - z) * drop;
-        }
-        const double slope = ldlt::sum_lanes(along), curvature = ldlt::sum_lanes(across);  // of z'Gz / 2 at z
-        double low = 0.0, high = 1.0, step = 0.0, least_slope = 0.0;
-        for (int k = 0; k < kLineSteps; ++k) {
-            ldlt::Vector sum = {}, sum_of_changes = {};
-            for (int j = 0; j < stride; j += ldlt::kLanes) {
-                const ldlt::Vector from = vector_at(force + j), change = vector_at(product + j) - from;
-                const ldlt::Vector at = from + step * change, zero = {};
-                const ldlt::Vector by = (at > 0.0 ? change : zero) * vector_at(inverse + j);
-                sum += at * by;
-                sum_of_changes += change * by;
-            }
-            const double first = slope + step * curvature + ldlt::sum_lanes(sum);
-            const double second = curvature + ldlt::sum_lanes(sum_of_changes);
-            if (k == 0) {
-                least_slope = -0.1 * first;
-                step = 1.0;
-                continue;
-            }
-            if (first <= least_slope && (k == 1 || first >= -least_slope)) break;
-            (first > 0.0 ? high : low) = step;
-            const double newton = step - first / second;
-            step = newton > low && newton < high ? newton : 0.5 * (low + high);
-        }
-        return step;
     }
 
     // ---- Step 3: moves from the positive part of the y that the exchange ended with to the optimum.

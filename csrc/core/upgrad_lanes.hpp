@@ -1,6 +1,7 @@
 // UPGrad's projections (upgrad.hpp) of many objectives on a CPU: the searches of several projections advance together,
-// and the systems that they wait for are solved in SIMD lanes. A projection gets the same bits whatever the others are.
-// One system at a time leaves most of a CPU core idle: supports are small, and each pivot waits for the one before.
+// and the systems that they wait for are solved in SIMD lanes. From its first support on, a projection gets the same
+// bits whatever the others are. One system at a time leaves most of a CPU core idle: supports are small, and each pivot
+// waits for the one before.
 #pragma once
 
 #include "ldlt_lanes.hpp"

@@ -105,11 +105,16 @@ struct Problem : nnqp::ActiveSet<Problem> {
     }
 
     PAMA_HD void set() {
-        const double* const row = row_of(objective);
-        for (int j = 0; j < n; ++j) {
-            const double weight = ridge > 0.0 ? proximal(j) : 0.0;
-            diagonal[j] = own[j] + weight;
-            target[j] = ridge > 0.0 ? weight * point[j] - row[j] : -row[j];
+        const int count = n;  // with the pointers below, which nothing aliases, the loops are ones of vectors
+        const double *const PAMA_RESTRICT row = row_of(objective), *const PAMA_RESTRICT entries = own;
+        double *const PAMA_RESTRICT h = diagonal, *const PAMA_RESTRICT b = target;
+        for (int j = 0; j < count; ++j) {
+            h[j] = entries[j];
+            b[j] = -row[j];
+        }
+        for (int j = 0; ridge > 0.0 && j < count; ++j) {
+            h[j] += proximal(j);
+            b[j] += proximal(j) * point[j];
         }
         fixed_total = 1.0;
         fixed_terms = row[objective];
@@ -119,10 +124,11 @@ struct Problem : nnqp::ActiveSet<Problem> {
     int guess_stride = 0;
     PAMA_HD void start() {
         const double* const row = row_of(objective);
-        for (int j = 0; j < n; ++j) inside[j] = guess ? guess[j * guess_stride] > 0.0f : row[j] < 0.0;
+        for (int j = 0; guess && j < n; ++j) inside[j] = guess[j * guess_stride] > 0.0f;
+        for (int j = 0; !guess && j < n; ++j) inside[j] = row[j] < 0.0;
     }
     PAMA_HD void reset() {
-        for (int j = 0; j < n; ++j) point[j] = 0.0;
+        for (int j = 0; j < stride; ++j) point[j] = 0.0;
     }
     PAMA_HD void accept() {
         reset();
@@ -133,21 +139,25 @@ struct Problem : nnqp::ActiveSet<Problem> {
     }
     PAMA_HD void fall_back() {
         reset();
-        for (int j = 0; j < n; ++j) product[j] = 0.0;
+        for (int j = 0; j < stride; ++j) product[j] = 0.0;
     }
 
     // The violation of x >= 0, g = M (e_i + x) >= 0, x.g = 0, with e_i + x scaled to sum 1.
     PAMA_HD double residual_of_product() {
+        using ldlt::vector_at;
         const double* const row = row_of(objective);
-        double sum = 1.0, least = 0.0, slack = 0.0;
-        for (int j = 0; j < n; ++j) {
-            const double gradient = product[j] + row[j];
-            sum += point[j];
-            least = gradient < least || gradient != gradient ? gradient : least;
-            slack += point[j] * std::fabs(gradient);
-            inside[j] = point[j] > 0.0;
+        ldlt::Vector total_x = {}, lowest_g = {}, slack_x = {};
+        for (int j = 0; j < stride; j += ldlt::kLanes) {
+            const ldlt::Vector x = vector_at(point + j), g = vector_at(product + j) + vector_at(row + j);
+            total_x += x;
+            lowest_g = g < lowest_g ? g : lowest_g;
+            slack_x += x * (g < 0.0 ? -g : g);
         }
-        const double violation = -least / sum, complementarity = slack / sum / sum;
+        const double* const PAMA_RESTRICT x = point;
+        int* const PAMA_RESTRICT in = inside;
+        for (int j = 0; j < stride; ++j) in[j] = x[j] > 0.0;
+        const double sum = 1.0 + ldlt::sum_lanes(total_x), slack = ldlt::sum_lanes(slack_x);
+        const double violation = -ldlt::least_lane(lowest_g) / sum, complementarity = slack / sum / sum;
         return violation > complementarity || violation != violation ? violation : complementarity;
     }
     PAMA_HD double residual_of_point() {

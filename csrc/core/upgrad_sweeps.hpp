@@ -1,6 +1,7 @@
 // The first supports of UPGrad's projections (upgrad.hpp), on a CPU: sweeps of projected coordinate descent over all
-// projections at once, in float32 vectors of projections. A sweep is a product of two n x n matrices, which costs a
-// small part of the systems that a better support saves.
+// projections at once, in float32 vectors of projections. A sweep is a product of two n x n matrices, and takes a small
+// part of the time of the systems that a better support saves. They need not converge: the search is exact from any
+// support.
 #pragma once
 
 #include "upgrad_problem.hpp"
@@ -99,7 +100,8 @@ struct Sweeps {
         return count;
     }
 
-    // Method of multipliers
+    // The method of multipliers: adds -M (e_i + x) to b. With a ridge, the sweeps then approach the minimiser nearest
+    // to 0, at a rate that does not depend on how small the eigenvalues of M are.
     void update() {
         for (int first = 0; first < n; first += kWidth)
             for (int j = 0; j < rows; j += kRows) {
@@ -107,7 +109,6 @@ struct Sweeps {
                 gradient(first, j, rows, g);
                 for (int r = 0; r < kRows; ++r)
                     for (int v = 0; v < kVectors; ++v) {
-                        // g = M x - linear
                         float* const b = linear + first * rows + (j + r) * kWidth + v * kFloats;
                         at(b) = -g[r][v] - at(matrix + (j + r) * columns + first + v * kFloats);
                     }
