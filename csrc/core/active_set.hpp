@@ -3,8 +3,8 @@
 // 1. Exchange (block principal pivoting): swap every index of the wrong sign (y_i < 0 inside, (Hy - b)_j < 0 outside)
 //    while their number reaches new minima, with kSpareExchanges exceptions: it ends after at most n + 1 +
 //    kSpareExchanges factorisations, and almost always after one to six.
-// 2. Newton's method with line searches, where the exchange of a proximal step cycles (if kSearches): at most n + 1 of
-//    them.
+// 2. Newton's method with line searches, in the place of the exchange of a proximal step (if kSearches), where an
+//    exchange tends to cycle: at most n + 1 of them.
 // 3. Descend, where these gave up: Lawson and Hanson's method with block additions. Each addition ends because every
 //    round of it drops an index, and raises b'y, which is twice the descent of the objective and a function of the
 //    support alone: no support returns, and there are finitely many. In floating point too: what counts as a rise is a
@@ -17,6 +17,7 @@
 //    quite semidefinite (a singular matrix rounded to float32), a larger ridge begins again.
 #pragma once
 
+#include "line_search.hpp"
 #include "nnqp.hpp"
 #include "numbers.hpp"
 
@@ -64,10 +65,11 @@ PAMA_HD inline ldlt::Mask<V> exchange(Searched& s, int unknowns, ldlt::Mask<V> a
 //   set()           u, b and H_ii with the proximal term about `point`, if `ridge` is positive
 //   proximal(j)     r_j, where `ridge` is positive
 //   start()         the first support;   reset(): the first `point`
-//   accept()        copies y to `point`;   fall_back(): the point to use if no step succeeded
-//   residual_of_point()  of `point`, without the proximal term
+//   accept()        copies y to `point`;   fall_back(): the point to use if no step succeeded, and its `product`
+//   residual_of_product()  of `point`, without the proximal term; `product`: My of the accepted y
+//   residual_of_point()    the same, of any `point`
 //   convex() const  whether the problem itself is strictly convex, so that the minimiser is unique
-//   kSearches       whether to try step 2
+//   kSearches       whether proximal steps take step 2
 //   kBounded        whether the feasible set is bounded; if not, proximal steps on an indefinite matrix diverge
 template <class Problem>
 struct ActiveSet : System {
@@ -92,15 +94,14 @@ struct ActiveSet : System {
 
     // sound: the result of `solve`.
     PAMA_HD bool resume(bool sound) {
-        if (stage == Stage::exchange || stage == Stage::line) {
+        if (stage == Stage::exchange) {
             if (!sound) return exchanged(false);
             const double wrong = mark();
             if (wrong == 0.0) return exchanged(true);
-            if (stage == Stage::exchange && progress.goes_on(wrong)) {
-                flip();
-                return true;
-            }
-            return strict || !Problem::kSearches || searches > n ? exchanged(false) : search();
+            if (Problem::kSearches && !strict) return searches > n ? exchanged(false) : search();
+            if (!progress.goes_on(wrong)) return exchanged(false);
+            flip();
+            return true;
         }
         if (stage == Stage::unique) return sound ? certify() : begin_proximal();
         if (sound && !reached()) return true;
@@ -115,9 +116,9 @@ struct ActiveSet : System {
     }
 
   private:
-    // What the pending solve is for: the exchange, a line search, the test of uniqueness, or a step of the descent: the
-    // first, one with all violated indices added, one with the worst of them.
-    enum class Stage { exchange, line, unique, first, block, single };
+    // What the pending solve is for: the exchange or Newton's method, the test of uniqueness, or a step of the descent:
+    // the first, one with all violated indices added, one with the worst of them.
+    enum class Stage { exchange, unique, first, block, single };
     Stage stage = Stage::exchange;
     Progress<double> progress = Progress<double>(0);
     double best = 0.0;                 // record of b'y
@@ -140,7 +141,7 @@ struct ActiveSet : System {
     PAMA_HD double mark() {
         int wrong = 0;
         for (int a = 0; a < size; ++a) wrong += scratch.solution[a] < 0.0;
-        if (size == n) return wrong;
+        if (size == n && wrong != 0) return wrong;
         multiply();
         return wrong + mark_below(-kViolation, 2);
     }
@@ -179,7 +180,7 @@ struct ActiveSet : System {
         return true;
     }
     PAMA_HD bool certify() {
-        residual = self().residual_of_point();
+        residual = self().residual_of_product();
         return residual <= certified ? false : begin_proximal();
     }
 
@@ -196,10 +197,13 @@ struct ActiveSet : System {
             saved[j] = scratch.solution[a];
             product[j] = self().proximal(j) * saved[j];
         }
-        const bool first = stage == Stage::exchange;
-        const double step = first ? 1.0 : step_to_minimum();
-        stage = Stage::line;
-        ++searches;
+        const bool first = searches++ == 0;
+        double* const inverse = scratch.rhs;  // 1 / r
+        for (int j = 0; j < stride; ++j) {
+            if (j >= n) force[j] = product[j] = saved[j] = moved[j] = 0.0;
+            inverse[j] = j < n ? 1.0 / self().proximal(j) : 0.0;
+        }
+        const double step = first ? 1.0 : line_step(stride, moved, saved, force, product, inverse);
         bool changed = false;
         for (int j = 0; j < n; ++j) {
             moved[j] = first ? saved[j] : moved[j] + step * (saved[j] - moved[j]);
@@ -211,40 +215,6 @@ struct ActiveSet : System {
         else
             for (int j = 0; j < n; ++j) inside[j] = force[j] > 0.0;
         return true;
-    }
-    // The step from z towards y that minimises the function of the line search, to a tenth of its slope. The derivative
-    // increases and is piecewise linear: Newton's method, with a bracket.
-    PAMA_HD double step_to_minimum() {
-        using ldlt::vector_at;
-        double* const inverse = scratch.rhs;  // 1 / r
-        double slope = 0.0, curvature = 0.0;  // of z'Gz / 2 at z
-        for (int j = 0; j < stride; ++j) {
-            if (j >= n) force[j] = product[j] = 0.0;
-            inverse[j] = j < n ? 1.0 / self().proximal(j) : 0.0;
-            const double drop = force[j] - product[j];
-            if (j >= n) continue;
-            slope += moved[j] * drop;
-            curvature += (saved[j] - moved[j]) * drop;
-        }
-        double low = 0.0, high = 1.0, step = 1.0, least_slope = 0.0;
-        for (int k = 0; k < kLineSteps; ++k) {
-            ldlt::Vector sum = {}, sum_of_changes = {};
-            for (int j = 0; j < stride; j += ldlt::kLanes) {
-                const ldlt::Vector from = vector_at(force + j), change = vector_at(product + j) - from;
-                const ldlt::Vector at = from + step * change, zero = {};
-                const ldlt::Vector by = (at > 0.0 ? change : zero) * vector_at(inverse + j);
-                sum += at * by;
-                sum_of_changes += change * by;
-            }
-            const double first = slope + step * curvature + ldlt::sum_lanes(sum);
-            const double second = curvature + ldlt::sum_lanes(sum_of_changes);
-            if (k == 0) least_slope = 1e-6 * first;
-            if ((k == 0 && first <= 0.0) || (k > 0 && std::fabs(first) <= least_slope)) break;
-            (first > 0.0 ? high : low) = step;
-            const double newton = step - first / second;
-            step = newton > low && newton < high ? newton : 0.5 * (low + high);
-        }
-        return step;
     }
 
     // ---- Step 3: moves from the positive part of the y that the exchange ended with to the optimum.
@@ -336,7 +306,7 @@ struct ActiveSet : System {
             self().accept();
         else
             self().fall_back();
-        residual = self().residual_of_point();
+        residual = self().residual_of_product();
         if (residual <= certified) return false;
         // Otherwise M has a negative eigenvalue larger than the ridge, for example after rounding to float32:
         // restart with a larger ridge.
@@ -356,7 +326,7 @@ struct ActiveSet : System {
             residual = self().residual_of_point();
         } else if (!(residual <= kLargestDouble)) {  // a step overflowed, on a matrix that is far from semidefinite
             self().fall_back();
-            residual = self().residual_of_point();
+            residual = self().residual_of_product();
         }
         return false;
     }

@@ -21,7 +21,7 @@ inline bool is_gram(int n, const T* m, std::ptrdiff_t row, std::ptrdiff_t column
         poison += 0 * own;
     }
     const nnqp::Scale scale(largest);
-    const double unit = largest > 0 ? 1 / scale(largest) : 1;
+    const double lift = scale.lift, power = largest > 0 ? scale.power / scale(largest) : scale.power;
     const double ridge = largest > 0 ? kGramTolerance * gram_ridge(n) : 0.0;
     nnqp::System p;
     p.bind(n, workspace);
@@ -29,11 +29,12 @@ inline bool is_gram(int n, const T* m, std::ptrdiff_t row, std::ptrdiff_t column
     bool symmetric = true, empty = true;
     for (int j = 0; j < ldlt::round_up_to_block(n); ++j) {
         double* PAMA_RESTRICT l = p.scratch.columns + static_cast<std::ptrdiff_t>(j) * p.ld;
-        for (int i = 0; i < p.ld; ++i) l[i] = 0.0;
+        for (int i = j / ldlt::kBlock * ldlt::kBlock; i < j; ++i) l[i] = 0.0;
+        for (int i = j < n ? n : j; i < p.ld; ++i) l[i] = 0.0;
         if (j >= n) l[j] = 1;
         for (int i = j; i < n; ++i) {
-            const double lower = scale(static_cast<double>(m[i * row + j * column])) * unit;
-            const double upper = scale(static_cast<double>(m[j * row + i * column])) * unit;
+            const double lower = static_cast<double>(m[i * row + j * column]) * lift * power;
+            const double upper = static_cast<double>(m[j * row + i * column]) * lift * power;
             symmetric &= !(std::fabs(lower - upper) > kGramTolerance);
             empty &= lower + upper == 0;
             poison += 0 * lower + 0 * upper;
@@ -42,7 +43,7 @@ inline bool is_gram(int n, const T* m, std::ptrdiff_t row, std::ptrdiff_t column
         if (j < n) l[j] += ridge;
     }
     if (poison != 0) return true;
-    return symmetric && (largest > 0 ? ldlt::solve(n, p.ld, p.scratch, true) : empty);
+    return symmetric && (largest > 0 ? ldlt::solve<false>(n, p.ld, p.scratch, true) : empty);
 }
 
 // The same for few unknowns; the matrix is symmetric already.

@@ -21,6 +21,7 @@ constexpr int kTileRows = 8;  // rows of a tile
 constexpr int kLanes = 1;
 typedef double Vector;
 PAMA_HD inline double sum_lanes(Vector v) { return v; }
+PAMA_HD inline double least_lane(Vector v) { return v; }
 PAMA_HD inline void scale_block(const double* x, double factor, double* result) {
     for (int c = 0; c < kBlock; ++c) result[c] = x[c] * factor;
 }
@@ -37,10 +38,18 @@ typedef double Block __attribute__((vector_size(8 * kBlock), aligned(8), may_ali
 inline void scale_block(const double* x, double factor, double* result) {
     *reinterpret_cast<Block*>(result) = *reinterpret_cast<const Block*>(x) * factor;
 }
-inline double sum_lanes(Vector v) {
-    double sum = v[0];
-    for (int lane = 1; lane < kLanes; ++lane) sum += v[lane];
-    return sum;
+inline double sum_lanes(Vector v) {  // pairwise: in sequence, each addition waits for the one before
+    double sum[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) sum[lane] = v[lane];
+    PAMA_UNROLL
+    for (int half = kLanes / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; ++lane) sum[lane] += sum[lane + half];
+    return sum[0];
+}
+inline double least_lane(Vector v) {
+    double least = v[0];
+    for (int lane = 1; lane < kLanes; ++lane) least = v[lane] < least ? v[lane] : least;
+    return least;
 }
 #endif
 constexpr int kVectors = kTileRows / kLanes;
@@ -65,7 +74,9 @@ struct Scratch {
 };
 
 // Solves for k unknowns. Columns from k up to round_up_to_block(k) must be those of the identity, and
-// rows from k on zero. A pivot at its floor ends the solve with false if `strict`, else is raised to it.
+// rows from k on zero. A pivot at its floor ends the solve with false if `strict`, else is raised to it. Without Solve,
+// only the pivots are found.
+template <bool Solve = true>
 PAMA_HD inline bool solve(int k, int ld, const Scratch& s, bool strict) {
     const int end = round_up_to_block(k);
     // Copies: a store through a vector may alias the members of `s`.
@@ -125,6 +136,7 @@ PAMA_HD inline bool solve(int k, int ld, const Scratch& s, bool strict) {
         }
     }
 
+    if (!Solve) return true;
     // L' y = forward, four unknowns at a time from the end.
     for (int v = 0; v < kVectors; ++v) vector_at(solution + end + v * kLanes) = Vector{};
     for (int j = end - kBlock; j >= 0; j -= kBlock) {
@@ -135,7 +147,7 @@ PAMA_HD inline bool solve(int k, int ld, const Scratch& s, bool strict) {
                 dot[c] += vector_at(block + static_cast<int64_t>(c) * ld + r) * vector_at(solution + r);
         for (int c = kBlock - 1; c >= 0; --c) {
             double sum = sum_lanes(dot[c]);
-            for (int b = c + 1; b < kBlock; ++b) sum += block[static_cast<int64_t>(c) * ld + j + b] * solution[j + b];
+            for (int b = kBlock - 1; b > c; --b) sum += block[static_cast<int64_t>(c) * ld + j + b] * solution[j + b];
             solution[j + c] = forward[j + c] - sum * inverse[j + c];
         }
     }

@@ -22,24 +22,24 @@ constexpr double kProximalSigma = 1e-2;  // keeps H regular along c where c'Mc =
 struct Problem : nnqp::ActiveSet<Problem> {
     static constexpr bool kBounded = true, kSearches = false;
     double optimum = 0.0;  // c'Mc of `point`; `weight` is the rho of the problem itself
+    double share = 1.0;    // M c = share * product
 
     PAMA_HD bool convex() const { return weight >= nnqp::kRidge; }
 
     PAMA_HD double proximal(int) const { return weight + ridge; }
     PAMA_HD void set() {
         const double rho = weight + ridge;
-        double norm2 = 0.0, smallest = gram[0];
+        double norm2 = 0.0, smallest = own[0];
         for (int i = 0; i < n; ++i) {
             centre[i] = ridge > 0.0 ? (weight * preference[i] + ridge * point[i]) / rho : preference[i];
             norm2 += centre[i] * centre[i];
-            const double own = row_of(i)[i];
-            smallest = own < smallest ? own : smallest;
+            smallest = own[i] < smallest ? own[i] : smallest;
         }
         double sigma = smallest + rho;
         if (ridge > 0.0 && !(sigma > kProximalSigma)) sigma = kProximalSigma;
         for (int i = 0; i < n; ++i) {
             shift[i] = 0.5 * (sigma + rho * norm2) - rho * centre[i];
-            diagonal[i] = row_of(i)[i] + 2.0 * shift[i] + rho;
+            diagonal[i] = own[i] + 2.0 * shift[i] + rho;
             target[i] = 1.0;
         }
     }
@@ -55,7 +55,7 @@ struct Problem : nnqp::ActiveSet<Problem> {
         double mean = 0.0;
         for (int i = 0; i < n; ++i) mean += product[i];
         mean /= n;
-        for (int i = 0; i < n; ++i) inside[i] = product[i] - mean <= row_of(i)[i] + weight;
+        for (int i = 0; i < n; ++i) inside[i] = product[i] - mean <= own[i] + weight;
     }
     PAMA_HD void reset() {
         for (int i = 0; i < n; ++i) point[i] = preference[i];
@@ -64,10 +64,10 @@ struct Problem : nnqp::ActiveSet<Problem> {
     PAMA_HD void accept() {
         if (!(total > 0.0 && total <= nnqp::kLargestDouble)) return fall_back();
         for (int j = 0; j < n; ++j) point[j] = 0.0;
-        const double inverse = 1.0 / total;
+        share = 1.0 / total;
         for (int a = 0; a < size; ++a) {
             const double y = scratch.solution[a];
-            point[support[a]] = y > 0.0 ? y * inverse : 0.0;
+            point[support[a]] = y > 0.0 ? y * share : 0.0;
         }
     }
     // The best vertex, for a matrix so far from semidefinite that no step succeeded.
@@ -75,25 +75,30 @@ struct Problem : nnqp::ActiveSet<Problem> {
         int best = 0;
         for (int i = 0; i < n; ++i) {
             point[i] = 0.0;
-            if (row_of(i)[i] < row_of(best)[best]) best = i;
+            if (own[i] < own[best]) best = i;
         }
-        point[best] = 1.0;
+        point[best] = share = 1.0;
+        for (int i = 0; i < n; ++i) product[i] = row_of(best)[i];
     }
 
     // Wolfe's gap of `point`, and c'Mc.
-    PAMA_HD double residual_of_point() {
+    PAMA_HD double residual_of_product() {
         if (!strict || weight > 0.0) average_duplicates(point);
-        multiply(point);
-        double own = 0.0, mean = 0.0, smallest = nnqp::kLargestDouble;
+        double value = 0.0, mean = 0.0, smallest = nnqp::kLargestDouble;
         for (int j = 0; j < n; ++j) {
-            const double gradient = product[j] + weight * (point[j] - preference[j]);
-            own += point[j] * product[j];
+            const double along = share * product[j], gradient = along + weight * (point[j] - preference[j]);
+            value += point[j] * along;
             mean += point[j] * gradient;
             smallest = gradient < smallest ? gradient : smallest;
             inside[j] = point[j] > 0.0;
         }
-        optimum = own;
+        optimum = value;
         return mean - smallest;
+    }
+    PAMA_HD double residual_of_point() {
+        multiply(point);
+        share = 1.0;
+        return residual_of_product();
     }
 };
 
@@ -141,6 +146,7 @@ PAMA_HD SolverResult solve_general(int n, const T* gram, std::ptrdiff_t row_stri
             for (; b < n; ++b) row[b] = scale(entry(i, b)) * 0.5 + scale(entry(b, i)) * 0.5;
         }
         for (; b < s.stride; ++b) row[b] = 0.0;
+        s.own[a - 1] = row[a - 1];
     }
     bool finite = 0.0 * mass + 0.0 * regularization == 0.0;
     if (!(finite && s.finite()))  // or out of range after scaling, because the matrix is far from semidefinite

@@ -15,7 +15,7 @@
 PAMA_BEGIN
 namespace nnqp {
 
-constexpr int kVectorCount = 22;  // arrays of leading_dimension(n) doubles in the workspace, the integers included
+constexpr int kVectorCount = 23;  // arrays of leading_dimension(n) doubles in the workspace, the integers included
 
 constexpr int kLargestInRegisters = 8;
 #if defined(__CUDACC__)
@@ -44,6 +44,7 @@ struct System {
     double* preference;  // p
     double* centre;      // of the proximal term
     double* shift;       // u
+    double* own;         // M_ii
     double* diagonal;    // H_ii
     double* target;      // b
     double* product;     // M y
@@ -83,26 +84,10 @@ struct System {
         gram = take(static_cast<std::ptrdiff_t>(n) * stride);
         scratch.columns = take(static_cast<std::ptrdiff_t>(blocks) * ld);
         scratch.panel = take(static_cast<std::ptrdiff_t>(ldlt::kBlock) * blocks);
-        double** const vectors[kVectorCount - 2] = {&preference,
-                                                    &centre,
-                                                    &shift,
-                                                    &diagonal,
-                                                    &target,
-                                                    &product,
-                                                    &point,
-                                                    &saved,
-                                                    &kept,
-                                                    &moved,
-                                                    &force,
-                                                    &answer,
-                                                    &unit,
-                                                    &compact,
-                                                    &ones,
-                                                    &scratch.rhs,
-                                                    &scratch.floor,
-                                                    &scratch.inverse,
-                                                    &scratch.forward,
-                                                    &scratch.solution};
+        double** const vectors[kVectorCount - 2] = {
+            &preference, &centre, &shift,       &own,           &diagonal,        &target,          &product,
+            &point,      &saved,  &kept,        &moved,         &force,           &answer,          &unit,
+            &compact,    &ones,   &scratch.rhs, &scratch.floor, &scratch.inverse, &scratch.forward, &scratch.solution};
         for (double** const vector : vectors) *vector = take(ld);
         support = reinterpret_cast<int*>(take(ld));
         inside = support + ld;
@@ -221,7 +206,7 @@ struct System {
         for (int i = 0; i < n; ++i) {
             inside[i] = 1;
             target[i] = 0.0;
-            diagonal[i] = row_of(i)[i];
+            diagonal[i] = own[i];
         }
         strict = true;
         return !factorise();
@@ -232,7 +217,7 @@ struct System {
         for (int i = 0; i < n; ++i) {
             inside[i] = 1;
             shift[i] = 0.0;
-            diagonal[i] = row_of(i)[i] + 2.0 * kSmallestRidge;
+            diagonal[i] = own[i] + 2.0 * kSmallestRidge;
         }
         strict = true;
         vanishing = kSmallestRidge / 2.0;
@@ -260,9 +245,9 @@ struct System {
     PAMA_HD void multiply(const double* x) {
         size = 0;
         for (int j = 0; j < n; ++j) {
-            if (x[j] == 0.0) continue;
             scratch.solution[size] = x[j];
-            support[size++] = j;
+            support[size] = j;
+            size += x[j] != 0.0;
         }
         multiply();
     }

@@ -31,6 +31,9 @@ PAMA_HD inline bool unsolved(const SolverResult& result) {
     return result.status == SolveStatus::iteration_limit || result.status == SolveStatus::inexact;
 }
 
+// Whether a residual is the larger one of two. NaN is larger than any number.
+PAMA_HD inline bool is_worse(double residual, double than) { return !(residual <= than) && than == than; }
+
 constexpr double kPromisedResidual = 1e-10;
 
 namespace nnqp {

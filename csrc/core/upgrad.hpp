@@ -94,12 +94,12 @@ PAMA_HD inline SolverResult solve_all(Problem& s, const Threads& threads, double
         if (s.n <= kLargestInLanes) return solve_in_lanes(s, workspace);
     for (int i = threads.first; i < s.n; i += threads.step) {
         if (s.preference[i] == 0.0) continue;
-        s.own = i;
+        s.objective = i;
         s.factorisations = 0;
         const double residual = s.minimise();
         result.factorisations += s.factorisations;
         s.add(i, s.point);
-        if (residual <= result.residual) continue;
+        if (!is_worse(residual, result.residual)) continue;
         result.residual = residual;
         result.status = s.status();
         if (unsolved(result)) break;
@@ -125,38 +125,35 @@ PAMA_HD bool gather(int n, const T* gram, std::ptrdiff_t row_stride, std::ptrdif
                     Problem& s) {
     const auto entry = [&](int i, int j) { return static_cast<double>(gram[i * row_stride + j * column_stride]); };
     const auto takes_part = [&](int i) { return (!present || present[i]) && entry(i, i) > 0.0; };
-    bool finite = true;
-    int count = 0;
+    int count = 0, bad = 0;
     double largest = 0.0;
     for (int i = 0; i < n; ++i) {
         if (present && !present[i]) continue;
         largest = entry(i, i) > largest ? entry(i, i) : largest;
-        for (int j = 0; j < n; ++j)
-            if (!present || present[j]) finite = finite && 0.0 * entry(i, j) == 0.0;
+        for (int j = 0; j < n; ++j) bad |= (!present || present[j]) & !(std::fabs(entry(i, j)) <= nnqp::kLargestDouble);
         count += takes_part(i);
     }
-    if (!finite) return false;
+    if (bad) return false;
     s.bind(count, workspace);
     const int odd = exponent_of(largest) & 1;
     s.halved = odd ? 0.5 : 1.0;
+    int* const given = s.support;  // the index of each unknown
     for (int i = 0, a = 0; i < n; ++i) {
         if (!takes_part(i)) continue;
+        given[a] = i;
         s.unit[a] = unit_of(entry(i, i), odd);
         s.diagonal[a] = std::sqrt(s.unit[a] * entry(i, i) * s.unit[a] * s.halved);
         s.preference[a++] = preference ? preference[i] * share : share;
     }
-    for (int i = 0, a = 0; i < n; ++i) {
-        if (!takes_part(i)) continue;
+    for (int a = 0; a < count; ++a) {
         double* const row = s.row_of(a);
-        int b = 0;
-        for (int j = 0; j < n; ++j) {
-            if (!takes_part(j)) continue;
+        for (int b = 0; b <= a; ++b) {
+            const double upper = entry(given[a], given[b]), lower = entry(given[b], given[a]);
             const double bound = s.diagonal[a] * s.diagonal[b];
-            row[b] = scaled_entry(entry(i, j), entry(j, i), s.unit[a], s.unit[b], s.halved, bound);
-            ++b;
+            row[b] = s.row_of(b)[a] = scaled_entry(upper, lower, s.unit[a], s.unit[b], s.halved, bound);
         }
-        for (; b < s.stride; ++b) row[b] = 0.0;
-        ++a;
+        for (int b = count; b < s.stride; ++b) row[b] = 0.0;
+        s.own[a] = row[a];
     }
     return true;
 }

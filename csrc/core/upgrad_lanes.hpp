@@ -1,10 +1,11 @@
 // UPGrad's projections (upgrad.hpp) of many objectives on a CPU: the searches of several projections advance together,
-// and the systems that they wait for are solved in SIMD lanes. A projection gets the same bits whatever the others are.
-// One system at a time leaves most of a CPU core idle: supports are small, and each pivot waits for the one before.
+// and the systems that they wait for are solved in SIMD lanes. From its first support on, a projection gets the same
+// bits whatever the others are. One system at a time leaves most of a CPU core idle: supports are small, and each pivot
+// waits for the one before.
 #pragma once
 
 #include "ldlt_lanes.hpp"
-#include "upgrad_problem.hpp"
+#include "upgrad_sweeps.hpp"
 
 PAMA_BEGIN
 namespace upgrad {
@@ -30,7 +31,7 @@ template <>
 struct Doubles<8> {
     typedef double V __attribute__((vector_size(64), aligned(8), may_alias));
 };
-constexpr int kSlots = 32, kSweeps = 10;
+constexpr int kSlots = 32;
 constexpr int kLaneVectors = 4 + ldlt::kLaneBlock, kAlignment = 64;
 
 // Size of the workspace beyond that of the problem, in doubles.
@@ -39,7 +40,7 @@ inline std::size_t lanes_workspace(int n) {
     const std::size_t ld = ldlt::leading_dimension(n);
     const int k = ldlt::round_up_to_lane_block(n);
     const std::size_t systems = ldlt::kLanes * (ldlt::lane_row(k) + static_cast<std::size_t>(kLaneVectors) * k);
-    return 2 * n * ld + kSlots * Problem::kOwnVectors * ld + systems + kAlignment / sizeof(double);
+    return n * ld + Sweeps::size(n) / 2 + kSlots * Problem::kOwnVectors * ld + systems + kAlignment / sizeof(double);
 }
 
 // Solves on the supports of `count` problems, at most as many as the vectors have lanes. sound[i]: the result of
@@ -123,34 +124,20 @@ inline void sort_by_size(Problem** problems, int count) {
     }
 }
 
-// Sweeps of projected coordinate descent over all projections at once, in vectors of projections: x[j * ld + i]
-// is x_j of projection i. Where supports are dependent, they are a far better start than the signs of M_i.
-inline void sweep(const Problem& s, double* x) {
-    typedef typename Doubles<ldlt::kLanes>::V V;
-    constexpr int kVectors = 16 / ldlt::kLanes, kWidth = kVectors * ldlt::kLanes;
-    for (std::ptrdiff_t i = 0; i < static_cast<std::ptrdiff_t>(s.n) * s.ld; ++i) x[i] = 0.0;
-    for (int first = 0; first < s.n; first += kWidth) {
-        bool changed = true;
-        for (int count = 0; changed && count < kSweeps; ++count) {
-            auto flips = V{} < V{};
-            for (int j = 0; j < s.n; ++j) {
-                const double* const row = s.row_of(j);
-                V gradient[kVectors];
-                for (int v = 0; v < kVectors; ++v) gradient[v] = ldlt::vector_at(row + first + v * ldlt::kLanes);
-                for (int k = 0; k < s.n; ++k)
-                    for (int v = 0; v < kVectors; ++v)
-                        gradient[v] += row[k] * ldlt::vector_at(x + k * s.ld + first + v * ldlt::kLanes);
-                const double inverse = 1.0 / row[j];
-                for (int v = 0; v < kVectors; ++v) {
-                    ldlt::Vector& old = ldlt::vector_at(x + j * s.ld + first + v * ldlt::kLanes);
-                    const V now = old - gradient[v] * inverse, positive = now > 0.0 ? now : V{};
-                    flips |= (old > 0.0) ^ (positive > 0.0);
-                    old = positive;
-                }
-            }
-            changed = any(flips);
-        }
+// Finds where the x of all projections are probably positive. Returns whether M is singular, where that matters.
+inline bool find_supports(Problem& s, Sweeps& all) {
+    all.weigh(s, 0.0, 1.0f);
+    const int settled = static_cast<int>(kSettled * s.n * s.n);
+    for (int count = 0; count < kSweeps; ++count)
+        if (all.sweep(count == 0) <= settled) return false;
+    if (!s.singular()) return false;
+    all.weigh(s, kSweepRidge, kOverrelaxation);
+    for (int round = 0; round < kRounds; ++round) {
+        all.update();
+        all.sweep(false);
+        all.sweep(false);
     }
+    return true;
 }
 
 // solve_all in lanes: adds the sums of the c^(i) to s.answer.
@@ -159,12 +146,10 @@ inline SolverResult solve_in_lanes(Problem& s, double* workspace) {
     workspace += (kAlignment - address % kAlignment) % kAlignment / sizeof(double);
     const std::size_t ld = s.ld;
     const auto take = [&](std::size_t doubles) { return (workspace += doubles) - doubles; };
-    double *const points = take(s.n * ld), *const guess = take(s.n * ld);
-    const bool singular = s.singular();
-    if (singular) {
-        sweep(s, guess);
-        s.guess = guess;
-    }
+    double* const points = take(s.n * ld);
+    Sweeps sweeps(s, reinterpret_cast<float*>(take(Sweeps::size(s.n) / 2)));
+    const bool singular = find_supports(s, sweeps);
+    s.guess_stride = Sweeps::kWidth;
     Problem slots[kSlots];
     SolverResult result = {0.0, 0.0, SolveStatus::solved, 0};
     Problem* active[kSlots];
@@ -172,7 +157,8 @@ inline SolverResult solve_in_lanes(Problem& s, double* workspace) {
     const auto starts = [&](Problem* slot) {
         while (next < s.n && s.preference[next] == 0.0) ++next;
         if (next == s.n) return false;
-        slot->own = next++;
+        slot->guess = sweeps.x + sweeps.place(next);
+        slot->objective = next++;
         slot->factorisations = 0;
         return slot->begin(singular);
     };
@@ -196,8 +182,8 @@ inline SolverResult solve_in_lanes(Problem& s, double* workspace) {
                 bool more = p->resume(counts && sound[i]);
                 if (!more) {
                     result.factorisations += p->factorisations;
-                    for (int j = 0; j < s.n; ++j) points[p->own * ld + j] = p->point[j];
-                    if (!(p->residual <= result.residual)) {
+                    for (int j = 0; j < s.n; ++j) points[p->objective * ld + j] = p->point[j];
+                    if (is_worse(p->residual, result.residual)) {
                         result.residual = p->residual;
                         result.status = p->status();
                         if (unsolved(result)) return result;

@@ -27,7 +27,7 @@ PAMA_HD inline double unit_of(double m, int odd) {
 struct Problem : nnqp::ActiveSet<Problem> {
     static constexpr bool kBounded = false, kSearches = true;
     static constexpr int kOwnVectors = 10;  // see share
-    int own = 0;                            // i
+    int objective = 0;                      // i
 
     // Makes this a problem on the matrix of `other`, with vectors of its own in `memory`, kOwnVectors * ld.
     PAMA_HD void share(const Problem& other, double* memory) {
@@ -61,7 +61,10 @@ struct Problem : nnqp::ActiveSet<Problem> {
     PAMA_HD void merge() {
         int count = 0;
         for (int i = 0; i < n; ++i) {
-            int to = 0;
+            const double* const row = row_of(i);
+            bool some = false;  // whether M_ik = M_ii for a k before i
+            for (int k = 0; k < i; ++k) some |= std::fabs(row[k] - row[i]) <= kSame;
+            int to = some ? 0 : count;
             while (to < count && !same(support[to], i)) ++to;
             group[i] = to;
             if (to == count) {
@@ -82,6 +85,7 @@ struct Problem : nnqp::ActiveSet<Problem> {
             unit[a] = unit[support[a]];
         }
         n = count;
+        for (int a = 0; a < n; ++a) own[a] = row_of(a)[a];
     }
 
     PAMA_HD bool convex() const { return false; }
@@ -101,24 +105,30 @@ struct Problem : nnqp::ActiveSet<Problem> {
     }
 
     PAMA_HD void set() {
-        const double* const row = row_of(own);
-        for (int j = 0; j < n; ++j) {
-            const double weight = ridge > 0.0 ? proximal(j) : 0.0;
-            diagonal[j] = row_of(j)[j] + weight;
-            target[j] = ridge > 0.0 ? weight * point[j] - row[j] : -row[j];
+        const int count = n;  // with the pointers below, which nothing aliases, the loops are ones of vectors
+        const double *const PAMA_RESTRICT row = row_of(objective), *const PAMA_RESTRICT entries = own;
+        double *const PAMA_RESTRICT h = diagonal, *const PAMA_RESTRICT b = target;
+        for (int j = 0; j < count; ++j) {
+            h[j] = entries[j];
+            b[j] = -row[j];
+        }
+        for (int j = 0; ridge > 0.0 && j < count; ++j) {
+            h[j] += proximal(j);
+            b[j] += proximal(j) * point[j];
         }
         fixed_total = 1.0;
-        fixed_terms = row[own];
+        fixed_terms = row[objective];
     }
-    // guess: null, or positive where x_j of projection i is likely to be, at guess[j * ld + i].
-    const double* guess = nullptr;
+    // guess: null, or x_j where it is likely to be positive, at guess[j * guess_stride].
+    const float* guess = nullptr;
+    int guess_stride = 0;
     PAMA_HD void start() {
-        const double* const row = row_of(own);
-        for (int j = 0; j < n; ++j)
-            inside[j] = guess ? guess[j * static_cast<std::ptrdiff_t>(ld) + own] > 0.0 : row[j] < 0.0;
+        const double* const row = row_of(objective);
+        for (int j = 0; guess && j < n; ++j) inside[j] = guess[j * guess_stride] > 0.0f;
+        for (int j = 0; !guess && j < n; ++j) inside[j] = row[j] < 0.0;
     }
     PAMA_HD void reset() {
-        for (int j = 0; j < n; ++j) point[j] = 0.0;
+        for (int j = 0; j < stride; ++j) point[j] = 0.0;
     }
     PAMA_HD void accept() {
         reset();
@@ -127,25 +137,32 @@ struct Problem : nnqp::ActiveSet<Problem> {
             point[support[a]] = y > 0.0 ? y : 0.0;
         }
     }
-    PAMA_HD void fall_back() { reset(); }
+    PAMA_HD void fall_back() {
+        reset();
+        for (int j = 0; j < stride; ++j) product[j] = 0.0;
+    }
 
     // The violation of x >= 0, g = M (e_i + x) >= 0, x.g = 0, with e_i + x scaled to sum 1.
-    PAMA_HD double residual_of_point() {
-        double sum = 1.0;
-        for (int j = 0; j < n; ++j) {
-            sum += point[j];
-            inside[j] = point[j] > 0.0;
+    PAMA_HD double residual_of_product() {
+        using ldlt::vector_at;
+        const double* const row = row_of(objective);
+        ldlt::Vector total_x = {}, lowest_g = {}, slack_x = {};
+        for (int j = 0; j < stride; j += ldlt::kLanes) {
+            const ldlt::Vector x = vector_at(point + j), g = vector_at(product + j) + vector_at(row + j);
+            total_x += x;
+            lowest_g = g < lowest_g ? g : lowest_g;
+            slack_x += x * (g < 0.0 ? -g : g);
         }
-        point[own] += 1.0;
-        multiply(point);
-        point[own] -= 1.0;
-        double least = 0.0, slack = 0.0;
-        for (int j = 0; j < n; ++j) {
-            least = product[j] < least ? product[j] : least;
-            slack += point[j] * (product[j] < 0.0 ? -product[j] : product[j]);
-        }
-        const double violation = -least / sum, complementarity = slack / sum / sum;
+        const double* const PAMA_RESTRICT x = point;
+        int* const PAMA_RESTRICT in = inside;
+        for (int j = 0; j < stride; ++j) in[j] = x[j] > 0.0;
+        const double sum = 1.0 + ldlt::sum_lanes(total_x), slack = ldlt::sum_lanes(slack_x);
+        const double violation = -ldlt::least_lane(lowest_g) / sum, complementarity = slack / sum / sum;
         return violation > complementarity || violation != violation ? violation : complementarity;
+    }
+    PAMA_HD double residual_of_point() {
+        multiply(point);
+        return residual_of_product();
     }
 };
 

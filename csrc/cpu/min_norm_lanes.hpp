@@ -15,10 +15,10 @@ inline bool lane_of(const M& mask, int lane) {
     return mask[lane] != 0;
 }
 
-// full: N x N entries, scaled so that 1 <= `largest` < 2. Checked: as is_gram.
+// full: N x N entries, scaled so that 1 <= `largest` < 2. Checked: as is_gram; `passed`: where that holds.
 template <class V, int N>
 inline ldlt::Mask<V> solve_lanes(const V* full, V largest, const double* preference, double regularization,
-                                 bool checked, V* c, V* optimum) {
+                                 bool checked, V* c, V* optimum, ldlt::Mask<V>* passed) {
     nnqp::SmallSystem<V, N> s;
     V residual;
     ldlt::Mask<V> ok = largest > V{};
@@ -29,16 +29,17 @@ inline ldlt::Mask<V> solve_lanes(const V* full, V largest, const double* prefere
             if (checked) ok &= (gap <= largest * kGramTolerance) & (gap >= -(largest * kGramTolerance));
         }
     if (checked) ok &= nearly_semidefinite<V, N>(s.m, largest * (kGramTolerance * gram_ridge(N)));
+    *passed = ok;
     return ok & solve_small<V, N>(s, largest, preference, regularization, c, optimum, &residual);
 }
 
 }  // namespace min_norm
 
 // Solves those of the `used` matrices from `first` on that need no general solver. Returns a bit mask of the solved
-// ones.
+// ones; in `passed`, of those that need no is_gram.
 template <class V, class T>
 inline unsigned min_norm_lanes(const Gram& gram, const double* preference, double regularization, int64_t first,
-                               int used) {
+                               int used, unsigned* passed) {
     using namespace min_norm;
     constexpr int lanes = sizeof(V) / sizeof(double);
     const int n = gram.n;
@@ -58,12 +59,14 @@ inline unsigned min_norm_lanes(const Gram& gram, const double* preference, doubl
                 *to = static_cast<double>(from[i * gram.row + j * gram.column]) * powers[lane];
     }
     const V* const entries = reinterpret_cast<const V*>(full);
+    ldlt::Mask<V> gram_like;
     const ldlt::Mask<V> solved = nnqp::with_size<kSmallestSmall, kLargestSmall>(n, [&](auto size) {
         return solve_lanes<V, size>(entries, *reinterpret_cast<const V*>(largest), preference, regularization,
-                                    gram.checked, reinterpret_cast<V*>(c), reinterpret_cast<V*>(optimum));
+                                    gram.checked, reinterpret_cast<V*>(c), reinterpret_cast<V*>(optimum), &gram_like);
     });
     unsigned bits = 0;
     for (int lane = 0; lane < used; ++lane) {
+        if (lane_of(gram_like, lane)) *passed |= 1u << lane;
         if (!lane_of(solved, lane)) continue;
         bits |= 1u << lane;
         T* weights = static_cast<T*>(gram.weights) + (first + lane) * n;

@@ -11,14 +11,16 @@ inline int64_t min_norm_scratch(int n) {
     return static_cast<int64_t>(sizeof(double)) * (static_cast<int64_t>(upgrad_workspace(n)) + n);
 }
 
-// Checks each matrix and solves it with solve(matrix, c); matrices for which `skip` returns true are solved already.
+// Checks each matrix and solves it with solve(matrix, c). Of the first 32, bits of `skip` are set for those that are
+// solved already, and of `passed` for those that are checked.
 template <class T, class Solve>
-inline Refused solve_matrices(const Gram& gram, int64_t first, int64_t last, unsigned skip, double* c,
+inline Refused solve_matrices(const Gram& gram, int64_t first, int64_t last, unsigned skip, unsigned passed, double* c,
                               double* workspace, Solve solve) {
     for (int64_t row = first; row < last; ++row) {
         if (skip && (skip >> (row - first) & 1u)) continue;
+        const bool checked = gram.checked && !(passed && (passed >> (row - first) & 1u));
         const T* matrix = static_cast<const T*>(gram.data) + row * gram.batch;
-        if (gram.checked && !is_gram(gram.n, matrix, gram.row, gram.column, workspace)) return {row, 0.0};
+        if (checked && !is_gram(gram.n, matrix, gram.row, gram.column, workspace)) return {row, 0.0};
         const SolverResult result = solve(matrix, c);
         if (unsolved(result)) return {row, result.residual};
         T* weights = static_cast<T*>(gram.weights) + row * gram.n;
@@ -37,11 +39,12 @@ inline Refused min_norm_rows(const Gram& gram, const double* preference, const u
     constexpr int lanes = Lanes<double>::count;
     for (int64_t group = first; group < last; group += lanes) {
         const int used = static_cast<int>(last - group < lanes ? last - group : lanes);
-        unsigned solved = 0;
-        if (small && used > 1) solved = min_norm_lanes<DoubleV, T>(gram, preference, regularization, group, used);
-        if (small && used == 1) solved = min_norm_lanes<double, T>(gram, preference, regularization, group, 1);
-        const Refused refused =
-            solve_matrices<T>(gram, group, group + used, solved, c, workspace, [&](const T* matrix, double* out) {
+        unsigned solved = 0, passed = 0;
+        if (small && used > 1)
+            solved = min_norm_lanes<DoubleV, T>(gram, preference, regularization, group, used, &passed);
+        if (small && used == 1) solved = min_norm_lanes<double, T>(gram, preference, regularization, group, 1, &passed);
+        const Refused refused = solve_matrices<T>(
+            gram, group, group + used, solved, passed, c, workspace, [&](const T* matrix, double* out) {
                 return gram.n == 2 && !present
                            ? min_norm_solve(2, matrix, gram.row, gram.column, preference, present, regularization, out,
                                             workspace)
@@ -63,7 +66,7 @@ template <class T>
 inline Refused upgrad_rows(const Gram& gram, const double* preference, int64_t first, int64_t last, void* scratch) {
     double* c = static_cast<double*>(scratch);
     double* workspace = c + gram.n;
-    return solve_matrices<T>(gram, first, last, 0, c, workspace, [&](const T* matrix, double* out) {
+    return solve_matrices<T>(gram, first, last, 0, 0, c, workspace, [&](const T* matrix, double* out) {
         return upgrad_solve(gram.n, matrix, gram.row, gram.column, preference, nullptr, out, workspace);
     });
 }

@@ -19,7 +19,7 @@ struct Lanes {
         for (int half = kWarp / 2; half > 0; half /= 2) {
             const double other = __shfl_xor_sync(kAllLanes, residual, half);
             const double its = __shfl_xor_sync(kAllLanes, status, half);
-            const bool larger = other > residual || other != other;
+            const bool larger = is_worse(other, residual);
             residual = larger ? other : residual;
             status = larger ? its : status;
         }

@@ -200,6 +200,7 @@ void test_iteration_limit() {
     for (int i = 0; i < n; ++i) {
         s.preference[i] = 1.0 / n;
         for (int k = 0; k < s.stride; ++k) s.row_of(i)[k] = k < n ? gram[i * n + k] / n : 0.0;
+        s.own[i] = s.row_of(i)[i];
     }
     const double residual = s.minimise();
     CHECK(s.status() == pama::SolveStatus::iteration_limit && s.factorisations == 1, "residual %g", residual);

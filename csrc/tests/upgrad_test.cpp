@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <numeric>
+#include <random>
 #include <vector>
 
 #include "min_norm_families.hpp"
@@ -310,6 +311,30 @@ void test_known() {
             }
 }
 
+// Singular matrices of half the rank, the hardest kind, need few systems; a NaN residual is the worst.
+void test_work() {
+    std::mt19937_64 engine(31);
+    std::normal_distribution<double> normal;
+    for (const int n : {31, 61, 100}) {
+        const int rank = n / 2;
+        double systems = 0.0;
+        for (int i = 0; i < 5; ++i) {
+            Vec factor(n * rank), gram(n * n);
+            for (double& x : factor) x = normal(engine);
+            for (int a = 0; a < n; ++a)
+                for (int b = 0; b < n; ++b)
+                    for (int k = 0; k < rank; ++k) gram[a * n + b] += factor[a * rank + k] * factor[b * rank + k];
+            const Solution s = solve(n, gram);
+            CHECK(s.result.residual <= pama::kPromisedResidual, "n=%d: residual %g", n, s.result.residual);
+            systems += static_cast<double>(s.result.factorisations) / n / 5;
+        }
+        CHECK(systems <= (pama::upgrad::kLargestInLanes > 0 ? 12.0 : 40.0), "n=%d: %g systems", n, systems);
+    }
+    CHECK(pama::is_worse(std::nan(""), 1.0) && !pama::is_worse(1.0, std::nan("")) && pama::is_worse(2.0, 1.0) &&
+              !pama::is_worse(1.0, 1.0),
+          "residuals");
+}
+
 // Rounded to float32, and matrices that are no Gram matrices: a point of the simplex, never silently inexact.
 void test_not_semidefinite() {
     families::Generator random(29);
@@ -341,6 +366,7 @@ int main(int argc, char** argv) {
     test_equivariance();
     test_exact_scaling_and_presence();
     test_not_semidefinite();
+    test_work();
     if (failures) std::printf("%d checks failed\n", failures);
     return failures != 0;
 }
