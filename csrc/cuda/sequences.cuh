@@ -7,6 +7,7 @@
 #include "count.cuh"
 #include "min_norm.cuh"
 #include "sequence_rows.cuh"
+#include "solve.cuh"
 
 namespace pama {
 namespace cuda {
@@ -159,40 +160,29 @@ __device__ inline void add_blocks(const Sequences& s, SequenceMemory& m) {
 }
 
 // By one thread, what the warps do not solve: singular matrices, and objectives without a signal. Not inlined, since
-// the solvers use all registers.
+// the solvers use all registers. The general solvers alone: those in registers would make the kernel larger.
 __device__ PAMA_NOINLINE void solve_matrix(const Sequences& s, SequenceMemory& m) {
     const int n = s.p.n;
     double *const matrix = m.solver + n, *const work = matrix + n * n;
     auto* const present = reinterpret_cast<unsigned char*>(m.solver);
-    for (int i = 0; i < n; ++i) present[i] = m.weights[i] != 0;
-    const SolverResult result =
-        s.rule.kind == Kind::gram
-            ? min_norm::solve_general(n, matrix, n, 1, m.preference, present, s.rule.number, m.weights, work)
-            : upgrad::solve_general(n, matrix, n, 1, m.preference, present, m.weights, work, Lanes{0, 1});
-    for (int i = 0; i < n; ++i) m.weights[i] += 0 * result.optimum;  // a NaN optimum makes every weight NaN
-    m.optimum = result.optimum;
-}
-
-// Which objectives have a signal (1 in `weights`), and the preferences over those. Called by one warp.
-__device__ inline void choose_objectives(const Sequences& s, SequenceMemory& m) {
-    const int n = s.p.n, i = threadIdx.x;
-    const bool real = i < n;
-    const double p = !real ? 0 : s.preference ? s.preference[i] : 1.0 / n;
-    const bool part = real && has_signal(m.statistics, n, i, s.rule.kind == Kind::gram);
-    const double mass = warp_sum(part ? p : 0);
-    const unsigned count = __reduce_add_sync(kAllLanes, part ? 1u : 0u);
-    if (i == 0) m.count = static_cast<int>(count);
-    if (!real) return;
-    m.preference[i] = p;
-    m.weights[i] = part ? 1 : 0;
-    m.effective[i] = !(mass > 0) ? p : part ? p / mass : 0;
+    m.optimum =
+        solve_present(n, m.weights, present, [&] {
+            return s.rule.kind == Kind::gram
+                       ? min_norm::solve_general(n, matrix, n, 1, m.preference, present, s.rule.number, m.weights, work)
+                       : upgrad::solve_general(n, matrix, n, 1, m.preference, present, m.weights, work, Lanes{0, 1});
+        }).optimum;
 }
 
 __device__ inline void solve_weights(const Sequences& s, SequenceMemory& m) {
     const int n = s.p.n;
     const bool pairs = needs_pairs(s.rule.kind);
     double *const matrix = m.solver + n, *const work = matrix + n * n;
-    if (threadIdx.x < kWarp) choose_objectives(s, m);
+    for (int i = threadIdx.x; i < n; i += blockDim.x) m.preference[i] = s.preference ? s.preference[i] : 1.0 / n;
+    if (threadIdx.x < kWarp) {
+        const bool bound = s.rule.kind == Kind::gram;
+        const Chosen chosen = choose_objectives(m.statistics, n, bound, s.preference, m.weights, m.effective);
+        if (threadIdx.x == 0) m.count = chosen.count;
+    }
     if (pairs)
         for (int k = threadIdx.x; k < n * n; k += blockDim.x)
             matrix[k] = batch_entry(s.rule, m.statistics, n, k / n, k % n);
@@ -200,10 +190,11 @@ __device__ inline void solve_weights(const Sequences& s, SequenceMemory& m) {
     __syncthreads();
     if (pairs && m.count == n && n > 2) {
         if (s.rule.kind == Kind::upgrad) {
-            const bool solved = upgrad_by_warps(n, matrix, m.preference, m.weights, &m.optimum, work);
+            const bool solved = upgrad_by_warps<1>(n, matrix, m.preference, m.weights, &m.optimum, work);
             if (threadIdx.x == 0) m.solved = solved;
         } else if (threadIdx.x < kWarp) {
-            const bool solved = min_norm_by_warp(n, matrix, m.preference, s.rule.number, m.weights, &m.optimum, work);
+            const bool solved =
+                min_norm_by_warp<1>(n, matrix, m.preference, s.rule.number, m.weights, &m.optimum, work);
             if (threadIdx.x == 0) m.solved = solved;
         }
     }

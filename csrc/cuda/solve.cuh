@@ -18,27 +18,42 @@ struct OwnStatistics {
     __device__ bool signal(bool bound) const { return has_signal(field, 1, 0, bound); }
 };
 
-// Writes the preference normalised over the objectives with a signal to `effective`, and 1 for each of these
-// objectives, else 0, to `weights`. Called by all threads of a block, to which the sums must be visible. Returns the
-// number of objectives with a signal.
-__device__ inline int choose_objectives(const Solve& s, double* mass_of_all) {
-    for (int i = threadIdx.x; i < s.n; i += blockDim.x) {
-        s.weights[i] = OwnStatistics(s.sums, s.n, i).signal(s.rule.kind == Kind::gram) ? 1 : 0;
-        s.effective[i] = s.preference ? s.preference[i] : 1.0 / s.n;
+struct Chosen {
+    int count;    // objectives with a signal
+    double mass;  // the sum of their preferences
+};
+
+// Writes 1 for each objective with a signal, else 0, to `part`, and the preference normalised over those to
+// `effective`. Called by one warp, each lane of which receives the result.
+__device__ inline Chosen choose_objectives(const double* sums, int n, bool bound, const double* preference,
+                                           double* part, double* effective) {
+    double mass = 0;
+    unsigned count = 0;
+    PAMA_ROLLED
+    for (int i = threadIdx.x; i < n; i += kWarp) {
+        const bool signal = OwnStatistics(sums, n, i).signal(bound);
+        part[i] = signal ? 1 : 0;
+        effective[i] = preference ? preference[i] : 1.0 / n;
+        mass += signal ? effective[i] : 0;
+        count += signal ? 1 : 0;
+    }
+    mass = warp_sum(mass);
+    PAMA_ROLLED
+    for (int i = threadIdx.x; i < n; i += kWarp)
+        if (mass > 0) effective[i] = part[i] * effective[i] / mass;
+    return {static_cast<int>(__reduce_add_sync(kAllLanes, count)), mass};
+}
+
+// The same for the weights of a batch, called by all threads of a block, to which the sums must be visible.
+__device__ inline Chosen choose_objectives(const Solve& s) {
+    PAMA_SHARED(Chosen, chosen);
+    if (threadIdx.x < kWarp) {
+        const Chosen own =
+            choose_objectives(s.sums, s.n, s.rule.kind == Kind::gram, s.preference, s.weights, s.effective);
+        if (threadIdx.x == 0) chosen = own;
     }
     __syncthreads();
-    double mass = 0, count = 0;
-    PAMA_UNROLL_BY(4)
-    for (int i = 0; i < s.n; ++i) {
-        mass += s.weights[i] * s.effective[i];
-        count += s.weights[i];
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < s.n; i += blockDim.x)
-        if (mass > 0) s.effective[i] = s.weights[i] * s.effective[i] / mass;
-    __syncthreads();
-    *mass_of_all = mass;
-    return static_cast<int>(count);
+    return chosen;
 }
 
 // Solves rules without pair statistics for N objectives. Called by all threads of a block: one thread per objective
@@ -90,8 +105,7 @@ __device__ PAMA_NOINLINE void solve_few_scores(const Solve& s) {
 // The same for any number of objectives, with the workspace `work`.
 __device__ PAMA_NOINLINE void solve_many_scores(const Solve& s) {
     const int n = s.n;
-    double mass;
-    const bool some = choose_objectives(s, &mass) > 0;
+    const bool some = choose_objectives(s).count > 0;
     double *const a = s.work, *const p = a + n, *const moments = p + n;
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
         a[i] = score(s.sums, n, i);
