@@ -7,7 +7,6 @@
 #include "count.cuh"
 #include "min_norm.cuh"
 #include "sequence_rows.cuh"
-#include "solve.cuh"
 
 namespace pama {
 namespace cuda {
@@ -173,16 +172,27 @@ __device__ PAMA_NOINLINE void solve_matrix(const Sequences& s, SequenceMemory& m
         }).optimum;
 }
 
+// Which objectives have a signal (1 in `weights`), and the preferences over those. Called by one warp. The function of
+// solve.cuh, for any number of objectives, would add 400 instructions to this kernel.
+__device__ inline void choose_objectives(const Sequences& s, SequenceMemory& m) {
+    const int n = s.p.n, i = threadIdx.x;
+    const bool real = i < n;
+    const double p = !real ? 0 : s.preference ? s.preference[i] : 1.0 / n;
+    const bool part = real && has_signal(m.statistics, n, i, s.rule.kind == Kind::gram);
+    const double mass = warp_sum(part ? p : 0);
+    const unsigned count = __reduce_add_sync(kAllLanes, part ? 1u : 0u);
+    if (i == 0) m.count = static_cast<int>(count);
+    if (!real) return;
+    m.preference[i] = p;
+    m.weights[i] = part ? 1 : 0;
+    m.effective[i] = !(mass > 0) ? p : part ? p / mass : 0;
+}
+
 __device__ inline void solve_weights(const Sequences& s, SequenceMemory& m) {
     const int n = s.p.n;
     const bool pairs = needs_pairs(s.rule.kind);
     double *const matrix = m.solver + n, *const work = matrix + n * n;
-    for (int i = threadIdx.x; i < n; i += blockDim.x) m.preference[i] = s.preference ? s.preference[i] : 1.0 / n;
-    if (threadIdx.x < kWarp) {
-        const bool bound = s.rule.kind == Kind::gram;
-        const Chosen chosen = choose_objectives(m.statistics, n, bound, s.preference, m.weights, m.effective);
-        if (threadIdx.x == 0) m.count = chosen.count;
-    }
+    if (threadIdx.x < kWarp) choose_objectives(s, m);
     if (pairs)
         for (int k = threadIdx.x; k < n * n; k += blockDim.x)
             matrix[k] = batch_entry(s.rule, m.statistics, n, k / n, k % n);

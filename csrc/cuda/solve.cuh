@@ -23,34 +23,27 @@ struct Chosen {
     double mass;  // the sum of their preferences
 };
 
-// Writes 1 for each objective with a signal, else 0, to `part`, and the preference normalised over those to
-// `effective`. Called by one warp, each lane of which receives the result.
-__device__ inline Chosen choose_objectives(const double* sums, int n, bool bound, const double* preference,
-                                           double* part, double* effective) {
+// Writes 1 for each objective with a signal, else 0, to `weights`, and the preference normalised over those to
+// `effective`. Called by all threads of a block, to which the sums must be visible; one warp does it.
+__device__ inline Chosen choose_objectives(const Solve& s) {
+    PAMA_SHARED(Chosen, chosen);
     double mass = 0;
     unsigned count = 0;
     PAMA_ROLLED
-    for (int i = threadIdx.x; i < n; i += kWarp) {
-        const bool signal = OwnStatistics(sums, n, i).signal(bound);
-        part[i] = signal ? 1 : 0;
-        effective[i] = preference ? preference[i] : 1.0 / n;
-        mass += signal ? effective[i] : 0;
+    for (int i = threadIdx.x; threadIdx.x < kWarp && i < s.n; i += kWarp) {
+        const bool signal = OwnStatistics(s.sums, s.n, i).signal(s.rule.kind == Kind::gram);
+        s.weights[i] = signal ? 1 : 0;
+        s.effective[i] = s.preference ? s.preference[i] : 1.0 / s.n;
+        mass += signal ? s.effective[i] : 0;
         count += signal ? 1 : 0;
     }
-    mass = warp_sum(mass);
-    PAMA_ROLLED
-    for (int i = threadIdx.x; i < n; i += kWarp)
-        if (mass > 0) effective[i] = part[i] * effective[i] / mass;
-    return {static_cast<int>(__reduce_add_sync(kAllLanes, count)), mass};
-}
-
-// The same for the weights of a batch, called by all threads of a block, to which the sums must be visible.
-__device__ inline Chosen choose_objectives(const Solve& s) {
-    PAMA_SHARED(Chosen, chosen);
     if (threadIdx.x < kWarp) {
-        const Chosen own =
-            choose_objectives(s.sums, s.n, s.rule.kind == Kind::gram, s.preference, s.weights, s.effective);
-        if (threadIdx.x == 0) chosen = own;
+        mass = warp_sum(mass);
+        count = __reduce_add_sync(kAllLanes, count);
+        PAMA_ROLLED
+        for (int i = threadIdx.x; i < s.n; i += kWarp)
+            if (mass > 0) s.effective[i] = s.weights[i] * s.effective[i] / mass;
+        if (threadIdx.x == 0) chosen = {static_cast<int>(count), mass};
     }
     __syncthreads();
     return chosen;
