@@ -231,17 +231,18 @@ inline void row_apply(const Pass& pass, const double* row_sums, double* up, doub
             weights_of_row(pass, row, r, a, present, c, work, sums, group, partial);
         else if (pass.per_row)
             load_values(pass.weights, row * pass.weights.row, pass.weights.objective, n, false, c);
-        double above = 0, below = 0, mass = 0;
-#pragma omp simd reduction(+ : above, below, mass)
+        double above = 0, below = 0, mass = 0, poison = 0;
+#pragma omp simd reduction(+ : above, below, mass, poison)
         for (int i = 0; i < n; ++i) {
             const double positive = a[i] < 0 ? 0.0 : a[i];
             above += c[i] * positive;
             below += tokens.noon ? 0.0 : c[i] * (a[i] - positive);
             mass += present[i] * pass.preference[i];
+            poison += 0 * a[i];
         }
         if (pass.divided && tokens.objective_mask) {
-            above = mass > 0 ? above / mass : 0.0;
-            below = mass > 0 ? below / mass : 0.0;
+            above = mass > 0 ? above / mass : poison;
+            below = mass > 0 ? below / mass : poison;
         }
         if (up) up[row] = above;
         if (down) down[row] = below;
