@@ -86,17 +86,25 @@ PAMA_HD inline double batch_entry(const Rule& rule, const double* statistics, in
     return rule.kind == Kind::gram ? cosine_entry(statistics, n, i, j) : gram_entry(statistics, n, i, j);
 }
 
+// Calls solve() for the objectives that have 1 in c, which are marked in `present` (n). A NaN optimum makes every
+// weight NaN.
+template <class Solve>
+PAMA_HD inline SolverResult solve_present(int n, double* c, unsigned char* present, Solve solve) {
+    for (int i = 0; i < n; ++i) present[i] = c[i] != 0;
+    const SolverResult result = solve();
+    for (int i = 0; i < n; ++i) c[i] += 0 * result.optimum;
+    return result;
+}
+
 // Weights of a rule that needs pair statistics (GRAM, UPGRAD), given the matrix (n, n) of batch_entry. c: on input 1
 // for objectives that are included, else 0; on output the weights. present (n), solver: workspace.
 PAMA_HD inline SolverResult batch_matrix_weights(const Rule& rule, int n, const double* matrix,
                                                  const double* preference, double* c, unsigned char* present,
                                                  double* solver) {
-    for (int i = 0; i < n; ++i) present[i] = c[i] != 0;
-    const SolverResult result = rule.kind == Kind::gram
-                                    ? min_norm_solve(n, matrix, n, 1, preference, present, rule.number, c, solver)
-                                    : upgrad_solve(n, matrix, n, 1, preference, present, c, solver);
-    for (int i = 0; i < n; ++i) c[i] += 0 * result.optimum;  // a NaN optimum makes every weight NaN
-    return result;
+    return solve_present(n, c, present, [&] {
+        return rule.kind == Kind::gram ? min_norm_solve(n, matrix, n, 1, preference, present, rule.number, c, solver)
+                                       : upgrad_solve(n, matrix, n, 1, preference, present, c, solver);
+    });
 }
 
 // Computes the weights c (n) of the batch over the objectives that have a signal; if there are none, c is the

@@ -252,10 +252,13 @@ inline void row_apply(const Pass& pass, const double* row_sums, double* up, doub
             below += tokens.noon ? 0.0 : c[i] * (a[i] - positive);
         }
         if (pass.divided && tokens.objective_mask) {
-            double mass = 0;
-            for (int i = 0; i < n; ++i) mass += present[i] * pass.preference[i];
-            above = mass > 0 ? above / mass : 0.0;
-            below = mass > 0 ? below / mass : 0.0;
+            double mass = 0, poison = 0;  // NaN if an advantage is
+            for (int i = 0; i < n; ++i) {
+                mass += present[i] * pass.preference[i];
+                poison += 0 * a[i];
+            }
+            above = mass > 0 ? above / mass : poison;
+            below = mass > 0 ? below / mass : poison;
         }
         if (up) up[row] = above;
         if (down) down[row] = below;

@@ -14,7 +14,8 @@ namespace cuda {
 
 Plan statistics_plan(const DeviceTokens& tokens, bool pairs, int multiprocessors);
 
-// work: plan.doubles() doubles. With `solve`, whose rule must be FIXED or SCORES, the same launch computes the weights.
+// work: plan.doubles() doubles. With `solve`, whose rule must be FIXED or SCORES, the same launch computes the weights;
+// not possible if plan.apart.
 cudaError_t statistics(const DeviceTokens& tokens, bool pairs, const Plan& plan, double* work, unsigned* counter,
                        double* sums, const Solve* solve, cudaStream_t stream);
 

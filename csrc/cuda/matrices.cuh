@@ -8,6 +8,8 @@
 namespace pama {
 namespace cuda {
 
+constexpr int kSmallBatch = 8;  // objectives of a batch up to which one warp builds the matrix
+
 // Workspace of one problem in doubles: the matrix, the weights, the preference and the solver's workspace.
 template <class Problem>
 PAMA_HD inline int64_t matrix_room(int n) {
@@ -31,8 +33,8 @@ __device__ inline int load_matrix(const Rows& rows, int64_t row, double* matrix,
 // each of them in the matrix.
 template <class Problem>
 __device__ inline int batch_matrix(const Solve& s, double* matrix, double* preference, double* position) {
-    double mass;
-    const int n = s.n, count = choose_objectives(s, &mass);
+    const Chosen chosen = choose_objectives(s);
+    const int n = s.n, count = chosen.count;
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
         double before = 0;
         PAMA_UNROLL_BY(4)
@@ -48,7 +50,7 @@ __device__ inline int batch_matrix(const Solve& s, double* matrix, double* prefe
                 Problem::entry(s.sums, n, i, j);
     }
     __syncthreads();
-    return Problem::kNeedsMass && !(mass > 0) ? 0 : count;
+    return Problem::kNeedsMass && !(chosen.mass > 0) ? 0 : count;
 }
 
 // Two objectives need no workspace.
@@ -127,7 +129,8 @@ inline cudaError_t solve_batch(const Solve& batch, cudaStream_t stream) {
     rows.n = batch.n;
     rows.regularization = batch.rule.number;
     rows.work = batch.work;
-    return launch(&matrix_kernel<Problem>, dim3(1), Problem::threads(batch.n), stream, rows, true, batch);
+    const int builders = batch.n > kSmallBatch ? limited(8 * kWarp) : kWarp, solvers = Problem::threads(batch.n);
+    return launch(&matrix_kernel<Problem>, dim3(1), builders > solvers ? builders : solvers, stream, rows, true, batch);
 }
 
 }  // namespace cuda

@@ -23,7 +23,8 @@ struct MinNorm {
     __device__ static double together(int n, const double* matrix, const double* preference, double regularization,
                                       double* c, double* work, double* shared) {
         double optimum = 0;
-        if (n > 2 && n <= kMostByWarp && min_norm_by_warp(n, matrix, preference, regularization, c, &optimum, shared))
+        if (threadIdx.x < kWarp && n > 2 && n <= kMostByWarp &&
+            min_norm_by_warp<kTogetherByWarp>(n, matrix, preference, regularization, c, &optimum, shared))
             return optimum;
         return threadIdx.x == 0
                    ? min_norm::solve_general(n, matrix, n, 1, preference, nullptr, regularization, c, work).optimum

@@ -13,9 +13,10 @@ PAMA_HD constexpr int min_norm_work(int n) { return n * warp_pitch(n) + warp_wor
 // The problem of core/min_norm.hpp for n <= kMostByWarp objectives, all of which take part: min_norm::solve_small by a
 // warp. matrix (n, n); work: shared memory. Returns, to every lane, whether the problem was solved; lane 0 writes the
 // results.
+template <int Together>
 __device__ inline bool min_norm_by_warp(int n, const double* matrix, const double* preference, double regularization,
                                         double* c, double* optimum, double* work) {
-    WarpSystem s(n, work, work + n * warp_pitch(n));
+    WarpSystem<Together> s(n, work, work + n * warp_pitch(n));
     const double given = s.real ? matrix[s.unknown * (n + 1)] : 0, most = s.largest(given);
     const nnqp::Scale scale(most);
     PAMA_ROLLED

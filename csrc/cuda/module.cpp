@@ -178,8 +178,9 @@ void statistics_of(const py::object& record, bool pairs, const py::object& sums,
     if (!rule.is_none()) {
         s = read_solve(rule, p.n, to, preference, results);
         more = solve_doubles(s.rule.kind, p.n);
-        inside = !needs_pairs(s.rule.kind);
-        if (!inside && !pairs) throw py::value_error("pairs: expected true for a rule on pairs of objectives");
+        inside = !needs_pairs(s.rule.kind) && !plan.apart;
+        if (needs_pairs(s.rule.kind) && !pairs)
+            throw py::value_error("pairs: expected true for a rule on pairs of objectives");
     }
     void* data = nullptr;
     const py::object work =

@@ -46,6 +46,7 @@ struct Plan {
     bool by_row = false;   // sums over each sequence without an objective index, then over the sequences
     bool flat = false;     // contiguous float32 tokens
     bool counted = false;  // the valid tokens of each sequence are counted first
+    bool apart = false;    // the partial sums are added by a launch of their own
     int64_t segments = 1;  // segments per sequence, one warp each
     int64_t blocks = 1;    // blocks over which the tokens, or the sequences, are distributed
     int64_t layers = 1;    // groups of objectives and tiles of pairs

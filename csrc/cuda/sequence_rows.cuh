@@ -71,17 +71,20 @@ __device__ inline Signed combine_row(const Sequences& s, const SequenceMemory& m
             for (int k = 0; k < 8; ++k) x.add(m, p.noon, first + k, first + k < p.n, static_cast<double>(a[k]));
         }
     } else {
+        double poison = 0;
         PAMA_ROLLED
         for (int i = 0; i < p.n; ++i) {
             const bool here = row_present(p, row, i, x.tokens);
             const int64_t at = row * p.advantages.row + i * p.advantages.objective;
-            x.add(m, p.noon, i, here, here ? load_number<double>(p.advantages, at) : 0);
+            const double advantage = here ? load_number<double>(p.advantages, at) : 0;
+            x.add(m, p.noon, i, here, advantage);
+            poison += 0 * advantage;
         }
+        if (!p.objective_mask) return x;
+        const bool some = x.share > 0;
+        x.up = some ? x.up / x.share : poison;
+        x.down = some ? x.down / x.share : poison;
     }
-    if (!p.objective_mask) return x;
-    const bool some = x.share > 0;
-    x.up = some ? x.up / x.share : 0 * x.up;
-    x.down = some ? x.down / x.share : 0 * x.down;
     return x;
 }
 

@@ -159,21 +159,21 @@ __device__ inline void add_blocks(const Sequences& s, SequenceMemory& m) {
 }
 
 // By one thread, what the warps do not solve: singular matrices, and objectives without a signal. Not inlined, since
-// the solvers use all registers.
+// the solvers use all registers. The general solvers alone: those in registers would make the kernel larger.
 __device__ PAMA_NOINLINE void solve_matrix(const Sequences& s, SequenceMemory& m) {
     const int n = s.p.n;
     double *const matrix = m.solver + n, *const work = matrix + n * n;
     auto* const present = reinterpret_cast<unsigned char*>(m.solver);
-    for (int i = 0; i < n; ++i) present[i] = m.weights[i] != 0;
-    const SolverResult result =
-        s.rule.kind == Kind::gram
-            ? min_norm::solve_general(n, matrix, n, 1, m.preference, present, s.rule.number, m.weights, work)
-            : upgrad::solve_general(n, matrix, n, 1, m.preference, present, m.weights, work, Lanes{0, 1});
-    for (int i = 0; i < n; ++i) m.weights[i] += 0 * result.optimum;  // a NaN optimum makes every weight NaN
-    m.optimum = result.optimum;
+    m.optimum =
+        solve_present(n, m.weights, present, [&] {
+            return s.rule.kind == Kind::gram
+                       ? min_norm::solve_general(n, matrix, n, 1, m.preference, present, s.rule.number, m.weights, work)
+                       : upgrad::solve_general(n, matrix, n, 1, m.preference, present, m.weights, work, Lanes{0, 1});
+        }).optimum;
 }
 
-// Which objectives have a signal (1 in `weights`), and the preferences over those. Called by one warp.
+// Which objectives have a signal (1 in `weights`), and the preferences over those. Called by one warp. The function of
+// solve.cuh, for any number of objectives, would add 400 instructions to this kernel.
 __device__ inline void choose_objectives(const Sequences& s, SequenceMemory& m) {
     const int n = s.p.n, i = threadIdx.x;
     const bool real = i < n;
@@ -200,10 +200,11 @@ __device__ inline void solve_weights(const Sequences& s, SequenceMemory& m) {
     __syncthreads();
     if (pairs && m.count == n && n > 2) {
         if (s.rule.kind == Kind::upgrad) {
-            const bool solved = upgrad_by_warps(n, matrix, m.preference, m.weights, &m.optimum, work);
+            const bool solved = upgrad_by_warps<1>(n, matrix, m.preference, m.weights, &m.optimum, work);
             if (threadIdx.x == 0) m.solved = solved;
         } else if (threadIdx.x < kWarp) {
-            const bool solved = min_norm_by_warp(n, matrix, m.preference, s.rule.number, m.weights, &m.optimum, work);
+            const bool solved =
+                min_norm_by_warp<1>(n, matrix, m.preference, s.rule.number, m.weights, &m.optimum, work);
             if (threadIdx.x == 0) m.solved = solved;
         }
     }

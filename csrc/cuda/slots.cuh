@@ -81,10 +81,25 @@ struct Values {
     __device__ double& operator[](int slot) { return batch[slot / kWarp][slot % kWarp]; }
 };
 
+constexpr unsigned kLoads = 17;  // partial sums that a thread loads at a time: of 8 threads, those of 132 blocks
+
 struct Partials {
-    double* data;
+    double* data;  // [statistic][block]
     int64_t blocks;
+
+    // Threads that add the partial sums of one statistic.
+    PAMA_HD unsigned lanes() const {
+        unsigned count = 1;
+        while (count < 8 && count * kLoads < blocks) count *= 2;
+        return count;
+    }
 };
+
+// The number of leading statistics that have partial sums: without an objective mask the pair fields after the products
+// follow from fields.
+PAMA_HD inline int64_t added_statistics(int64_t n, bool pairs, bool presence) {
+    return pairs && !presence ? pair_offset(n, kProductKinds) : statistics_size(n, pairs);
+}
 
 // Adds the sums of the warps of a block, rows of `width`, and writes them to the block's partial sums; index(slot) is
 // the index of a slot in the statistics.
@@ -115,61 +130,53 @@ __device__ inline void write_block(Values<Count>& values, const Partials& partia
     write_table(&table[0][0], Count, Count, partials, block, index);
 }
 
-// Runs in the last block: adds the partial sums, four statistics at a time in each warp with all their loads in flight,
-// and computes the statistics that follow from others.
-__device__ inline void add_partials(const Partials& partials, double* sums, int64_t n, bool pairs, bool presence) {
-    constexpr int kSums = 4, kLoads = 5;
-    const int64_t lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-    const int64_t fields = statistics_size(n, false), size = statistics_size(n, pairs);
-    const int64_t written = pairs && !presence ? pair_offset(n, kProductKinds) : size;
-    const auto each = static_cast<unsigned>(n);  // 64-bit divisions are slow
-    for (int64_t first = threadIdx.x / kWarp; first < written; first += kSums * warps) {
-        double sum[kSums] = {};
-        bool wanted[kSums];
-        PAMA_UNROLL
-        for (int u = 0; u < kSums; ++u) {
-            const int64_t index = first + u * warps;
-            wanted[u] = index < written;
-            if (!pairs || index < fields || index >= fields + kProductKinds * n * n) continue;
-            const unsigned row = static_cast<unsigned>(index - fields) / each;  // row in one of the matrices
-            wanted[u] = wanted[u] && row % each < static_cast<unsigned>(index - fields) - row * each;
-        }
-        for (int64_t from = lane; from < partials.blocks; from += kLoads * kWarp) {
-            double part[kSums][kLoads];
+// Adds the partial sums in a fixed order, and computes the statistics that follow from others: the other half and the
+// diagonal of the products and, without an objective mask, the other pair fields. Called by whole warps; this is thread
+// `thread` of `threads`.
+__device__ inline void add_partials(const Partials& partials, double* sums, int n, bool pairs, bool presence,
+                                    unsigned thread, unsigned threads) {
+    const unsigned lanes = partials.lanes(), lane = thread % lanes, groups = threads / lanes;
+    const auto each = static_cast<unsigned>(n), blocks = static_cast<unsigned>(partials.blocks);
+    const auto fields = static_cast<unsigned>(statistics_size(n, false)), square = each * each;
+    const auto written = static_cast<unsigned>(added_statistics(n, pairs, presence));
+    double* const to = sums + fields;
+    PAMA_ROLLED
+    for (unsigned first = thread / kWarp * (kWarp / lanes); first < written; first += groups) {
+        const unsigned index = first + thread % kWarp / lanes, at = index < fields ? index : index - fields;
+        const unsigned row = at / each, column = at - row * each;  // of the fields, or of the matrices
+        const unsigned kind = row < each ? kBoundProduct : kAdvantageProduct, i = row - kind * each;
+        const bool product = index >= fields && at < kProductKinds * square;
+        const bool wanted = index < written && (!product || i < column);
+        const double* const from = partials.data + static_cast<int64_t>(index) * blocks;
+        double sum = 0;
+        PAMA_ROLLED
+        for (unsigned block = lane; wanted && block < blocks; block += kLoads * lanes) {
+            double part[kLoads];
+            const double* next = from + block;
             PAMA_UNROLL
-            for (int u = 0; u < kSums; ++u) {
-                const double* const row = partials.data + (first + u * warps) * partials.blocks + from;
-                PAMA_UNROLL
-                for (int l = 0; l < kLoads; ++l)
-                    part[u][l] = wanted[u] && from + l * kWarp < partials.blocks ? __ldcg(row + l * kWarp) : 0;
-            }
+            for (unsigned l = 0; l < kLoads; ++l, next += lanes)
+                part[l] = block + l * lanes < blocks ? __ldcg(next) : 0;
             PAMA_UNROLL
-            for (int u = 0; u < kSums; ++u) {
-                PAMA_UNROLL
-                for (int l = 0; l < kLoads; ++l) sum[u] += part[u][l];
-            }
+            for (unsigned l = 0; l < kLoads; ++l) sum += part[l];
         }
-        PAMA_UNROLL
-        for (int u = 0; u < kSums; ++u) sum[u] = warp_sum(sum[u]);
-        PAMA_UNROLL
-        for (int u = 0; u < kSums; ++u)
-            if (lane == 0 && wanted[u]) sums[first + u * warps] = sum[u];
-    }
-    __syncthreads();
-    if (!pairs) return;
-    double* const products = sums + fields;
-    for (unsigned k = threadIdx.x; k < each * each; k += blockDim.x) {
-        const unsigned i = k / each, j = k % each;
-        if (i >= j) {
-            products[k] = i == j ? sums[kBoundSquareSum * n + i] : products[j * n + i];
-            products[n * n + k] = i == j ? sums[kAdvantageSquareSum * n + i] : products[n * n + j * n + i];
+        PAMA_ROLLED
+        for (unsigned half = lanes / 2; half > 0; half /= 2) sum += __shfl_xor_sync(kAllLanes, sum, half);
+        if (!wanted) continue;
+        if (lane == 0) {
+            sums[index] = sum;
+            if (product) to[kind * square + column * each + i] = sum;
+            if (pairs && index == kBoundSquareSum * each + column) to[column * (each + 1)] = sum;
+            if (pairs && index == kAdvantageSquareSum * each + column) to[square + column * (each + 1)] = sum;
         }
-        if (presence) continue;  // otherwise every objective is present at every token
-        products[kPairCount * n * n + k] = sums[kCount * n + i];
-        products[kPairAdvantage * n * n + k] = sums[kAdvantageSum * n + i];
-        products[kPairAdvantageSquare * n * n + k] = sums[kAdvantageSquareSum * n + i];
+        if (!pairs || presence || index >= fields) continue;
+        const unsigned follows = row == kCount                ? kPairCount
+                                 : row == kAdvantageSum       ? kPairAdvantage
+                                 : row == kAdvantageSquareSum ? kPairAdvantageSquare
+                                                              : kPairs;
+        PAMA_ROLLED
+        for (unsigned j = lane; follows != kPairs && j < each; j += lanes)
+            to[follows * square + column * each + j] = sum;
     }
-    __syncthreads();
 }
 
 }  // namespace cuda

@@ -18,27 +18,35 @@ struct OwnStatistics {
     __device__ bool signal(bool bound) const { return has_signal(field, 1, 0, bound); }
 };
 
-// Writes the preference normalised over the objectives with a signal to `effective`, and 1 for each of these
-// objectives, else 0, to `weights`. Called by all threads of a block, to which the sums must be visible. Returns the
-// number of objectives with a signal.
-__device__ inline int choose_objectives(const Solve& s, double* mass_of_all) {
-    for (int i = threadIdx.x; i < s.n; i += blockDim.x) {
-        s.weights[i] = OwnStatistics(s.sums, s.n, i).signal(s.rule.kind == Kind::gram) ? 1 : 0;
+struct Chosen {
+    int count;    // objectives with a signal
+    double mass;  // the sum of their preferences
+};
+
+// Writes 1 for each objective with a signal, else 0, to `weights`, and the preference normalised over those to
+// `effective`. Called by all threads of a block, to which the sums must be visible; one warp does it.
+__device__ inline Chosen choose_objectives(const Solve& s) {
+    PAMA_SHARED(Chosen, chosen);
+    double mass = 0;
+    unsigned count = 0;
+    PAMA_ROLLED
+    for (int i = threadIdx.x; threadIdx.x < kWarp && i < s.n; i += kWarp) {
+        const bool signal = OwnStatistics(s.sums, s.n, i).signal(s.rule.kind == Kind::gram);
+        s.weights[i] = signal ? 1 : 0;
         s.effective[i] = s.preference ? s.preference[i] : 1.0 / s.n;
+        mass += signal ? s.effective[i] : 0;
+        count += signal ? 1 : 0;
+    }
+    if (threadIdx.x < kWarp) {
+        mass = warp_sum(mass);
+        count = __reduce_add_sync(kAllLanes, count);
+        PAMA_ROLLED
+        for (int i = threadIdx.x; i < s.n; i += kWarp)
+            if (mass > 0) s.effective[i] = s.weights[i] * s.effective[i] / mass;
+        if (threadIdx.x == 0) chosen = {static_cast<int>(count), mass};
     }
     __syncthreads();
-    double mass = 0, count = 0;
-    PAMA_UNROLL_BY(4)
-    for (int i = 0; i < s.n; ++i) {
-        mass += s.weights[i] * s.effective[i];
-        count += s.weights[i];
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < s.n; i += blockDim.x)
-        if (mass > 0) s.effective[i] = s.weights[i] * s.effective[i] / mass;
-    __syncthreads();
-    *mass_of_all = mass;
-    return static_cast<int>(count);
+    return chosen;
 }
 
 // Solves rules without pair statistics for N objectives. Called by all threads of a block: one thread per objective
@@ -90,8 +98,7 @@ __device__ PAMA_NOINLINE void solve_few_scores(const Solve& s) {
 // The same for any number of objectives, with the workspace `work`.
 __device__ PAMA_NOINLINE void solve_many_scores(const Solve& s) {
     const int n = s.n;
-    double mass;
-    const bool some = choose_objectives(s, &mass) > 0;
+    const bool some = choose_objectives(s).count > 0;
     double *const a = s.work, *const p = a + n, *const moments = p + n;
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
         a[i] = score(s.sums, n, i);

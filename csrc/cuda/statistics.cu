@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kLeastRow = 16;      // minimum average number of tokens per sequence for one warp per sequence
 constexpr int64_t kMostSegments = 32;  // of a sequence
 constexpr int kRowThreads = limited(128);
+constexpr int64_t kMostRounds = 8;  // of the last block that adds the partial sums; beyond, a second launch adds them
 
 template <class T>
 T smaller(T x, T y) {
@@ -122,6 +123,31 @@ cudaError_t row_sums(const DeviceTokens& p, const Plan& plan, double* sums, cuda
                : launch(&row_sums_kernel<float, false>, grid, kFewThreads, stream, task);
 }
 
+cudaError_t token_sums(const Launch& to, const double* rows) {
+    const DeviceTokens& p = to.p;
+    const Plan& plan = to.plan;
+    const double* const counts = plan.counted ? rows : nullptr;
+    if (plan.by_row) {
+        const RowTokens source{p, plan.counted ? nullptr : rows, counts, plan.segments, plan.blocks * kRowThreads};
+        return launch(&rows_kernel, to.grid(), kRowThreads, to.stream, to.task(source));
+    }
+    if (!plan.flat) {
+        const AnyTokens source{p, Walk(p, plan.blocks * kFewThreads, row_mean(p)), counts, row_mean(p)};
+        return p.wide ? launch(&tokens_kernel<double>, to.grid(), kFewThreads, to.stream, to.task(source))
+                      : launch(&tokens_kernel<float>, to.grid(), kFewThreads, to.stream, to.task(source));
+    }
+    switch (p.n) {
+        case 1:
+            return to.flat<1>();
+        case 2:
+            return to.flat<2>();
+        case 3:
+            return to.flat<3>();
+        default:
+            return to.flat<kGroup>();
+    }
+}
+
 }  // namespace
 
 Plan statistics_plan(const DeviceTokens& p, bool pairs, int multiprocessors) {
@@ -150,49 +176,38 @@ Plan statistics_plan(const DeviceTokens& p, bool pairs, int multiprocessors) {
     } else if (plan.counted) {
         plan.row_doubles = p.rows;
     }
-    // One block per multiprocessor, or four if there are many layers, which divide unevenly.
-    const int64_t most =
-        4 * plan.layers > multiprocessors ? shares(4 * multiprocessors, plan.layers) : multiprocessors / plan.layers;
+    // One block per multiprocessor, or at most four if there are many layers, which divide unevenly.
+    const int64_t most = (4 * plan.layers > multiprocessors ? 4 * multiprocessors : multiprocessors) / plan.layers;
     plan.blocks = smaller(smaller(most, kMostPartials / size), shares(work, plan.threads));
     plan.blocks = plan.blocks < 1 ? 1 : plan.blocks;
     plan.partials = size * plan.blocks;
+    const int64_t written = added_statistics(p.n, pairs, static_cast<bool>(p.objective_mask));
+    plan.apart = written * Partials{nullptr, plan.blocks}.lanes() > kMostRounds * plan.threads;
     return plan;
 }
 
 cudaError_t statistics(const DeviceTokens& p, bool pairs, const Plan& plan, double* work, unsigned* counter,
                        double* sums, const Solve* solve, cudaStream_t stream) {
-    const bool presence = static_cast<bool>(p.objective_mask);
     double* const rows = plan.row_doubles ? work : nullptr;
     if (rows) {
         const cudaError_t status = row_sums(p, plan, rows, stream);
         if (status != cudaSuccess) return status;
     }
-    const Partials partials{work + plan.row_doubles, plan.blocks};
-    const Launch to{p,
-                    plan,
-                    {partials, sums, counter, static_cast<unsigned>(plan.layers), p.n, pairs, presence,
-                     solve != nullptr, solve ? *solve : Solve{}},
-                    stream};
-    const double* const counts = plan.counted ? rows : nullptr;
-    if (plan.by_row) {
-        const RowTokens source{p, plan.counted ? nullptr : rows, counts, plan.segments, plan.blocks * kRowThreads};
-        return launch(&rows_kernel, to.grid(), kRowThreads, stream, to.task(source));
-    }
-    if (!plan.flat) {
-        const AnyTokens source{p, Walk(p, plan.blocks * kFewThreads, row_mean(p)), counts, row_mean(p)};
-        return p.wide ? launch(&tokens_kernel<double>, to.grid(), kFewThreads, stream, to.task(source))
-                      : launch(&tokens_kernel<float>, to.grid(), kFewThreads, stream, to.task(source));
-    }
-    switch (p.n) {
-        case 1:
-            return to.flat<1>();
-        case 2:
-            return to.flat<2>();
-        case 3:
-            return to.flat<3>();
-        default:
-            return to.flat<kGroup>();
-    }
+    Finish finish{{work + plan.row_doubles, plan.blocks},
+                  sums,
+                  counter,
+                  static_cast<unsigned>(plan.layers),
+                  p.n,
+                  pairs,
+                  static_cast<bool>(p.objective_mask),
+                  solve != nullptr,
+                  solve ? *solve : Solve{}};
+    if (plan.apart) finish.counter = nullptr;
+    const cudaError_t status = token_sums({p, plan, finish, stream}, rows);
+    if (status != cudaSuccess || !plan.apart) return status;
+    const int64_t written = added_statistics(p.n, pairs, finish.presence) * finish.partials.lanes();
+    const auto blocks = static_cast<unsigned>(smaller<int64_t>(shares(written, kFewThreads), 1024));
+    return launch(&add_kernel, dim3(blocks), kFewThreads, stream, finish);
 }
 
 }  // namespace cuda

@@ -1,7 +1,8 @@
-// Computes the statistics of core/statistics.hpp and, on request, the weights of the batch from them, in one launch.
+// Computes the statistics of core/statistics.hpp and, on request, the weights of the batch from them.
 //
 // A block sums over its share of the tokens, or of the sequences, for one layer, and writes the sums to its own partial
-// sums; the last block to finish adds all partial sums in a fixed order and solves for the weights.
+// sums; the last block to finish adds all partial sums in a fixed order and solves for the weights. With many
+// statistics one block would take long: a second launch adds them on all multiprocessors.
 #pragma once
 
 #include "flat.cuh"
@@ -15,7 +16,7 @@ namespace cuda {
 struct Finish {
     Partials partials;
     double* sums;
-    unsigned* counter;
+    unsigned* counter;  // null: another launch adds the partial sums
     unsigned layers;
     int n;
     bool pairs, presence, solved;
@@ -68,8 +69,9 @@ __device__ inline void write_tiles(Values<Kinds * kGroup * kGroup>& values, cons
 // N: the number of objectives if it is below kGroup, else 0.
 template <int N>
 __device__ inline void finish(const Finish& task) {
-    if (!last_block(task.counter)) return;
-    add_partials(task.partials, task.sums, task.n, task.pairs, task.presence);
+    if (!task.counter || !last_block(task.counter)) return;
+    add_partials(task.partials, task.sums, task.n, task.pairs, task.presence, threadIdx.x, blockDim.x);
+    __syncthreads();
     if (task.solved) solve_scores<N>(task.solve);
 }
 
@@ -166,6 +168,11 @@ __global__ void __launch_bounds__(kFewThreads, 1) rows_kernel(const __grid_const
         write_tiles<2>(values, task.finish, at, kBoundProduct);
     }
     finish<0>(task.finish);
+}
+
+__global__ void __launch_bounds__(kFewThreads, 1) add_kernel(const __grid_constant__ Finish task) {
+    add_partials(task.partials, task.sums, task.n, task.pairs, task.presence, blockIdx.x * blockDim.x + threadIdx.x,
+                 gridDim.x * blockDim.x);
 }
 
 }  // namespace cuda

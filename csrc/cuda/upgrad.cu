@@ -13,7 +13,7 @@ struct UpGrad {
     static constexpr bool kNeedsMass = true;
     static constexpr int kShared = upgrad_work(kMostByWarp);
     static bool always_together(int n) { return n > upgrad::kLargestSmall; }
-    static int threads(int n) { return by_lane(n) ? kWarp : limited(upgrad_warps(n) * kWarp); }
+    static int threads(int n) { return by_lane(n) ? kWarp : limited(kUpgradWarps * kWarp); }
     PAMA_HD static std::size_t workspace(int n) { return nnqp::workspace(n) * (by_lane(n) ? kWarp : 1); }
     __device__ static double entry(const double* sums, int64_t n, int64_t i, int64_t j) {
         return gram_entry(sums, n, i, j);
@@ -27,7 +27,8 @@ struct UpGrad {
     __device__ static double together(int n, const double* matrix, const double* preference, double, double* c,
                                       double* work, double* shared) {
         double optimum = 0;
-        if (n > 2 && !by_lane(n) && upgrad_by_warps(n, matrix, preference, c, &optimum, shared)) return optimum;
+        if (n > 2 && !by_lane(n) && upgrad_by_warps<kTogetherByWarp>(n, matrix, preference, c, &optimum, shared))
+            return optimum;
         const int lane = threadIdx.x;
         if (lane >= (by_lane(n) ? kWarp : 1)) return 0;
         if (n == 2) return solve(n, matrix, preference, 0, c, work);

@@ -30,22 +30,21 @@ struct Lanes {
 };
 
 // Warps of a block that project the gradients of one matrix, and the doubles of their shared memory.
-PAMA_HD constexpr int upgrad_warps(int n) { return n <= 16 ? 8 : 4; }
-PAMA_HD constexpr int upgrad_work(int n) {
-    return n * warp_pitch(n) + 2 * n + 3 + upgrad_warps(n) * (warp_work(n) + n);
-}
+constexpr int kUpgradWarps = 8;
+PAMA_HD constexpr int upgrad_work(int n) { return n * warp_pitch(n) + 2 * n + 3 + kUpgradWarps * (warp_work(n) + n); }
 
 // The problem of core/upgrad.hpp for 2 < n <= kMostByWarp objectives, all with a gradient: upgrad::Small by the warps
-// of a block, at most upgrad_warps(n) of them; warp w projects the gradients w, w + warps and so on. matrix (n, n);
+// of a block, at most kUpgradWarps of them; warp w projects the gradients w, w + warps and so on. matrix (n, n);
 // work: shared memory. Called by all threads of the block. Returns, to every thread, whether the problem was solved;
 // the first thread writes the results.
+template <int Together>
 __device__ inline bool upgrad_by_warps(int n, const double* matrix, const double* preference, double* c,
                                        double* optimum, double* work) {
     const int pitch = warp_pitch(n), given = static_cast<int>(blockDim.x) / kWarp, warp = threadIdx.x / kWarp;
-    const int warps = given < upgrad_warps(n) ? given : upgrad_warps(n);
+    const int warps = given < kUpgradWarps ? given : kUpgradWarps;
     double *const units = work + n * pitch, *const shares = units + n, *const flags = shares + n;  // halved, 2 x failed
     double* const sums = flags + 3;                                                                // (warps, n)
-    WarpSystem s(n, work, sums + warps * n + (warp < warps ? warp : 0) * warp_work(n));
+    WarpSystem<Together> s(n, work, sums + warps * n + (warp < warps ? warp : 0) * warp_work(n));
     const bool first = threadIdx.x == 0, writes = s.real && s.part == 0;
     if (warp == 0) {
         const double entry = s.real ? matrix[s.unknown * (n + 1)] : 0, p = s.real ? preference[s.unknown] : 0;

@@ -11,23 +11,30 @@ namespace pama {
 namespace cuda {
 
 constexpr int kMostByWarp = kWarp;  // unknowns
+constexpr int kTogetherByWarp = 4;  // `Together` below, where kMostByWarp unknowns are possible
 
 // Rows of an odd number of doubles: lanes that read a column use different banks.
 PAMA_HD constexpr int warp_pitch(int n) { return n | 1; }
+// Where a row of a lower triangle begins, the rows one after another. The numbers i (i + 1) / 2 of any 16 rows from a
+// multiple of 16 on differ modulo 16: here too, lanes that read a column use different banks.
+PAMA_HD constexpr int triangle(int row) { return row * (row + 1) / 2; }
 // Doubles of H and a vector.
-PAMA_HD constexpr int warp_work(int n) { return n * warp_pitch(n) + n; }
+PAMA_HD constexpr int warp_work(int n) { return triangle(n) + n; }
 
+// Together: elements of a row that a lane updates with all loads in flight. More take more code, and are faster for
+// many unknowns.
+template <int Together>
 struct WarpSystem {
     int n, pitch, width, unknown, part, parts;  // parts: lanes that have the same unknown, `width` apart
     bool real;                                  // whether the unknown exists
     const double* m;                            // M (n, pitch), shared by the warps
-    double *h, *vector;                         // H (n, pitch), below its diagonal then L D; (n)
+    double *h, *vector;                         // the lower triangle of H, then L D below its diagonal; (n)
     double shift = 0, diagonal = 1, target = 0, inside = 0, y = 0, product = 0;
     double total = 0, linear = 0, terms = 0, fixed_total = 0, fixed_terms = 0;
     bool enters = false, tied = false;
 
     __device__ WarpSystem(int size, const double* matrix, double* work)
-        : n(size), pitch(warp_pitch(size)), width(kWarp), m(matrix), h(work), vector(work + size * pitch) {
+        : n(size), pitch(warp_pitch(size)), width(kWarp), m(matrix), h(work), vector(work + triangle(size)) {
         while (width / 2 >= n) width /= 2;
         const int lane = threadIdx.x % kWarp;
         unknown = lane % width;
@@ -76,12 +83,12 @@ struct WarpSystem {
 
     __device__ bool solve() {
         const unsigned support = __reduce_add_sync(kAllLanes, part == 0 && inside > 0 ? 1u << unknown : 0u);
-        double* const row = h + unknown * pitch;
+        double* const row = h + triangle(unknown);
         __syncwarp();
         if (real && part == 0) vector[unknown] = shift;
         __syncwarp();
         PAMA_ROLLED
-        for (int j = part; inside > 0 && j < n; j += parts)
+        for (int j = part; inside > 0 && j <= unknown; j += parts)
             row[j] = j == unknown ? diagonal : m[unknown * pitch + j] + (shift + vector[j]);
         const double floor = nnqp::kSingularPivot * diagonal;
         double inverse = 1;
@@ -90,14 +97,27 @@ struct WarpSystem {
         PAMA_ROLLED
         for (int k = 0; k < n; ++k) {
             if (!(support >> k & 1)) continue;
-            const double pivot = h[k * pitch + k], reciprocal = 1 / pivot, before = __shfl_sync(kAllLanes, y, k);
+            const double pivot = h[triangle(k) + k], reciprocal = 1 / pivot, before = __shfl_sync(kAllLanes, y, k);
             if (!(pivot > __shfl_sync(kAllLanes, floor, k))) return false;
             if (unknown == k) inverse = reciprocal;
             if (inside > 0 && unknown > k) {
                 const double l = row[k] * reciprocal;
                 PAMA_ROLLED
-                for (int j = k + 1 + part; j <= unknown; j += parts)
-                    if (support >> j & 1) row[j] -= l * h[j * pitch + k];
+                for (int first = k + 1 + part; first <= unknown; first += Together * parts) {
+                    double old[Together], other[Together];
+                    PAMA_UNROLL
+                    for (int u = 0; u < Together; ++u) {
+                        const int j = first + u * parts;
+                        const bool used = j <= unknown && (support >> j & 1) != 0;
+                        old[u] = used ? row[j] : 0;
+                        other[u] = used ? h[triangle(j) + k] : 0;
+                    }
+                    PAMA_UNROLL
+                    for (int u = 0; u < Together; ++u) {
+                        const int j = first + u * parts;
+                        if (j <= unknown && (support >> j & 1) != 0) row[j] = old[u] - l * other[u];
+                    }
+                }
                 y -= l * before;
             }
             __syncwarp();
@@ -107,7 +127,7 @@ struct WarpSystem {
             if (!(support >> k & 1)) continue;
             const double found = __shfl_sync(kAllLanes, y * inverse, k);
             if (unknown == k) y = found;
-            if (inside > 0 && unknown < k) y -= h[k * pitch + unknown] * found;
+            if (inside > 0 && unknown < k) y -= h[triangle(k) + unknown] * found;
         }
         total = sum(y);
         linear = sum(shift * y);

@@ -169,8 +169,8 @@ int main() {
     layers();
     runs(random);
     weights(random);
-    for (const int n : {1, 2, 3, 4, 5, 8, 9}) {
-        for (int k = 0; k < 40; ++k) {
+    for (const int n : {1, 2, 3, 4, 5, 8, 9, 18}) {
+        for (int k = 0; k < (n > 9 ? 16 : 40); ++k) {
             Case given;
             given.rows = 1 + static_cast<int64_t>(random() % 7);
             given.width = 1 + static_cast<int64_t>(random() % 90);

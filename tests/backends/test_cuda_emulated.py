@@ -48,7 +48,7 @@ def _preferences(n: int) -> list[Tensor | None]:
     return [None, rising / rising.sum(), last]
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 18])
 def test_weights_of_the_batch(n: int) -> None:
     for seed, noon in ((0, False), (1, True), (2, False)):
         here = torch.bool if seed == 1 else None
@@ -100,7 +100,7 @@ def _grams(n: int, seed: int, count: int = 5) -> Tensor:
     return factors @ factors.transpose(-1, -2)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 12])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 12, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_solvers(n: int, dtype: torch.dtype) -> None:
     gram = _grams(n, n).to(dtype)

@@ -85,6 +85,28 @@ def test_denormal_advantages_are_not_divided(per_sequence: bool) -> None:
         assert (found.abs() <= tiny.abs().max()).all()
 
 
+@pytest.mark.portable
+@pytest.mark.parametrize("per_sequence", [False, True], ids=["per token", "per sequence"])
+@pytest.mark.parametrize("size", [1e-39, 1e-42, 1e-44])
+def test_denormal_advantages_are_combined_to_multiples_of_the_least_number(
+    size: float, per_sequence: bool
+) -> None:
+    """float32 is absolute there: each product c_i A_i per token is rounded by half of 2^-149, and so is the
+    result of the specification; per sequence, in float64, only the result is. Nothing is flushed to 0."""
+    advantages, mask = _advantages(per_sequence, torch.float32)
+    tiny, least = advantages * size, 2.0**-149
+    for rule in (pk.Fixed(), pk.Pama(), pk.UPGrad(), Pama(bound="scores")):
+        found = pk.combine_advantages(tiny, mask, rule=rule, preference=[0.2, 0.3, 0.5])
+        wanted = reference.combine_advantages(tiny, mask, rule=rule, preference=[0.2, 0.3, 0.5])
+        torch.testing.assert_close(found.weights.double(), wanted.weights, rtol=0, atol=1e-6)
+        halves = 1 if per_sequence else 3  # roundings
+        # the weights are rounded too: 6e-8, and to 1e-6 of the solvers
+        error = halves * 0.5 * least + 2e-6 * float(tiny.abs().max())
+        difference = (found.advantages.double() - wanted.advantages).abs().max()
+        assert float(difference) <= error
+        assert (found.advantages != 0)[wanted.advantages.abs() > (halves + 1) * 0.5 * least].all()
+
+
 @pytest.mark.cpu
 @pytest.mark.parametrize("per_sequence", [False, True], ids=["per token", "per sequence"])
 @pytest.mark.parametrize("rule", [None, "fixed", Pama("token"), "softmin"], ids=str)

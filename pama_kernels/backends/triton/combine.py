@@ -41,7 +41,7 @@ def coefficients(
         else:
             p = tl.where(i < n, tl.full([1, N], 1.0 / n, D), 0.0)
         share = tl.sum(tl.where(here, p, 0.0), axis=1, keep_dims=True)
-        c = tl.where(here & (share > 0), c / tl.where(share > 0, share, 1.0), 0.0)
+        c = tl.where(share > 0, tl.where(here, c, 0.0 * c) / tl.where(share > 0, share, 1.0), 0.0)
     return c
 
 
