@@ -299,8 +299,8 @@ def group_normalize(
 
     Returns:
         (B, N) in the dtype of `rewards`. NaN rewards are ignored in mean and deviation and give 0. A group of
-        one row, and a group whose rewards are all equal, gives exactly 0. An infinite reward makes the
-        objective NaN in its group. Computed in float64.
+        one row, and a group whose rewards are equal up to rounding (eight units in the last place), gives
+        exactly 0. An infinite reward makes the objective NaN in its group. Computed in float64.
 
     Source: Shao et al. 2024 (arXiv 2402.03300), per objective; ddof and eps as in TRL.
     """

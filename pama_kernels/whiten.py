@@ -33,8 +33,8 @@ def masked_whiten(
 
     Returns:
         The shape and dtype of `advantages`; 0 where masked or absent. An objective that is constant over its
-        valid tokens, up to rounding (four units in the last place), becomes exactly 0. A NaN or infinity at a
-        valid token makes its objective NaN. Computed in float64.
+        valid tokens, up to rounding (eight units in the last place), becomes exactly 0. A NaN or infinity at
+        a valid token makes its objective NaN. Computed in float64.
     """
     _, layout = check_tokens(advantages, mask, objective_mask=objective_mask)
     check_process_group(process_group, batch=True)
@@ -56,18 +56,18 @@ def masked_whiten(
     local = _moments(flat, weight)
     moments = local if process_group is None else _merged(local, process_group)
     unit, low, high, count, mean, square = moments
-    constant = high - low <= _rounding(advantages.dtype) * unit
+    constant = high - low <= rounding(advantages.dtype) * unit
     deviation = (square / count.clamp(min=1)).sqrt()
     whitened = (flat / unit - mean) / torch.where(constant, 1.0, deviation)
     whitened = torch.where(constant & (mean - mean == 0), 0.0, whitened).reshape(x.shape)
     return torch.where(present, whitened, 0.0).to(advantages.dtype)
 
 
-def _rounding(dtype: torch.dtype) -> float:
-    """The spread of equal values that were computed in different orders, relative to their magnitude: four
+def rounding(dtype: torch.dtype) -> float:
+    """The spread of equal values that were computed in different orders, relative to their magnitude: eight
     units in the last place. A half-precision type rounds most such differences away, and its own unit is too
     large to be noise."""
-    return 4 * min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    return 8 * min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
 
 
 class _Moments(NamedTuple):
@@ -114,13 +114,10 @@ def _merged(local: _Moments, group: ProcessGroup) -> _Moments:
 
 # --- rewards ------------------------------------------------------------------------------------------------
 
-# Rewards arrive in float32, and may be sums of terms: eight units in the last place.
-ROUNDING = 2.0**-20
-
 
 def without_rounding(rewards: Tensor, groups: Tensor) -> Tensor:
-    """Makes rewards (B, N) that differ within a group (B,) by rounding errors only equal: a rule would take
-    the errors of a constant reward for an objective, and give it weight."""
+    """Makes rewards (B, N) that differ within a group (B,) by rounding errors of float32 only equal: a rule
+    would take the errors of a constant reward for an objective, and give it weight."""
     index = torch.unique(groups, return_inverse=True)[1][:, None].expand_as(rewards)
     absent = rewards.isnan()
 
@@ -129,5 +126,6 @@ def without_rounding(rewards: Tensor, groups: Tensor) -> Tensor:
         return torch.full_like(rewards, fill).scatter_reduce(0, index, filled, which).gather(0, index)
 
     high, low = extreme("amax", -math.inf), extreme("amin", math.inf)
-    constant = high - low <= ROUNDING * torch.maximum(high.abs(), low.abs())
+    largest = torch.maximum(high.abs(), low.abs())
+    constant = largest.isfinite() & (high - low <= rounding(torch.float32) * largest)
     return torch.where(constant & ~absent, high, rewards)

@@ -15,7 +15,8 @@ constexpr int64_t kParallel = 1 << 14;  // values
 // The normalisation of one objective in one group.
 class Group {
   public:
-    explicit Group(std::vector<double> values) : values_(std::move(values)) {
+    // Values that differ by at most `rounding` times the largest count as equal.
+    Group(std::vector<double> values, double rounding) : values_(std::move(values)) {
         double low = INFINITY, high = -INFINITY;
         for (const double x : values_) {
             if (std::isnan(x)) continue;
@@ -23,16 +24,16 @@ class Group {
             high = std::fmax(high, x);
             count_ += 1;
         }
-        constant_ = low == high;
         largest_ = std::fmax(std::fabs(low), std::fabs(high));
+        constant_ = std::isfinite(largest_) && high - low <= rounding * largest_;
     }
 
     // Subtracts the mean and, if `scale` is set, divides by the standard deviation plus eps. The result is 0 for a
-    // missing reward (NaN), and exactly 0 if all rewards are equal. An infinity makes all other results of the group
+    // missing reward (NaN), and exactly 0 if the rewards are equal. An infinity makes all other results of the group
     // NaN.
     void normalize(bool scale, double eps) {
         if (constant_ || !std::isfinite(largest_)) {
-            for (double& x : values_) x = std::isnan(x) ? 0.0 : (constant_ ? x - x : NAN);
+            for (double& x : values_) x = std::isnan(x) || constant_ ? 0.0 : NAN;
             return;
         }
         int exponent;
@@ -97,6 +98,7 @@ void multi_objective_gae(const Gae& g, int threads) {
 
 void group_normalize(const Groups& groups, int n, const Array& rewards, bool scale, double eps, const Array& result,
                      int threads) {
+    const double rounding = rewards.dtype == Dtype::f64 ? 0x1p-49 : 0x1p-20;  // eight units in the last place
     const bool parallel = groups.count > 0 && groups.begin[groups.count] * n > kParallel;
     for_each_block(groups.count, parallel ? threads : 1, [&](int64_t group) {
         const int64_t first = groups.begin[group], last = groups.begin[group + 1];
@@ -106,7 +108,7 @@ void group_normalize(const Groups& groups, int n, const Array& rewards, bool sca
             values.reserve(static_cast<size_t>(last - first));
             for (int64_t k = first; k < last; ++k)
                 values.push_back(load_number<double>(rewards, order[k] * rewards.row + i * rewards.objective));
-            Group normalized(std::move(values));
+            Group normalized(std::move(values), rounding);
             normalized.normalize(scale, eps);
             for (int64_t k = first; k < last; ++k) store_value(result, order[k] * n + i, normalized[k - first]);
         }

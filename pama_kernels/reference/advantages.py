@@ -57,7 +57,8 @@ def group_normalize(
     eps: float = 1e-4,
 ) -> Tensor:
     """(B, N) -> (B, N): subtracts the mean of the group and divides by its standard deviation (ddof 1) plus
-    eps."""
+    eps. Rewards that are equal up to eight units in the last place give 0."""
+    rounding = 2.0**-49 if rewards.dtype == torch.float64 else 2.0**-20
     x = rewards.detach().double()
     rows, n = x.shape
     if group_size is not None:
@@ -71,7 +72,7 @@ def group_normalize(
             values = x[member, i]
             if values.isinf().any():
                 values = torch.full_like(values, math.nan)
-            if len(values) < 2 or bool((values == values[0]).all()):
+            if len(values) < 2 or bool(values.max() - values.min() <= rounding * values.abs().max()):
                 result[member, i] = values - values  # 0, or NaN
                 continue
             unit = values.abs().max()  # squares of any finite values stay in range

@@ -104,6 +104,8 @@ def test_a_small_difference_is_not_rounding() -> None:
     assert found[0, 0] == found[2, 0]
     assert found[1, 0].isnan()
     assert without_rounding(rewards[:0], groups[:0]).shape == (0, 2)
+    infinite = torch.tensor([[math.inf], [1.0], [-math.inf], [2.0]])
+    assert torch.equal(without_rounding(infinite, groups * 0), infinite)
 
 
 def task(prompt: str) -> Any:

@@ -77,6 +77,33 @@ def test_equal_rewards_give_exactly_0(dtype: torch.dtype, value: float) -> None:
     assert not pk.combine_advantages(found).statistics.signal[:2].any()
 
 
+@pytest.mark.portable
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_errors_of_equal_rewards_give_exactly_0(dtype: torch.dtype) -> None:
+    """At any scale, also beside NaN; a difference beyond rounding is kept, in half precision any."""
+    eps = torch.finfo(dtype).eps
+    noise = torch.tensor([0.0, 1.5, 3.0, -1.0], dtype=torch.float64)[:, None] * eps
+    x = torch.cat([0.7 + noise, -3e20 * (1 + noise), 5e-30 * (1 + noise), 0.7 + 100 * noise], 1).to(dtype)
+    x = torch.cat([x, x + 0.1])
+    x[2, 0] = NAN
+    assert (x[:2] != x[:1])[1].all()
+    for scale in (True, False):
+        for groups in ({"group_size": 4}, {"group_ids": torch.arange(8) // 4}):
+            for function in (pk.group_normalize, pk.reference.group_normalize):
+                found = function(x, scale=scale, eps=0.0, **groups)
+                assert not found[:4, :3].any()
+                assert found[:, 3].count_nonzero() == 8
+    half = torch.tensor([[1.0], [1.0 + 2**-10]], dtype=torch.float16)
+    assert pk.group_normalize(half).all()
+
+
+def test_rewards_that_are_equal_up_to_rounding_get_no_weight() -> None:
+    x = torch.randn(16, 2)
+    x[:, 1] = 0.7 + 1e-7 * (torch.rand(16) - x[:, 0])
+    weights = pk.combine_advantages(pk.group_normalize(x, group_size=8)).weights
+    assert weights.tolist() == [1.0, 0.0]
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
 def test_group_ids_are_any_integers(dtype: torch.dtype) -> None:
     x = rewards_of(12, 3)

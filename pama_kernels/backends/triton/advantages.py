@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pama_kernels.backends.arguments import Gae
+from pama_kernels.whiten import rounding
 
 from .launch import check_memory, launch, number, number_of, options_of, power_of_two
 from .simplex import power_of_two_of
@@ -176,7 +177,7 @@ def _members(rewards, row, column, order, ids, own, first, last, objective, n, M
 def group_normalize_kernel(
     rewards, row: tl.int64, column: tl.int64, order, ids, result, eps: tl.float64, rows: tl.int64,
     size: tl.int64,
-    n: tl.constexpr, SCALE: tl.constexpr, MEMBERS: tl.constexpr, BLOCK: tl.constexpr,
+    n: tl.constexpr, ROUNDING: tl.constexpr, SCALE: tl.constexpr, MEMBERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Normalises one group: `size` adjacent rows or, with ids (sorted by `order`), the rows with the id at
     place program_id(0), if that place is the first with this id. (x - mean) / (deviation + eps), in units of
@@ -220,7 +221,7 @@ def group_normalize_kernel(
             total += tl.sum(tl.where(here & (x == x), x * inverse[None, :], 0.0), 0)
             first += MEMBERS
         mean = tl.where((count > 0) & (largest == infinity), float("nan"), total / tl.maximum(count, 1.0))
-        same = (low == high) & (largest < infinity)
+        same = (high - low <= ROUNDING * largest) & (largest < infinity)
         divisor = 1.0 / unit
         if SCALE:
             squares = tl.zeros((BLOCK,), tl.float64)
@@ -267,7 +268,9 @@ def group_normalize(
     # Two variants, not one for each size of a group or a batch.
     small = group_ids is not None or group_size <= _SMALL
     members = min(_MEMBERS // block, _SMALL if small else _MEMBERS)
-    options = options_of(n=n, SCALE=scale, MEMBERS=members, BLOCK=block, num_warps=2)
+    options = options_of(
+        n=n, ROUNDING=rounding(rewards.dtype), SCALE=scale, MEMBERS=members, BLOCK=block, num_warps=2
+    )
     launch(
         group_normalize_kernel, rewards.device, groups * triton.cdiv(n, block), options, rewards,
         *strides(rewards), order, ids, result, eps, rows, group_size,
