@@ -248,9 +248,20 @@ struct Applied {
     }
 };
 
+// Sequences of one token are processed as tokens: what is computed once for the tokens of a sequence gains nothing.
+Tokens sequences_or_tokens(Tokens tokens) {
+    if (tokens.per_sequence && tokens.width == 1 && !tokens.offsets) {
+        tokens.per_sequence = false;
+        tokens.advantages.token = tokens.advantages.row;
+        tokens.objective_mask.token = tokens.objective_mask.row;
+    }
+    return tokens;
+}
+
 }  // namespace
 
-void statistics(const Tokens& tokens, bool pairs, double* out, int threads) {
+void statistics(const Tokens& given, bool pairs, double* out, int threads) {
+    const Tokens tokens = sequences_or_tokens(given);
     const bool weighted = tokens.aggregation == Aggregation::seq_mean_token_mean;
     std::vector<double> omega;
     if (weighted) omega = token_weights(tokens, count_rows(tokens, threads));
@@ -261,8 +272,10 @@ void statistics(const Tokens& tokens, bool pairs, double* out, int threads) {
         token_statistics(tokens, weights, pairs, out, threads);
 }
 
-void apply(const Tokens& tokens, const Rule& rule, const double* preference, const Array& weights, bool per_row,
+void apply(const Tokens& given, const Rule& rule, const double* preference, const Array& weights, bool per_row,
            const Outputs& outputs, int threads) {
+    const bool by_rows = per_row || rule.weights_per == WeightsPer::sequence;
+    const Tokens tokens = by_rows ? given : sequences_or_tokens(given);
     const auto finite = [&](const Tokens& chosen) {
         Applied applied(chosen, rule, preference, weights, per_row, outputs, threads);
         if (applied.by_row_sums())
