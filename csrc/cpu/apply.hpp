@@ -22,10 +22,11 @@ inline double square_sum(const T* x, int64_t count, T sum) {
 enum class Weighting { fixed, own, applied };
 
 // Computes combined advantages, gradient and loss of one tile. omega: the weight of each of its tokens. Objective
-// weights are multiplied by `shares` (one per token, or null). NaN weights do not affect masked tokens.
+// weights are divided by `masses` (one per token, or null), and are 0 where that is 0. NaN weights do not affect masked
+// tokens.
 template <bool Noon, Weighting Weights, class T, class V = typename Lanes<T>::V>
 inline void apply_weights(const Pass& pass, const Workspace<T>& w, int64_t first, double omega, const T* fixed,
-                          const T* shares, Partial& partial) {
+                          const T* masses, Partial& partial) {
     const Tile<T> tile = w.tile;
     const Outputs& outputs = pass.outputs;
     const T* const own = w.c;
@@ -50,10 +51,10 @@ inline void apply_weights(const Pass& pass, const Workspace<T>& w, int64_t first
             up += weight * positive;
             if constexpr (!Noon) down += weight * (a - positive);
         }
-        if (shares) {
-            const V share = load<V>(shares + t);
-            up = share == 0 ? zero : up * share;
-            down = share == 0 ? zero : down * share;
+        if (masses) {
+            const V mass = load<V>(masses + t);
+            up = mass == 0 ? zero : up / mass;
+            down = mass == 0 ? zero : down / mass;
         }
         const auto masked = load<V>(tile.valid + t) == 0;
         up = masked ? zero : up;
@@ -84,16 +85,16 @@ inline void apply_weights(const Pass& pass, const Workspace<T>& w, int64_t first
 template <class T>
 inline void apply_tile(const Pass& pass, Workspace<T>& w, int64_t first, double omega, const T* fixed, const T* divisor,
                        Partial& partial, bool applied = false) {
-    const T* shares = nullptr;
+    const T* masses = nullptr;
     if (divisor && w.tile.present) {
-        presence_shares(w.tile, pass.tokens.n, divisor, w.shares);
-        shares = w.shares;
+        presence_masses(w.tile, pass.tokens.n, divisor, w.shares);
+        masses = w.shares;
     }
     constexpr Weighting known = Weighting::fixed, own = Weighting::own;
     const auto results = applied            ? apply_weights<true, Weighting::applied, T>
                          : pass.tokens.noon ? (fixed ? apply_weights<true, known, T> : apply_weights<true, own, T>)
                                             : (fixed ? apply_weights<false, known, T> : apply_weights<false, own, T>);
-    results(pass, w, first, omega, fixed, shares, partial);
+    results(pass, w, first, omega, fixed, masses, partial);
     if (pass.outputs.advantages) store_values(pass.outputs.advantages, first, w.tile.count, w.combined);
     if (pass.outputs.gradient) store_values(pass.outputs.gradient, first, w.tile.count, w.gradient);
 }

@@ -248,10 +248,12 @@ struct Applied {
     }
 };
 
-// Sequences of one token are processed as tokens: what is computed once for the tokens of a sequence gains nothing.
+// Sequences of one token are processed as tokens, since nothing could be computed once for several tokens; in float64,
+// as everything that is computed for each sequence.
 Tokens sequences_or_tokens(Tokens tokens) {
     if (tokens.per_sequence && tokens.width == 1 && !tokens.offsets) {
         tokens.per_sequence = false;
+        tokens.wide = true;
         tokens.advantages.token = tokens.advantages.row;
         tokens.objective_mask.token = tokens.objective_mask.row;
     }

@@ -196,18 +196,18 @@ inline void row_preference(int n, const double* preference, const double* counts
     for (int i = 0; i < n; ++i) p[i] = counts[i] > 0 ? (mass > 0 ? preference[i] / mass : 1 / some) : 0.0;
 }
 
-// For each token, 1 / (sum of the preferences p (n) of the objectives present there), or 0 if that sum is 0; NaN if it
-// is 0 and an advantage is NaN.
+// For each token, the sum of the preferences p (n) of the objectives present there; NaN if it is 0 and an advantage is
+// NaN.
 template <class T, class V = typename Lanes<T>::V>
-inline void presence_shares(const Tile<T>& tile, int n, const T* p, T* shares) {
-    const V zero{}, one = zero + 1;
+inline void presence_masses(const Tile<T>& tile, int n, const T* p, T* masses) {
+    const V zero{};
     for (int64_t t = 0; t < tile.padded; t += Lanes<T>::count) {
         V mass = zero, poison = zero;
         for (int i = 0; i < n; ++i) {
             mass += p[i] * load<V>(tile.present + i * tile.stride + t);
             poison += zero * load<V>(tile.advantages + i * tile.stride + t);
         }
-        store(shares + t, choose(mass > zero, one / mass, poison));
+        store(masses + t, choose(mass > zero, mass, poison));
     }
 }
 
