@@ -174,3 +174,22 @@ def test_one_row_that_is_not_finite_leaves_the_gradient_of_the_others_with_solve
     other = [0, 2, 3, 4]
     assert torch.equal(gradient[other], expected[other])
     assert gradient[1][mask[1]].isnan().all()
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_sequences_of_one_token(masked: bool, dtype: torch.dtype, name: str) -> None:
+    """Processed as tokens; the results are those of two tokens for each sequence, which are not."""
+    g = torch.Generator().manual_seed(7)
+    advantages = torch.randn(301, 3, generator=g, dtype=torch.float64).to(dtype)
+    here = (torch.rand(301, 3, generator=g) < 0.6) if masked else None
+    found = pk.combine_advantages(advantages, objective_mask=here, rule=RULES[name])
+    two = torch.ones(301, 2, dtype=torch.bool)
+    wanted = pk.combine_advantages(advantages, two, objective_mask=here, rule=RULES[name])
+    eps = torch.finfo(dtype).eps
+    for a, b in zip(found[:3], wanted[:3], strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=8 * eps, atol=8 * eps)
+    torch.testing.assert_close(found.statistics.scores, wanted.statistics.scores, rtol=1e-12, atol=1e-14)
+    assert found.statistics.token_count * 2 == wanted.statistics.token_count
