@@ -117,38 +117,52 @@ PAMA_HD inline double scaled_entry(double upper, double lower, double u, double 
     return entry > kCosine * bound ? bound : entry < -kCosine * bound ? -bound : entry;
 }
 
+// The problem as it is given: M (n, n) and the preference over the objectives that are present. Passed by value, so
+// that no write to the workspace can change it.
+template <class T>
+struct Given {
+    int n;
+    const T* gram;
+    std::ptrdiff_t row, column;    // strides of M
+    const double* preference;      // (n); null: equal preferences
+    const unsigned char* present;  // (n); null: all are
+
+    PAMA_HD double entry(int i, int j) const { return static_cast<double>(gram[i * row + j * column]); }
+    PAMA_HD bool is_present(int i) const { return !present || present[i]; }
+    PAMA_HD bool takes_part(int i) const { return is_present(i) && entry(i, i) > 0.0; }
+    PAMA_HD double preference_of(int i, double share) const { return preference ? preference[i] * share : share; }
+};
+
 // Writes (M + M')/2, scaled, for the objectives that are present and have a nonzero gradient, to s. Returns whether all
 // entries of present objectives are finite.
 template <class T>
-PAMA_HD bool gather(int n, const T* gram, std::ptrdiff_t row_stride, std::ptrdiff_t column_stride,
-                    const double* preference, const unsigned char* present, double share, double* workspace,
-                    Problem& s) {
-    const auto entry = [&](int i, int j) { return static_cast<double>(gram[i * row_stride + j * column_stride]); };
-    const auto takes_part = [&](int i) { return (!present || present[i]) && entry(i, i) > 0.0; };
+PAMA_HD bool gather(Given<T> given, double share, double* workspace, Problem& s) {
+    const int n = given.n;
     int count = 0, bad = 0;
     double largest = 0.0;
     for (int i = 0; i < n; ++i) {
-        if (present && !present[i]) continue;
-        largest = entry(i, i) > largest ? entry(i, i) : largest;
-        for (int j = 0; j < n; ++j) bad |= (!present || present[j]) & !(std::fabs(entry(i, j)) <= nnqp::kLargestDouble);
-        count += takes_part(i);
+        if (!given.is_present(i)) continue;
+        largest = given.entry(i, i) > largest ? given.entry(i, i) : largest;
+        for (int j = 0; j < n; ++j)
+            bad |= given.is_present(j) & !(std::fabs(given.entry(i, j)) <= nnqp::kLargestDouble);
+        count += given.takes_part(i);
     }
     if (bad) return false;
     s.bind(count, workspace);
     const int odd = exponent_of(largest) & 1;
     s.halved = odd ? 0.5 : 1.0;
-    int* const given = s.support;  // the index of each unknown
+    int* const index = s.support;  // of each unknown
     for (int i = 0, a = 0; i < n; ++i) {
-        if (!takes_part(i)) continue;
-        given[a] = i;
-        s.unit[a] = unit_of(entry(i, i), odd);
-        s.diagonal[a] = std::sqrt(s.unit[a] * entry(i, i) * s.unit[a] * s.halved);
-        s.preference[a++] = preference ? preference[i] * share : share;
+        if (!given.takes_part(i)) continue;
+        index[a] = i;
+        s.unit[a] = unit_of(given.entry(i, i), odd);
+        s.diagonal[a] = std::sqrt(s.unit[a] * given.entry(i, i) * s.unit[a] * s.halved);
+        s.preference[a++] = given.preference_of(i, share);
     }
     for (int a = 0; a < count; ++a) {
         double* const row = s.row_of(a);
         for (int b = 0; b <= a; ++b) {
-            const double upper = entry(given[a], given[b]), lower = entry(given[b], given[a]);
+            const double upper = given.entry(index[a], index[b]), lower = given.entry(index[b], index[a]);
             const double bound = s.diagonal[a] * s.diagonal[b];
             row[b] = s.row_of(b)[a] = scaled_entry(upper, lower, s.unit[a], s.unit[b], s.halved, bound);
         }
@@ -160,23 +174,21 @@ PAMA_HD bool gather(int n, const T* gram, std::ptrdiff_t row_stride, std::ptrdif
 
 // The first of the threads writes the weights and returns their optimum.
 template <class T, class Threads>
-PAMA_HD SolverResult solve_general(int n, const T* gram, std::ptrdiff_t row_stride, std::ptrdiff_t column_stride,
-                                   const double* preference, const unsigned char* present, double* weights,
-                                   double* workspace, const Threads& threads) {
+PAMA_HD SolverResult solve_general(Given<T> given, double* weights, double* workspace, const Threads& threads) {
+    const int n = given.n;
     int count = 0;
     double mass = 0.0;
     for (int i = 0; i < n; ++i) {
-        if (threads.first == 0) weights[i] = preference ? preference[i] : 1.0 / n;
-        if (present && !present[i]) continue;
+        if (threads.first == 0) weights[i] = given.preference ? given.preference[i] : 1.0 / n;
+        if (!given.is_present(i)) continue;
         ++count;
-        mass += preference ? preference[i] : 1.0;
+        mass += given.preference_of(i, 1.0);
     }
     if (count == 0 || mass == 0.0) return {0.0, 0.0, SolveStatus::solved, 0};
     const double share = 1.0 / mass;
     Problem s;
     SolverResult result = {nnqp::kNan, nnqp::kNan, SolveStatus::not_finite, 0};
-    const bool finite =
-        gather(n, gram, row_stride, column_stride, preference, present, share, workspace, s) && 0.0 * mass == 0.0;
+    const bool finite = gather(given, share, workspace, s) && 0.0 * mass == 0.0;
     if (finite) {
         s.merge();
         result = solve_all(s, threads, workspace + nnqp::workspace(n));
@@ -187,11 +199,10 @@ PAMA_HD SolverResult solve_general(int n, const T* gram, std::ptrdiff_t row_stri
         result.optimum = nnqp::kNan;
         return result;
     }
-    const auto at = [&](int i) { return static_cast<double>(gram[i * (row_stride + column_stride)]); };
     double sum = 0.0;
     for (int i = 0, a = 0; i < n; ++i) {
-        weights[i] = present && !present[i] ? 0.0 : preference ? preference[i] * share : share;
-        if ((!present || present[i]) && at(i) > 0.0) {
+        weights[i] = given.is_present(i) ? given.preference_of(i, share) : 0.0;
+        if (given.takes_part(i)) {
             const int k = s.group[a++];
             weights[i] += s.answer[k] / s.members[k];
         }
@@ -201,7 +212,7 @@ PAMA_HD SolverResult solve_general(int n, const T* gram, std::ptrdiff_t row_stri
     for (int a = 0; a < s.n; ++a) s.point[a] = 0.0;
     for (int i = 0, a = 0; i < n; ++i) {
         weights[i] *= inverse;
-        if ((!present || present[i]) && at(i) > 0.0) {
+        if (given.takes_part(i)) {
             const int k = s.group[a++];
             s.point[k] += weights[i] / s.unit[k];
         }
@@ -244,8 +255,8 @@ PAMA_HD inline SolverResult upgrad_solve(int n, const T* gram, std::ptrdiff_t ro
         weights[1] = mass > 0.0 ? q / mass : q;
         return {0.0, 0.0, SolveStatus::solved, 0};
     }
-    return upgrad::solve_general(n, gram, row_stride, column_stride, preference, present, weights, workspace,
-                                 upgrad::Alone{});
+    const upgrad::Given<T> given = {n, gram, row_stride, column_stride, preference, present};
+    return upgrad::solve_general(given, weights, workspace, upgrad::Alone{});
 }
 
 PAMA_END

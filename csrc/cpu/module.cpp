@@ -104,16 +104,17 @@ py::object apply_of(const py::handle& record, const py::handle& rule, const py::
     return into;
 }
 
-// `apply` for the loss alone, of plain CPU tensors that it checks itself. Returns None for other inputs, as the fast
-// path of the solvers below.
-py::object quick_loss(const py::handle& logprobs, const py::handle& old_logprobs, const py::handle& advantages,
-                      const py::handle& mask, const py::handle& rule, double clip, bool noon, const py::handle& asked,
+// `apply` for the loss alone, of plain CPU tensors (logprobs, old_logprobs, advantages, mask) that it checks itself.
+// Returns None for other inputs, as the fast path of the solvers below.
+py::object quick_loss(const py::tuple& tensors, const py::handle& rule, double clip, bool noon, const py::handle& asked,
                       const py::handle& type, const py::handle& nothing, int threads) {
+    if (tensors.size() != 4) throw py::value_error("tensors: expected 4, got " + std::to_string(tensors.size()));
+    const auto given = [&](int i) { return py::handle(PyTuple_GET_ITEM(tensors.ptr(), i)); };
     Tensor l, a;
     Tokens tokens;
     tokens.noon = noon;
     tokens.clip = Clip::make(clip, clip, std::numeric_limits<double>::infinity());
-    if (!(clip >= 0 && clip <= 1) || !read_padded(logprobs, old_logprobs, advantages, mask, l, a, tokens))
+    if (!(clip >= 0 && clip <= 1) || !read_padded(given(0), given(1), given(2), given(3), l, a, tokens))
         return py::none();
     const Rule how = read_rule(rule);
     const bool by_row = how.weights_per == WeightsPer::sequence;

@@ -196,23 +196,38 @@ inline void row_statistics(const Tokens& tokens, const double* omega, const doub
     for (OuterProducts& p : products) p.flush();
 }
 
-// Computes the weights c (n) of one row from its advantages a and the presence of the objectives. work: 3 n doubles;
-// sums: the sums of this row.
-inline void weights_of_row(const Pass& pass, int64_t row, const double* r, const double* a, const double* present,
-                           double* c, double* work, double* sums, RowGroup& group, Partial& partial) {
+// One row in row_apply: its advantages, the presence of the objectives, and its weights c; and the workspace of
+// weights_of_row.
+struct RowWeights {
+    RowGroup group;
+    double *a, *present, *c, *work, *sums;
+
+    RowWeights(const Tokens& tokens, Arena& arena)
+        : group(tokens, arena),
+          a(arena.take<double>(tokens.n)),
+          present(arena.take<double>(tokens.n)),
+          c(arena.take<double>(tokens.n)),
+          work(arena.take<double>(3 * tokens.n)),
+          sums(arena.take<double>(statistics_size(tokens.n, false))) {}
+};
+
+// Computes the weights of one row from its sums r, its advantages and the presence of the objectives.
+inline void weights_of_row(const Pass& pass, int64_t row, const double* r, RowWeights& own, Partial& partial) {
     const Tokens& tokens = pass.tokens;
     const int n = tokens.n;
+    double *const c = own.c, *const work = own.work, *const sums = own.sums;
     if (pass.by_rows()) {
         const int64_t size = statistics_size(n, false);
         for (int64_t k = 0; k < size; ++k) sums[k] = 0;
-        group.rows = 0;
-        group.push(tokens, row, 1.0, r);
-        add_row_fields(group, sums);
+        own.group.rows = 0;
+        own.group.push(tokens, row, 1.0, r);
+        add_row_fields(own.group, sums);
         row_weights(pass, row, sums, c, work);
         return;
     }
     // Without log-probabilities all tokens of the row have the same bound terms.
     const double tokens_weight = pass.token_weight(row) * r[kValid];
+    const double *const a = own.a, *const present = own.present;
     for (int i = 0; i < n; ++i) {
         work[i] = pass.rule.kind == Kind::scores && tokens.noon && a[i] < 0 ? 0.0 : a[i];
         work[n + i] = pass.preference[i];
@@ -230,9 +245,8 @@ inline void row_apply(const Pass& pass, const double* row_sums, double* up, doub
     const Outputs& outputs = pass.outputs;
     const int n = tokens.n;
     Arena arena{static_cast<char*>(scratch)};
-    RowGroup group(tokens, arena);
-    double *a = arena.take<double>(n), *present = arena.take<double>(n), *c = arena.take<double>(n),
-           *work = arena.take<double>(3 * n), *sums = arena.take<double>(statistics_size(n, false));
+    RowWeights own(tokens, arena);
+    double *const a = own.a, *const present = own.present, *const c = own.c;
     constexpr int64_t together = 64;
     double results[together];  // stored at once
     for (int i = 0; i < n; ++i) present[i] = 1;
@@ -241,7 +255,7 @@ inline void row_apply(const Pass& pass, const double* row_sums, double* up, doub
         const double* r = row_sums ? row_sums + row * kRowSums : nullptr;
         row_advantages(tokens, row, a, present);
         if (!pass.known || (r && pass.per_row))
-            weights_of_row(pass, row, r, a, present, c, work, sums, group, partial);
+            weights_of_row(pass, row, r, own, partial);
         else if (pass.per_row)
             load_values(pass.weights, row * pass.weights.row, pass.weights.objective, n, false, c);
         double above = 0, below = 0;

@@ -234,12 +234,10 @@ inline bool with_constant(int n, Visit visit) {
     }
 }
 
-// Whether there is a transposition in registers.
+// Whether there is a transposition in registers. The objectives of a row are contiguous.
 template <class Format, class Change>
 inline bool contiguous_rows_to_columns(Format format, int n, const typename Format::Stored* rows, int64_t row,
-                                       int64_t objective, int64_t count, float* columns, int64_t stride,
-                                       Change change) {
-    if (objective != 1) return false;
+                                       int64_t count, float* columns, int64_t stride, Change change) {
     if (n % 16 == 0) {
         for (int i = 0; i < n; i += 16)
             rows_to_columns<16>(format, rows + i, row, count, columns + i * stride, stride, change);
@@ -252,8 +250,8 @@ inline bool contiguous_rows_to_columns(Format format, int n, const typename Form
 
 inline void rows_to_columns(int n, const float* rows, int64_t row, int64_t objective, int64_t count, float* columns,
                             int64_t stride) {
-    if (contiguous_rows_to_columns(Native<float>{}, n, rows, row, objective, count, columns, stride,
-                                   [](int64_t) { return [](FloatV x) { return x; }; }))
+    if (objective == 1 && contiguous_rows_to_columns(Native<float>{}, n, rows, row, count, columns, stride,
+                                                     [](int64_t) { return [](FloatV x) { return x; }; }))
         return;
     for (int i = 0; i < n; ++i)
 #pragma omp simd

@@ -86,12 +86,13 @@ inline void load_objectives(const Tokens& tokens, const Array& array, int64_t fi
                 const auto here = load<FloatV>(valid + at + token) != 0.0f;
                 return [here](FloatV x) { return finite_where(here, x); };
             };
-            const bool done = valid && !truth && array.token != 0 && with_format(array.dtype, [&](auto format) {
+            const bool done = valid && !truth && array.token != 0 && array.objective == 1 &&
+                              with_format(array.dtype, [&](auto format) {
                                   typedef typename decltype(format)::Stored Stored;
                                   if constexpr (sizeof(Stored) <= sizeof(float))
                                       return contiguous_rows_to_columns(
                                           format, tokens.n, static_cast<const Stored*>(array.data) + offset,
-                                          array.token, array.objective, piece, target + at, stride, masked);
+                                          array.token, piece, target + at, stride, masked);
                                   return false;
                               });
             if (done) return;

@@ -18,10 +18,13 @@ struct UpGrad {
     __device__ static double entry(const double* sums, int64_t n, int64_t i, int64_t j) {
         return gram_entry(sums, n, i, j);
     }
+    __device__ static upgrad::Given<double> given(int n, const double* matrix, const double* preference) {
+        return {n, matrix, n, 1, preference, nullptr};
+    }
     __device__ static double solve(int n, const double* matrix, const double* preference, double, double* c,
                                    double* work) {
         if (n == 2) return upgrad_solve(n, matrix, n, 1, preference, nullptr, c, work).optimum;
-        return upgrad::solve_general(n, matrix, n, 1, preference, nullptr, c, work, Lanes{0, 1}).optimum;
+        return upgrad::solve_general(given(n, matrix, preference), c, work, Lanes{0, 1}).optimum;
     }
     // The optimum is returned to the first thread.
     __device__ static double together(int n, const double* matrix, const double* preference, double, double* c,
@@ -34,7 +37,7 @@ struct UpGrad {
         if (n == 2) return solve(n, matrix, preference, 0, c, work);
         const Lanes lanes = by_lane(n) ? Lanes{lane, kWarp} : Lanes{0, 1};
         work += by_lane(n) ? nnqp::workspace(n) * lane : 0;
-        return upgrad::solve_general(n, matrix, n, 1, preference, nullptr, c, work, lanes).optimum;
+        return upgrad::solve_general(given(n, matrix, preference), c, work, lanes).optimum;
     }
 };
 

@@ -339,6 +339,6 @@ def quick_loss(
             return None
     threads = torch.get_num_threads()
     try:
-        return _quick_loss()(*tensors, rule, clip_range, noon, outputs, Results, NOTHING, threads)
+        return _quick_loss()(tensors, rule, clip_range, noon, outputs, Results, NOTHING, threads)
     except Exception:
         return None
