@@ -188,7 +188,8 @@ PAMA_HD inline Threshold<V> sorted_threshold(const V* a, V base, V rho) {
 }
 
 // Solves the problem for scores in any order, for small N. rho, c and the result as in simplex_solve; c is only
-// written.
+// written. Without regularization and for scores of one sign, the support are the scores equal to the one nearest 0: so
+// it is for any positive base, and with 1 the products do not underflow.
 template <class V, int N>
 PAMA_HD inline V simplex_sorted(const V* PAMA_RESTRICT a, V rho, V* PAMA_RESTRICT c) {
     const V zero = V{}, one = zero + 1;
@@ -202,7 +203,7 @@ PAMA_HD inline V simplex_sorted(const V* PAMA_RESTRICT a, V rho, V* PAMA_RESTRIC
     V sorted[sorted_size<N>()];
     for (int i = 0; i < N; ++i) sorted[i] = c[i] = sign * a[i] - base;
     sort_some<N>(sorted);
-    const Threshold<V> at = sorted_threshold<N>(sorted, base, rho);
+    const Threshold<V> at = sorted_threshold<N>(sorted, choose((rho == zero) & (base >= zero), one, base), rho);
     V optimum = base;
     for (int i = 0; i < N; ++i) {
         const V weight = choose(c[i] <= at.last, max_of(at.tau - at.lambda * c[i], zero), zero);
@@ -210,6 +211,49 @@ PAMA_HD inline V simplex_sorted(const V* PAMA_RESTRICT a, V rho, V* PAMA_RESTRIC
         c[i] = weight;
     }
     return choose(rho == zero, zero, sign * optimum);
+}
+
+// The weights are [tau - lambda (a_i - pivot)]_+.
+template <class V>
+struct Multipliers {
+    V lambda, tau, pivot;
+};
+
+// Solves the problem for a uniform p, all objectives included and a mean of 0 or more, by Newton steps as in
+// simplex_solve; the support is the scores below a bound, so a step only sums over them. score(i): a_i; pivot: their
+// mean. Sums are over distances from the pivot, the mean over the support before, so that neither the squares nor
+// the bound lose digits where the scores differ little. The last step repeats the support.
+template <class V, class Score>
+PAMA_HD inline Multipliers<V> newton_multipliers(int n, Score score, V pivot, V rho) {
+    const V zero = V{}, one = zero + 1, most = zero + 1e30f;
+    V bound = most, members = zero, lambda = zero, tau = zero;
+    for (int round = 0; round < n + 2; ++round) {
+        V count[2] = {}, sum[2] = {}, squares[2] = {};  // two chains of additions
+        const auto add = [&](int part, int i) {
+            const V apart = score(i) - pivot;
+            const auto inside = apart <= bound;
+            count[part] = choose(inside, count[part] + one, count[part]);
+            sum[part] = choose(inside, sum[part] + apart, sum[part]);
+            squares[part] = choose(inside, squares[part] + apart * apart, squares[part]);
+        };
+        int i = 0;
+        for (; i + 2 <= n; i += 2) {
+            add(0, i);
+            add(1, i + 1);
+        }
+        if (i < n) add(0, i);
+        const V support = count[0] + count[1], total = sum[0] + sum[1], share = reciprocal(support);
+        const V offset = total * share, mean = pivot + offset;
+        const V spread = rho + max_of(squares[0] + squares[1] - total * offset, zero);
+        lambda = choose(spread > least_spread<V>(), max_of(mean, zero) * reciprocal(spread), zero);
+        tau = share + lambda * offset;
+        if (!any(support != members)) break;
+        members = support;
+        bound = choose(mean > zero, ((pivot - mean) + offset) + share * spread * reciprocal(mean), most);
+        pivot = mean;
+        tau = tau - lambda * offset;  // relative to the new pivot
+    }
+    return {lambda, tau, pivot};
 }
 
 constexpr double kLeastRho = 1e-280;  // for scores of magnitude 1: a smaller rho counts as 0

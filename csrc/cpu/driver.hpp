@@ -35,9 +35,8 @@ double solve(const double* sums, const Rule& rule, const double* preference, int
 void apply(const Tokens& tokens, const Rule& rule, const double* preference, const Array& weights, bool per_row,
            const Outputs& outputs, int threads);
 
-// Solves the scalar problem for many rows. scores, scale, weights and optimum have one dtype, float or double.
-void weights(int64_t rows, int n, const Array& scores, const double* prior, bool uniform, double regularization,
-             const Array& scale, void* weights, void* optimum, int threads);
+// Solves the scalar problem for many rows.
+void weights(const ScoreRows& rows, const ScalarRule& rule, int threads);
 
 // Solve the min-norm problem and UPGrad for many matrices. They return -1, or the index of the first matrix that is
 // clearly not a Gram matrix, and throw if a problem has no solution with a residual below kPromisedResidual.

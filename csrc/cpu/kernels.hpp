@@ -6,6 +6,13 @@
 
 namespace pama {
 
+// What the scalar problem of every row has in common.
+struct ScalarRule {
+    const double* preference;  // (n), on the simplex
+    bool uniform;              // its entries are equal
+    double regularization;
+};
+
 // One pass of `apply` over tokens or rows, as the driver has prepared it.
 struct Pass {
     Tokens tokens;
@@ -21,6 +28,7 @@ struct Pass {
     bool statistics = true;         // false: the statistics are known already, or not requested
 
     bool by_rows() const { return known ? per_row : rule.weights_per == WeightsPer::sequence; }
+    ScalarRule scalar_rule() const { return {preference, uniform, rule.number}; }
     double token_weight(int64_t row) const { return omega ? omega[row] : 1.0; }
 };
 
@@ -56,6 +64,16 @@ struct Gram {
     bool checked = true;  // reject matrices that are clearly not Gram matrices
 };
 
+// Rows of the scalar problem (rows, n) in float or double, and the contiguous arrays that receive the solutions, in the
+// same type.
+struct ScoreRows {
+    int64_t rows = 0;
+    int n = 0;
+    Array scores;
+    Array scale;  // (rows) in double; absent: max a^2
+    void *weights = nullptr, *optimum = nullptr;
+};
+
 // The first matrix of a batch without a solution: clearly not a Gram matrix (residual 0), or with a residual above
 // kPromisedResidual.
 struct Refused {
@@ -88,10 +106,8 @@ struct Kernels {
     // Without row_sums, for known weights, only up and down.
     void (*row_apply)(const Pass&, const double* row_sums, double* up, double* down, int64_t first, int64_t last,
                       Partial&, void* scratch);
-    // Rows of the scalar problem: float32 scores, at most kLaneObjectives of them.
-    void (*weights)(int64_t rows, int n, const float* scores, int64_t row, int64_t objective, const double* prior,
-                    bool uniform, double regularization, const double* scale, int64_t scale_row, float* weights,
-                    float* optimum, void* scratch);
+    // The rows [first, last) of the scalar problem: float32 scores, at most kLaneObjectives of them.
+    void (*weights)(const ScoreRows&, const ScalarRule&, int64_t first, int64_t last, void* scratch);
     int64_t (*min_norm_scratch)(int n);  // bytes
     // Matrices of the min-norm problem, float or double; `present` (n bytes) may be null.
     Refused (*min_norm)(const Gram& gram, const double* preference, const unsigned char* present, double regularization,

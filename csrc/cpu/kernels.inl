@@ -3,6 +3,7 @@
 #include "direct.hpp"
 #include "min_norm_rows.hpp"
 #include "row_objectives.hpp"
+#include "score_rows.hpp"
 
 PAMA_BEGIN
 

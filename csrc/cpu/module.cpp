@@ -195,7 +195,8 @@ void weights_of(const py::handle& given, const py::handle& preference, double re
     const Array by = sizes ? Array{sizes.data, Dtype::f64, sizes.stride(0), 0, 0} : Array{};
     const Preference p(read_preference(preference, n), n);
     run(rows * n, [&] {
-        weights(rows, n, scores, p.data, p.uniform, regularization, by, c.data, s.data, threads_for(rows * n, threads));
+        weights({rows, n, scores, by, c.data, s.data}, {p.data, p.uniform, regularization},
+                threads_for(rows * n, threads));
     });
 }
 
@@ -218,7 +219,7 @@ py::object quick_weights(const py::handle& given, double regularization, int thr
     thread_local std::vector<double> uniform;
     if (static_cast<int>(uniform.size()) != n) uniform.assign(static_cast<size_t>(n), 1.0 / n);
     run(rows * n, [&] {
-        weights(rows, n, a, uniform.data(), true, regularization, Array{}, out, optimum,
+        weights({rows, n, a, Array{}, out, optimum}, {uniform.data(), true, regularization},
                 threads_for(rows * n, threads));
     });
     return py::make_tuple(std::move(first), std::move(second));

@@ -40,18 +40,13 @@ int64_t upgrad(const Gram& gram, const double* preference, int threads) {
     });
 }
 
-void weights(int64_t rows, int n, const Array& scores, const double* prior, bool uniform, double regularization,
-             const Array& scale, void* weights, void* optimum, int threads) {
+void weights(const ScoreRows& rows, const ScalarRule& rule, int threads) {
     const Kernels& k = kernels();
-    const Blocks blocks(rows, rows * n, 64);
-    if (scores.dtype == Dtype::f32 && n <= kLaneObjectives) {
+    const int n = rows.n;
+    const Blocks blocks(rows.rows, rows.rows * n, 64);
+    if (rows.scores.dtype == Dtype::f32 && n <= kLaneObjectives) {
         for_each_block(blocks.count, blocks.threads(threads), [&](int64_t block) {
-            const int64_t first = blocks.first(block);
-            k.weights(blocks.last(block) - first, n, static_cast<const float*>(scores.data) + first * scores.row,
-                      scores.row, scores.objective, prior, uniform, regularization,
-                      scale ? static_cast<const double*>(scale.data) + first * scale.row : nullptr, scale.row,
-                      static_cast<float*>(weights) + first * n, static_cast<float*>(optimum) + first,
-                      scratch(k.scratch_size(n)));
+            k.weights(rows, rule, blocks.first(block), blocks.last(block), scratch(k.scratch_size(n)));
         });
         return;
     }
@@ -61,19 +56,19 @@ void weights(int64_t rows, int n, const Array& scores, const double* prior, bool
             double* a = static_cast<double*>(scratch(static_cast<int64_t>(sizeof(double)) * 3 * n));
             double *p = a + n, *c = p + n;
             for (int64_t row = blocks.first(block); row < blocks.last(block); ++row) {
-                const T* source = static_cast<const T*>(scores.data) + row * scores.row;
+                const T* source = static_cast<const T*>(rows.scores.data) + row * rows.scores.row;
                 for (int i = 0; i < n; ++i) {
-                    a[i] = static_cast<double>(source[i * scores.objective]);
-                    p[i] = prior[i];
+                    a[i] = static_cast<double>(source[i * rows.scores.objective]);
+                    p[i] = rule.preference[i];
                     c[i] = 1;
                 }
-                const double size = scale ? static_cast<const double*>(scale.data)[row * scale.row] : -1.0;
-                static_cast<T*>(optimum)[row] = static_cast<T>(simplex_row(n, a, p, regularization, size, c));
-                for (int i = 0; i < n; ++i) static_cast<T*>(weights)[row * n + i] = static_cast<T>(c[i]);
+                const double size = rows.scale ? static_cast<const double*>(rows.scale.data)[row * rows.scale.row] : -1;
+                static_cast<T*>(rows.optimum)[row] = static_cast<T>(simplex_row(n, a, p, rule.regularization, size, c));
+                for (int i = 0; i < n; ++i) static_cast<T*>(rows.weights)[row * n + i] = static_cast<T>(c[i]);
             }
         });
     };
-    if (scores.dtype == Dtype::f64)
+    if (rows.scores.dtype == Dtype::f64)
         solve(0.0);
     else
         solve(0.0f);

@@ -11,14 +11,14 @@ PAMA_BEGIN
 template <class V, int N, class T>
 inline void token_scores(const Pass& pass, Workspace<T>& w) {
     const Tile<T>& tile = w.tile;
-    const double regularization = pass.rule.number;
+    const ScalarRule rule = pass.scalar_rule();
     constexpr int width = sizeof(V) / sizeof(T);
     for (int64_t t = 0; t < tile.count; t += width) {
         const int used = static_cast<int>(tile.count - t < width ? tile.count - t : width);
-        const V s =
-            solve_lanes<V, N>(pass.tokens.n, tile.bound + t, tile.present ? tile.present + t : nullptr, tile.stride,
-                              used, pass.preference, pass.uniform, regularization,
-                              pass.tokens.noon && regularization == 0, w.c + t, reinterpret_cast<V*>(w.lanes), w.row);
+        const LaneRows<T> rows{
+            pass.tokens.n, tile.bound + t, tile.present ? tile.present + t : nullptr,   tile.stride, w.c + t,
+            used,          nullptr,        pass.tokens.noon && rule.regularization == 0};
+        const V s = solve_lanes<V, N>(rows, rule, {reinterpret_cast<V*>(w.lanes), w.row});
         store(w.combined + t, s);
     }
 }
@@ -120,13 +120,17 @@ inline void tied_scores(const Pass& pass, Workspace<T>& w, double omega, Partial
     });
 }
 
-// Solves a vector of tokens of any scale, through memory: the weights in w.c. Returns the optima.
+// Solves a vector of tokens of any scale, through memory: the weights in w.c. Returns the optima. N as in
+// `solve_lanes`.
 template <int N>
 __attribute__((noinline)) FloatV scores_in_memory(const Pass& pass, const Workspace<float>& w, int64_t t) {
-    const float* const absent = nullptr;
-    return solve_lanes<FloatV, N>(N, w.tile.bound + t, absent, w.tile.stride, Lanes<float>::count, pass.preference,
-                                  true, pass.rule.number, false, w.c + t, w.lanes, w.row);
+    const LaneRows<float> rows{pass.tokens.n, w.tile.bound + t,    nullptr, w.tile.stride,
+                               w.c + t,       Lanes<float>::count, nullptr};
+    return solve_lanes<FloatV, N>(rows, pass.scalar_rule(), LaneMemory<FloatV>{w.lanes, w.row});
 }
+
+// Whether squares of scores of at least 0 may be out of the range of float.
+inline bool any_extreme(FloatV largest) { return any((largest > 1e6f) | ((largest < 1e-3f) & (largest > 0.0f))); }
 
 // The same as `tied_scores` with regularization, from bound terms of at least 0. Not inlined, like `sorted_weights`.
 template <int N, class V = FloatV>
@@ -143,7 +147,7 @@ __attribute__((noinline)) void regularized_scores(const Pass& pass, Workspace<fl
         for (int i = 0; i < N; ++i) sorted[i] = bound(i);
         sort_some<N>(sorted);
         const V low = sorted[0], high = sorted[N - 1];
-        if (any((high > 1e6f) | ((high < 1e-3f) & (high > zero)))) {  // squares may be out of the range of float
+        if (any_extreme(high)) {
             optimum = scores_in_memory<N>(pass, w, t);
             for (int i = 0; i < N; ++i) add(i, load<V>(w.c + i * tile.stride + t));
         } else {
@@ -164,6 +168,42 @@ __attribute__((noinline)) void regularized_scores(const Pass& pass, Workspace<fl
     partial.optimum += omega * static_cast<double>(means[N]);
 }
 
+// The same for any number of objectives, with the weights in w.c.
+__attribute__((noinline)) inline void newton_scores(const Pass& pass, Workspace<float>& w, double omega,
+                                                    Partial& partial) {
+    const Tile<float>& tile = w.tile;
+    const int n = pass.tokens.n;
+    const FloatV zero{}, equal = zero + 1.0f / static_cast<float>(n);
+    float* const optima = w.shares;
+    for (int64_t t = 0; t < tile.padded; t += Lanes<float>::count) {
+        const auto bound = [&](int i) { return load<FloatV>(tile.bound + i * tile.stride + t); };
+        FloatV low = bound(0), high = low, sum{}, total{}, optimum;
+        for (int i = 0; i < n; ++i) {
+            const FloatV own = bound(i);
+            low = min_of(own, low);
+            high = max_of(own, high);
+            sum += own;
+            total += max_of(zero, load<FloatV>(tile.advantages + i * tile.stride + t));
+        }
+        if (any_extreme(high)) {
+            optimum = scores_in_memory<0>(pass, w, t);
+        } else {
+            const FloatV rho = high * high * static_cast<float>(pass.rule.number);
+            const Multipliers<FloatV> at = newton_multipliers(n, bound, sum * equal, rho);
+            for (int i = 0; i < n; ++i)
+                store(w.c + i * tile.stride + t, max_of(at.tau - at.lambda * (bound(i) - at.pivot), zero));
+            optimum = max_of(low, min_of(high, rho * at.lambda));
+        }
+        store(optima + t, optimum);
+        // Without a gradient all bound terms are 0 and all weights equal.
+        store(w.combined + t, load<FloatV>(tile.side + t) < zero ? total * equal : optimum);
+    }
+    partial.optimum += omega * dot(optima, tile.valid, tile.padded);
+    add_means<float>(n, omega, partial.weights, [&](auto count, int i, float* sums) {
+        dots<count>(w.c + i * tile.stride, tile.stride, tile.valid, tile.padded, sums);
+    });
+}
+
 // What `token_weights` computes, for the paper's rule and finite bound terms, with sum_i c_i max(A_i, 0) in w.combined
 // in place of the weights. Returns false where it does not.
 template <class T>
@@ -177,10 +217,13 @@ inline bool applied_scores(const Pass& pass, Workspace<T>& w, double omega, Part
             return true;
         }
         if (regularization < weak_regularization<T>() || regularization > 1e6) return false;
-        return with_lanes_size(pass.tokens.n, [&](auto size) {
-            if constexpr (size > 0) regularized_scores<size>(pass, w, omega, partial);
-            return size > 0;
+        with_lanes_size(pass.tokens.n, [&](auto size) {
+            if constexpr (size > 0)
+                regularized_scores<size>(pass, w, omega, partial);
+            else
+                newton_scores(pass, w, omega, partial);
         });
+        return true;
     }
     return false;
 }

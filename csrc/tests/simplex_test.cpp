@@ -42,15 +42,30 @@ double largest(const std::vector<double>& a) {
 
 template <int N>
 Answer solve_sorted(const Row& row) {
-    double a[N], c[N], unit = largest(row.scores), low = INFINITY, high = -INFINITY;
+    const double size = largest(row.scores), unit = std::ldexp(1.0, std::ilogb(size));  // exact
+    double a[N], c[N], low = INFINITY, high = -INFINITY;
     for (int i = 0; i < N; ++i) {
         a[i] = row.scores[i] / unit;
         low = std::fmin(low, a[i]);
         high = std::fmax(high, a[i]);
     }
-    const double rho = row.regularization * (row.scale < 0 ? 1.0 : row.scale / unit / unit);
+    const double rho = row.regularization * (row.scale < 0 ? size * size : row.scale) / unit / unit;
     const double optimum = std::fmax(low, std::fmin(high, pama::simplex_sorted<double, N>(a, rho, c)));
     return {{c, c + N}, optimum * unit};
+}
+
+Answer solve_newton(const Row& row) {
+    const int n = static_cast<int>(row.scores.size());
+    const double unit = largest(row.scores), scale = row.scale < 0 ? 1.0 : row.scale / unit / unit;
+    double sum = 0;
+    for (const double x : row.scores) sum += x / unit;
+    const double sign = sum < 0 ? -1 : 1, rho = row.regularization * scale;
+    const auto score = [&](int i) { return sign * row.scores[i] / unit; };
+    const auto found = pama::newton_multipliers(n, score, sign * sum / n, rho);
+    Answer answer{{}, sign * rho * found.lambda * unit};
+    for (int i = 0; i < n; ++i)
+        answer.weights.push_back(std::fmax(found.tau - found.lambda * (score(i) - found.pivot), 0.0));
+    return answer;
 }
 
 // c = [p - lambda a - tau]_+ with one lambda and one tau: with a.c = rho lambda for rho > 0, a.c = s* for rho = 0.
@@ -92,13 +107,12 @@ void check(const Row& row, const Answer& answer) {
     }
 }
 
-// The sorted form is for uniform preferences, and scores that have two signs where there is no regularization.
-void check_sorted(Row row) {
+// The sorted form and the Newton steps are for uniform preferences.
+void check_uniform(Row row) {
     const std::size_t n = row.scores.size();
-    const double low = *std::min_element(row.scores.begin(), row.scores.end()),
-                 high = *std::max_element(row.scores.begin(), row.scores.end());
-    if (largest(row.scores) == 0 || (row.regularization == 0 && !(low < 0 && high > 0))) return;
+    if (largest(row.scores) == 0) return;
     for (double& p : row.preference) p = 1.0 / static_cast<double>(n);
+    if (row.regularization > 0) check(row, solve_newton(row));
     if (n == 2) check(row, solve_sorted<2>(row));
     if (n == 3) check(row, solve_sorted<3>(row));
     if (n == 4) check(row, solve_sorted<4>(row));
@@ -189,6 +203,16 @@ void check_span(std::mt19937_64& random) {
     expect(std::fabs(total - 1) <= 1e-6f * static_cast<float>(n), "span: float sum", n, total - 1);
 }
 
+// Without regularization, products of these scores underflow.
+void check_one_sign() {
+    for (const double sign : {1.0, -1.0}) {
+        const Answer answer = solve_sorted<4>({{sign * 1e-200, sign, sign * 1e-200, sign * 2e-200}, {}, 0, -1});
+        expect(answer.weights[0] == 0.5 && answer.weights[2] == 0.5, "one sign: tied", 4, answer.weights[0]);
+        expect(answer.weights[1] == 0 && answer.weights[3] == 0, "one sign: others", 4, answer.weights[3]);
+        expect(answer.optimum == sign * 1e-200, "one sign: optimum", 4, answer.optimum);
+    }
+}
+
 void check_absent() {
     double a[] = {NAN, 1, -2, INFINITY}, p[] = {0.25, 0.25, 0.25, 0.25}, c[] = {0, 1, 1, 0};
     const double optimum = pama::simplex_row(4, a, p, 0, -1, c);
@@ -231,12 +255,13 @@ int main(int argc, char** argv) {
         row.regularization = regularizations[random() % 6];
         if (row.regularization > 0 && random() % 3 == 0) row.scale = std::exp(3 * normal(random));
         check(row, solve(row));
-        check_sorted(row);
+        check_uniform(row);
         if (kind < 4 && row.regularization == 0 && n < 10) check_limit(row);
         check_permutation(row);
         if (k % 10 == 0 && row.scale < 0 && kind < 5) check_scale(row);
     }
     for (int k = 0; k < 10 * cases; ++k) check_span(random);
+    check_one_sign();
     check_absent();
     std::printf("simplex: %d rows, %d failures\n", cases, failures);
     return failures != 0;
