@@ -89,10 +89,10 @@ __attribute__((noinline)) V sorted_weights(const V* a, const V& rho, V* c) {
 }
 
 // Solves the rows of all lanes; the weights in rows.c. Returns the optima. A compile-time N > 0 replaces rows.n and
-// lets the compiler keep values in registers.
+// lets the compiler keep values in registers; all objectives are then present.
 template <class V, int N, class T>
 inline V solve_lanes(const LaneRows<T>& rows, const ScalarRule& rule, const LaneMemory<V>& memory) {
-    const T *const a = rows.a, *const present = rows.present;
+    const T *const a = rows.a, *const present = N > 0 ? nullptr : rows.present;
     const int64_t stride = rows.stride;
     const double *const preference = rule.preference, *const scale = rows.scale;
     const bool uniform = rule.uniform;
