@@ -210,6 +210,53 @@ inline V solve_lanes(const LaneRows<T>& rows, const ScalarRule& rule, const Lane
     return optimum;
 }
 
+// Whether rho of rows of ordinary scores is 0 or far from the ends of the range of T.
+template <class T>
+inline bool ordinary_regularization(double regularization) {
+    return regularization == 0 || (regularization >= weak_regularization<T>() && regularization <= 1e6);
+}
+
+// Solves the rows in the lanes of a, with a uniform preference and no scale, in registers. Returns false, with nothing
+// computed, if `solve_lanes` would scale a row, solve it in double, or find a NaN.
+template <int N, class V, class T>
+inline bool solve_ordinary(const V* a, T regularization, V* c, V* optimum) {
+    const V zero{};
+    V low = a[0], high = a[0], total = a[0];
+    for (int i = 1; i < N; ++i) {
+        low = min_of(a[i], low);
+        high = max_of(a[i], high);
+        total += a[i];
+    }
+    const V largest = max_of(-low, high), smaller = min_of(-low, high);
+    auto rare =
+        (largest > static_cast<T>(1e6)) | ((largest < static_cast<T>(1e-3)) & (largest > zero)) | (total != total);
+    if (regularization == 0) rare |= (smaller > zero) & (smaller < largest * narrow<T>());
+    if (any(rare)) return false;
+    V value;
+    const V rho = largest * largest * regularization;
+    if constexpr (N >= 8)
+        value = sorted_weights<V, N>(a, rho, c);
+    else
+        value = simplex_sorted<V, N>(a, rho, c);
+    *optimum = max_of(low, min_of(high, value));
+    return true;
+}
+
+// `solve_lanes`, in registers if that is possible.
+template <class V, int N, class T>
+inline V solve_rows(const LaneRows<T>& rows, const ScalarRule& rule, const LaneMemory<V>& memory) {
+    if constexpr (N > 0)
+        if (rule.uniform && !rows.scale && !rows.non_negative && ordinary_regularization<T>(rule.regularization)) {
+            V a[N], c[N], optimum;
+            for (int i = 0; i < N; ++i) a[i] = load<V>(rows.a + i * rows.stride);
+            if (solve_ordinary<N>(a, static_cast<T>(rule.regularization), c, &optimum)) {
+                for (int i = 0; i < N; ++i) store(rows.c + i * rows.stride, c[i]);
+                return optimum;
+            }
+        }
+    return solve_lanes<V, N>(rows, rule, memory);
+}
+
 // Calls visit(integral constant N) with N = n if `solve_lanes` can keep all values in registers, else with 0.
 template <class Visit>
 inline auto with_lanes_size(int n, Visit visit) {

@@ -5,34 +5,8 @@
 
 PAMA_BEGIN
 
-// Solves the rows in the lanes of a, with a uniform preference and no scale, in registers. Returns false, with nothing
-// computed, if `solve_lanes` would scale a row, solve it in double, or find a NaN.
-template <int N, class V, class T>
-inline bool solve_ordinary(const V* a, T regularization, V* c, V* optimum) {
-    const V zero{};
-    V low = a[0], high = a[0], total = a[0];
-    for (int i = 1; i < N; ++i) {
-        low = min_of(a[i], low);
-        high = max_of(a[i], high);
-        total += a[i];
-    }
-    const V largest = max_of(-low, high), smaller = min_of(-low, high);
-    auto rare =
-        (largest > static_cast<T>(1e6)) | ((largest < static_cast<T>(1e-3)) & (largest > zero)) | (total != total);
-    if (regularization == 0) rare |= (smaller > zero) & (smaller < largest * narrow<T>());
-    if (any(rare)) return false;
-    V value;
-    const V rho = largest * largest * regularization;
-    if constexpr (N >= 8)
-        value = sorted_weights<V, N>(a, rho, c);
-    else
-        value = simplex_sorted<V, N>(a, rho, c);
-    *optimum = max_of(low, min_of(high, value));
-    return true;
-}
-
-// The same for scores that are not negative, without regularization: the smallest ones share the weight. Returns false
-// if there is a NaN or infinity.
+// As `solve_ordinary`, for scores that are not negative, without regularization: the smallest ones share the weight.
+// Returns false if there is a NaN or infinity.
 template <int N, class V>
 inline bool solve_non_negative(const V* a, V* c, V* optimum) {
     const V zero{}, one = zero + 1;
@@ -73,9 +47,7 @@ inline void weights_rows(const ScoreRows& rows, const ScalarRule& rule, int64_t 
                                *PAMA_RESTRICT const optimum = static_cast<float*>(rows.optimum);
     const double regularization = rule.regularization;
     const bool contiguous = row == N && objective == 1;
-    const bool ordinary =
-        rule.uniform && !scale &&
-        (regularization == 0 || (regularization >= weak_regularization<float>() && regularization <= 1e6));
+    const bool ordinary = rule.uniform && !scale && ordinary_regularization<float>(regularization);
     for (int64_t at = first; at < last; at += width) {
         const int used = static_cast<int>(last - at < width ? last - at : width);
         FloatV v[N], c[N], s;
@@ -148,7 +120,7 @@ __attribute__((noinline)) void weights_pieces(const ScoreRows& rows, const Scala
             for (int i = 0; non_negative && i < n; ++i) non_negative = !any(load<FloatV>(a + i * piece + t) < 0.0f);
             const LaneRows<float> lanes{n,           a + t, nullptr, piece, c + t, used, scale ? size + t : nullptr,
                                         non_negative};
-            const FloatV s = solve_lanes<FloatV, N>(lanes, rule, memory);
+            const FloatV s = solve_rows<FloatV, N>(lanes, rule, memory);
             memcpy(static_cast<float*>(rows.optimum) + first + t, &s, sizeof(float) * static_cast<size_t>(used));
         }
         columns_to_rows(n, c, piece, count, static_cast<float*>(rows.weights) + first * n);

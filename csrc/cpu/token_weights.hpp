@@ -18,7 +18,7 @@ inline void token_scores(const Pass& pass, Workspace<T>& w) {
         const LaneRows<T> rows{
             pass.tokens.n, tile.bound + t, tile.present ? tile.present + t : nullptr,   tile.stride, w.c + t,
             used,          nullptr,        pass.tokens.noon && rule.regularization == 0};
-        const V s = solve_lanes<V, N>(rows, rule, {reinterpret_cast<V*>(w.lanes), w.row});
+        const V s = solve_rows<V, N>(rows, rule, {reinterpret_cast<V*>(w.lanes), w.row});
         store(w.combined + t, s);
     }
 }
