@@ -37,10 +37,7 @@ def apply(
     threads: int,
 ) -> Results: ...
 def quick_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None,
+    tensors: tuple[Tensor | None, ...],
     rule: Rule,
     clip_range: float,
     noon: bool,
