@@ -70,6 +70,9 @@ PAMA_HD inline ldlt::Mask<V> exchange(Searched& s, int unknowns, ldlt::Mask<V> a
 //   residual_of_point()    the same, of any `point`
 //   convex() const  whether the problem itself is strictly convex, so that the minimiser is unique
 //   kSearches       whether proximal steps take step 2
+//   kKeepsSupport   whether the first proximal step begins with the support on which steps 1 or 3 ended
+//   refine()        after the first proximal step: takes the second one with the support and the factor of the first.
+//                   Returns whether it could; `kept`: `point` before
 //   kBounded        whether the feasible set is bounded; if not, proximal steps on an indefinite matrix diverge
 template <class Problem>
 struct ActiveSet : System {
@@ -294,7 +297,8 @@ struct ActiveSet : System {
     }
     PAMA_HD bool begin_step() {
         if (!closes) {
-            self().start();
+            if (!Problem::kKeepsSupport || steps > 0) self().start();
+            for (int j = 0; j < n; ++j) inside[j] = inside[j] != 0;
             self().reset();
         }
         if (steps > 1) ridge = 0.1 * ridge > least ? 0.1 * ridge : least;
@@ -308,6 +312,14 @@ struct ActiveSet : System {
             self().fall_back();
         residual = self().residual_of_product();
         if (residual <= certified) return false;
+        if (solved && steps == 0 && self().refine()) {
+            const double refined = self().residual_of_product();
+            if (refined <= certified) {
+                residual = refined;
+                return false;
+            }
+            for (int j = 0; j < n; ++j) inside[j] = (point[j] = kept[j]) > 0.0;
+        }
         // Otherwise M has a negative eigenvalue larger than the ridge, for example after rounding to float32:
         // restart with a larger ridge.
         closes = solved && residual <= kProximalGap * metric * (ridge > kRidge ? ridge : kRidge) * (1.0 + weight);

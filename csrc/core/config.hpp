@@ -14,6 +14,13 @@
 #define PAMA_ONCE
 #endif
 
+// A function whose inlining would keep the variables of its caller out of registers.
+#if defined(__GNUC__)
+#define PAMA_OUT_OF_LINE __attribute__((noinline))
+#else
+#define PAMA_OUT_OF_LINE
+#endif
+
 #define PAMA_RESTRICT __restrict__
 
 #if defined(__CUDA_ARCH__) || defined(__clang__)

@@ -73,6 +73,36 @@ struct Scratch {
     double* panel;
 };
 
+// L' y = forward, four unknowns at a time from the end.
+PAMA_HD inline void substitute_back(int end, int ld, const Scratch& s) {
+    double* const solution = s.solution;
+    for (int v = 0; v < kVectors; ++v) vector_at(solution + end + v * kLanes) = Vector{};
+    for (int j = end - kBlock; j >= 0; j -= kBlock) {
+        const double* block = s.columns + static_cast<int64_t>(j) * ld;
+        Vector dot[kBlock] = {};
+        for (int r = j + kBlock; r < end; r += kLanes)
+            for (int c = 0; c < kBlock; ++c)
+                dot[c] += vector_at(block + static_cast<int64_t>(c) * ld + r) * vector_at(solution + r);
+        for (int c = kBlock - 1; c >= 0; --c) {
+            double sum = sum_lanes(dot[c]);
+            for (int b = kBlock - 1; b > c; --b) sum += block[static_cast<int64_t>(c) * ld + j + b] * solution[j + b];
+            solution[j + c] = s.forward[j + c] - sum * s.inverse[j + c];
+        }
+    }
+}
+
+// Solves for another right-hand side with the factor that solve() left.
+PAMA_HD inline void solve_again(int k, int ld, const Scratch& s) {
+    const int end = round_up_to_block(k);
+    for (int j = 0; j < end; ++j) {
+        const double* const column = s.columns + static_cast<int64_t>(j) * ld;
+        const double w = s.rhs[j] * s.inverse[j];
+        s.forward[j] = w;
+        for (int r = j / kBlock * kBlock; r < end; r += kLanes) vector_at(s.rhs + r) -= w * vector_at(column + r);
+    }
+    substitute_back(end, ld, s);
+}
+
 // Solves for k unknowns. Columns from k up to round_up_to_block(k) must be those of the identity, and
 // rows from k on zero. A pivot at its floor ends the solve with false if `strict`, else is raised to it. Without Solve,
 // only the pivots are found.
@@ -81,7 +111,7 @@ PAMA_HD inline bool solve(int k, int ld, const Scratch& s, bool strict) {
     const int end = round_up_to_block(k);
     // Copies: a store through a vector may alias the members of `s`.
     double *const columns = s.columns, *const rhs = s.rhs, *const inverse = s.inverse, *const forward = s.forward;
-    double *const solution = s.solution, *const panel = s.panel;
+    double* const panel = s.panel;
     const double* const floor = s.floor;
     for (int j = 0; j < end; j += kBlock) {
         double* block = columns + static_cast<int64_t>(j) * ld;
@@ -136,21 +166,7 @@ PAMA_HD inline bool solve(int k, int ld, const Scratch& s, bool strict) {
         }
     }
 
-    if (!Solve) return true;
-    // L' y = forward, four unknowns at a time from the end.
-    for (int v = 0; v < kVectors; ++v) vector_at(solution + end + v * kLanes) = Vector{};
-    for (int j = end - kBlock; j >= 0; j -= kBlock) {
-        const double* block = columns + static_cast<int64_t>(j) * ld;
-        Vector dot[kBlock] = {};
-        for (int r = j + kBlock; r < end; r += kLanes)
-            for (int c = 0; c < kBlock; ++c)
-                dot[c] += vector_at(block + static_cast<int64_t>(c) * ld + r) * vector_at(solution + r);
-        for (int c = kBlock - 1; c >= 0; --c) {
-            double sum = sum_lanes(dot[c]);
-            for (int b = kBlock - 1; b > c; --b) sum += block[static_cast<int64_t>(c) * ld + j + b] * solution[j + b];
-            solution[j + c] = forward[j + c] - sum * inverse[j + c];
-        }
-    }
+    if (Solve) substitute_back(end, ld, s);
     return true;
 }
 
@@ -190,6 +206,18 @@ PAMA_HD inline Mask<V> factorise(Triangle<V, N>& h, const V* floor, V* y, V* inv
         }
     }
     return regular;
+}
+// y to L^-1 y, of a factor.
+template <class V, int N>
+PAMA_HD inline void substitute(const Triangle<V, N>& h, const V* inverse, V* y) {
+    PAMA_UNROLL
+    for (int k = 0; k < N; ++k) {
+        PAMA_UNROLL
+        for (int i = k + 1; i < N; ++i) {
+            const V l = h.symmetric(i, k) * inverse[k];
+            y[i] -= l * y[k];
+        }
+    }
 }
 template <class V, int N>
 PAMA_HD inline void substitute_back(Triangle<V, N>& h, const V* inverse, V* y) {

@@ -16,49 +16,104 @@
 PAMA_BEGIN
 namespace min_norm {
 
-constexpr double kProximalSigma = 1e-2;  // keeps H regular along c where c'Mc = 0
-
-// The general problem: M is scaled so that 1 <= max_i M_ii < 2.
+// The general problem: M is scaled so that 1 <= max_i M_ii < 2. Equal objectives of equal preference are one unknown,
+// the sum of their weights, which they share equally; `preference` and `centre` are those of each of them.
 struct Problem : nnqp::ActiveSet<Problem> {
-    static constexpr bool kBounded = true, kSearches = false;
-    double optimum = 0.0;  // c'Mc of `point`; `weight` is the rho of the problem itself
-    double share = 1.0;    // M c = share * product
+    static constexpr bool kBounded = true, kSearches = false, kKeepsSupport = true;
+    double optimum = 0.0;   // c'Mc of `point`; `weight` is the rho of the problem itself
+    double share = 1.0;     // M c = share * product
+    double smallest = 0.0;  // min_i M_ii
 
     PAMA_HD bool convex() const { return weight >= nnqp::kRidge; }
 
-    PAMA_HD double proximal(int) const { return weight + ridge; }
-    PAMA_HD void set() {
-        const double rho = weight + ridge;
-        double norm2 = 0.0, smallest = own[0];
+    PAMA_HD bool same(int i, int k) const {
+        const double *const first = row_of(i), *const second = row_of(k);
+        if (first[i] != second[k] || preference[i] != preference[k]) return false;
+        for (int j = 0; j < n; ++j)
+            if (first[j] != second[j]) return false;
+        return true;
+    }
+    PAMA_HD void merge() {
+        merge_same([&](int i, int k) { return same(i, k); }, 0.0);
+        smallest = own[0];
         for (int i = 0; i < n; ++i) {
-            centre[i] = ridge > 0.0 ? (weight * preference[i] + ridge * point[i]) / rho : preference[i];
-            norm2 += centre[i] * centre[i];
+            preference[i] /= members[i];
             smallest = own[i] < smallest ? own[i] : smallest;
         }
+    }
+    // Whether the optimum is 0, at an objective without a gradient.
+    PAMA_HD bool vanishes() const { return smallest == 0.0 && weight == 0.0; }
+
+    PAMA_HD double proximal(int i) const {
+        const double rho = weight + ridge;
+        return rho > 0.0 ? rho / members[i] : 0.0;
+    }
+    PAMA_HD void set() {
+        const double rho = weight + ridge;
+        double norm2 = 0.0;
+        for (int i = 0; i < n; ++i) {
+            centre[i] = ridge > 0.0 ? (weight * preference[i] + ridge * (point[i] / members[i])) / rho : preference[i];
+            norm2 += members[i] * centre[i] * centre[i];
+        }
         double sigma = smallest + rho;
-        if (ridge > 0.0 && !(sigma > kProximalSigma)) sigma = kProximalSigma;
+        if ((ridge > 0.0 || vanishes()) && !(sigma > kProximalSigma)) sigma = kProximalSigma;
         for (int i = 0; i < n; ++i) {
             shift[i] = 0.5 * (sigma + rho * norm2) - rho * centre[i];
-            diagonal[i] = own[i] + 2.0 * shift[i] + rho;
+            diagonal[i] = own[i] + 2.0 * shift[i] + proximal(i);
             target[i] = 1.0;
         }
     }
 
     // The first support: indices that have a positive weight after one Jacobi step from the centre of the simplex.
     PAMA_HD void start() {
+        if (strict && vanishes()) {
+            for (int i = 0; i < n; ++i) inside[i] = own[i] == 0.0;
+            return;
+        }
         size = n;
         for (int i = 0; i < n; ++i) {
             support[i] = i;
-            scratch.solution[i] = 1.0;
+            scratch.solution[i] = members[i];
         }
         multiply();
-        double mean = 0.0;
-        for (int i = 0; i < n; ++i) mean += product[i];
-        mean /= n;
+        double mean = 0.0, count = 0.0;
+        for (int i = 0; i < n; ++i) {
+            mean += members[i] * product[i];
+            count += members[i];
+        }
+        mean /= count;
         for (int i = 0; i < n; ++i) inside[i] = product[i] - mean <= own[i] + weight;
     }
     PAMA_HD void reset() {
-        for (int i = 0; i < n; ++i) point[i] = preference[i];
+        for (int i = 0; i < n; ++i) point[i] = members[i] * preference[i];
+    }
+    // H c = nu e + ridge (point - p) on the support, where Hy = e is solved.
+    PAMA_HD bool refine() {
+#if defined(__CUDACC__)
+        return false;
+#else
+        if (n <= nnqp::kLargestInRegisters) return false;
+        for (int i = 0; i < n; ++i) kept[i] = point[i];
+        for (int a = 0; a < size; ++a) {
+            const int i = support[a];
+            scratch.rhs[a] = point[i] / members[i] - preference[i];
+            saved[a] = scratch.solution[a];
+        }
+        for (int a = size; a < ldlt::leading_dimension(size); ++a) scratch.rhs[a] = 0.0;
+        ldlt::solve_again(size, ldlt::leading_dimension(size), scratch);
+        double moved = 0.0;
+        for (int a = 0; a < size; ++a) moved += scratch.solution[a];
+        const double factor = (1.0 - ridge * moved) * share;
+        total = 0.0;
+        for (int a = 0; a < size; ++a) {
+            const double c = saved[a] * factor + ridge * scratch.solution[a];
+            scratch.solution[a] = c > 0.0 ? c : 0.0;
+            total += scratch.solution[a];
+        }
+        multiply();
+        accept();
+        return true;
+#endif
     }
 
     PAMA_HD void accept() {
@@ -83,17 +138,17 @@ struct Problem : nnqp::ActiveSet<Problem> {
 
     // Wolfe's gap of `point`, and c'Mc.
     PAMA_HD double residual_of_product() {
-        if (!strict || weight > 0.0) average_duplicates(point);
-        double value = 0.0, mean = 0.0, smallest = nnqp::kLargestDouble;
+        double value = 0.0, mean = 0.0, least = nnqp::kLargestDouble;
         for (int j = 0; j < n; ++j) {
-            const double along = share * product[j], gradient = along + weight * (point[j] - preference[j]);
+            const double along = share * product[j];
+            const double gradient = weight > 0.0 ? along + weight * (point[j] / members[j] - preference[j]) : along;
             value += point[j] * along;
             mean += point[j] * gradient;
-            smallest = gradient < smallest ? gradient : smallest;
+            least = gradient < least ? gradient : least;
             inside[j] = point[j] > 0.0;
         }
         optimum = value;
-        return mean - smallest;
+        return mean - least;
     }
     PAMA_HD double residual_of_point() {
         multiply(point);
@@ -103,10 +158,10 @@ struct Problem : nnqp::ActiveSet<Problem> {
 };
 
 template <class T>
-PAMA_HD SolverResult solve_general(int n, const T* gram, std::ptrdiff_t row_stride, std::ptrdiff_t column_stride,
-                                   const double* preference, const unsigned char* present, double regularization,
-                                   double* weights, double* workspace) {
-    const auto entry = [&](int i, int j) { return static_cast<double>(gram[i * row_stride + j * column_stride]); };
+PAMA_HD SolverResult solve_general(const MatrixView<T>& gram, const double* preference, const unsigned char* present,
+                                   double regularization, double* weights, double* workspace) {
+    const int n = gram.n;
+    const auto entry = [&](int i, int j) { return gram(i, j); };
     int count = 0, last = 0, other = 0;  // the last two present
     double mass = 0.0, largest = 0.0;
     for (int i = 0; i < n; ++i) {
@@ -158,6 +213,7 @@ PAMA_HD SolverResult solve_general(int n, const T* gram, std::ptrdiff_t row_stri
         // Above kLargestRegularization c = p in double precision; the limit avoids an overflow.
         s.weight = (regularization < kLargestRegularization ? regularization : kLargestRegularization) * scale(largest);
         double residual = 0.0;
+        s.merge();
         if (largest > 0.0) {
             const double size = scale(largest) + s.weight;
             s.certified = nnqp::kCertified * (1.0 + s.weight);
@@ -178,8 +234,10 @@ PAMA_HD SolverResult solve_general(int n, const T* gram, std::ptrdiff_t row_stri
     for (int i = 0, a = 0; i < n; ++i)
         if (!answered)
             weights[i] = nnqp::kNan;
-        else if (!present || present[i])
-            weights[i] = s.point[a++];
+        else if (!present || present[i]) {
+            const int k = s.group[a++];
+            weights[i] = s.point[k] / s.members[k];
+        }
     return result;
 }
 
@@ -188,35 +246,33 @@ PAMA_HD SolverResult solve_general(int n, const T* gram, std::ptrdiff_t row_stri
 // Doubles that min_norm_solve needs for n objectives.
 PAMA_HD inline std::size_t min_norm_workspace(int n) { return nnqp::workspace(n); }
 
-// gram: element (i, j) at i * row_stride + j * column_stride; (M + M')/2 is solved. preference: n non-negative numbers
+// gram: (M + M')/2 is solved. preference: n non-negative numbers
 // (normalised over those present; uniform if null or if those sum to 0). present: null, or an array with 0 for each
 // objective that is excluded: its weight is 0 and its entries are ignored, including NaN. Any other NaN or infinity
 // makes weights and optimum NaN. A matrix that is not positive semidefinite gives some point of the simplex. If no
 // objective is present, or M = 0, c = p. The residual is Wolfe's gap c'g - min_j g_j, g the gradient, over max_i M_ii
 // (1 + regularization).
 template <class T>
-PAMA_HD inline SolverResult min_norm_solve(int n, const T* gram, std::ptrdiff_t row_stride,
-                                           std::ptrdiff_t column_stride, const double* preference,
+PAMA_HD inline SolverResult min_norm_solve(const MatrixView<T>& gram, const double* preference,
                                            const unsigned char* present, double regularization, double* weights,
                                            double* workspace) {
+    const int n = gram.n;
     if (present == nullptr && n == 2) {
-        const double a = gram[0], d = gram[row_stride + column_stride];
-        const double b = 0.5 * gram[column_stride] + 0.5 * gram[row_stride];
+        const double a = gram(0, 0), b = 0.5 * gram(0, 1) + 0.5 * gram(1, 0), d = gram(1, 1);
         const double mass = preference ? preference[0] + preference[1] : 0.0;
         return min_norm::solve_pair(a, b, d, mass != 0.0 ? preference[0] * (1.0 / mass) + 0.0 * mass : 0.5,
                                     regularization, weights, weights + 1);
     }
     SolverResult result = {0.0, 0.0, SolveStatus::solved, 0};
     if ((present || n <= min_norm::kLargestSmall) &&
-        min_norm::solve_one(n, gram, row_stride, column_stride, preference, present, regularization, weights, &result))
+        min_norm::solve_one(gram, preference, present, regularization, weights, &result))
         return result;
-    return min_norm::solve_general(n, gram, row_stride, column_stride, preference, present, regularization, weights,
-                                   workspace);
+    return min_norm::solve_general(gram, preference, present, regularization, weights, workspace);
 }
 
 // A contiguous matrix.
 PAMA_HD inline SolverResult min_norm_solve(int n, const double* gram, const double* preference, double regularization,
                                            double* weights, double* workspace) {
-    return min_norm_solve(n, gram, n, 1, preference, nullptr, regularization, weights, workspace);
+    return min_norm_solve(MatrixView<double>{n, gram, n, 1}, preference, nullptr, regularization, weights, workspace);
 }
 PAMA_END

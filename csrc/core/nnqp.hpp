@@ -6,16 +6,18 @@
 // on S solves H_SS y_S = b_S, with one factorisation. min_norm.hpp and upgrad.hpp define M, u, r and b.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <type_traits>
 
 #include "ldlt.hpp"
+#include "numbers.hpp"
 #include "solution.hpp"
 
 PAMA_BEGIN
 namespace nnqp {
 
-constexpr int kVectorCount = 23;  // arrays of leading_dimension(n) doubles in the workspace, the integers included
+constexpr int kVectorCount = 24;  // arrays of leading_dimension(n) doubles in the workspace, the integers included
 
 constexpr int kLargestInRegisters = 8;
 #if defined(__CUDACC__)
@@ -55,13 +57,13 @@ struct System {
     double* force;       // and b - Gz (active_set.hpp)
     double* answer;      // the sum of the solutions of several problems
     double* unit;        // of each unknown
+    double* members;     // of each unknown: how many objectives it stands for
     double* compact;     // u on the support
     double* ones;        // e on the support, zero-padded
     ldlt::Scratch scratch;
     int* support;  // sorted
     int* inside;   // 1 in the support
     int* group;    // of each objective: the unknown that stands for it
-    int* members;  // of each unknown: how many objectives it stands for
     int size = 0, factorisations = 0, most = 0;
     double value = 0.0, total = 0.0, linear = 0.0;  // b'y, e'y, u'y
     double fixed_total = 0.0, fixed_terms = 0.0;    // contributions of a fixed e_i to total and terms
@@ -85,14 +87,14 @@ struct System {
         scratch.columns = take(static_cast<std::ptrdiff_t>(blocks) * ld);
         scratch.panel = take(static_cast<std::ptrdiff_t>(ldlt::kBlock) * blocks);
         double** const vectors[kVectorCount - 2] = {
-            &preference, &centre, &shift,       &own,           &diagonal,        &target,          &product,
-            &point,      &saved,  &kept,        &moved,         &force,           &answer,          &unit,
-            &compact,    &ones,   &scratch.rhs, &scratch.floor, &scratch.inverse, &scratch.forward, &scratch.solution};
+            &preference,      &centre,  &shift, &own,         &diagonal,      &target,          &product,
+            &point,           &saved,   &kept,  &moved,       &force,         &answer,          &unit,
+            &members,         &compact, &ones,  &scratch.rhs, &scratch.floor, &scratch.inverse, &scratch.forward,
+            &scratch.solution};
         for (double** const vector : vectors) *vector = take(ld);
         support = reinterpret_cast<int*>(take(ld));
         inside = support + ld;
         group = reinterpret_cast<int*>(take(ld));
-        members = group + ld;
         for (int i = 0; i < n; ++i) unit[i] = 1.0;
     }
 
@@ -266,20 +268,51 @@ struct System {
             if (first[j] != second[j]) return false;
         return true;
     }
-    // Averages x over identical objectives with equal preference.
-    PAMA_HD void average_duplicates(double* x) {
-        for (int i = 0; i < n; ++i) inside[i] = 1;
-        for (int i = 0; i < n; ++i) {
-            if (!inside[i]) continue;
-            double sum = x[i];
-            int count = 1;
-            for (int k = i + 1; k < n; ++k)
-                if (inside[k] && identical(i, k)) sum += x[k], ++count, inside[k] = 0;
-            if (count == 1) continue;
-            for (int k = i + 1; k < n; ++k)
-                if (!inside[k] && identical(i, k)) x[k] = sum / count;
-            x[i] = sum / count;
+    // Replaces equal objectives, by same(i, k), by one with the sum of their preferences, which removes the commonest
+    // reason for a singular matrix. Equal ones have |M_ik - M_ii| <= tolerance. Uses `saved` and `support`.
+    template <class Same>
+    PAMA_HD void merge_same(Same same, double tolerance) {
+        ldlt::Vector alike = {};  // how many M_ij are about M_ii: each M_ii is
+        const ldlt::Vector one = ldlt::Vector{} + 1.0;
+        for (int i = 0; i < n; ++i)
+            for (int j = 0; j < stride; j += ldlt::kLanes) {
+                const ldlt::Vector gap = ldlt::vector_at(row_of(i) + j) - own[i];
+                alike += choose((gap <= tolerance) & (gap >= -tolerance), one, ldlt::Vector{});
+            }
+        if (ldlt::sum_lanes(alike) == n) {
+            for (int i = 0; i < n; ++i) {
+                group[i] = i;
+                members[i] = 1.0;
+            }
+            return;
         }
+        int count = 0;
+        for (int i = 0; i < n; ++i) {
+            const double* const row = row_of(i);
+            bool some = false;  // whether M_ik = M_ii for a k before i
+            for (int k = 0; k < i; ++k) some |= std::fabs(row[k] - row[i]) <= tolerance;
+            int to = some ? 0 : count;
+            while (to < count && !same(support[to], i)) ++to;
+            group[i] = to;
+            if (to == count) {
+                members[count] = 0;
+                saved[count] = 0.0;
+                support[count++] = i;
+            }
+            ++members[to];
+            saved[to] += preference[i];
+        }
+        if (count == n) return;
+        for (int a = 0; a < count; ++a) {
+            const double* const from = row_of(support[a]);
+            double* const to = row_of(a);
+            for (int b = 0; b < count; ++b) to[b] = from[support[b]];
+            for (int b = count; b < stride; ++b) to[b] = 0.0;
+            preference[a] = saved[a];
+            unit[a] = unit[support[a]];
+        }
+        n = count;
+        for (int a = 0; a < n; ++a) own[a] = row_of(a)[a];
     }
 
     PAMA_HD bool finite() const {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -25,6 +26,15 @@ struct SolverResult {
     int factorisations;
 };
 using MinNormResult = SolverResult;
+
+// An n x n matrix in the caller's memory, of any strides.
+template <class T>
+struct MatrixView {
+    int n;
+    const T* data;
+    std::ptrdiff_t row, column;
+    PAMA_HD double operator()(int i, int j) const { return static_cast<double>(data[i * row + j * column]); }
+};
 
 // Whether the residual is above kPromisedResidual: the caller raises an error or returns the NaN.
 PAMA_HD inline bool unsolved(const SolverResult& result) {

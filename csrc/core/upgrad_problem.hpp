@@ -25,7 +25,7 @@ PAMA_HD inline double unit_of(double m, int odd) {
 
 // S M S for the objectives with a nonzero gradient.
 struct Problem : nnqp::ActiveSet<Problem> {
-    static constexpr bool kBounded = false, kSearches = true;
+    static constexpr bool kBounded = false, kSearches = true, kKeepsSupport = false;
     static constexpr int kOwnVectors = 10;  // see share
     int objective = 0;                      // i
 
@@ -56,39 +56,14 @@ struct Problem : nnqp::ActiveSet<Problem> {
             if (std::fabs(first[j] - second[j]) > kSame) return false;
         return true;
     }
-    // Replaces equal objectives by one with the sum of their preferences; share the solution equally among them, which
-    // is nearest to p. This removes the commonest reason for a singular matrix, and solves the projection once for all.
+    // The solution is shared equally among equal objectives, which is nearest to p. This also solves the projection
+    // once for all of them.
     PAMA_HD void merge() {
-        int count = 0;
-        for (int i = 0; i < n; ++i) {
-            const double* const row = row_of(i);
-            bool some = false;  // whether M_ik = M_ii for a k before i
-            for (int k = 0; k < i; ++k) some |= std::fabs(row[k] - row[i]) <= kSame;
-            int to = some ? 0 : count;
-            while (to < count && !same(support[to], i)) ++to;
-            group[i] = to;
-            if (to == count) {
-                members[count] = 0;
-                saved[count] = 0.0;
-                support[count++] = i;
-            }
-            ++members[to];
-            saved[to] += preference[i];
-        }
-        if (count == n) return;
-        for (int a = 0; a < count; ++a) {
-            const double* const from = row_of(support[a]);
-            double* const to = row_of(a);
-            for (int b = 0; b < count; ++b) to[b] = from[support[b]];
-            for (int b = count; b < stride; ++b) to[b] = 0.0;
-            preference[a] = saved[a];
-            unit[a] = unit[support[a]];
-        }
-        n = count;
-        for (int a = 0; a < n; ++a) own[a] = row_of(a)[a];
+        merge_same([&](int i, int k) { return same(i, k); }, kSame);
     }
 
     PAMA_HD bool convex() const { return false; }
+    PAMA_HD bool refine() { return false; }
     PAMA_HD double proximal(int j) const { return ridge * centre[j]; }
 
     double halved = 1.0;  // M is multiplied by it

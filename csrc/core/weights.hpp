@@ -102,8 +102,9 @@ PAMA_HD inline SolverResult batch_matrix_weights(const Rule& rule, int n, const 
                                                  const double* preference, double* c, unsigned char* present,
                                                  double* solver) {
     return solve_present(n, c, present, [&] {
-        return rule.kind == Kind::gram ? min_norm_solve(n, matrix, n, 1, preference, present, rule.number, c, solver)
-                                       : upgrad_solve(n, matrix, n, 1, preference, present, c, solver);
+        return rule.kind == Kind::gram
+                   ? min_norm_solve(MatrixView<double>{n, matrix, n, 1}, preference, present, rule.number, c, solver)
+                   : upgrad_solve(n, matrix, n, 1, preference, present, c, solver);
     });
 }
 

@@ -18,9 +18,8 @@ inline bool lane_of(const M& mask, int lane) {
 // full: N x N entries, scaled so that 1 <= `largest` < 2. Checked: as is_gram; `passed`: where that holds.
 template <class V, int N>
 inline ldlt::Mask<V> solve_lanes(const V* full, V largest, const double* preference, double regularization,
-                                 bool checked, V* c, V* optimum, ldlt::Mask<V>* passed) {
+                                 bool checked, Answer<V>* answer, ldlt::Mask<V>* passed) {
     nnqp::SmallSystem<V, N> s;
-    V residual;
     ldlt::Mask<V> ok = largest > V{};
     for (int i = 0; i < N; ++i)
         for (int j = 0; j <= i; ++j) {
@@ -30,7 +29,7 @@ inline ldlt::Mask<V> solve_lanes(const V* full, V largest, const double* prefere
         }
     if (checked) ok &= nearly_semidefinite<V, N>(s.m, largest * (kGramTolerance * gram_ridge(N)));
     *passed = ok;
-    return ok & solve_small<V, N>(s, largest, preference, regularization, c, optimum, &residual);
+    return ok & solve_small<V, N>(s, largest, preference, regularization, answer);
 }
 
 }  // namespace min_norm
@@ -60,10 +59,12 @@ inline unsigned min_norm_lanes(const Gram& gram, const double* preference, doubl
     }
     const V* const entries = reinterpret_cast<const V*>(full);
     ldlt::Mask<V> gram_like;
+    Answer<V> answer = {reinterpret_cast<V*>(c), V{}, V{}};
     const ldlt::Mask<V> solved = nnqp::with_size<kSmallestSmall, kLargestSmall>(n, [&](auto size) {
         return solve_lanes<V, size>(entries, *reinterpret_cast<const V*>(largest), preference, regularization,
-                                    gram.checked, reinterpret_cast<V*>(c), reinterpret_cast<V*>(optimum), &gram_like);
+                                    gram.checked, &answer, &gram_like);
     });
+    *reinterpret_cast<V*>(optimum) = answer.optimum;
     unsigned bits = 0;
     for (int lane = 0; lane < used; ++lane) {
         if (lane_of(gram_like, lane)) *passed |= 1u << lane;

@@ -45,11 +45,10 @@ inline Refused min_norm_rows(const Gram& gram, const double* preference, const u
         if (small && used == 1) solved = min_norm_lanes<double, T>(gram, preference, regularization, group, 1, &passed);
         const Refused refused = solve_matrices<T>(
             gram, group, group + used, solved, passed, c, workspace, [&](const T* matrix, double* out) {
+                const MatrixView<T> view = {gram.n, matrix, gram.row, gram.column};
                 return gram.n == 2 && !present
-                           ? min_norm_solve(2, matrix, gram.row, gram.column, preference, present, regularization, out,
-                                            workspace)
-                           : min_norm::solve_general(gram.n, matrix, gram.row, gram.column, preference, present,
-                                                     regularization, out, workspace);
+                           ? min_norm_solve(view, preference, present, regularization, out, workspace)
+                           : min_norm::solve_general(view, preference, present, regularization, out, workspace);
             });
         if (refused) return refused;
     }

@@ -26,9 +26,10 @@ struct MinNorm {
         if (threadIdx.x < kWarp && n > 2 && n <= kMostByWarp &&
             min_norm_by_warp<kTogetherByWarp>(n, matrix, preference, regularization, c, &optimum, shared))
             return optimum;
-        return threadIdx.x == 0
-                   ? min_norm::solve_general(n, matrix, n, 1, preference, nullptr, regularization, c, work).optimum
-                   : 0;
+        return threadIdx.x == 0 ? min_norm::solve_general(MatrixView<double>{n, matrix, n, 1}, preference, nullptr,
+                                                          regularization, c, work)
+                                      .optimum
+                                : 0;
     }
 };
 

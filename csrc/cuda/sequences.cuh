@@ -167,7 +167,8 @@ __device__ PAMA_NOINLINE void solve_matrix(const Sequences& s, SequenceMemory& m
     m.optimum =
         solve_present(n, m.weights, present, [&] {
             return s.rule.kind == Kind::gram
-                       ? min_norm::solve_general(n, matrix, n, 1, m.preference, present, s.rule.number, m.weights, work)
+                       ? min_norm::solve_general(MatrixView<double>{n, matrix, n, 1}, m.preference, present,
+                                                 s.rule.number, m.weights, work)
                        : upgrad::solve_general(upgrad::Given<double>{n, matrix, n, 1, m.preference, present}, m.weights,
                                                work, Lanes{0, 1});
         }).optimum;

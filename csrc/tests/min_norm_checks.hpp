@@ -33,8 +33,9 @@ inline Solution solve(int n, const Vec& gram, const Vec& preference = {}, double
                       const unsigned char* present = nullptr) {
     Solution s{Vec(n, -1.0), {}};
     Vec workspace(pama::min_norm_workspace(n), std::nan(""));
-    s.result = pama::min_norm_solve(n, gram.data(), n, 1, preference.empty() ? nullptr : preference.data(), present,
-                                    regularization, s.weights.data(), workspace.data());
+    s.result = pama::min_norm_solve(pama::MatrixView<double>{n, gram.data(), n, 1},
+                                    preference.empty() ? nullptr : preference.data(), present, regularization,
+                                    s.weights.data(), workspace.data());
     return s;
 }
 

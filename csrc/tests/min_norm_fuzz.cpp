@@ -43,8 +43,8 @@ int main(int argc, char** argv) {
             for (int k = 1; k < n; ++k) present[k] = static_cast<unsigned char>(random.integer(0, 1));
         weights.assign(n, -1.0);
         const pama::MinNormResult result =
-            pama::min_norm_solve(n, gram.data(), n, 1, preference.data(), masked ? present.data() : nullptr,
-                                 regularization, weights.data(), workspace.data());
+            pama::min_norm_solve(pama::MatrixView<double>{n, gram.data(), n, 1}, preference.data(),
+                                 masked ? present.data() : nullptr, regularization, weights.data(), workspace.data());
         const double kkt = families::kkt_residual(n, gram, preference, regularization, weights, present.data());
         for (Worst* w : {&all, &worst[family]}) {
             w->factorisations = std::max(w->factorisations, result.factorisations);

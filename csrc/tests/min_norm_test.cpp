@@ -216,7 +216,8 @@ void test_layouts() {
         for (int i = 0; i < n * n; ++i)
             wide[i / n * 2 * n * 3 + i % n * 3] = static_cast<float>(gram[i]),
                                              single[i] = static_cast<double>(static_cast<float>(gram[i]));
-        pama::min_norm_solve(n, wide.data(), 6 * n, 3, nullptr, nullptr, 0.0, weights.data(), workspace.data());
+        pama::min_norm_solve(pama::MatrixView<float>{n, wide.data(), 6 * n, 3}, nullptr, nullptr, 0.0, weights.data(),
+                             workspace.data());
         CHECK(weights == solve(n, single).weights, "n=%d float32 with strides", n);
         Vec skewed = gram;  // only the symmetric part counts
         for (int a = 0; a < n; ++a)
