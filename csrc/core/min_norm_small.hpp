@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstddef>
+#include <type_traits>
 
 #include "small_system.hpp"
 
@@ -138,6 +139,7 @@ PAMA_OUT_OF_LINE ldlt::Mask<V> solve_singular(nnqp::SmallSystem<V, N>& s, const 
 template <class V, int N>
 PAMA_HD inline ldlt::Mask<V> solve_small(nnqp::SmallSystem<V, N>& s, V largest, const double* preference,
                                          double regularization, Answer<V>* answer) {
+    constexpr bool here = kSolvesSingular && std::is_same<V, double>::value;  // in batches, not for each size
     const V zero = V{};
     Numbers<V> p = {preference, largest * regularization, s.m(0, 0), 0.0};
     for (int i = 0; i < N; ++i) {
@@ -154,7 +156,7 @@ PAMA_HD inline ldlt::Mask<V> solve_small(nnqp::SmallSystem<V, N>& s, V largest, 
         for (int i = 0; i < N; ++i)
             for (int j = 0; j < i; ++j) regular &= !equal(s, i, j);
     ldlt::Mask<V> optimal = zero != zero;
-    if (!kSolvesSingular || any(regular)) {
+    if (!here || any(regular)) {
         set(s, p, p.rho, sigma);
         start(s, p.rho, mean);
         optimal = nnqp::exchange<V>(s, N, regular);
@@ -164,7 +166,7 @@ PAMA_HD inline ldlt::Mask<V> solve_small(nnqp::SmallSystem<V, N>& s, V largest, 
         certify(s, p, share, answer);
         optimal &= answer->residual <= nnqp::kCertified * (1.0 + p.rho);
     }
-    if constexpr (kSolvesSingular) {
+    if constexpr (here) {
         const ldlt::Mask<V> rest = usable & !optimal;
         if (!any(rest)) return optimal;
         V c[N];
