@@ -1,10 +1,9 @@
 // Min-norm problems of few objectives in registers: the exchange with its certificate, one matrix per SIMD lane of V,
-// or a single matrix. Problems that the exchange does not solve (a singular support, a tie, a number that is not
-// finite) are left to the general solver.
+// or a single matrix. Problems that the exchange does not solve (a singular support, a tie) take two proximal steps if
+// they are small; what is not solved then, such as a number that is not finite, is left to the general solver.
 #pragma once
 
 #include <cstddef>
-#include <type_traits>
 
 #include "small_system.hpp"
 
@@ -17,11 +16,11 @@ constexpr double kNegligible = 1e-15;    // a weight below 0 by less is rounding
 constexpr double kRounding = 1e-13;      // of the sum of the weights
 constexpr int kSmallestSmall = 3;
 #if defined(__CUDACC__)
-constexpr int kLargestSmall = 8;  // more would take the CUDA build too long
-constexpr bool kSolvesSingular = false;
+constexpr int kLargestSmall = 8;     // more would take the CUDA build too long
+constexpr int kLargestSingular = 0;  // of the matrices that are solved here although a support is singular
 #else
 constexpr int kLargestSmall = 13;
-constexpr bool kSolvesSingular = true;
+constexpr int kLargestSingular = 8;
 #endif
 
 PAMA_HD inline bool is_small(int n, double regularization) {
@@ -139,7 +138,7 @@ PAMA_OUT_OF_LINE ldlt::Mask<V> solve_singular(nnqp::SmallSystem<V, N>& s, const 
 template <class V, int N>
 PAMA_HD inline ldlt::Mask<V> solve_small(nnqp::SmallSystem<V, N>& s, V largest, const double* preference,
                                          double regularization, Answer<V>* answer) {
-    constexpr bool here = kSolvesSingular && std::is_same<V, double>::value;  // in batches, not for each size
+    constexpr bool here = N <= kLargestSingular;
     const V zero = V{};
     Numbers<V> p = {preference, largest * regularization, s.m(0, 0), 0.0};
     for (int i = 0; i < N; ++i) {
@@ -152,7 +151,7 @@ PAMA_HD inline ldlt::Mask<V> solve_small(nnqp::SmallSystem<V, N>& s, V largest, 
     const ldlt::Mask<V> usable = (largest > zero) & (poison == zero);
     const V sigma = p.smallest + p.rho;
     ldlt::Mask<V> regular = usable & (sigma > kSmallestSigma);
-    if (kSolvesSingular || regularization > 0.0)  // duplicates are averaged elsewhere
+    if (here || regularization > 0.0)  // at regularization 0 duplicates are ties
         for (int i = 0; i < N; ++i)
             for (int j = 0; j < i; ++j) regular &= !equal(s, i, j);
     ldlt::Mask<V> optimal = zero != zero;
