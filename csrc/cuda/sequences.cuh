@@ -164,14 +164,13 @@ __device__ PAMA_NOINLINE void solve_matrix(const Sequences& s, SequenceMemory& m
     const int n = s.p.n;
     double *const matrix = m.solver + n, *const work = matrix + n * n;
     auto* const present = reinterpret_cast<unsigned char*>(m.solver);
-    m.optimum =
-        solve_present(n, m.weights, present, [&] {
-            return s.rule.kind == Kind::gram
-                       ? min_norm::solve_general(MatrixView<double>{n, matrix, n, 1}, m.preference, present,
-                                                 s.rule.number, m.weights, work)
-                       : upgrad::solve_general(upgrad::Given<double>{n, matrix, n, 1, m.preference, present}, m.weights,
-                                               work, Lanes{0, 1});
-        }).optimum;
+    m.optimum = solve_present(n, m.weights, present, [&] {
+                    return s.rule.kind == Kind::gram
+                               ? min_norm::solve_general(MatrixView<double>{n, matrix, n, 1}, m.preference, present,
+                                                         s.rule.number, m.weights, work)
+                               : upgrad::solve_general(upgrad::Given<double>{n, matrix, n, 1, m.preference, present},
+                                                       m.weights, work, Lanes{0, 1});
+                }).optimum;
 }
 
 // Which objectives have a signal (1 in `weights`), and the preferences over those. Called by one warp. The function of
