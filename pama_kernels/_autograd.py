@@ -152,7 +152,7 @@ def differentiable(tokens: Tokens, rule: Rule, problem: arguments.Apply, outputs
             rest = [x.detach() if isinstance(x, Tensor) else x for x in rest]
             return Results(*_Loss.apply(logprobs, *rest))  # type: ignore[no-untyped-call]
         return Results(*_Transformed.apply(logprobs, *rest))  # type: ignore[no-untyped-call]
-    results = operators.apply.eager(tokens, rule, problem, outputs)
+    results = operators.apply(tokens, rule, problem, outputs)
     return Results(results.advantages, attached(logprobs, results), *results[_GRADIENT:])
 
 
