@@ -260,14 +260,6 @@ struct System {
         return multiplier(j) < tolerance * (diagonal[j] * (total + fixed_total) + (terms + fixed_terms));
     }
 
-    PAMA_HD bool identical(int i, int k) const {
-        const double* const first = row_of(i);
-        const double* const second = row_of(k);
-        if (first[i] != second[k] || preference[i] != preference[k] || unit[i] != unit[k]) return false;
-        for (int j = 0; j < n; ++j)
-            if (first[j] != second[j]) return false;
-        return true;
-    }
     // Replaces equal objectives, by same(i, k), by one with the sum of their preferences, which removes the commonest
     // reason for a singular matrix. Equal ones have |M_ik - M_ii| <= tolerance. Uses `saved` and `support`.
     template <class Same>

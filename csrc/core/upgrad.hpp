@@ -121,15 +121,12 @@ PAMA_HD inline double scaled_entry(double upper, double lower, double u, double 
 // that no write to the workspace can change it.
 template <class T>
 struct Given {
-    int n;
-    const T* gram;
-    std::ptrdiff_t row, column;    // strides of M
+    MatrixView<T> gram;
     const double* preference;      // (n); null: equal preferences
     const unsigned char* present;  // (n); null: all are
 
-    PAMA_HD double entry(int i, int j) const { return static_cast<double>(gram[i * row + j * column]); }
     PAMA_HD bool is_present(int i) const { return !present || present[i]; }
-    PAMA_HD bool takes_part(int i) const { return is_present(i) && entry(i, i) > 0.0; }
+    PAMA_HD bool takes_part(int i) const { return is_present(i) && gram(i, i) > 0.0; }
     PAMA_HD double preference_of(int i, double share) const { return preference ? preference[i] * share : share; }
 };
 
@@ -137,14 +134,13 @@ struct Given {
 // entries of present objectives are finite.
 template <class T>
 PAMA_HD bool gather(Given<T> given, double share, double* workspace, Problem& s) {
-    const int n = given.n;
+    const int n = given.gram.n;
     int count = 0, bad = 0;
     double largest = 0.0;
     for (int i = 0; i < n; ++i) {
         if (!given.is_present(i)) continue;
-        largest = given.entry(i, i) > largest ? given.entry(i, i) : largest;
-        for (int j = 0; j < n; ++j)
-            bad |= given.is_present(j) & !(std::fabs(given.entry(i, j)) <= nnqp::kLargestDouble);
+        largest = given.gram(i, i) > largest ? given.gram(i, i) : largest;
+        for (int j = 0; j < n; ++j) bad |= given.is_present(j) & !(std::fabs(given.gram(i, j)) <= nnqp::kLargestDouble);
         count += given.takes_part(i);
     }
     if (bad) return false;
@@ -155,14 +151,14 @@ PAMA_HD bool gather(Given<T> given, double share, double* workspace, Problem& s)
     for (int i = 0, a = 0; i < n; ++i) {
         if (!given.takes_part(i)) continue;
         index[a] = i;
-        s.unit[a] = unit_of(given.entry(i, i), odd);
-        s.diagonal[a] = std::sqrt(s.unit[a] * given.entry(i, i) * s.unit[a] * s.halved);
+        s.unit[a] = unit_of(given.gram(i, i), odd);
+        s.diagonal[a] = std::sqrt(s.unit[a] * given.gram(i, i) * s.unit[a] * s.halved);
         s.preference[a++] = given.preference_of(i, share);
     }
     for (int a = 0; a < count; ++a) {
         double* const row = s.row_of(a);
         for (int b = 0; b <= a; ++b) {
-            const double upper = given.entry(index[a], index[b]), lower = given.entry(index[b], index[a]);
+            const double upper = given.gram(index[a], index[b]), lower = given.gram(index[b], index[a]);
             const double bound = s.diagonal[a] * s.diagonal[b];
             row[b] = s.row_of(b)[a] = scaled_entry(upper, lower, s.unit[a], s.unit[b], s.halved, bound);
         }
@@ -175,7 +171,7 @@ PAMA_HD bool gather(Given<T> given, double share, double* workspace, Problem& s)
 // The first of the threads writes the weights and returns their optimum.
 template <class T, class Threads>
 PAMA_HD SolverResult solve_general(Given<T> given, double* weights, double* workspace, const Threads& threads) {
-    const int n = given.n;
+    const int n = given.gram.n;
     int count = 0;
     double mass = 0.0;
     for (int i = 0; i < n; ++i) {
@@ -236,12 +232,10 @@ PAMA_HD inline std::size_t upgrad_workspace(int n) {
 // >= 0, x.g = 0 over all i, where e_i + x is scaled to sum 1 and M to diagonal entries from 1 to 4: for every j,
 // (Mc^(i))_j lies at most twice the residual times sqrt(M_jj max_k M_kk) sum c^(i) below 0.
 template <class T>
-PAMA_HD inline SolverResult upgrad_solve(int n, const T* gram, std::ptrdiff_t row_stride, std::ptrdiff_t column_stride,
-                                         const double* preference, const unsigned char* present, double* weights,
-                                         double* workspace) {
-    if (n == 2 && !present) {  // without workspace
-        const double a = gram[0], d = gram[row_stride + column_stride];
-        const double b = 0.5 * gram[column_stride] + 0.5 * gram[row_stride];
+PAMA_HD inline SolverResult upgrad_solve(const MatrixView<T>& gram, const double* preference,
+                                         const unsigned char* present, double* weights, double* workspace) {
+    if (gram.n == 2 && !present) {  // without workspace
+        const double a = gram(0, 0), b = 0.5 * gram(0, 1) + 0.5 * gram(1, 0), d = gram(1, 1);
         const double mass = preference ? preference[0] + preference[1] : 1.0;
         const double poison = 0.0 * a + 0.0 * b + 0.0 * d + 0.0 * mass;
         const double p = preference ? preference[0] : 0.5, q = preference ? preference[1] : 0.5;
@@ -255,8 +249,7 @@ PAMA_HD inline SolverResult upgrad_solve(int n, const T* gram, std::ptrdiff_t ro
         weights[1] = mass > 0.0 ? q / mass : q;
         return {0.0, 0.0, SolveStatus::solved, 0};
     }
-    const upgrad::Given<T> given = {n, gram, row_stride, column_stride, preference, present};
-    return upgrad::solve_general(given, weights, workspace, upgrad::Alone{});
+    return upgrad::solve_general(upgrad::Given<T>{gram, preference, present}, weights, workspace, upgrad::Alone{});
 }
 
 PAMA_END

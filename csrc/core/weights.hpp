@@ -101,10 +101,10 @@ PAMA_HD inline SolverResult solve_present(int n, double* c, unsigned char* prese
 PAMA_HD inline SolverResult batch_matrix_weights(const Rule& rule, int n, const double* matrix,
                                                  const double* preference, double* c, unsigned char* present,
                                                  double* solver) {
+    const MatrixView<double> view = {n, matrix, n, 1};
     return solve_present(n, c, present, [&] {
-        return rule.kind == Kind::gram
-                   ? min_norm_solve(MatrixView<double>{n, matrix, n, 1}, preference, present, rule.number, c, solver)
-                   : upgrad_solve(n, matrix, n, 1, preference, present, c, solver);
+        return rule.kind == Kind::gram ? min_norm_solve(view, preference, present, rule.number, c, solver)
+                                       : upgrad_solve(view, preference, present, c, solver);
     });
 }
 

@@ -88,6 +88,12 @@ __attribute__((noinline)) V sorted_weights(const V* a, const V& rho, V* c) {
     return simplex_sorted<V, N>(a, rho, c);
 }
 
+// Where squares of the scores, of which `largest` is the largest |a_i|, may be out of the range of T.
+template <class T, class V>
+inline auto extreme_scores(const V& largest) {
+    return (largest > static_cast<T>(1e6)) | ((largest < static_cast<T>(1e-3)) & (largest > V{}));
+}
+
 // Solves the rows of all lanes; the weights in rows.c. Returns the optima. A compile-time N > 0 replaces rows.n and
 // lets the compiler keep values in registers; all objectives are then present.
 template <class V, int N, class T>
@@ -143,7 +149,7 @@ inline V solve_lanes(const LaneRows<T>& rows, const ScalarRule& rule, const Lane
     // A row for which rho from 1e-30 to 1e18 times its squares is out of the range of T is scaled, exactly, by a power
     // of two that follows from its largest score; subnormal scores are scaled up first.
     V unit = one, lift = one, inverse = one, size = largest * largest;
-    const auto extreme = (largest > static_cast<T>(1e6)) | ((largest < static_cast<T>(1e-3)) & (largest > zero));
+    const auto extreme = extreme_scores<T>(largest);
     if (any(extreme)) {
         lift = choose(extreme & (largest < static_cast<T>(1e-30)), zero + static_cast<T>(0x1p100), one);
         const V power = choose(extreme, power_below(largest * lift), one);
@@ -228,8 +234,7 @@ inline bool solve_ordinary(const V* a, T regularization, V* c, V* optimum) {
         total += a[i];
     }
     const V largest = max_of(-low, high), smaller = min_of(-low, high);
-    auto rare =
-        (largest > static_cast<T>(1e6)) | ((largest < static_cast<T>(1e-3)) & (largest > zero)) | (total != total);
+    auto rare = extreme_scores<T>(largest) | (total != total);
     if (regularization == 0) rare |= (smaller > zero) & (smaller < largest * narrow<T>());
     if (any(rare)) return false;
     V value;

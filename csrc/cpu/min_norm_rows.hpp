@@ -66,7 +66,8 @@ inline Refused upgrad_rows(const Gram& gram, const double* preference, int64_t f
     double* c = static_cast<double*>(scratch);
     double* workspace = c + gram.n;
     return solve_matrices<T>(gram, first, last, 0, 0, c, workspace, [&](const T* matrix, double* out) {
-        return upgrad_solve(gram.n, matrix, gram.row, gram.column, preference, nullptr, out, workspace);
+        const MatrixView<T> view = {gram.n, matrix, gram.row, gram.column};
+        return upgrad_solve(view, preference, nullptr, out, workspace);
     });
 }
 

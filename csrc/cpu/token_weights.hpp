@@ -129,9 +129,6 @@ __attribute__((noinline)) FloatV scores_in_memory(const Pass& pass, const Worksp
     return solve_lanes<FloatV, N>(rows, pass.scalar_rule(), LaneMemory<FloatV>{w.lanes, w.row});
 }
 
-// Whether squares of scores of at least 0 may be out of the range of float.
-inline bool any_extreme(FloatV largest) { return any((largest > 1e6f) | ((largest < 1e-3f) & (largest > 0.0f))); }
-
 // The same as `tied_scores` with regularization, from bound terms of at least 0. Not inlined, like `sorted_weights`.
 template <int N, class V = FloatV>
 __attribute__((noinline)) void regularized_scores(const Pass& pass, Workspace<float>& w, double omega,
@@ -147,7 +144,7 @@ __attribute__((noinline)) void regularized_scores(const Pass& pass, Workspace<fl
         for (int i = 0; i < N; ++i) sorted[i] = bound(i);
         sort_some<N>(sorted);
         const V low = sorted[0], high = sorted[N - 1];
-        if (any_extreme(high)) {
+        if (any(extreme_scores<float>(high))) {
             optimum = scores_in_memory<N>(pass, w, t);
             for (int i = 0; i < N; ++i) add(i, load<V>(w.c + i * tile.stride + t));
         } else {
@@ -185,7 +182,7 @@ __attribute__((noinline)) inline void newton_scores(const Pass& pass, Workspace<
             sum += own;
             total += max_of(zero, load<FloatV>(tile.advantages + i * tile.stride + t));
         }
-        if (any_extreme(high)) {
+        if (any(extreme_scores<float>(high))) {
             optimum = scores_in_memory<0>(pass, w, t);
         } else {
             const FloatV rho = high * high * static_cast<float>(pass.rule.number);
@@ -216,7 +213,7 @@ inline bool applied_scores(const Pass& pass, Workspace<T>& w, double omega, Part
             tied_scores(pass, w, omega, partial);
             return true;
         }
-        if (regularization < weak_regularization<T>() || regularization > 1e6) return false;
+        if (!ordinary_regularization<T>(regularization)) return false;
         with_lanes_size(pass.tokens.n, [&](auto size) {
             if constexpr (size > 0)
                 regularized_scores<size>(pass, w, omega, partial);

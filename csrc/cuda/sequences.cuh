@@ -168,7 +168,7 @@ __device__ PAMA_NOINLINE void solve_matrix(const Sequences& s, SequenceMemory& m
                     return s.rule.kind == Kind::gram
                                ? min_norm::solve_general(MatrixView<double>{n, matrix, n, 1}, m.preference, present,
                                                          s.rule.number, m.weights, work)
-                               : upgrad::solve_general(upgrad::Given<double>{n, matrix, n, 1, m.preference, present},
+                               : upgrad::solve_general(upgrad::Given<double>{{n, matrix, n, 1}, m.preference, present},
                                                        m.weights, work, Lanes{0, 1});
                 }).optimum;
 }

@@ -19,12 +19,13 @@ struct UpGrad {
         return gram_entry(sums, n, i, j);
     }
     __device__ static upgrad::Given<double> given(int n, const double* matrix, const double* preference) {
-        return {n, matrix, n, 1, preference, nullptr};
+        return {{n, matrix, n, 1}, preference, nullptr};
     }
     __device__ static double solve(int n, const double* matrix, const double* preference, double, double* c,
                                    double* work) {
-        if (n == 2) return upgrad_solve(n, matrix, n, 1, preference, nullptr, c, work).optimum;
-        return upgrad::solve_general(given(n, matrix, preference), c, work, Lanes{0, 1}).optimum;
+        const upgrad::Given<double> problem = given(n, matrix, preference);
+        if (n == 2) return upgrad_solve(problem.gram, preference, nullptr, c, work).optimum;
+        return upgrad::solve_general(problem, c, work, Lanes{0, 1}).optimum;
     }
     // The optimum is returned to the first thread.
     __device__ static double together(int n, const double* matrix, const double* preference, double, double* c,

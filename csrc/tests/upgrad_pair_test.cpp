@@ -25,8 +25,9 @@ double check(const Case& x) {
     const unsigned char present[2] = {1, 1};
     double c[2], wanted[2];
     std::vector<double> workspace(pama::upgrad_workspace(2), std::nan(""));
-    const pama::SolverResult found = pama::upgrad_solve(2, gram, 2, 1, preference, nullptr, c, nullptr);
-    const pama::SolverResult general = pama::upgrad_solve(2, gram, 2, 1, preference, present, wanted, workspace.data());
+    const pama::MatrixView<double> view = {2, gram, 2, 1};
+    const pama::SolverResult found = pama::upgrad_solve(view, preference, nullptr, c, nullptr);
+    const pama::SolverResult general = pama::upgrad_solve(view, preference, present, wanted, workspace.data());
     CHECK(c[0] >= 0.0 && c[1] >= 0.0 && std::fabs(c[0] + c[1] - 1.0) <= 1e-14, x);
     CHECK(std::fabs(found.optimum - general.optimum) <= 1e-13 * std::max(x.a, x.d), x);
     CHECK(found.status == general.status || x.b < 0.0, x);
@@ -48,7 +49,7 @@ int main() {
     // c_1 : c_2 = 1/2 : -b / (2 d) = 1 : 1e100, although the cosine is 1e-200.
     const double pair[4] = {1e300, -1e-200, -1e-200, 1e-300};
     double c[2];
-    pama::upgrad_solve(2, pair, 2, 1, nullptr, nullptr, c, nullptr);
+    pama::upgrad_solve(pama::MatrixView<double>{2, pair, 2, 1}, nullptr, nullptr, c, nullptr);
     failures += !(std::fabs(c[0] / 1e-100 - 1.0) <= 1e-12);
     std::printf("weights differ by at most %.1e\n", worst);
     return failures != 0 || !(worst <= 1e-12);

@@ -35,8 +35,9 @@ struct Solution {
 Solution solve(int n, const Vec& gram, const Vec& preference = {}, const unsigned char* present = nullptr) {
     Solution s{Vec(n, -1.0), {}};
     Vec workspace(pama::upgrad_workspace(n), std::nan(""));
-    s.result = pama::upgrad_solve(n, gram.data(), n, 1, preference.empty() ? nullptr : preference.data(), present,
-                                  s.weights.data(), workspace.data());
+    s.result = pama::upgrad_solve(pama::MatrixView<double>{n, gram.data(), n, 1},
+                                  preference.empty() ? nullptr : preference.data(), present, s.weights.data(),
+                                  workspace.data());
     return s;
 }
 

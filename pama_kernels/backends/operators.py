@@ -189,11 +189,7 @@ class _Operator(Generic[_P, _R]):
         return find(first.device.type, self.name, tensors)
 
     def __call__(self, *records: _P.args, **none: _P.kwargs) -> _R:
-        return self._through_operator(records) if traced() else self.eager(*records, **none)
-
-    def eager(self, *records: _P.args, **none: _P.kwargs) -> _R:
-        """A call while nothing is traced."""
-        if not _direct(records):
+        if traced() or not _direct(records):
             return self._through_operator(records)
         try:
             return self.call(self.backend(records), *records, **none)

@@ -33,7 +33,6 @@ from trl_setup import (
 )
 
 import pama_kernels as pk
-from pama_kernels.whiten import without_rounding
 
 BATCH_RULES = {
     "pama": {},
@@ -91,21 +90,6 @@ def test_rounding_errors_of_a_saturated_reward_have_no_weight(
     _, expected = run(kind, [vowels, constant(0.7)], tmp_path, **options)
     close(gradients, expected, 0.0)
     assert logged(made, "pama/signal/rounded") == [1.0, 1.0]
-
-
-def test_a_small_difference_is_not_rounding() -> None:
-    """A group with one reward beyond rounding keeps all of them; absent rewards do not matter."""
-    rewards = torch.tensor(
-        [[0.7, 0.7 + 4e-6], [math.nan, 0.7], [0.7 + 1e-7, 0.7 + 1e-7], [5.0, 5.0]]
-    ).double()
-    groups = torch.tensor([4, 4, 4, 9])
-    found = without_rounding(rewards, groups)
-    assert torch.equal(found[:, 1], rewards[:, 1])
-    assert found[0, 0] == found[2, 0]
-    assert found[1, 0].isnan()
-    assert without_rounding(rewards[:0], groups[:0]).shape == (0, 2)
-    infinite = torch.tensor([[math.inf], [1.0], [-math.inf], [2.0]])
-    assert torch.equal(without_rounding(infinite, groups * 0), infinite)
 
 
 def task(prompt: str) -> Any:

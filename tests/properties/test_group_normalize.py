@@ -104,6 +104,19 @@ def test_rewards_that_are_equal_up_to_rounding_get_no_weight() -> None:
     assert weights.tolist() == [1.0, 0.0]
 
 
+def test_a_small_difference_is_not_rounding() -> None:
+    """A group with one reward beyond rounding keeps all of them; absent rewards do not matter."""
+    rewards = torch.tensor([[0.7, 0.7 + 4e-6], [NAN, 0.7], [0.7 + 1e-7, 0.7 + 1e-7], [5.0, 5.0]]).double()
+    groups = torch.tensor([4, 4, 4, 9])
+    found = whiten.without_rounding(rewards, groups)
+    assert torch.equal(found[:, 1], rewards[:, 1])
+    assert found[0, 0] == found[2, 0]
+    assert found[1, 0].isnan()
+    assert whiten.without_rounding(rewards[:0], groups[:0]).shape == (0, 2)
+    infinite = torch.tensor([[INF], [1.0], [-INF], [2.0]])
+    assert torch.equal(whiten.without_rounding(infinite, groups * 0), infinite)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
 def test_group_ids_are_any_integers(dtype: torch.dtype) -> None:
     x = rewards_of(12, 3)

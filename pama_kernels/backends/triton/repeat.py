@@ -172,7 +172,10 @@ class _Others(TorchDispatchMode):
 def _names(device: torch.device) -> dict[str, Any]:
     """What the lines of a function refer to; it keeps no tensor."""
     memory = functools.partial(torch.empty, dtype=torch.uint8, device=device)
-    count: Callable[[], int] = lambda: counter(device).data_ptr()  # noqa: E731
+
+    def count() -> int:
+        return counter(device).data_ptr()
+
     return {"inf": math.inf, "nan": math.nan, "memory": memory, "count": count}
 
 
