@@ -25,19 +25,21 @@ CHECKED = 2**20  # advantages that are compared with the reference, where a batc
 CHECKED_ROWS = 2**9  # the same where the reference solves a problem for each token, one after the other
 
 DEFAULT, PAMA, GIVEN = "UPGrad (default)", "Pama", "given weights"
+BARE = f"{GIVEN}, no statistics"
 BATCH, SCALAR, TOKEN = (f"paper, per {per}" for per in ("batch", "sequence", "token"))
 TOKEN_REGULARIZED = f"{TOKEN}, regularization 0.1"
 RULES: dict[str, pk.Pama | pk.UPGrad] = {
     DEFAULT: pk.UPGrad(),
     PAMA: pk.Pama(),
     GIVEN: pk.Pama.paper("batch"),
+    BARE: pk.Pama.paper("batch"),
     BATCH: pk.Pama.paper("batch"),
     SCALAR: pk.Pama.paper("sequence"),
     TOKEN: pk.Pama.paper("token"),
     TOKEN_REGULARIZED: pk.Pama("token", noon=True, regularization=0.1),
 }
 # The paper's rule has an eager form to compare with; what has none is compared with the reference.
-EAGER_RULES = {GIVEN: "given", BATCH: "batch", SCALAR: "sequence", TOKEN: "token"}
+EAGER_RULES = {GIVEN: "given", BARE: "given", BATCH: "batch", SCALAR: "sequence", TOKEN: "token"}
 TWO_PASSES = (DEFAULT, PAMA, BATCH)  # weights of the batch need all inputs before the first gradient
 
 NOTES = (
@@ -58,9 +60,10 @@ def our_loss(rule: str) -> Loss:
         return pk.pama_loss(
             *(x.logprobs, x.old, x.advantages, x.mask),
             rule=RULES[rule],
-            weights=_equal(n) if rule == GIVEN else None,
+            weights=_equal(n) if rule in (GIVEN, BARE) else None,
             clip_range=peers.CLIP,
             cu_seqlens=x.cu_seqlens,
+            statistics=rule != BARE,
         ).loss
 
     return loss

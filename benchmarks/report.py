@@ -13,7 +13,7 @@ from typing import Any
 
 from . import headline, losses, qp, solvers
 from .harness import read
-from .losses import BATCH, DEFAULT, GIVEN, LOSS, PAMA, TOKEN, TOKEN_REGULARIZED
+from .losses import BARE, BATCH, DEFAULT, GIVEN, LOSS, PAMA, TOKEN, TOKEN_REGULARIZED
 from .tables import TABLES, digits, duration, markdown, one, rows_of, times
 from .timing import FLOOR
 
@@ -156,7 +156,7 @@ GOALS = (
         *("sequence", f"{WHOLE}, per sequence, N=64", f"{PER_SEQUENCE}, {DEFAULT}", "N=64"),
         *("<=", 1.1, "N=1"),
     ),
-    *(_floor(rule, bound) for rule, bound in ((GIVEN, 0.85), (TOKEN, 0.75), (BATCH, 0.9))),
+    *(_floor(rule, bound) for rule, bound in ((BARE, 0.85), (GIVEN, 0.85), (TOKEN, 0.75), (BATCH, 0.9))),
     *(_floor(rule, 0.85) for rule in (DEFAULT, PAMA)),
     _variant(
         *("tokens", f"{WHOLE}, {TOKEN_REGULARIZED}, N=8", f"{PER_TOKEN}, {TOKEN}", TOKEN_REGULARIZED),

@@ -23,7 +23,7 @@ import pama_kernels as pk
 from . import losses, peers, plots
 from .batches import PACKED, SEQUENCE, Batch, Case, pool
 from .harness import Session
-from .losses import BATCH, DEFAULT, GIVEN, PAMA, SCALAR, TOKEN, TOKEN_REGULARIZED, TRL, VERL
+from .losses import BARE, BATCH, DEFAULT, GIVEN, PAMA, SCALAR, TOKEN, TOKEN_REGULARIZED, TRL, VERL
 from .timing import FLOOR, Contestant, Missing, available_threads, floor
 
 STATISTICS, EAGER = "objective_statistics", "eager PyTorch"
@@ -36,7 +36,7 @@ def run(session: Session) -> None:
     session.notes.append("difference, statistics: largest relative one of the sums that eager PyTorch takes")
     part, case = functools.partial, MIDDLE
     loss = part(losses.loss, session)
-    rules = (DEFAULT, PAMA, GIVEN, BATCH, SCALAR, TOKEN)
+    rules = (DEFAULT, PAMA, BARE, GIVEN, BATCH, SCALAR, TOKEN)
     works: list[Callable[[], None]] = [
         part(bandwidth, session),
         part(loss, case, rules, (TRL, VERL), True),

@@ -31,7 +31,7 @@ from benchmarks import (
 )
 from benchmarks.batches import PACKED, SEQUENCE, Case
 from benchmarks.harness import Row, Session, read
-from benchmarks.losses import DEFAULT, GIVEN, TOKEN
+from benchmarks.losses import DEFAULT, TOKEN
 from benchmarks.timing import FLOOR, Contestant, interleaved, peak_memory
 
 ROOT = Path(__file__).parents[2]
@@ -193,7 +193,7 @@ def test_a_loss_of_another_rule_is_caught(
 
         return loss
 
-    other = "given" if rule != GIVEN else "batch"
+    other = "given" if losses.EAGER_RULES[rule] != "given" else "batch"
     for wrong in (clipped, lambda _: right(other)):
         monkeypatch.setattr(peers, "eager_loss", wrong)
         session.failures.clear()
