@@ -89,18 +89,22 @@ def part(x: Tensor, rows: int, width: int, sliced: bool) -> Tensor:
 
 def calls(sliced: bool) -> Calls:
     p = problems.make("padded", rows=12, width=402, objectives=4)
-    per_sequence = problems.make("per-sequence", rows=12, width=402, objectives=4).advantages
+    per_sequence = problems.make("per-sequence", rows=12, width=402, objectives=5).advantages
+
+    def by_sequence(b: int) -> Tensor:
+        """(b, 4); `sliced`: all but the first column of a table."""
+        return per_sequence[1 : b + 1, 1:] if sliced else per_sequence[:b, :4].clone()
 
     def loss(b: int, t: int, rule: Any, by_row: bool = False, gradient: bool = True) -> Any:
         own = part(p.advantages, b, t, sliced)
         if by_row:
-            own = per_sequence[1 : b + 1] if sliced else per_sequence[:b].clone()
+            own = by_sequence(b)
         logprobs = part(p.logprobs, b, t, sliced).requires_grad_(gradient)
         mask = part(p.mask, b, t, sliced)
         return pk.pama_loss(logprobs, part(p.old_logprobs, b, t, sliced), own, mask, rule=rule)
 
     def combine(b: int, t: int, rule: Any, by_row: bool = False) -> Any:
-        own = per_sequence[:b].clone() if by_row else part(p.advantages, b, t, sliced)
+        own = by_sequence(b) if by_row else part(p.advantages, b, t, sliced)
         return pk.combine_advantages(own, part(p.mask, b, t, sliced), rule=rule)
 
     found: Calls = {}
@@ -120,7 +124,7 @@ def calls(sliced: bool) -> Calls:
     found["statistics (B, N)"] = lambda b, t: pk.objective_statistics(
         part(p.logprobs, b, t, sliced),
         part(p.old_logprobs, b, t, sliced),
-        per_sequence[:b].clone(),
+        by_sequence(b),
         part(p.mask, b, t, sliced),
         pairs=True,
     )
