@@ -32,7 +32,7 @@ from triton.runtime.driver import driver
 import pama_kernels as pk
 from pama_kernels import _stream
 from pama_kernels.backends import triton as backend
-from pama_kernels.backends.triton import launch
+from pama_kernels.backends.triton import ahead, launch
 
 
 class NullDriver:
@@ -230,8 +230,12 @@ FUNCTIONS = {
 
 
 def warmed() -> Iterator[dict[str, Any]]:
-    """What `compile_kernels` has compiled for each call, and what calls of any length still miss."""
+    """What `compile_kernels` has compiled for each call, and what calls of any length still miss; whether the
+    launchers that it begins to build, as with Triton 3.6, are those of its kernels."""
     whole, slices = calls(False), calls(True)
+    begun: list[dict[str, str]] = []
+    ahead._LAUNCHERS = True
+    ahead._build_launcher = lambda signature, device: begun.append(signature)
     for name in whole:
         own: dict[str, Any] = {
             "layout": "per-sequence" if "(B, N)" in name else "padded",
@@ -247,12 +251,13 @@ def warmed() -> Iterator[dict[str, Any]]:
         launch._variants.clear()
         found = pk.compile_kernels(4, **own, device="cpu")
         known = set(launch._variants)
+        launchers = all(x.compiled.src.signature in begun for x in launch._variants.values())
         with launch.watching(launch.start):  # no call repeats the launches of an earlier one
             for width, rows in itertools.product((100, 128, 131, 399), (1, 2, 9)):
                 whole[name](rows, width)
                 slices[name](rows, width)
         missing = len(set(launch._variants) - known)
-        yield {"call": name, "kernels": found.kernels, "seconds": found.seconds, "missing": missing}
+        yield {"call": name, "kernels": found.kernels, "missing": missing, "launchers": launchers}
 
 
 def launches(null: NullDriver) -> Iterator[dict[str, Any]]:
