@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -83,14 +84,15 @@ def compile_kernels(
         functions: names of the functions that the run will call. "pama_loss" is compiled with its gradient,
             "combine_advantages" without log-probabilities.
         layout: "per-sequence" for advantages (B, N), "padded" for (B, T, N), "flat" for (M, N); "packed" or
-            "packed-per-sequence" with `cu_seqlens`.
+            "packed-per-sequence" with `cu_seqlens` (int32).
         rule: one rule, or several.
         preference: as in the calls.
         logprobs_dtype: of all log-probabilities and importance weights.
         advantages_dtype: of advantages, rewards and values.
         mask_dtype: of the mask; None where there is no mask.
         given: which optional arguments the calls will have: "old_logprobs" (leave it out if on-policy),
-            "ref_logprobs" (with a `kl_coef`), "objective_mask", "importance_weights", "normalizer".
+            "ref_logprobs" (with a `kl_coef`), "objective_mask" (bool), "importance_weights",
+            "normalizer".
         aggregation: as in `pama_loss`.
         group_size: as in `group_normalize`; None if it is called with `group_ids`.
         merged: whether weights are solved from merged statistics: with a `process_group`, or in a `PamaLoss`
@@ -183,7 +185,7 @@ def _check_dtype(name: str, dtype: object, known: tuple[torch.dtype, ...]) -> No
 
 @dataclass(frozen=True)
 class _Batch:
-    """Small tensors in a given layout: contiguous ones, or slices that begin at an unaligned address."""
+    """Small tensors in a given layout, which begin at an aligned address or, like most slices, at another."""
 
     objectives: int
     layout: str
@@ -195,14 +197,8 @@ class _Batch:
     def new(self, dtype: torch.dtype, *shape: int) -> Tensor:
         if not self.sliced:
             return torch.ones(shape, dtype=dtype, device=self.device)
-        first = slice(1, None)
-        columns = (first,) if len(shape) > 1 and shape[1] == self.width else ()
-        larger = (
-            shape[0] + 1,
-            *(size + 1 for size in shape[1 : 1 + len(columns)]),
-            *shape[1 + len(columns) :],
-        )
-        return torch.ones(larger, dtype=dtype, device=self.device)[(first, *columns)]
+        # Unaligned whatever the size of a row: a slice of rows of 16 bytes would be aligned.
+        return torch.ones(math.prod(shape) + 1, dtype=dtype, device=self.device)[1:].view(shape)
 
     def tensors(
         self,

@@ -32,7 +32,7 @@ from triton.runtime.driver import driver
 import pama_kernels as pk
 from pama_kernels import _stream
 from pama_kernels.backends import triton as backend
-from pama_kernels.backends.triton import launch
+from pama_kernels.backends.triton import ahead, launch
 
 
 class NullDriver:
@@ -89,18 +89,22 @@ def part(x: Tensor, rows: int, width: int, sliced: bool) -> Tensor:
 
 def calls(sliced: bool) -> Calls:
     p = problems.make("padded", rows=12, width=402, objectives=4)
-    per_sequence = problems.make("per-sequence", rows=12, width=402, objectives=4).advantages
+    per_sequence = problems.make("per-sequence", rows=12, width=402, objectives=5).advantages
+
+    def by_sequence(b: int) -> Tensor:
+        """(b, 4); `sliced`: all but the first column of a table."""
+        return per_sequence[1 : b + 1, 1:] if sliced else per_sequence[:b, :4].clone()
 
     def loss(b: int, t: int, rule: Any, by_row: bool = False, gradient: bool = True) -> Any:
         own = part(p.advantages, b, t, sliced)
         if by_row:
-            own = per_sequence[1 : b + 1] if sliced else per_sequence[:b].clone()
+            own = by_sequence(b)
         logprobs = part(p.logprobs, b, t, sliced).requires_grad_(gradient)
         mask = part(p.mask, b, t, sliced)
         return pk.pama_loss(logprobs, part(p.old_logprobs, b, t, sliced), own, mask, rule=rule)
 
     def combine(b: int, t: int, rule: Any, by_row: bool = False) -> Any:
-        own = per_sequence[:b].clone() if by_row else part(p.advantages, b, t, sliced)
+        own = by_sequence(b) if by_row else part(p.advantages, b, t, sliced)
         return pk.combine_advantages(own, part(p.mask, b, t, sliced), rule=rule)
 
     found: Calls = {}
@@ -120,7 +124,7 @@ def calls(sliced: bool) -> Calls:
     found["statistics (B, N)"] = lambda b, t: pk.objective_statistics(
         part(p.logprobs, b, t, sliced),
         part(p.old_logprobs, b, t, sliced),
-        per_sequence[:b].clone(),
+        by_sequence(b),
         part(p.mask, b, t, sliced),
         pairs=True,
     )
@@ -226,8 +230,12 @@ FUNCTIONS = {
 
 
 def warmed() -> Iterator[dict[str, Any]]:
-    """What `compile_kernels` has compiled for each call, and what calls of any length still miss."""
+    """What `compile_kernels` has compiled for each call, and what calls of any length still miss; whether the
+    launchers that it begins to build, as with Triton 3.6, are those of its kernels."""
     whole, slices = calls(False), calls(True)
+    begun: list[dict[str, str]] = []
+    ahead._LAUNCHERS = True
+    ahead._build_launcher = lambda signature, device: begun.append(signature)
     for name in whole:
         own: dict[str, Any] = {
             "layout": "per-sequence" if "(B, N)" in name else "padded",
@@ -243,12 +251,13 @@ def warmed() -> Iterator[dict[str, Any]]:
         launch._variants.clear()
         found = pk.compile_kernels(4, **own, device="cpu")
         known = set(launch._variants)
+        launchers = all(x.compiled.src.signature in begun for x in launch._variants.values())
         with launch.watching(launch.start):  # no call repeats the launches of an earlier one
             for width, rows in itertools.product((100, 128, 131, 399), (1, 2, 9)):
                 whole[name](rows, width)
                 slices[name](rows, width)
         missing = len(set(launch._variants) - known)
-        yield {"call": name, "kernels": found.kernels, "seconds": found.seconds, "missing": missing}
+        yield {"call": name, "kernels": found.kernels, "missing": missing, "launchers": launchers}
 
 
 def launches(null: NullDriver) -> Iterator[dict[str, Any]]:

@@ -57,6 +57,7 @@ def test_kernels_compiled_ahead_cover_all_launches(pytestconfig: pytest.Config) 
     for line in found:
         assert line["kernels"] > 0
         assert line["missing"] == 0, line
+        assert line["launchers"], line
 
 
 def test_repeated_launches_are_those_of_a_first_call(pytestconfig: pytest.Config) -> None:

@@ -4,8 +4,8 @@
 `min_norm.py` min_norm and upgrad, `advantages.py` gae and group_normalize. They use `problem.py`, the
 arguments of kernels, `tokens.py`, which loads tokens, `statistics.py`, `row_sums.py` and `reduce.py`, which
 compute sums, `apply.py`, the pass over tokens, `rows.py`, the pass over sequences, `combine.py`, what both
-share, and `active_set.py`, which solves quadratic problems. `repeat.py` repeats the launches of earlier
-calls.
+share, and `active_set.py`, which solves quadratic problems. `ahead.py` compiles the kernels of a call in
+parallel, `repeat.py` repeats the launches of earlier calls.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 from pama_kernels.backends.normalize import with_normalize
 
 from . import advantages, passes, rules
-from .launch import INTERPRETED, compile_launches
+from .ahead import compile_launches
+from .launch import INTERPRETED
 from .min_norm import min_norm, upgrad
 from .repeat import repeatable
 from .simplex import weights

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import itertools
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -241,11 +238,11 @@ def _pointers_of(kernel: Any, count: int) -> tuple[int, ...]:
 
 def variant_of(kernel: Any, arguments: tuple[Any, ...], options: Options) -> tuple[Variant, list[Any]]:
     """The compiled kernel for a call, and the arguments with addresses in the place of tensors."""
-    key, values = _key(kernel, arguments, options)
-    return _variants.get(key) or _made(key, kernel, arguments, options), values
+    key, values = key_of(kernel, arguments, options)
+    return _variants.get(key) or make_variant(key, kernel, arguments, options), values
 
 
-def _key(kernel: Any, arguments: tuple[Any, ...], options: Options) -> tuple[tuple[Any, ...], list[Any]]:
+def key_of(kernel: Any, arguments: tuple[Any, ...], options: Options) -> tuple[tuple[Any, ...], list[Any]]:
     """What determines the variant, and the arguments with addresses."""
     places = _places.get(id(kernel))
     if places is None:
@@ -264,14 +261,14 @@ def _key(kernel: Any, arguments: tuple[Any, ...], options: Options) -> tuple[tup
     return (id(kernel), options.key, driver.active.get_current_device(), even, *dtypes), values
 
 
-def _made(key: Any, kernel: Any, arguments: tuple[Any, ...], options: Options) -> Variant:
+def make_variant(key: Any, kernel: Any, arguments: tuple[Any, ...], options: Options) -> Variant:
     _, _, device, even, *_ = key
     constants = tuple(options[p.name] for p in kernel.params[len(arguments) :])
     _variants[key] = made = Variant(compiled(kernel, arguments, even, options), device, constants)
     return made
 
 
-def _is_even(arguments: tuple[Any, ...], options: Options) -> bool:
+def is_even(arguments: tuple[Any, ...], options: Options) -> bool:
     return aligned(*(x for x in arguments if isinstance(x, Tensor))) and not options.by_row
 
 
@@ -279,62 +276,6 @@ def compiled(kernel: Any, arguments: tuple[Any, ...], even: bool, options: Optio
     """Triton's compiled kernel for arguments like these, on the current device."""
     like = (_Pointer(x.dtype, even) if isinstance(x, Tensor) else x for x in arguments)
     return kernel.warmup(*like, grid=(1,), **options.compile_options())
-
-
-# --- ahead of the first launch -----------------------------------------------------------------------------
-
-Launch = tuple[Any, tuple[Any, ...], Options]  # kernel, arguments, options
-
-
-def compile_launches(calls: Callable[[], object]) -> int:
-    """Compiles and loads the kernels that these calls would launch, in parallel on all cores. Returns how
-    many were not loaded before.
-
-    No kernel is launched, so the results of the calls are uninitialised.
-    """
-    if INTERPRETED:
-        return 0
-    launches: list[Launch] = []
-    with watching(lambda kernel, programs, *rest: launches.append((kernel, *rest))):
-        calls()
-    missing = {key: one for one in launches if (key := _key(*one)[0]) not in _variants}
-    if missing:
-        with _without_collection(), ThreadPoolExecutor(os.cpu_count()) as executor:
-            with triton.AsyncCompileMode(executor):
-                for one in missing.values():
-                    _compiled(one)
-            list(executor.map(_loaded, map(_compiled, missing.values()), [_current()] * len(missing)))
-    for key, one in missing.items():
-        _made(key, *one)
-    return len(missing)
-
-
-@contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    """Before Python 3.13, `ast.parse` fails in a thread if a garbage collection lets another thread parse."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _compiled(one: Launch) -> Any:
-    kernel, arguments, options = one
-    return compiled(kernel, arguments, _is_even(arguments, options), options)
-
-
-def _current() -> int | None:
-    """The current GPU, which each thread has to set."""
-    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
-
-
-def _loaded(kernel: Any, device: int | None) -> Any:
-    """What runs a compiled kernel. Some versions of Triton compile it with a C compiler."""
-    with contextlib.nullcontext() if device is None else torch.cuda.device(device):
-        return kernel.run
 
 
 def programs(device: torch.device, units: int, each: int = 2) -> int:

@@ -25,7 +25,7 @@ from pama_kernels._call import Tokens
 from pama_kernels.backends._counter import counter
 from pama_kernels.backends.arguments import OTHERS, TENSORS
 
-from . import launch
+from . import ahead, launch
 from .launch import ALIGNMENT, INTERPRETED, Options
 from .trace import Trace, Traced, plain, source, tracing
 
@@ -131,7 +131,7 @@ def repeatable(allocate: Callable[..., Any], run: Callable[..., None]) -> Callab
         key, numbers, addresses, device = made
         known = _known.get(key)
         if known is None:
-            launch.compile_launches(lambda: run(*arguments, result))
+            ahead.compile_launches(lambda: run(*arguments, result))
             run(*arguments, result)
             _new(key)
         elif not known.repeat(numbers, addresses, [x.data_ptr() for x in _tensors(result)]):
