@@ -20,7 +20,6 @@ constexpr int kTileRows = 8;  // rows of a tile
 #if defined(__CUDACC__) || !defined(__GNUC__)
 constexpr int kLanes = 1;
 typedef double Vector;
-PAMA_HD inline double sum_lanes(Vector v) { return v; }
 PAMA_HD inline double least_lane(Vector v) { return v; }
 PAMA_HD inline void scale_block(const double* x, double factor, double* result) {
     for (int c = 0; c < kBlock; ++c) result[c] = x[c] * factor;
@@ -38,14 +37,6 @@ typedef double Block __attribute__((vector_size(8 * kBlock), aligned(8), may_ali
 inline void scale_block(const double* x, double factor, double* result) {
     *reinterpret_cast<Block*>(result) = *reinterpret_cast<const Block*>(x) * factor;
 }
-inline double sum_lanes(Vector v) {  // pairwise: in sequence, each addition waits for the one before
-    double sum[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) sum[lane] = v[lane];
-    PAMA_UNROLL
-    for (int half = kLanes / 2; half > 0; half /= 2)
-        for (int lane = 0; lane < half; ++lane) sum[lane] += sum[lane + half];
-    return sum[0];
-}
 inline double least_lane(Vector v) {
     double least = v[0];
     for (int lane = 1; lane < kLanes; ++lane) least = v[lane] < least ? v[lane] : least;
@@ -53,6 +44,32 @@ inline double least_lane(Vector v) {
 }
 #endif
 constexpr int kVectors = kTileRows / kLanes;
+
+// Partial sums over the rows of tiles, so that a sum does not depend on the width of the vectors.
+#if defined(__CUDACC__) || !defined(__GNUC__)
+constexpr int kParts = 1;
+#else
+constexpr int kParts = kVectors;
+#endif
+constexpr int kStep = kParts * kLanes;
+struct Sum {
+    Vector part[kParts] = {};
+    PAMA_HD double total() const {
+        double sum[kStep];
+        for (int p = 0; p < kParts; ++p) {
+#if defined(__CUDACC__) || !defined(__GNUC__)
+            sum[p] = part[p];
+#else
+            for (int lane = 0; lane < kLanes; ++lane) sum[p * kLanes + lane] = part[p][lane];
+#endif
+        }
+        PAMA_UNROLL
+        for (int half = kStep / 2; half > 0;
+             half /= 2)  // pairwise: in sequence, each addition waits for the one before
+            for (int lane = 0; lane < half; ++lane) sum[lane] += sum[lane + half];
+        return sum[0];
+    }
+};
 
 PAMA_HD inline Vector& vector_at(double* p) { return *reinterpret_cast<Vector*>(p); }
 PAMA_HD inline const Vector& vector_at(const double* p) { return *reinterpret_cast<const Vector*>(p); }
@@ -79,12 +96,15 @@ PAMA_HD inline void substitute_back(int end, int ld, const Scratch& s) {
     for (int v = 0; v < kVectors; ++v) vector_at(solution + end + v * kLanes) = Vector{};
     for (int j = end - kBlock; j >= 0; j -= kBlock) {
         const double* block = s.columns + static_cast<int64_t>(j) * ld;
-        Vector dot[kBlock] = {};
-        for (int r = j + kBlock; r < end; r += kLanes)
+        Sum dot[kBlock];
+        for (int r = j + kBlock; r < end; r += kStep)
             for (int c = 0; c < kBlock; ++c)
-                dot[c] += vector_at(block + static_cast<int64_t>(c) * ld + r) * vector_at(solution + r);
+                for (int p = 0; p < kParts; ++p) {
+                    const int at = r + p * kLanes;
+                    dot[c].part[p] += vector_at(block + static_cast<int64_t>(c) * ld + at) * vector_at(solution + at);
+                }
         for (int c = kBlock - 1; c >= 0; --c) {
-            double sum = sum_lanes(dot[c]);
+            double sum = dot[c].total();
             for (int b = kBlock - 1; b > c; --b) sum += block[static_cast<int64_t>(c) * ld + j + b] * solution[j + b];
             solution[j + c] = s.forward[j + c] - sum * s.inverse[j + c];
         }
