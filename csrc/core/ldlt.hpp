@@ -52,24 +52,20 @@ constexpr int kParts = 1;
 constexpr int kParts = kVectors;
 #endif
 constexpr int kStep = kParts * kLanes;
-struct Sum {
-    Vector part[kParts] = {};
-    PAMA_HD double total() const {
-        double sum[kStep];
-        for (int p = 0; p < kParts; ++p) {
+PAMA_HD inline double sum_parts(const Vector* part) {
+    double sum[kStep];
+    for (int p = 0; p < kParts; ++p) {
 #if defined(__CUDACC__) || !defined(__GNUC__)
-            sum[p] = part[p];
+        sum[p] = part[p];
 #else
-            for (int lane = 0; lane < kLanes; ++lane) sum[p * kLanes + lane] = part[p][lane];
+        for (int lane = 0; lane < kLanes; ++lane) sum[p * kLanes + lane] = part[p][lane];
 #endif
-        }
-        PAMA_UNROLL
-        for (int half = kStep / 2; half > 0;
-             half /= 2)  // pairwise: in sequence, each addition waits for the one before
-            for (int lane = 0; lane < half; ++lane) sum[lane] += sum[lane + half];
-        return sum[0];
     }
-};
+    PAMA_UNROLL
+    for (int half = kStep / 2; half > 0; half /= 2)  // pairwise: in sequence, each addition waits for the one before
+        for (int lane = 0; lane < half; ++lane) sum[lane] += sum[lane + half];
+    return sum[0];
+}
 
 PAMA_HD inline Vector& vector_at(double* p) { return *reinterpret_cast<Vector*>(p); }
 PAMA_HD inline const Vector& vector_at(const double* p) { return *reinterpret_cast<const Vector*>(p); }
@@ -96,15 +92,15 @@ PAMA_HD inline void substitute_back(int end, int ld, const Scratch& s) {
     for (int v = 0; v < kVectors; ++v) vector_at(solution + end + v * kLanes) = Vector{};
     for (int j = end - kBlock; j >= 0; j -= kBlock) {
         const double* block = s.columns + static_cast<int64_t>(j) * ld;
-        Sum dot[kBlock];
+        Vector dot[kBlock][kParts] = {};
         for (int r = j + kBlock; r < end; r += kStep)
             for (int c = 0; c < kBlock; ++c)
                 for (int p = 0; p < kParts; ++p) {
                     const int at = r + p * kLanes;
-                    dot[c].part[p] += vector_at(block + static_cast<int64_t>(c) * ld + at) * vector_at(solution + at);
+                    dot[c][p] += vector_at(block + static_cast<int64_t>(c) * ld + at) * vector_at(solution + at);
                 }
         for (int c = kBlock - 1; c >= 0; --c) {
-            double sum = dot[c].total();
+            double sum = sum_parts(dot[c]);
             for (int b = kBlock - 1; b > c; --b) sum += block[static_cast<int64_t>(c) * ld + j + b] * solution[j + b];
             solution[j + c] = s.forward[j + c] - sum * s.inverse[j + c];
         }
