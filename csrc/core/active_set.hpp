@@ -310,10 +310,7 @@ struct ActiveSet : System {
         return begin_exchange();
     }
     PAMA_HD bool stepped(bool solved) {
-        if (solved)
-            self().accept();
-        else
-            self().fall_back();
+        solved ? self().accept() : self().fall_back();
         residual = self().residual_of_product();
         if (residual <= certified) return false;
         if (solved && steps == 0 && self().refine()) {

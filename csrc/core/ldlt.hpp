@@ -18,8 +18,9 @@ constexpr int kTileRows = 8;  // rows of a tile
 
 // Explicit vectors of the target's width: GCC's own vectorisation of the tile transposes it.
 #if defined(__CUDACC__) || !defined(__GNUC__)
-constexpr int kLanes = 1;
+constexpr int kLanes = 1, kParts = 1;
 typedef double Vector;
+PAMA_HD inline double sum_parts(const Vector* part) { return part[0]; }
 PAMA_HD inline double least_lane(Vector v) { return v; }
 PAMA_HD inline void scale_block(const double* x, double factor, double* result) {
     for (int c = 0; c < kBlock; ++c) result[c] = x[c] * factor;
@@ -37,35 +38,24 @@ typedef double Block __attribute__((vector_size(8 * kBlock), aligned(8), may_ali
 inline void scale_block(const double* x, double factor, double* result) {
     *reinterpret_cast<Block*>(result) = *reinterpret_cast<const Block*>(x) * factor;
 }
+// A sum has kParts vectors, the rows of a tile, so that it does not depend on the width of the vectors.
+constexpr int kParts = kTileRows / kLanes;
+inline double sum_parts(const Vector* part) {  // pairwise: in sequence, each addition waits for the one before
+    double sum[kTileRows];
+    for (int p = 0; p < kParts; ++p)
+        for (int lane = 0; lane < kLanes; ++lane) sum[p * kLanes + lane] = part[p][lane];
+    PAMA_UNROLL
+    for (int half = kTileRows / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; ++lane) sum[lane] += sum[lane + half];
+    return sum[0];
+}
 inline double least_lane(Vector v) {
     double least = v[0];
     for (int lane = 1; lane < kLanes; ++lane) least = v[lane] < least ? v[lane] : least;
     return least;
 }
 #endif
-constexpr int kVectors = kTileRows / kLanes;
-
-// Partial sums over the rows of tiles, so that a sum does not depend on the width of the vectors.
-#if defined(__CUDACC__) || !defined(__GNUC__)
-constexpr int kParts = 1;
-#else
-constexpr int kParts = kVectors;
-#endif
-constexpr int kStep = kParts * kLanes;
-PAMA_HD inline double sum_parts(const Vector* part) {
-    double sum[kStep];
-    for (int p = 0; p < kParts; ++p) {
-#if defined(__CUDACC__) || !defined(__GNUC__)
-        sum[p] = part[p];
-#else
-        for (int lane = 0; lane < kLanes; ++lane) sum[p * kLanes + lane] = part[p][lane];
-#endif
-    }
-    PAMA_UNROLL
-    for (int half = kStep / 2; half > 0; half /= 2)  // pairwise: in sequence, each addition waits for the one before
-        for (int lane = 0; lane < half; ++lane) sum[lane] += sum[lane + half];
-    return sum[0];
-}
+constexpr int kVectors = kTileRows / kLanes, kStep = kParts * kLanes;
 
 PAMA_HD inline Vector& vector_at(double* p) { return *reinterpret_cast<Vector*>(p); }
 PAMA_HD inline const Vector& vector_at(const double* p) { return *reinterpret_cast<const Vector*>(p); }

@@ -23,8 +23,8 @@ constexpr float kOverrelaxation = 1.4f;  // the same
 struct Sweeps {
     static constexpr int kFloats = 2 * ldlt::kLanes, kWidth = 2 * kFloats, kRows = 4;
     int n, rows, columns;
-    float *matrix, *x, *linear, *lower, *ridge,
-        *inverse;  // M, by rows of `columns`; b; M x of the rows above; 1 / H_jj
+    float *matrix, *x, *linear, *ridge, *inverse;  // M, by rows of `columns`; b; 1 / H_jj
+    float* lower;                                  // M x of the rows above
 
     static int padded(int n, int to) { return (n + to - 1) / to * to; }
     static std::size_t size(int n) {
