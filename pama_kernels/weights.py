@@ -65,11 +65,12 @@ def pama_weights(
 
     Source: He & Maghsudi 2025 (arXiv 2508.07768), Theorem 1.
     """
-    regularization = check_number("regularization", regularization, 0.0)
-    if preference is None and scale is None and out is None and type(regularization) is float:
+    default = preference is None and scale is None and out is None
+    if default and type(regularization) is float and regularization >= 0.0:
         solution = operators.quick_weights(scores, regularization)
         if solution is not None:
             return WeightSolution(*solution)
+    regularization = check_number("regularization", regularization, 0.0)
     check_float("scores", scores)
     check_memory("scores", scores)
     shape = scores.shape
@@ -156,11 +157,11 @@ def min_norm_weights(
 
     Source: the minimum-norm problem of MGDA (Désidéri 2012); certificate: Wolfe 1976.
     """
-    regularization = check_number("regularization", regularization, 0.0)
-    if preference is None and out is None and type(regularization) is float:
+    if preference is None and out is None and type(regularization) is float and regularization >= 0.0:
         solution = operators.quick_min_norm(gram, regularization)
         if solution is not None:
             return WeightSolution(*solution)
+    regularization = check_number("regularization", regularization, 0.0)
     n = _check_gram(gram)
     p = preference_tensor(preference, n, gram.device)
     if out is None:

@@ -79,6 +79,7 @@ struct ActiveSet : System {
     double weight = 0.0;                            // coefficient of the problem's own quadratic regularization
     double certified = kCertified, residual = 0.0;  // where the search stops; of `point`, once it has stopped
     double ridge = 0.0;                             // of the current proximal step; 0: none
+    bool repeats = false;                           // the pending solve has the matrix of the one before
 
     // Writes the solution to `point` and returns its residual.
     PAMA_HD double minimise() {
@@ -97,6 +98,7 @@ struct ActiveSet : System {
 
     // sound: the result of `solve`.
     PAMA_HD bool resume(bool sound) {
+        repeats = false;
         if (stage == Stage::exchange) {
             if (!sound) return exchanged(false);
             const double wrong = mark();
@@ -302,14 +304,13 @@ struct ActiveSet : System {
             self().reset();
         }
         if (steps > 1) ridge = 0.1 * ridge > least ? 0.1 * ridge : least;
+        repeats = closes && steps == 1;
+        for (int a = 0; repeats && a < size; ++a) repeats = scratch.solution[a] > 0.0;
         self().set();
         return begin_exchange();
     }
     PAMA_HD bool stepped(bool solved) {
-        if (solved)
-            self().accept();
-        else
-            self().fall_back();
+        solved ? self().accept() : self().fall_back();
         residual = self().residual_of_product();
         if (residual <= certified) return false;
         if (solved && steps == 0 && self().refine()) {

@@ -18,9 +18,9 @@ constexpr int kTileRows = 8;  // rows of a tile
 
 // Explicit vectors of the target's width: GCC's own vectorisation of the tile transposes it.
 #if defined(__CUDACC__) || !defined(__GNUC__)
-constexpr int kLanes = 1;
+constexpr int kLanes = 1, kParts = 1;
 typedef double Vector;
-PAMA_HD inline double sum_lanes(Vector v) { return v; }
+PAMA_HD inline double sum_parts(const Vector* part) { return part[0]; }
 PAMA_HD inline double least_lane(Vector v) { return v; }
 PAMA_HD inline void scale_block(const double* x, double factor, double* result) {
     for (int c = 0; c < kBlock; ++c) result[c] = x[c] * factor;
@@ -38,11 +38,14 @@ typedef double Block __attribute__((vector_size(8 * kBlock), aligned(8), may_ali
 inline void scale_block(const double* x, double factor, double* result) {
     *reinterpret_cast<Block*>(result) = *reinterpret_cast<const Block*>(x) * factor;
 }
-inline double sum_lanes(Vector v) {  // pairwise: in sequence, each addition waits for the one before
-    double sum[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) sum[lane] = v[lane];
+// A sum has kParts vectors, the rows of a tile, so that it does not depend on the width of the vectors.
+constexpr int kParts = kTileRows / kLanes;
+inline double sum_parts(const Vector* part) {  // pairwise: in sequence, each addition waits for the one before
+    double sum[kTileRows];
+    for (int p = 0; p < kParts; ++p)
+        for (int lane = 0; lane < kLanes; ++lane) sum[p * kLanes + lane] = part[p][lane];
     PAMA_UNROLL
-    for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int half = kTileRows / 2; half > 0; half /= 2)
         for (int lane = 0; lane < half; ++lane) sum[lane] += sum[lane + half];
     return sum[0];
 }
@@ -52,7 +55,7 @@ inline double least_lane(Vector v) {
     return least;
 }
 #endif
-constexpr int kVectors = kTileRows / kLanes;
+constexpr int kVectors = kTileRows / kLanes, kStep = kParts * kLanes;
 
 PAMA_HD inline Vector& vector_at(double* p) { return *reinterpret_cast<Vector*>(p); }
 PAMA_HD inline const Vector& vector_at(const double* p) { return *reinterpret_cast<const Vector*>(p); }
@@ -79,12 +82,15 @@ PAMA_HD inline void substitute_back(int end, int ld, const Scratch& s) {
     for (int v = 0; v < kVectors; ++v) vector_at(solution + end + v * kLanes) = Vector{};
     for (int j = end - kBlock; j >= 0; j -= kBlock) {
         const double* block = s.columns + static_cast<int64_t>(j) * ld;
-        Vector dot[kBlock] = {};
-        for (int r = j + kBlock; r < end; r += kLanes)
+        Vector dot[kBlock][kParts] = {};
+        for (int r = j + kBlock; r < end; r += kStep)
             for (int c = 0; c < kBlock; ++c)
-                dot[c] += vector_at(block + static_cast<int64_t>(c) * ld + r) * vector_at(solution + r);
+                for (int p = 0; p < kParts; ++p) {
+                    const int at = r + p * kLanes;
+                    dot[c][p] += vector_at(block + static_cast<int64_t>(c) * ld + at) * vector_at(solution + at);
+                }
         for (int c = kBlock - 1; c >= 0; --c) {
-            double sum = sum_lanes(dot[c]);
+            double sum = sum_parts(dot[c]);
             for (int b = kBlock - 1; b > c; --b) sum += block[static_cast<int64_t>(c) * ld + j + b] * solution[j + b];
             solution[j + c] = s.forward[j + c] - sum * s.inverse[j + c];
         }

@@ -31,6 +31,8 @@ struct LaneScratch {
     V *rhs, *diagonal, *inverse;  // in: b, H_ii; out: y, H_ii, 1 / D
     V relative;                   // a pivot at or below this multiple of H_ii is raised to it
 };
+template <class V>
+LaneScratch(V*, V*, V*, V*, V*, V) -> LaneScratch<V>;
 
 // Rows `row` and onwards, `length` apart, of the tile that starts in column j, less the updates of the columns before.
 template <class V>
@@ -55,6 +57,29 @@ inline void update_tile(V* row, std::ptrdiff_t length, int j, const V* panel) {
         PAMA_UNROLL
         for (int r = 0; r < kLaneBlock; ++r) PAMA_UNROLL
         for (int c = 0; c < kTileColumns; ++c) row[r * length + j + first + c] = sum[r][c];
+    }
+}
+
+// L' y = D^-1 z: each row of L D, times its y, is subtracted from z above it.
+template <class V>
+inline void substitute_back(int k, const LaneScratch<V>& s) {
+    constexpr int B = kLaneBlock;
+    V *const PAMA_RESTRICT inverse = s.inverse, *const PAMA_RESTRICT z = s.rhs;
+    for (int i = k - B; i >= 0; i -= B) {
+        const V* const rows = s.rows + lane_row(i);
+        const std::ptrdiff_t length = lane_row(i + 1) - lane_row(i);
+        V y[B];
+        for (int r = B - 1; r >= 0; --r) {
+            y[r] = z[i + r];
+            for (int c = r + 1; c < B; ++c) y[r] -= rows[c * length + i + r] * y[c];
+            y[r] *= inverse[i + r];
+            z[i + r] = y[r];
+        }
+        for (int j = 0; j < i; ++j) {
+            V sum = z[j];
+            for (int r = 0; r < B; ++r) sum -= rows[r * length + j] * y[r];
+            z[j] = sum;
+        }
     }
 }
 
@@ -103,25 +128,30 @@ inline void solve_lanes(int k, const LaneScratch<V>& s, bool* regular) {
             }
         }
     }
-    // L' y = D^-1 z: each row of L D, times its y, is subtracted from z above it.
-    for (int i = k - B; i >= 0; i -= B) {
-        const V* const rows = s.rows + lane_row(i);
-        const std::ptrdiff_t length = lane_row(i + 1) - lane_row(i);
-        V y[B];
-        for (int r = B - 1; r >= 0; --r) {
-            y[r] = z[i + r];
-            for (int c = r + 1; c < B; ++c) y[r] -= rows[c * length + i + r] * y[c];
-            y[r] *= inverse[i + r];
-            z[i + r] = y[r];
-        }
-        for (int j = 0; j < i; ++j) {
-            V sum = z[j];
-            for (int r = 0; r < B; ++r) sum -= rows[r * length + j] * y[r];
-            z[j] = sum;
-        }
-    }
+    substitute_back<V>(k, s);
     for (int lane = 0; lane < static_cast<int>(sizeof(V) / sizeof(double)); ++lane)
         regular[lane] = above_floor[lane] != 0;
+}
+
+// Solves for another right-hand side with the factor that solve_lanes left.
+template <class V>
+inline void solve_lanes_again(int k, const LaneScratch<V>& s) {
+    constexpr int B = kLaneBlock;
+    V *const PAMA_RESTRICT scaled = s.panel, *const PAMA_RESTRICT z = s.rhs;  // D^-1 L^-1 b, L^-1 b
+    for (int i = 0; i < k; i += B) {
+        const V* const rows = s.rows + lane_row(i);
+        const std::ptrdiff_t length = lane_row(i + 1) - lane_row(i);
+        V w[B];
+        for (int r = 0; r < B; ++r) w[r] = z[i + r];
+        for (int p = 0; p < i; ++p)
+            for (int r = 0; r < B; ++r) w[r] -= rows[r * length + p] * scaled[p];
+        for (int r = 0; r < B; ++r) {
+            for (int b = 0; b < r; ++b) w[r] -= rows[r * length + i + b] * scaled[i + b];
+            z[i + r] = w[r];
+            scaled[i + r] = w[r] * s.inverse[i + r];
+        }
+    }
+    substitute_back<V>(k, s);
 }
 
 }  // namespace ldlt

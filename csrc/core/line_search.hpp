@@ -17,25 +17,29 @@ PAMA_HD inline double line_step(int stride, const double* z, const double* y, co
                                 const double* inverse) {
     using ldlt::Vector;
     using ldlt::vector_at;
-    Vector along = {}, across = {};
-    for (int j = 0; j < stride; j += ldlt::kLanes) {
-        const Vector drop = vector_at(at_z + j) - vector_at(at_y + j);  // G (y - z)
-        along += vector_at(z + j) * drop;
-        across += (vector_at(y + j) - vector_at(z + j)) * drop;
-    }
-    const double slope = ldlt::sum_lanes(along), curvature = ldlt::sum_lanes(across);  // of x'Gx / 2 at z
+    ldlt::Vector along[ldlt::kParts] = {}, across[ldlt::kParts] = {};
+    for (int tile = 0; tile < stride; tile += ldlt::kStep)
+        for (int p = 0; p < ldlt::kParts; ++p) {
+            const int j = tile + p * ldlt::kLanes;
+            const Vector drop = vector_at(at_z + j) - vector_at(at_y + j);  // G (y - z)
+            along[p] += vector_at(z + j) * drop;
+            across[p] += (vector_at(y + j) - vector_at(z + j)) * drop;
+        }
+    const double slope = ldlt::sum_parts(along), curvature = ldlt::sum_parts(across);  // of x'Gx / 2 at z
     double low = 0.0, high = 1.0, t = 0.0, least_slope = 0.0;
     for (int k = 0; k < kLineSteps; ++k) {
-        Vector sum = {}, sum_of_changes = {};
-        for (int j = 0; j < stride; j += ldlt::kLanes) {
-            const Vector change = vector_at(at_y + j) - vector_at(at_z + j), zero = {};
-            const Vector at = vector_at(at_z + j) + t * change;
-            const Vector by = (at > 0.0 ? change : zero) * vector_at(inverse + j);
-            sum += at * by;
-            sum_of_changes += change * by;
-        }
-        const double first = slope + t * curvature + ldlt::sum_lanes(sum);
-        const double second = curvature + ldlt::sum_lanes(sum_of_changes);
+        ldlt::Vector sum[ldlt::kParts] = {}, sum_of_changes[ldlt::kParts] = {};
+        for (int tile = 0; tile < stride; tile += ldlt::kStep)
+            for (int p = 0; p < ldlt::kParts; ++p) {
+                const int j = tile + p * ldlt::kLanes;
+                const Vector change = vector_at(at_y + j) - vector_at(at_z + j), zero = {};
+                const Vector at = vector_at(at_z + j) + t * change;
+                const Vector by = (at > 0.0 ? change : zero) * vector_at(inverse + j);
+                sum[p] += at * by;
+                sum_of_changes[p] += change * by;
+            }
+        const double first = slope + t * curvature + ldlt::sum_parts(sum);
+        const double second = curvature + ldlt::sum_parts(sum_of_changes);
         if (k == 0) {
             least_slope = -0.1 * first;
             t = 1.0;

@@ -155,7 +155,7 @@ PAMA_HD inline ldlt::Mask<V> solve_small(nnqp::SmallSystem<V, N>& s, V largest, 
         for (int i = 0; i < N; ++i)
             for (int j = 0; j < i; ++j) regular &= !equal(s, i, j);
     ldlt::Mask<V> optimal = zero != zero;
-    if (!here || any(regular)) {
+    if (any(regular)) {
         set(s, p, p.rho, sigma);
         start(s, p.rho, mean);
         optimal = nnqp::exchange<V>(s, N, regular);

@@ -264,14 +264,14 @@ struct System {
     // reason for a singular matrix. Equal ones have |M_ik - M_ii| <= tolerance. Uses `saved` and `support`.
     template <class Same>
     PAMA_HD void merge_same(Same same, double tolerance) {
-        ldlt::Vector alike = {};  // how many M_ij are about M_ii: each M_ii is
+        ldlt::Vector alike[ldlt::kParts] = {};  // how many M_ij are about M_ii: each M_ii is
         const ldlt::Vector one = ldlt::Vector{} + 1.0;
         for (int i = 0; i < n; ++i)
             for (int j = 0; j < stride; j += ldlt::kLanes) {
                 const ldlt::Vector gap = ldlt::vector_at(row_of(i) + j) - own[i];
-                alike += choose((gap <= tolerance) & (gap >= -tolerance), one, ldlt::Vector{});
+                alike[0] += choose((gap <= tolerance) & (gap >= -tolerance), one, ldlt::Vector{});
             }
-        if (ldlt::sum_lanes(alike) == n) {
+        if (ldlt::sum_parts(alike) == n) {
             for (int i = 0; i < n; ++i) {
                 group[i] = i;
                 members[i] = 1.0;
@@ -308,12 +308,10 @@ struct System {
     }
 
     PAMA_HD bool finite() const {
-        ldlt::Vector sum[ldlt::kVectors] = {};  // of 0 M_ij: 0, or NaN
-        for (int i = 0; i < n * stride; i += ldlt::kTileRows)
-            for (int v = 0; v < ldlt::kVectors; ++v) sum[v] += 0.0 * ldlt::vector_at(gram + i + v * ldlt::kLanes);
-        double total_sum = 0.0;
-        for (int v = 0; v < ldlt::kVectors; ++v) total_sum += ldlt::sum_lanes(sum[v]);
-        return total_sum == 0.0;
+        ldlt::Vector sum[ldlt::kParts] = {};  // of 0 M_ij: 0, or NaN
+        for (int i = 0; i < n * stride; i += ldlt::kStep)
+            for (int p = 0; p < ldlt::kParts; ++p) sum[p] += 0.0 * ldlt::vector_at(gram + i + p * ldlt::kLanes);
+        return ldlt::sum_parts(sum) == 0.0;
     }
 };
 

@@ -207,9 +207,9 @@ PAMA_HD inline double cosine_entry(const double* statistics, int64_t n, int64_t 
 // M_ij = sum I_i I_j / sqrt(count_i count_j): the mean if all objectives are present at every token, and positive
 // semidefinite in every case.
 PAMA_HD inline double gram_entry(const double* statistics, int64_t n, int64_t i, int64_t j) {
-    const double counts = statistics[kCount * n + i] * statistics[kCount * n + j];
+    const double own = statistics[kCount * n + i], other = statistics[kCount * n + j], counts = own * other;
     const double product = statistics[pair_offset(n, kBoundProduct) + i * n + j];
-    return counts > 0 ? product / std::sqrt(counts) : 0.0;
+    return counts > 0 ? product / (own == other ? own : std::sqrt(counts)) : 0.0;
 }
 
 PAMA_END

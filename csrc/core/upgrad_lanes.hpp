@@ -43,12 +43,14 @@ inline std::size_t lanes_workspace(int n) {
     return n * ld + Sweeps::size(n) / 2 + kSlots * Problem::kOwnVectors * ld + systems + kAlignment / sizeof(double);
 }
 
-// Solves on the supports of `count` problems, at most as many as the vectors have lanes. sound[i]: the result of
-// System::solve.
-template <int Lanes>
-inline void solve_systems(Problem* const* problems, int count, double* scratch, bool* sound) {
+// Solves on the supports of `count` problems, at most as many as the vectors have lanes, and calls resume(problem,
+// sound), sound: the result of System::solve. Where it returns true, the problem is solved again with the same factor.
+template <int Lanes, class Resume>
+inline void solve_systems(Problem* const* given, int count, double* scratch, Resume resume) {
     if constexpr (Lanes > 2)
-        if (count <= Lanes / 2) return solve_systems<Lanes / 2>(problems, count, scratch, sound);
+        if (count <= Lanes / 2) return solve_systems<Lanes / 2>(given, count, scratch, resume);
+    Problem* problems[Lanes];  // `given` may change
+    for (int lane = 0; lane < Lanes; ++lane) problems[lane] = given[lane < count ? lane : 0];
     typedef typename Doubles<Lanes>::V V;
     int largest = 0;
     for (int lane = 0; lane < count; ++lane) largest = max_of(problems[lane]->size, largest);
@@ -63,7 +65,7 @@ inline void solve_systems(Problem* const* problems, int count, double* scratch, 
     // A lane without a problem, or past the end of its support, has the rows of the identity.
     V relative = V{};
     for (int lane = 0; lane < Lanes; ++lane) {
-        const Problem& p = *problems[lane < count ? lane : 0];
+        const Problem& p = *problems[lane];
         const int size = lane < count ? p.size : 0;
         relative[lane] = p.strict ? p.vanishing : nnqp::kSmallestPivot;
         for (int a = 0; a < size; ++a) {
@@ -95,9 +97,10 @@ inline void solve_systems(Problem* const* problems, int count, double* scratch, 
         to[a] = diagonal[a];
         for (int b = a + 1; b % ldlt::kLaneBlock != 0; ++b) to[b] = V{};
     }
-    bool regular[Lanes];
-    ldlt::solve_lanes<V>(k, {rows, panel, rhs, diagonal, inverse, relative}, regular);
-    for (int lane = 0; lane < count; ++lane) {
+    const ldlt::LaneScratch systems = {rows, panel, rhs, diagonal, inverse, relative};
+    bool regular[Lanes], pending[Lanes];
+    ldlt::solve_lanes<V>(k, systems, regular);
+    const auto read = [&](int lane) {
         Problem& p = *problems[lane];
         double value = 0.0, total = 0.0, terms = 0.0;
         for (int a = 0; a < p.size; ++a) {
@@ -110,7 +113,17 @@ inline void solve_systems(Problem* const* problems, int count, double* scratch, 
         p.value = value;
         p.total = total;
         p.terms = terms;
-        sound[lane] = (regular[lane] || !p.strict) && value >= 0.0 && terms < nnqp::kLargestDouble;
+        return resume(&p, (regular[lane] || !p.strict) && value >= 0.0 && terms < nnqp::kLargestDouble);
+    };
+    for (int lane = 0; lane < count; ++lane) pending[lane] = true;
+    for (bool any = true; any;) {
+        any = false;
+        for (int lane = 0; lane < count; ++lane) any |= pending[lane] = pending[lane] && read(lane);
+        if (!any) break;
+        for (int lane = 0; lane < count; ++lane)
+            for (int a = 0; pending[lane] && a < problems[lane]->size; ++a)
+                rhs[a][lane] = problems[lane]->target[problems[lane]->support[a]];
+        ldlt::solve_lanes_again<V>(k, systems);
     }
 }
 
@@ -126,16 +139,16 @@ inline void sort_by_size(Problem** problems, int count) {
 
 // Finds where the x of all projections are probably positive. Returns whether M is singular, where that matters.
 inline bool find_supports(Problem& s, Sweeps& all) {
+    using Kind = Sweeps::Kind;
     all.weigh(s, 0.0, 1.0f);
     const int settled = static_cast<int>(kSettled * s.n * s.n);
     for (int count = 0; count < kSweeps; ++count)
-        if (all.sweep(count == 0) <= settled) return false;
+        if ((count == 0 ? all.sweep<Kind::from_zero>() : all.sweep<Kind::plain>()) <= settled) return false;
     if (!s.singular()) return false;
     all.weigh(s, kSweepRidge, kOverrelaxation);
     for (int round = 0; round < kRounds; ++round) {
-        all.update();
-        all.sweep(false);
-        all.sweep(false);
+        round == 0 ? all.sweep<Kind::plain>() : all.sweep<Kind::updates>();
+        all.sweep<Kind::splits>();
     }
     return true;
 }
@@ -149,7 +162,6 @@ inline SolverResult solve_in_lanes(Problem& s, double* workspace) {
     double* const points = take(s.n * ld);
     Sweeps sweeps(s, reinterpret_cast<float*>(take(Sweeps::size(s.n) / 2)));
     const bool singular = find_supports(s, sweeps);
-    s.guess_stride = Sweeps::kWidth;
     Problem slots[kSlots];
     SolverResult result = {0.0, 0.0, SolveStatus::solved, 0};
     Problem* active[kSlots];
@@ -158,6 +170,7 @@ inline SolverResult solve_in_lanes(Problem& s, double* workspace) {
         while (next < s.n && s.preference[next] == 0.0) ++next;
         if (next == s.n) return false;
         slot->guess = sweeps.x + sweeps.place(next);
+        slot->guess_stride = sweeps.width_of(next);
         slot->objective = next++;
         slot->factorisations = 0;
         return slot->begin(singular);
@@ -173,25 +186,24 @@ inline SolverResult solve_in_lanes(Problem& s, double* workspace) {
         int kept = 0;
         for (int first = 0; first < count; first += ldlt::kLanes) {
             const int lanes = min_of(count - first, static_cast<int>(ldlt::kLanes));
-            bool sound[ldlt::kLanes];
-            solve_systems<ldlt::kLanes>(active + first, lanes, scratch, sound);
-            for (int i = 0; i < lanes; ++i) {
-                Problem* const p = active[first + i];
-                const bool counts = p->factorisations < p->most;
-                p->factorisations += counts;
-                bool more = p->resume(counts && sound[i]);
+            solve_systems<ldlt::kLanes>(active + first, lanes, scratch, [&](Problem* p, bool sound) {
+                const bool counts = p->repeats || p->factorisations < p->most;
+                p->factorisations += counts && !p->repeats;
+                bool more = p->resume(counts && sound);
+                if (more && p->repeats) return true;
                 if (!more) {
                     result.factorisations += p->factorisations;
                     for (int j = 0; j < s.n; ++j) points[p->objective * ld + j] = p->point[j];
                     if (is_worse(p->residual, result.residual)) {
                         result.residual = p->residual;
                         result.status = p->status();
-                        if (unsolved(result)) return result;
                     }
-                    more = starts(p);
+                    more = !unsolved(result) && starts(p);
                 }
                 if (more) active[kept++] = p;
-            }
+                return false;
+            });
+            if (unsolved(result)) return result;
         }
         count = kept;
     }

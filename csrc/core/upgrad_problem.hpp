@@ -121,17 +121,20 @@ struct Problem : nnqp::ActiveSet<Problem> {
     PAMA_HD double residual_of_product() {
         using ldlt::vector_at;
         const double* const row = row_of(objective);
-        ldlt::Vector total_x = {}, lowest_g = {}, slack_x = {};
-        for (int j = 0; j < stride; j += ldlt::kLanes) {
-            const ldlt::Vector x = vector_at(point + j), g = vector_at(product + j) + vector_at(row + j);
-            total_x += x;
-            lowest_g = g < lowest_g ? g : lowest_g;
-            slack_x += x * (g < 0.0 ? -g : g);
-        }
+        ldlt::Vector lowest_g = {};
+        ldlt::Vector total_x[ldlt::kParts] = {}, slack_x[ldlt::kParts] = {};
+        for (int tile = 0; tile < stride; tile += ldlt::kStep)
+            for (int p = 0; p < ldlt::kParts; ++p) {
+                const int j = tile + p * ldlt::kLanes;
+                const ldlt::Vector y = vector_at(point + j), g = vector_at(product + j) + vector_at(row + j);
+                total_x[p] += y;
+                lowest_g = g < lowest_g ? g : lowest_g;
+                slack_x[p] += y * (g < 0.0 ? -g : g);
+            }
         const double* const PAMA_RESTRICT x = point;
         int* const PAMA_RESTRICT in = inside;
         for (int j = 0; j < stride; ++j) in[j] = x[j] > 0.0;
-        const double sum = 1.0 + ldlt::sum_lanes(total_x), slack = ldlt::sum_lanes(slack_x);
+        const double sum = 1.0 + ldlt::sum_parts(total_x), slack = ldlt::sum_parts(slack_x);
         const double violation = -ldlt::least_lane(lowest_g) / sum, complementarity = slack / sum / sum;
         return violation > complementarity || violation != violation ? violation : complementarity;
     }

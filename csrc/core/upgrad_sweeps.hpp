@@ -19,38 +19,43 @@ constexpr int kRounds = 20;              // of a sweep pair and an update of the
 constexpr double kSweepRidge = 0.01;     // of these rounds, over M_ii
 constexpr float kOverrelaxation = 1.4f;  // the same
 
-// x_j of projection i at x[place(i) + j * kWidth].
+// Vectors of projections from `first` on; the last of them may be of one vector.
 struct Sweeps {
-    static constexpr int kFloats = 2 * ldlt::kLanes, kVectors = 2, kWidth = kVectors * kFloats, kRows = 4;
+    static constexpr int kFloats = 2 * ldlt::kLanes, kWidth = 2 * kFloats, kRows = 4;
     int n, rows, columns;
     float *matrix, *x, *linear, *ridge, *inverse;  // M, by rows of `columns`; b; 1 / H_jj
+    float* lower;                                  // M x of the rows above
 
     static int padded(int n, int to) { return (n + to - 1) / to * to; }
     static std::size_t size(int n) {
-        const std::size_t rows = padded(n, kRows), columns = padded(n, kWidth);
-        return (3 * rows + 2) * columns;
+        const std::size_t rows = padded(n, kRows), columns = padded(n, kFloats);
+        return (4 * rows + 2) * columns;
     }
 
-    Sweeps(const Problem& s, float* memory) : n(s.n), rows(padded(n, kRows)), columns(padded(n, kWidth)) {
+    Sweeps(const Problem& s, float* memory) : n(s.n), rows(padded(n, kRows)), columns(padded(n, kFloats)) {
         const std::ptrdiff_t all = static_cast<std::ptrdiff_t>(rows) * columns;
         matrix = memory;
         x = matrix + all;
         linear = x + all;
-        ridge = linear + all;
+        lower = linear + all;
+        ridge = lower + all;
         inverse = ridge + columns;
         for (int j = 0; j < rows; ++j)
             for (int k = 0; k < columns; ++k)
                 matrix[j * columns + k] = j < n && k < n ? static_cast<float>(s.row_of(j)[k]) : 0.0f;
         for (int first = 0; first < n; first += kWidth)
-            for (int j = 0; j < rows; ++j)
-                for (int k = 0; k < kWidth; ++k) {
-                    x[first * rows + j * kWidth + k] = 0.0f;
-                    linear[first * rows + j * kWidth + k] = -matrix[j * columns + first + k];
+            for (int j = 0, width = width_of(first); j < rows; ++j)
+                for (int k = 0; k < width; ++k) {
+                    x[first * rows + j * width + k] = 0.0f;
+                    linear[first * rows + j * width + k] = -matrix[j * columns + first + k];
                 }
     }
+    // x_j of projection i is at x[place(i) + j * width_of(i)].
+    int width_of(int i) const { return min_of(columns - i / kWidth * kWidth, static_cast<int>(kWidth)); }
     int place(int i) const { return i / kWidth * kWidth * rows + i % kWidth; }
 
     static Floats& at(float* p) { return *reinterpret_cast<Floats*>(p); }
+    static const Floats& at(const float* p) { return *reinterpret_cast<const Floats*>(p); }
 
     void weigh(const Problem& s, double factor, float relaxation) {
         for (int j = 0; j < rows; ++j) {
@@ -59,60 +64,70 @@ struct Sweeps {
         }
     }
 
-    // The rows j and following of M x - b, for the projections from `first` on, given the first `known` of x.
-    void gradient(int first, int j, int known, Floats (&g)[kRows][kVectors]) const {
-        const float *from = x + first * rows, *const m = matrix + j * columns;
-        float* const b = linear + first * rows + j * kWidth;
-        for (int r = 0; r < kRows; ++r)
-            for (int v = 0; v < kVectors; ++v) g[r][v] = -at(b + r * kWidth + v * kFloats);
-        for (int k = 0; k < known; ++k, from += kWidth) {
-            Floats other[kVectors];
-            for (int v = 0; v < kVectors; ++v) other[v] = *reinterpret_cast<const Floats*>(from + v * kFloats);
+    // The rows j and following of M x, for the x from `from` up to `to`.
+    template <int Vectors>
+    void multiply(int first, int j, int from, int to, Floats (&sum)[kRows][Vectors]) const {
+        const float *own = x + first * rows + from * Vectors * kFloats, *const m = matrix + j * columns;
+        for (int k = from; k < to; ++k, own += Vectors * kFloats) {
+            Floats other[Vectors];
+            for (int v = 0; v < Vectors; ++v) other[v] = at(own + v * kFloats);
             PAMA_UNROLL
             for (int r = 0; r < kRows; ++r)
-                for (int v = 0; v < kVectors; ++v) g[r][v] += m[r * columns + k] * other[v];
+                for (int v = 0; v < Vectors; ++v) sum[r][v] += m[r * columns + k] * other[v];
         }
     }
 
+    enum class Kind { from_zero, plain, splits, updates };
+
     // Returns how many x became positive, or 0.
-    int sweep(bool from_zero) {
+    template <Kind K>
+    int sweep() {
         Flips flips = {};
         for (int first = 0; first < n; first += kWidth)
-            for (int j = 0; j < rows; j += kRows) {
-                Floats g[kRows][kVectors];
-                gradient(first, j, from_zero ? j : rows, g);
-                float* const own = x + first * rows + j * kWidth;
-                Floats change[kRows][kVectors];
-                PAMA_UNROLL
-                for (int r = 0; r < kRows; ++r)
-                    for (int v = 0; v < kVectors; ++v) {
-                        Floats& old = at(own + r * kWidth + v * kFloats);
-                        Floats sum = g[r][v] + ridge[j + r] * old;
-                        for (int q = 0; q < r; ++q) sum += matrix[(j + r) * columns + j + q] * change[q][v];
-                        const Floats next = old - sum * inverse[j + r], now = next > 0.0f ? next : Floats{};
-                        flips -= (old > 0.0f) ^ (now > 0.0f);
-                        change[r][v] = now - old;
-                        old = now;
-                    }
-            }
+            if (width_of(first) > kFloats)
+                sweep<K, 2>(first, flips);
+            else
+                sweep<K, 1>(first, flips);
         int count = 0;
         for (int lane = 0; lane < kFloats; ++lane) count += flips[lane];
         return count;
     }
 
-    // The method of multipliers: adds -M (e_i + x) to b. With a ridge, the sweeps then approach the minimiser nearest
-    // to 0, at a rate that does not depend on how small the eigenvalues of M are.
-    void update() {
-        for (int first = 0; first < n; first += kWidth)
-            for (int j = 0; j < rows; j += kRows) {
-                Floats g[kRows][kVectors];
-                gradient(first, j, rows, g);
-                for (int r = 0; r < kRows; ++r)
-                    for (int v = 0; v < kVectors; ++v) {
-                        float* const b = linear + first * rows + (j + r) * kWidth + v * kFloats;
-                        at(b) = -g[r][v] - at(matrix + (j + r) * columns + first + v * kFloats);
-                    }
-            }
+    // Kind::updates is a step of the method of multipliers: it first adds -M (e_i + x) to b. With a ridge, the sweeps
+    // then approach the minimiser nearest to 0, at a rate that does not depend on how small the eigenvalues of M are.
+    // M x is what the sweep before has found from the rows above, and this one finds from the others before it changes
+    // them: the sweep before has to be of Kind::splits.
+    template <Kind K, int Vectors>
+    void sweep(int first, Flips& flips) {
+        constexpr int width = Vectors * kFloats;
+        constexpr bool updates = K == Kind::updates, splits = updates || K == Kind::splits;
+        for (int j = 0; j < rows; j += kRows) {
+            float* const own = x + first * rows + j * width;
+            float *const b = linear + (own - x), *const above = lower + (own - x);
+            const float* const row = matrix + j * columns;
+            Floats sum[kRows][Vectors] = {}, change[kRows][Vectors];
+            if (splits) multiply<Vectors>(first, j, 0, j, sum);
+            for (int r = 0; splits && r < kRows; ++r)
+                for (int v = 0; v < Vectors; ++v) {
+                    const int to = r * width + v * kFloats;
+                    if (updates) at(b + to) -= at(above + to) + at(row + r * columns + first + v * kFloats);
+                    at(above + to) = sum[r][v];
+                }
+            multiply<Vectors>(first, j, splits ? j : 0, K == Kind::from_zero ? j : rows, sum);
+            PAMA_UNROLL
+            for (int r = 0; r < kRows; ++r)
+                for (int v = 0; v < Vectors; ++v) {
+                    const int to = r * width + v * kFloats;
+                    Floats& old = at(own + to);
+                    if (updates) at(b + to) -= sum[r][v] - at(above + to);
+                    Floats g = sum[r][v] - at(b + to) + ridge[j + r] * old;
+                    for (int q = 0; q < r; ++q) g += row[r * columns + j + q] * change[q][v];
+                    const Floats next = old - g * inverse[j + r], now = next > 0.0f ? next : Floats{};
+                    flips -= (old > 0.0f) ^ (now > 0.0f);
+                    change[r][v] = now - old;
+                    old = now;
+                }
+        }
     }
 };
 

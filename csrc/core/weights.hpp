@@ -96,23 +96,33 @@ PAMA_HD inline SolverResult solve_present(int n, double* c, unsigned char* prese
     return result;
 }
 
+// upgrad_solve, or a function that is called in its place.
+struct Upgrad {
+    PAMA_HD SolverResult operator()(const MatrixView<double>& gram, const double* preference,
+                                    const unsigned char* present, double* weights, double* workspace) const {
+        return upgrad_solve(gram, preference, present, weights, workspace);
+    }
+};
+
 // Weights of a rule that needs pair statistics (GRAM, UPGRAD), given the matrix (n, n) of batch_entry. c: on input 1
 // for objectives that are included, else 0; on output the weights. present (n), solver: workspace.
+template <class Solve>
 PAMA_HD inline SolverResult batch_matrix_weights(const Rule& rule, int n, const double* matrix,
                                                  const double* preference, double* c, unsigned char* present,
-                                                 double* solver) {
+                                                 double* solver, Solve upgrad) {
     const MatrixView<double> view = {n, matrix, n, 1};
     return solve_present(n, c, present, [&] {
         return rule.kind == Kind::gram ? min_norm_solve(view, preference, present, rule.number, c, solver)
-                                       : upgrad_solve(view, preference, present, c, solver);
+                                       : upgrad(view, preference, present, c, solver);
     });
 }
 
 // Computes the weights c (n) of the batch over the objectives that have a signal; if there are none, c is the
 // preference. effective (n): receives the preference normalised over the objectives with a signal. Returns the optimum
 // a.c or, for rules with pair statistics, the optimum and residual of the matrix problem.
+template <class Solve = Upgrad>
 PAMA_HD inline SolverResult batch_weights(const double* statistics, int n, const Rule& rule, const double* preference,
-                                          double* c, double* effective, double* work) {
+                                          double* c, double* effective, double* work, Solve upgrad = {}) {
     const bool gram = rule.kind == Kind::gram;
     const bool some = effective_preference(statistics, n, gram, preference, c, effective);
     SolverResult result = {0.0, 0.0, SolveStatus::solved, 0};
@@ -123,9 +133,10 @@ PAMA_HD inline SolverResult batch_weights(const double* statistics, int n, const
     const std::size_t size = n;
     double* const matrix = work + 2 * size;
     for (int i = 0; i < n; ++i)
-        for (int j = 0; j < n; ++j) matrix[i * size + j] = batch_entry(rule, statistics, n, i, j);
+        for (int j = 0; j <= i; ++j)
+            matrix[i * size + j] = matrix[j * size + i] = batch_entry(rule, statistics, n, i, j);
     return batch_matrix_weights(rule, n, matrix, preference, c, reinterpret_cast<unsigned char*>(work),
-                                matrix + size * size);
+                                matrix + size * size, upgrad);
 }
 
 PAMA_END

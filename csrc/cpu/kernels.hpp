@@ -82,6 +82,18 @@ struct Refused {
     explicit operator bool() const { return row >= 0; }
 };
 
+// UPGrad's problem of a batch: the matrix (n, n) and, for each objective, the preference and whether it is present.
+struct BatchGram {
+    int n;
+    const double *matrix, *preference;
+    const unsigned char* present;
+    double *weights, *workspace;
+};
+struct BatchResult {
+    double optimum, residual;
+    bool solved;
+};
+
 // The largest number of objectives for which one row per SIMD lane is solved.
 constexpr int kLaneObjectives = 32;
 
@@ -108,13 +120,18 @@ struct Kernels {
                       Partial&, void* scratch);
     // The rows [first, last) of the scalar problem: float32 scores, at most kLaneObjectives of them.
     void (*weights)(const ScoreRows&, const ScalarRule&, int64_t first, int64_t last, void* scratch);
-    int64_t (*min_norm_scratch)(int n);  // bytes
+    int64_t (*min_norm_scratch)(int n);  // bytes, for each of the solvers below
     // Matrices of the min-norm problem, float or double; `present` (n bytes) may be null.
     Refused (*min_norm)(const Gram& gram, const double* preference, const unsigned char* present, double regularization,
                         int64_t first, int64_t last, void* scratch);
     Refused (*upgrad)(const Gram& gram, const double* preference, int64_t first, int64_t last, void* scratch);
+    // The same bits from every instruction set.
+    BatchResult (*upgrad_batch)(const BatchGram& gram);
 };
 
 extern const Kernels kernels_portable, kernels_avx2, kernels_avx512;
+BatchResult upgrad_batch_portable(const BatchGram& gram);
+BatchResult upgrad_batch_avx2(const BatchGram& gram);
+BatchResult upgrad_batch_avx512(const BatchGram& gram);
 
 }  // namespace pama

@@ -40,9 +40,9 @@ void row_pass_entry(const Tokens& tokens, const RowPass& pass, int64_t first, in
         row_pass<float>(tokens, pass, first, last, head);
 }
 
-constexpr Kernels table(const char* name) {
-    return {name,           scratch_entry, count_entry,  statistics_entry, apply_entry,   row_pass_entry,
-            row_statistics, row_apply,     weights_rows, min_norm_scratch, min_norm_rows, upgrad_rows};
+constexpr Kernels table(const char* name, BatchResult (*upgrad_batch)(const BatchGram&)) {
+    return {name,      scratch_entry, count_entry,      statistics_entry, apply_entry, row_pass_entry, row_statistics,
+            row_apply, weights_rows,  min_norm_scratch, min_norm_rows,    upgrad_rows, upgrad_batch};
 }
 
 }  // namespace

@@ -26,7 +26,7 @@ struct System {
     Vec h, b;  // (k, k) and k
 };
 struct Solution {
-    std::vector<Vec> y;
+    std::vector<Vec> y, again;  // again: for the reverse of b, with the same factor
     std::vector<int> regular;
 };
 
@@ -45,14 +45,37 @@ Solution solve(int k, const std::vector<System>& systems) {
             rhs[a][lane] = a < k ? s.b[a] : 0.0;
         }
     bool above[lanes] = {};
-    pama::ldlt::solve_lanes<V>(
-        end, {rows.data(), panel.data(), rhs.data(), diagonal.data(), inverse.data(), V{} + 1e-11}, above);
-    Solution s{std::vector<Vec>(lanes, Vec(k)), std::vector<int>(lanes)};
+    const pama::ldlt::LaneScratch scratch = {rows.data(),     panel.data(),   rhs.data(),
+                                             diagonal.data(), inverse.data(), V{} + 1e-11};
+    pama::ldlt::solve_lanes<V>(end, scratch, above);
+    Solution s{std::vector<Vec>(lanes, Vec(k)), std::vector<Vec>(lanes, Vec(k)), std::vector<int>(lanes)};
     for (int lane = 0; lane < lanes; ++lane) {
         s.regular[lane] = above[lane];
-        for (int a = 0; a < k; ++a) s.y[lane][a] = rhs[a][lane];
+        for (int a = 0; a < k; ++a) {
+            s.y[lane][a] = rhs[a][lane];
+            rhs[a][lane] = systems[lane].b[k - 1 - a];
+        }
+        for (int a = k; a < end; ++a) rhs[a][lane] = 0.0;
     }
+    pama::ldlt::solve_lanes_again<V>(end, scratch);
+    for (int lane = 0; lane < lanes; ++lane)
+        for (int a = 0; a < k; ++a) s.again[lane][a] = rhs[a][lane];
     return s;
+}
+
+// The largest |Hy - b|, relative to the largest term.
+double residual(int k, const System& s, const Vec& y, bool reversed) {
+    double error = 0.0, size = 0.0;
+    for (int a = 0; a < k; ++a) {
+        double sum = -s.b[reversed ? k - 1 - a : a];
+        for (int b = 0; b < k; ++b) {
+            const double term = s.h[a * k + b] * y[b];
+            sum += term;
+            size = std::max(size, std::fabs(term));
+        }
+        error = std::max(error, std::fabs(sum));
+    }
+    return error / (size + 1.0);
 }
 
 bool same(const Vec& x, const Vec& y) { return std::memcmp(x.data(), y.data(), x.size() * sizeof(double)) == 0; }
@@ -77,17 +100,9 @@ int main() {
         }
         const Solution all = solve<Four>(k, systems);
         for (int lane = 0; lane < 3; ++lane) {
-            double error = 0.0, size = 0.0;
-            for (int a = 0; a < k; ++a) {
-                double sum = -systems[lane].b[a];
-                for (int b = 0; b < k; ++b) {
-                    const double term = systems[lane].h[a * k + b] * all.y[lane][b];
-                    sum += term;
-                    size = std::max(size, std::fabs(term));
-                }
-                error = std::max(error, std::fabs(sum));
-            }
-            check(error <= 1e-14 * k * (size + 1.0), "residual", k);  // backward stable: k roundings of each term
+            const double bound = 1e-14 * k;  // backward stable: k roundings of each term
+            check(residual(k, systems[lane], all.y[lane], false) <= bound, "residual", k);
+            check(residual(k, systems[lane], all.again[lane], true) <= bound, "residual, solved again", k);
             check(all.regular[lane], "regular", k);
         }
         check(k == 1 || !all.regular[3], "singular", k);
@@ -96,6 +111,7 @@ int main() {
         check(same(all.y[0], swapped.y[2]) && same(all.y[1], swapped.y[0]) && same(all.y[2], swapped.y[3]),
               "another lane", k);
         check(same(all.y[0], narrow.y[1]) && same(all.y[2], narrow.y[0]), "another width", k);
+        check(same(all.again[0], swapped.again[2]) && same(all.again[2], narrow.again[0]), "solved again", k);
     }
     if (failures) std::printf("%d checks failed\n", failures);
     return failures != 0;

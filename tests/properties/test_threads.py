@@ -129,7 +129,9 @@ def test_weights_of_given_statistics_are_the_same_on_every_instruction_set() -> 
     from pama_kernels.backends import _cpu
 
     sizes = (1, 2, 3, 5, 8, 12, 16, 17, 33, 64)
-    statistics = [pk.objective_statistics(None, None, torch.randn(200, n), pairs=True) for n in sizes]
+    advantages = [torch.randn(200, n) for n in sizes]
+    advantages += [torch.randn(200, n // 2) @ torch.randn(n // 2, n) for n in sizes if n > 2]  # singular
+    statistics = [pk.objective_statistics(None, None, a, pairs=True) for a in advantages]
     names = ("cosines", "gram", "scores", "paper batch", "upgrad", "fixed")
     rules = [resolve_rule(RULES[name]) for name in names]
     found: dict[str, list[Tensor]] = {}
