@@ -7,14 +7,14 @@ PAMA_BEGIN
 
 constexpr int64_t kChunkTokens = 512;  // tokens that are summed in float32
 
-// The inputs of one chunk of a row, converted to T and padded to whole vectors. half_logp, half_old: the
-// log-probabilities in the tensors' memory, in a 16-bit format; logp and old are then null.
+// The inputs of one chunk of a row, converted to T and padded to whole vectors. half_logp, half_old, half_ref: the
+// log-probabilities in the tensors' memory, in a 16-bit format; logp, old and ref are then null.
 template <class T>
 struct Chunk {
     int64_t count = 0, padded = 0;
     const unsigned char* valid = nullptr;                                        // not 0 where a token is valid
     const T *logp = nullptr, *old = nullptr, *weight = nullptr, *ref = nullptr;  // weight: null if all are 1
-    const void *half_logp = nullptr, *half_old = nullptr;
+    const void *half_logp = nullptr, *half_old = nullptr, *half_ref = nullptr;
 };
 
 template <class T>
@@ -24,10 +24,12 @@ struct ChunkBuffers {
     alignas(64) unsigned char valid[kChunkTokens];
 };
 
-// Whether both log-probabilities are in the same 16-bit format.
-inline bool half_logprobs(const Tokens& tokens) {
+// Whether the log-probabilities are in one 16-bit format.
+inline bool half_logprobs(const Tokens& tokens, bool with_ref) {
     const Dtype dtype = tokens.logprobs.dtype;
-    return tokens.logprobs && size_of(dtype) == 2 && (!tokens.old_logprobs || tokens.old_logprobs.dtype == dtype);
+    const auto same = [&](const Array& other) { return !other || other.dtype == dtype; };
+    return tokens.logprobs && size_of(dtype) == 2 && same(tokens.old_logprobs) &&
+           (!with_ref || same(tokens.ref_logprobs));
 }
 
 // Log-probabilities of a chunk in a format.
@@ -66,10 +68,15 @@ inline Chunk<T> load_chunk(const Tokens& tokens, bool with_ref, int64_t row, int
         memset(buffers.valid + count, 0, static_cast<size_t>(chunk.padded - count));
     }
     if (half && count == chunk.padded) {
-        const Array &given = tokens.logprobs, &old = tokens.old_logprobs ? tokens.old_logprobs : given;
-        if (given.token == 1 && old.token == 1) {
-            chunk.half_logp = static_cast<const unsigned short*>(given.data) + row * given.row + t;
-            chunk.half_old = static_cast<const unsigned short*>(old.data) + row * old.row + t;
+        const Array &given = tokens.logprobs, &old = tokens.old_logprobs ? tokens.old_logprobs : given,
+                    &ref = with_ref ? tokens.ref_logprobs : given;
+        if (given.token == 1 && old.token == 1 && ref.token == 1) {
+            const auto memory = [&](const Array& array) {
+                return static_cast<const unsigned short*>(array.data) + row * array.row + t;
+            };
+            chunk.half_logp = memory(given);
+            chunk.half_old = memory(old);
+            chunk.half_ref = memory(ref);
             return chunk;
         }
     }

@@ -118,7 +118,7 @@ inline void direct_pass(const Pass& pass, int64_t first, int64_t last, Workspace
                                            : direct_chunk_of<Native<float>>(tokens),
                run_half = dtype == Dtype::bf16 ? direct_chunk_of<Bfloat16, Bfloat16>(tokens)
                                                : direct_chunk_of<Float16, Float16>(tokens);
-    const bool half = half_logprobs(tokens) && tokens.logprobs.dtype == dtype;
+    const bool half = half_logprobs(tokens, false) && tokens.logprobs.dtype == dtype;
     const int64_t step = tile_tokens(tokens.n);
     const LiveTokens live(tokens);
     ChunkBuffers<float> buffers;

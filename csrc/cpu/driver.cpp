@@ -242,8 +242,7 @@ struct Applied {
             Partial none{};
             k.row_apply(pass, nullptr, up.data(), down.data(), 0, tokens.rows, none, scratch(bytes));
         }
-        row_pass.keep =
-            gradient && !first_gradient && !tokens.wide && !tokens.importance_weights && row_pass.kl_coef == 0;
+        row_pass.keep = gradient && !first_gradient && !tokens.wide && !tokens.importance_weights;
         row_pass.ratios = row_pass.gradient;
         const KeptRatios ratios;
         if (row_pass.keep && row_pass.gradient.dtype != Dtype::f32)

@@ -47,20 +47,23 @@ constexpr float kDownFactor = 0x1p64f, kDownAbove = 0x1p32f;
 // What a pass writes for each token: nothing, the gradient, or the ratio that `kept_gradient` reads.
 enum class Written { nothing, gradient, ratio };
 
-// The sums of a chunk without importance weights and KL penalty. Without weights the factors of the bound term are 0 or
-// 1, so that their sums are counts of tokens. Values: the format of log-probabilities. Returns false if an input is not
-// finite: `chunk_pass` must then compute sums and gradient.
-template <bool Noon, Written Write, class Values, class V = FloatV>
+// The sums of a chunk without importance weights. The factors of the bound term are then 0 or 1, so that their sums are
+// counts of tokens. Values: the format of log-probabilities. Ref: with the KL penalty to the reference. Returns false
+// if an input is not finite: `chunk_pass` must then compute sums and gradient.
+template <bool Noon, Written Write, class Values, bool Ref, class V = FloatV>
 inline bool plain_chunk(const Chunk<float>& in, const ClipIn<float>& clip, const RowSlope<float>& row, float* sums,
                         float* written) {
-    enum { kCounted, kPositive, kNegative, kBoth, kPositiveLogp, kNegativeLogp, kUp, kDown, kK3Sum, kPoison, kPlain };
+    enum { kCounted, kPositive, kNegative, kBoth, kPositiveLogp, kNegativeLogp, kUp, kDown, kK3Sum, kPoison, kRefSum };
+    constexpr int count = Ref ? kRefSum + 1 : kRefSum;
     const float limit = static_cast<float>(kMaxLogRatio);
     const V zero{}, one = zero + 1, high = zero + clip.high, low = zero + clip.low, dual = zero + clip.dual,
                     most = zero + limit, log_high = zero + clip.log_high, log_low = zero + clip.log_low,
                     log_dual = zero + clip.log_dual, up = zero - row.by * row.up, down = zero - row.by * row.down;
     const auto *const logprobs = chunk_values<Values>(in.logp, in.half_logp), *const old = chunk_values<Values>(
                                                                                   in.old, in.half_old);
-    V s[kPlain] = {};
+    [[maybe_unused]] const auto* const ref = chunk_values<Values>(in.ref, in.half_ref);
+    [[maybe_unused]] const V coefficient = zero + row.kl_coef * row.by;
+    V s[count] = {};
     for (int64_t t = 0; t < in.padded; t += Lanes<float>::count) {
         const auto valid = valid_lanes<V>(in.valid + t);
         const V logp = choose(valid, load_floats(Values{}, logprobs + t), zero),
@@ -88,11 +91,18 @@ inline bool plain_chunk(const Chunk<float>& in, const ClipIn<float>& clip, const
             factor = negative ? factor + down : factor;
             kept = negative ? kept + kDownBit : kept;
         }
-        if constexpr (Write == Written::gradient) store(written + t, factor * u);
+        V gradient = factor * u;
+        if constexpr (Ref) {
+            V kl, ref_slope;
+            ref_terms(valid, load_floats(Values{}, ref + t), logp, kl, ref_slope);
+            s[kRefSum] += kl;
+            gradient += coefficient * ref_slope;
+        }
+        if constexpr (Write == Written::gradient) store(written + t, gradient);
         if constexpr (Write == Written::ratio) store(written + t, reinterpret_cast<V>(kept));
     }
-    float plain[kPlain];
-    totals<kPlain>(s, plain);
+    float plain[count];
+    totals<count>(s, plain);
     sums[kValid] = plain[kCounted];
     sums[kOffPos] = plain[kCounted] - plain[kPositive];
     sums[kOffNeg] = Noon ? 0 : plain[kCounted] - plain[kNegative];
@@ -104,15 +114,20 @@ inline bool plain_chunk(const Chunk<float>& in, const ClipIn<float>& clip, const
     sums[kPos] = plain[kUp];
     sums[kNeg] = plain[kDown];
     sums[kK3] = plain[kK3Sum];
-    sums[kRefKl] = 0;
-    return plain[kPoison] == 0;
+    sums[kRefKl] = Ref ? plain[count - 1] : 0;
+    return plain[kPoison] + 0 * sums[kRefKl] == 0;
 }
 
-// The gradient from the ratios that `plain_chunk` has written, which may be in the same memory.
-template <bool Noon, class V = FloatV>
-inline void kept_gradient(int64_t padded, const RowSlope<float>& row, const float* ratios, float* gradient) {
+// The gradient from the ratios that `plain_chunk` has written, which may be in the same memory. `in` is needed for the
+// KL penalty (Ref).
+template <bool Noon, class Values, bool Ref, class V = FloatV>
+__attribute__((noinline)) void kept_gradient(const Chunk<float>& in, const RowSlope<float>& row, const float* ratios,
+                                             float* gradient) {
     const V zero{}, up = zero - row.by * row.up, down = zero - row.by * row.down;
-    for (int64_t t = 0; t < padded; t += Lanes<float>::count) {
+    [[maybe_unused]] const V coefficient = zero + row.kl_coef * row.by;
+    [[maybe_unused]] const auto* const logprobs = chunk_values<Values>(in.logp, in.half_logp);
+    [[maybe_unused]] const auto* const ref = chunk_values<Values>(in.ref, in.half_ref);
+    for (int64_t t = 0; t < in.padded; t += Lanes<float>::count) {
         const V kept = load<V>(ratios + t);
         V u = reinterpret_cast<V>(reinterpret_cast<FloatBits>(kept) & ~kUpBit), factor = kept < zero ? up : zero;
         if constexpr (!Noon) {
@@ -120,7 +135,15 @@ inline void kept_gradient(int64_t padded, const RowSlope<float>& row, const floa
             factor = negative ? factor + down : factor;
             u = negative ? u * (1 / kDownFactor) : u;
         }
-        store(gradient + t, u * factor);
+        V result = u * factor;
+        if constexpr (Ref) {
+            const auto valid = valid_lanes<V>(in.valid + t);
+            V kl, slope;
+            ref_terms(valid, load_floats(Values{}, ref + t), choose(valid, load_floats(Values{}, logprobs + t), zero),
+                      kl, slope);
+            result += coefficient * slope;
+        }
+        store(gradient + t, result);
     }
 }
 
@@ -190,46 +213,64 @@ inline void general_chunk(const Tokens& tokens, const RowPass& pass, const ClipI
     if (pass.up) piece.store(pass.gradient, written, buffers.gradient);
 }
 
-template <bool Noon, class Values>
+template <bool Noon, class Values, bool Ref>
 inline auto plain_chunk_of(const RowPass& pass) {
-    return pass.up     ? plain_chunk<Noon, Written::gradient, Values>
-           : pass.keep ? plain_chunk<Noon, Written::ratio, Values>
-                       : plain_chunk<Noon, Written::nothing, Values>;
+    return pass.up     ? plain_chunk<Noon, Written::gradient, Values, Ref>
+           : pass.keep ? plain_chunk<Noon, Written::ratio, Values, Ref>
+                       : plain_chunk<Noon, Written::nothing, Values, Ref>;
 }
 
-// The same without importance weights and KL penalty, and the ratios if `pass.keep`. Returns false as `plain_chunk`
-// does.
+// Calls visit(format, constant) with the format of the chunk's log-probabilities and whether there is a KL penalty.
+template <class Visit>
+inline auto with_values(const Tokens& tokens, const Chunk<float>& chunk, bool with_ref, Visit visit) {
+    const auto with = [&](auto format) {
+        return with_ref ? visit(format, std::true_type{}) : visit(format, std::false_type{});
+    };
+    if (!chunk.half_logp) return with(Native<float>{});
+    return tokens.logprobs.dtype == Dtype::bf16 ? with(Bfloat16{}) : with(Float16{});
+}
+
+// The same without importance weights, and the ratios if `pass.keep`. Returns false as `plain_chunk` does.
 template <bool Noon>
 inline bool plain_piece(const Tokens& tokens, const RowPass& pass, const ClipIn<float>& clip,
                         const RowSlope<float>& slope, const Piece& piece, ChunkBuffers<float>& buffers, float* sums) {
+    const bool with_ref = pass.kl_coef != 0;
     const Chunk<float> chunk =
-        load_chunk(tokens, false, piece.row, piece.t, piece.count, buffers, half_logprobs(tokens));
+        load_chunk(tokens, with_ref, piece.row, piece.t, piece.count, buffers, half_logprobs(tokens, with_ref));
     const Array& to = pass.keep ? pass.ratios : pass.gradient;
     float* const written = piece.target(to, buffers.gradient);
-    const auto plain = !chunk.half_logp                       ? plain_chunk_of<Noon, Native<float>>(pass)
-                       : tokens.logprobs.dtype == Dtype::bf16 ? plain_chunk_of<Noon, Bfloat16>(pass)
-                                                              : plain_chunk_of<Noon, Float16>(pass);
-    if (!plain(chunk, clip, slope, sums, written)) return false;
+    const auto plain = with_values(tokens, chunk, with_ref, [&](auto format, auto ref) {
+        return plain_chunk_of<Noon, decltype(format), decltype(ref)::value>(pass);
+    });
+    const bool finite = plain(chunk, clip, slope, sums, written);
     if (pass.keep || pass.up) piece.store(to, written, buffers.gradient);
-    return true;
+    return finite;
 }
 
 // The gradient of a chunk from its ratios.
 template <bool Noon>
-inline void kept_piece(const RowPass& pass, const RowSlope<float>& slope, const Piece& piece, float* buffer) {
+inline void kept_piece(const Tokens& tokens, const RowPass& pass, const RowSlope<float>& slope, const Piece& piece,
+                       ChunkBuffers<float>& buffers) {
     constexpr int64_t width = Lanes<float>::count;
+    const bool with_ref = pass.kl_coef != 0;
+    Chunk<float> chunk;
+    chunk.padded = (piece.count + width - 1) / width * width;
+    if (with_ref)
+        chunk = load_chunk(tokens, true, piece.row, piece.t, piece.count, buffers, half_logprobs(tokens, true));
+    float* const buffer = buffers.gradient;
     const float* const ratios = piece.target(pass.ratios, buffer);
     if (ratios == buffer) load_values(pass.ratios, piece.place, 1, piece.count, false, buffer);
     float* const written = piece.target(pass.gradient, buffer);
-    kept_gradient<Noon>((piece.count + width - 1) / width * width, slope, ratios, written);
+    with_values(tokens, chunk, with_ref, [&](auto format, auto ref) {
+        kept_gradient<Noon, decltype(format), decltype(ref)::value>(chunk, slope, ratios, written);
+    });
     piece.store(pass.gradient, written, buffer);
 }
 
 template <bool Noon, class T>
 inline void row_pass(const Tokens& tokens, const RowPass& pass, int64_t first, int64_t last, double* head) {
     const ClipIn<T> clip(tokens.clip);
-    const bool plain =
-        sizeof(T) == sizeof(float) && pass.sums && tokens.logprobs && !tokens.importance_weights && pass.kl_coef == 0;
+    const bool plain = sizeof(T) == sizeof(float) && pass.sums && tokens.logprobs && !tokens.importance_weights;
     ChunkBuffers<T> buffers;
     for_each_segment(tokens, first, last - first, [&](int64_t row, int64_t t, int64_t at, int64_t count) {
         const bool begins = t == (tokens.offsets ? tokens.offsets[row] : 0);
@@ -248,7 +289,7 @@ inline void row_pass(const Tokens& tokens, const RowPass& pass, int64_t first, i
             bool computed = false;
             if constexpr (sizeof(T) == sizeof(float)) {
                 if (kept) {
-                    kept_piece<Noon>(pass, slope, piece, buffers.gradient);
+                    kept_piece<Noon>(tokens, pass, slope, piece, buffers);
                     continue;
                 }
                 computed = plain && plain_piece<Noon>(tokens, pass, clip, slope, piece, buffers, sums);

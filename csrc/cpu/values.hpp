@@ -86,7 +86,8 @@ inline void load_values(const Array& array, int64_t offset, int64_t stride, int6
         if constexpr (sizeof(T) == 8 && sizeof *from == 2)
             for (; stride == 1 && t + Lanes<double>::count <= count; t += Lanes<double>::count)
                 store(target + t, load_doubles(format, from + t));
-        convert(from + t, stride, count - t, target + t, [](auto x) { return static_cast<T>(Format::read(x)); });
+        if (t < count)
+            convert(from + t, stride, count - t, target + t, [](auto x) { return static_cast<T>(Format::read(x)); });
     });
 }
 

@@ -80,21 +80,38 @@ def test_results_are_those_of_float32_rounded_once(isa: str, name: str, dtype: t
             assert same(found, exact.to(found.dtype)), variant
 
 
+def _check_against_float32(name: str, problem: list[Tensor]) -> Tensor:
+    """Returns the gradient."""
+    wanted = _results(name, *(x if x.dtype == torch.bool else x.float() for x in problem))
+    results = _results(name, *problem)
+    for found, exact in zip(results, wanted, strict=True):
+        expected = exact.to(found.dtype)
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert same(found.nan_to_num(), expected.nan_to_num())
+    return results[0]
+
+
 @pytest.mark.parametrize("name", CALLS)
-def test_rows_of_any_size_and_with_a_nan(isa: str, name: str) -> None:
-    """Rows whose gradient is beyond the range of float32, or has no ratio to start from."""
-    for case in ("size", "nan"):
-        logprobs, old, advantages, *rest = _problem(torch.bfloat16)
-        if case == "size":
-            advantages *= torch.tensor([[1.0], [1e25], [1.0], [1e-25], [0.0], [1.0]])
-        else:
-            rest[0][1, 700], logprobs[1, 700] = True, math.nan
-        problem = [logprobs, old, advantages, *rest]
-        wanted = _results(name, *(x if x.dtype == torch.bool else x.float() for x in problem))
-        for found, exact in zip(_results(name, *problem), wanted, strict=True):
-            expected = exact.to(found.dtype)
-            assert torch.equal(found.isnan(), expected.isnan()), case
-            assert same(found.nan_to_num(), expected.nan_to_num()), case
+def test_rows_of_any_size(isa: str, name: str) -> None:
+    """Some of their gradients are computed in float64."""
+    logprobs, old, advantages, *rest = _problem(torch.bfloat16)
+    advantages *= torch.tensor([[1.0], [1e25], [1.0], [1e-25], [0.0], [1.0]])
+    assert _check_against_float32(name, [logprobs, old, advantages, *rest]).isfinite().all()
+
+
+@pytest.mark.parametrize("at", [700, WIDTH - 1])  # in a chunk of whole vectors, and in the last one
+@pytest.mark.parametrize("name", CALLS)
+def test_tokens_that_are_not_finite(isa: str, name: str, at: int) -> None:
+    far, own, missing = (_problem(torch.bfloat16) for _ in range(3))
+    for problem in (far, own, missing):
+        problem[3][1, at] = True
+    far[0][1, at], far[1][1, at] = 3e38, -3e38  # the difference is not
+    own[0][1, at] = math.nan
+    missing[4][1, at] = math.nan
+    assert _check_against_float32(name, far)[1, at] == 0
+    assert _check_against_float32(name, own)[1, at].isnan()
+    gradient = _check_against_float32(name, missing)
+    assert gradient.isnan().nonzero().tolist() == ([[1, at]] if name == "KL penalty" else [])
 
 
 def test_gradients_in_bfloat16_do_not_depend_on_the_call_before(isa: str) -> None:
