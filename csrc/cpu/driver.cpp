@@ -69,10 +69,10 @@ void token_statistics(const Tokens& given, const double* omega, bool pairs, doub
     if (pairs) complete_pairs(tokens, out);
 }
 
-// Memory for the ratios of a call, in the calling thread. Of up to kRatioBytes it is kept for the next call: to get
-// pages from the system costs as much as a sixth of a call.
+// Memory for the ratios of a call, in the calling thread. Up to kRatioBytes are kept for the next call: new pages of the
+// system can cost as much as the call.
 struct KeptRatios {
-    static constexpr int64_t kRatioBytes = 1 << 24;
+    static constexpr int64_t kRatioBytes = 1 << 26;
     static Memory& memory() {
         thread_local Memory kept;
         return kept;
