@@ -69,8 +69,8 @@ void token_statistics(const Tokens& given, const double* omega, bool pairs, doub
     if (pairs) complete_pairs(tokens, out);
 }
 
-// Memory for the ratios of a call, in the calling thread. Up to kRatioBytes are kept for the next call: new pages of the
-// system can cost as much as the call.
+// Memory for the ratios of a call, in the calling thread. Up to kRatioBytes are kept for the next call: new pages of
+// the system can cost as much as the call.
 struct KeptRatios {
     static constexpr int64_t kRatioBytes = 1 << 26;
     static Memory& memory() {
