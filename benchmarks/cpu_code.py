@@ -26,9 +26,21 @@ MODELS = {"avx512": "icelake-server", "avx2": "icelake-server"}  # of llvm-mca
 # innermost loops it is: the one with the most arithmetic or the most permutations, the shortest one that
 # multiplies, or the whole function where it has no loop.
 KERNELS = (
-    ("per sequence: sums, ratios kept", r"bool \S+::plain_chunk<false, .*?\)2", "most"),
-    ("per sequence: sums and gradient", r"bool \S+::plain_chunk<false, .*?\)1", "most"),
-    ("per sequence: gradient from ratios", r"\S+::row_pass<false, float>.*lambda", "shortest"),
+    (
+        "per sequence: sums, ratios kept",
+        r"bool \S+::plain_chunk<false, .*?\)2, \S+Native<float>, false",
+        "most",
+    ),
+    (
+        "per sequence: sums and gradient",
+        r"bool \S+::plain_chunk<false, .*?\)1, \S+Native<float>, false",
+        "most",
+    ),
+    (
+        "per sequence: gradient from ratios",
+        r"void \S+::kept_gradient<false, \S+Native<float>, false",
+        "shortest",
+    ),
     (
         "per token, known weights, N=8: loss and gradient",
         r"bool \S+::direct_chunk<false, 8, \S+Native",

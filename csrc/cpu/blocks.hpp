@@ -17,16 +17,31 @@ constexpr int64_t kMaxPartials = 1 << 24;  // doubles
 // ends only when the scheduler has run every thread, which can take milliseconds.
 constexpr int64_t kThreadTokens = 1 << 14;
 
-// Aligned memory for one thread, kept between calls.
-inline void* scratch(int64_t bytes) {
-    thread_local std::unique_ptr<char[]> memory;
-    thread_local int64_t size = 0;
-    if (size < bytes + 64) {
-        memory.reset(new char[static_cast<size_t>(bytes + 64)]);
-        size = bytes + 64;
+// Aligned memory, kept until it is too small.
+class Memory {
+    std::unique_ptr<char[]> data;
+    int64_t size = 0;
+
+  public:
+    void* of(int64_t bytes) {
+        if (size < bytes + 64) {
+            data.reset(new char[static_cast<size_t>(bytes + 64)]);
+            size = bytes + 64;
+        }
+        const auto address = reinterpret_cast<size_t>(data.get());
+        return data.get() + (64 - address % 64) % 64;
     }
-    const auto address = reinterpret_cast<size_t>(memory.get());
-    return memory.get() + (64 - address % 64) % 64;
+    void release_above(int64_t bytes) {
+        if (size <= bytes + 64) return;
+        data.reset();
+        size = 0;
+    }
+};
+
+// The scratch memory of one thread, kept between calls.
+inline void* scratch(int64_t bytes) {
+    thread_local Memory memory;
+    return memory.of(bytes);
 }
 
 // Splits `units` tokens or rows, with `tokens` tokens in total, into blocks of equal size (a multiple of a tile).

@@ -18,15 +18,6 @@ inline bool is_direct(const Pass& pass, const Partial& partial) {
            tokens.advantages.token == n && (n == 1 || n == 2 || n == 4 || n == 8 || n % 16 == 0);
 }
 
-// Log-probabilities of a chunk in a format.
-template <class Values>
-inline const typename Values::Stored* chunk_values(const float* values, const void* half) {
-    if constexpr (std::is_same<Values, Native<float>>::value)
-        return values;
-    else
-        return static_cast<const typename Values::Stored*>(half);
-}
-
 // One chunk. a (padded, n): advantages in a format; c (n): weights. Values: the format of log-probabilities. Adds the
 // loss without its factor `by` to `gain`. Returns false if a value is not finite: the pass over a tile must then
 // compute the chunk.
@@ -127,8 +118,7 @@ inline void direct_pass(const Pass& pass, int64_t first, int64_t last, Workspace
                                            : direct_chunk_of<Native<float>>(tokens),
                run_half = dtype == Dtype::bf16 ? direct_chunk_of<Bfloat16, Bfloat16>(tokens)
                                                : direct_chunk_of<Float16, Float16>(tokens);
-    const Array& old = tokens.old_logprobs ? tokens.old_logprobs : tokens.logprobs;
-    const bool half = size_of(dtype) == 2 && tokens.logprobs.dtype == dtype && old.dtype == dtype && tokens.logprobs;
+    const bool half = half_logprobs(tokens, false) && tokens.logprobs.dtype == dtype;
     const int64_t step = tile_tokens(tokens.n);
     const LiveTokens live(tokens);
     ChunkBuffers<float> buffers;

@@ -69,6 +69,18 @@ void token_statistics(const Tokens& given, const double* omega, bool pairs, doub
     if (pairs) complete_pairs(tokens, out);
 }
 
+// Memory for the ratios of a call, in the calling thread. Up to kRatioBytes are kept for the next call: new pages of
+// the system can cost as much as the call.
+struct KeptRatios {
+    static constexpr int64_t kRatioBytes = 1 << 26;
+    static Memory& memory() {
+        thread_local Memory kept;
+        return kept;
+    }
+    void* of(int64_t tokens) const { return memory().of(tokens * static_cast<int64_t>(sizeof(float))); }
+    ~KeptRatios() { memory().release_above(kRatioBytes); }
+};
+
 // The state of one call of `apply`: first the weights that can be computed before the pass over tokens, then the pass.
 struct Applied {
     Pass pass;
@@ -230,8 +242,11 @@ struct Applied {
             Partial none{};
             k.row_apply(pass, nullptr, up.data(), down.data(), 0, tokens.rows, none, scratch(bytes));
         }
-        row_pass.keep = gradient && !first_gradient && !tokens.wide && row_pass.gradient.dtype == Dtype::f32 &&
-                        !tokens.importance_weights && row_pass.kl_coef == 0;
+        row_pass.keep = gradient && !first_gradient && !tokens.wide && !tokens.importance_weights;
+        row_pass.ratios = row_pass.gradient;
+        const KeptRatios ratios;
+        if (row_pass.keep && row_pass.gradient.dtype != Dtype::f32)
+            row_pass.ratios = Array{ratios.of(tokens.tokens()), Dtype::f32, 0, 0, 0};
         rows = pama::row_sums(tokens, first_gradient ? with_gradient(row_pass) : row_pass, threads);
         row_statistics(tokens, pass.omega, rows, pass.outputs.pairs, sums, threads);
         pass.statistics = false;

@@ -47,10 +47,11 @@ struct RowPass {
     const double* omega = nullptr;
     double scale = 0, kl_coef = 0;
     Array gradient;
-    // Where the gradient follows in a second pass: the first one (`keep`) leaves there what it has computed of it, in
+    // Where the gradient follows in a second pass: the first one (`keep`) stores what it has computed of it, in
     // float32; the second one receives the rows' sums (`kept`).
     bool keep = false;
     const double* kept = nullptr;
+    Array ratios;  // in the memory of the gradient or, where that is not float32, in memory of the driver
 };
 
 // Gram matrices (rows, n, n) in float or double, and the arrays that receive the solutions, in the same type.

@@ -34,6 +34,27 @@ inline FloatV load_floats(Float16, const unsigned short* from) {
 #endif
 }
 
+// A vector of 16-bit numbers, as double.
+template <class Format>
+inline DoubleV load_doubles(Format, const unsigned short* from) {
+    [[maybe_unused]] constexpr bool bfloat16 = std::is_same<Format, Bfloat16>::value;
+#if defined(__AVX512F__)
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    const __m256 floats =
+        bfloat16 ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16)) : _mm256_cvtph_ps(halves);
+    return reinterpret_cast<DoubleV>(_mm512_maskz_cvtps_pd(0xff, floats));
+#elif defined(__F16C__)
+    const __m128i halves = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    const __m128 floats =
+        bfloat16 ? _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(halves), 16)) : _mm_cvtph_ps(halves);
+    return reinterpret_cast<DoubleV>(_mm256_cvtps_pd(floats));
+#else
+    DoubleV x{};
+    for (int k = 0; k < Lanes<double>::count; ++k) x[k] = static_cast<double>(Format::read(from[k]));
+    return x;
+#endif
+}
+
 template <class T, class S, class F>
 inline void convert(const S* PAMA_RESTRICT source, int64_t stride, int64_t count, T* PAMA_RESTRICT target, F read) {
     if (stride == 1) {
@@ -62,7 +83,11 @@ inline void load_values(const Array& array, int64_t offset, int64_t stride, int6
         if constexpr (sizeof(T) == 4 && sizeof *from == 2)
             for (; stride == 1 && t + Lanes<float>::count <= count; t += Lanes<float>::count)
                 store(target + t, load_floats(format, from + t));
-        convert(from + t, stride, count - t, target + t, [](auto x) { return static_cast<T>(Format::read(x)); });
+        if constexpr (sizeof(T) == 8 && sizeof *from == 2)
+            for (; stride == 1 && t + Lanes<double>::count <= count; t += Lanes<double>::count)
+                store(target + t, load_doubles(format, from + t));
+        if (t < count)
+            convert(from + t, stride, count - t, target + t, [](auto x) { return static_cast<T>(Format::read(x)); });
     });
 }
 
@@ -72,6 +97,29 @@ inline void write_values(Format, const T* PAMA_RESTRICT source, int64_t count,
 #pragma omp simd
     for (int64_t t = 0; t < count; ++t) target[t] = Format::write(source[t]);
 }
+
+#if defined(__AVX512BW__)
+// Two vectors at a time. The upper half of a float is rounded up where the lower one is above 0x8000, or equal to it
+// and the upper half is odd.
+inline void write_values(Bfloat16, const float* source, int64_t count, unsigned short* target) {
+    typedef unsigned short Halves __attribute__((vector_size(64)));
+    Halves lower, upper;
+    for (unsigned short k = 0; k < 32; ++k) lower[k] = static_cast<unsigned short>(2 * k);
+    for (unsigned short k = 0; k < 32; ++k) upper[k] = static_cast<unsigned short>(2 * k + 1);
+    int64_t t = 0;
+    for (; t + 32 <= count; t += 32) {
+        const __m512i x = _mm512_loadu_si512(source + t), y = _mm512_loadu_si512(source + t + 16);
+        const auto pick = [&](Halves which) {
+            return reinterpret_cast<Halves>(_mm512_permutex2var_epi16(x, reinterpret_cast<__m512i>(which), y));
+        };
+        const Halves low = pick(lower), high = pick(upper), tie = 0x8000 - (high & 1);
+        store(target + t, low > tie ? high + 1 : high);
+        if (_mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(y), _CMP_UNORD_Q) != 0)  // NaN
+            for (int64_t k = t; k < t + 32; ++k) target[k] = float_to_bf16(source[k]);
+    }
+    for (; t < count; ++t) target[t] = float_to_bf16(source[t]);
+}
+#endif
 
 inline void write_values(Float16, const float* source, int64_t count, unsigned short* target) {
     int64_t t = 0;

@@ -1,6 +1,7 @@
 // The CPU kernels on every layout and instruction set, on heap buffers of exactly the size that they may read
 // (AddressSanitizer sees a step beyond): against plain float64 sums, advantages per sequence against the same repeated
-// at every token, and one thread against two. Half the cases have rows with long masked stretches.
+// at every token, 16-bit log-probabilities against float32, and one thread against two. Half the cases have rows with
+// long masked stretches.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -154,7 +155,8 @@ struct Applied {
     double square = NAN;
 };
 
-Applied run_apply(const Tokens& p, const Rule& rule, bool reference) {
+// half: receives the gradient in bfloat16.
+Applied run_apply(const Tokens& p, const Rule& rule, bool reference, std::vector<unsigned short>* half = nullptr) {
     const int64_t rows = rule.weights_per == WeightsPer::sequence ? p.rows : 1;
     Applied r;
     r.gradient.assign(size(p.tokens()), NAN);
@@ -166,6 +168,10 @@ Applied run_apply(const Tokens& p, const Rule& rule, bool reference) {
     outputs.kl_coef = reference ? 0.1 : 0.0;
     outputs.loss = {&r.loss, Dtype::f32, 0, 0, 0};
     outputs.gradient = {r.gradient.data(), Dtype::f32, 0, 0, 0};
+    if (half) {
+        half->assign(size(p.tokens()), 0x7fff);
+        outputs.gradient = {half->data(), Dtype::bf16, 0, 0, 0};
+    }
     outputs.weights = {r.weights.data(), Dtype::f32, 0, 0, 1};
     outputs.optimum = {r.optimum.data(), Dtype::f32, 0, 0, 0};
     outputs.sums = r.sums.data();
@@ -204,6 +210,34 @@ void check_apply(Data& d) {
     }
 }
 
+// 16-bit log-probabilities give the results of the same values in float32, rounded once.
+void check_half(Data& d, bool bfloat16) {
+    const auto narrowed = [&](std::vector<float>& values) {
+        std::vector<unsigned short> half;
+        for (float& x : values) {
+            half.push_back(bfloat16 ? float_to_bf16(x) : float_to_f16(x));
+            x = bfloat16 ? bf16_to_float(half.back()) : f16_to_float(half.back());
+        }
+        return half;
+    };
+    std::vector<unsigned short> logp = narrowed(d.logp), old = narrowed(d.old), gradient;
+    for (const Rule& rule : {Rule{Kind::fixed, WeightsPer::batch, 0}, Rule{Kind::scores, WeightsPer::sequence, 0.1}}) {
+        Tokens p = d.problem(false);
+        const Applied wanted = run_apply(p, rule, d.given.reference);
+        p.logprobs.data = logp.data();
+        p.old_logprobs.data = old.data();
+        p.logprobs.dtype = p.old_logprobs.dtype = bfloat16 ? Dtype::bf16 : Dtype::f16;
+        const Applied found = run_apply(p, rule, d.given.reference, bfloat16 ? &gradient : nullptr);
+        const std::string name = d.name + (bfloat16 ? " bfloat16" : " float16");
+        expect(found.loss, wanted.loss, 0, name + " loss");
+        for (size_t t = 0; t < wanted.gradient.size(); ++t) {
+            const float exact = wanted.gradient[t];
+            expect(bfloat16 ? bf16_to_float(gradient[t]) : found.gradient[t],
+                   bfloat16 ? bf16_to_float(float_to_bf16(exact)) : exact, 0, name + " gradient");
+        }
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -232,6 +266,7 @@ int main() {
             Data data(given, random, isa);
             check_statistics(data);
             check_apply(data);
+            check_half(data, k % 2 == 0);
         }
     }
     std::printf("passes: %d failures\n", failures);
