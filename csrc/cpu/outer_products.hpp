@@ -19,15 +19,11 @@ inline void add_lanes(double* out, V s, int64_t count) {
     for (int64_t lane = 0; lane < count; ++lane) out[lane] += lanes[lane];
 }
 
-// n, padded to whole vectors and to a multiple of kOuterObjectives.
-inline int64_t outer_padded(int64_t n) {
+// n, rounded up to whole vectors and to a multiple of kOuterObjectives: the stride of the factors.
+inline int64_t outer_stride(int64_t n) {
     constexpr int64_t width = Lanes<double>::count, multiple = width > kOuterObjectives ? width : kOuterObjectives;
     return (n + multiple - 1) / multiple * multiple;
 }
-
-// The stride of rows of `padded` values: an odd number of cache lines, so that the same objectives of all rows are
-// spread over all sets of the cache.
-inline int64_t outer_stride(int64_t padded) { return ((padded + 7) / 8 | 1) * 8; }
 
 // Factors x and y, both (rows, stride). Where x_i < 0, the y for it are `negative` elements further on.
 struct OuterProducts {

@@ -36,14 +36,13 @@ constexpr int64_t kGroupRows = 32;
 // A group of rows: advantages and presence (rows, stride), padded to whole vectors, and the rows' sums, multiplied by
 // the token weights.
 struct RowGroup {
-    int64_t n, padded, stride, rows = 0;
+    int64_t n, stride, rows = 0;
     bool noon, masked;
     double *advantages, *present, *sums;
 
     RowGroup(const Tokens& tokens, int64_t most, Arena& arena)
         : n(tokens.n),
-          padded(outer_padded(tokens.n)),
-          stride(outer_stride(padded)),
+          stride(outer_stride(tokens.n)),
           noon(tokens.noon),
           masked(static_cast<bool>(tokens.objective_mask)),
           advantages(arena.take<double>(most * stride)),
@@ -99,7 +98,7 @@ inline void add_row_fields(const RowGroup& group, double* out) {
 }
 
 inline int64_t row_scratch_size(int n) {
-    const int64_t size = n, group = kGroupRows * (5 * outer_stride(outer_padded(n)) + kRowSums);
+    const int64_t size = n, group = kGroupRows * (5 * outer_stride(n) + kRowSums);
     return 8 * (9 * size + statistics_size(n, false) + group) + 64 * 16;
 }
 
@@ -123,7 +122,7 @@ struct RowProducts {
             const double* const r = group.r(row);
             const V above = zero + r[kGradPosSquare], both = zero + r[kGradBoth], below = zero + r[kGradNegSquare];
             const bool poisoned = group.masked && r[kGradPosSquare] != r[kGradPosSquare];
-            for (int64_t i = row * group.stride; i < row * group.stride + group.padded; i += Lanes<double>::count) {
+            for (int64_t i = row * group.stride; i < (row + 1) * group.stride; i += Lanes<double>::count) {
                 const V a = load<V>(group.advantages + i), up = a < zero ? zero : a, down = group.noon ? zero : a - up;
                 const V poison = load<V>(group.present + i) != zero ? above : zero;
                 store(x + i, poisoned ? poison : up + down);
@@ -137,17 +136,16 @@ struct RowProducts {
     template <class V = DoubleV>
     void weigh(const double* from) const {
         for (int64_t row = 0; row < group.rows; ++row)
-            for (int64_t i = row * group.stride; i < row * group.stride + group.padded; i += Lanes<double>::count)
+            for (int64_t i = row * group.stride; i < (row + 1) * group.stride; i += Lanes<double>::count)
                 store(y + i, group.r(row)[kValid] * load<V>(from + i));
     }
 
     template <class V = DoubleV>
     void square_advantages() const {
-        for (int64_t row = 0; row < group.rows; ++row)
-            for (int64_t i = row * group.stride; i < row * group.stride + group.padded; i += Lanes<double>::count) {
-                const V a = load<V>(group.advantages + i);
-                store(x + i, a * a);
-            }
+        for (int64_t i = 0; i < group.rows * group.stride; i += Lanes<double>::count) {
+            const V a = load<V>(group.advantages + i);
+            store(x + i, a * a);
+        }
     }
 
     void add_to(double* sums) const {
@@ -195,11 +193,11 @@ struct RowWeights {
         : group(pass.tokens, 1, arena),
           a(group.a(0)),
           present(group.here(0)),
-          c(arena.take<double>(group.padded)),
-          preference(arena.take<double>(group.padded)),
+          c(arena.take<double>(group.stride)),
+          preference(arena.take<double>(group.stride)),
           work(arena.take<double>(3 * group.n)),
           sums(arena.take<double>(statistics_size(group.n, false))) {
-        for (int64_t i = 0; i < group.padded; ++i) {
+        for (int64_t i = 0; i < group.stride; ++i) {
             c[i] = 0;
             preference[i] = i < group.n ? pass.preference[i] : 0.0;
         }
@@ -211,7 +209,7 @@ struct RowWeights {
     void combine(bool masked, double (&results)[4]) const {
         const V zero{};
         V s[4] = {};
-        for (int64_t i = 0; i < group.padded; i += Lanes<double>::count) {
+        for (int64_t i = 0; i < group.stride; i += Lanes<double>::count) {
             const V x = load<V>(a + i), up = x < zero ? zero : x, weight = load<V>(c + i);
             s[0] += weight * up;
             if (!group.noon) s[1] += weight * (x - up);
