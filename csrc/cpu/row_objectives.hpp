@@ -113,10 +113,20 @@ struct RowProducts {
           y(arena.take<double>(2 * kGroupRows * group.stride)),
           y_negative(y + kGroupRows * group.stride) {}
 
+    // Whether the products depend on the sign of A_i: not on-policy without importance weights.
+    bool by_sign() const {
+        bool differ = false;
+        for (int64_t row = 0; row < group.rows && !group.noon; ++row) {
+            const double* const r = group.r(row);
+            differ |= r[kGradPosSquare] != r[kGradBoth] || r[kGradBoth] != r[kGradNegSquare];
+        }
+        return differ;
+    }
+
     // I_i I_j of a row is A_i (G++ up_j + G+- down_j) for A_i >= 0, else A_i (G+- up_j + G-- down_j). With a NaN in a
     // token and a mask, it is NaN for every pair with at least one present objective.
     template <class V = DoubleV>
-    void bound_factors() const {
+    void bound_factors(bool signs) const {
         const V zero{};
         for (int64_t row = 0; row < group.rows; ++row) {
             const double* const r = group.r(row);
@@ -127,7 +137,7 @@ struct RowProducts {
                 const V poison = load<V>(group.present + i) != zero ? above : zero;
                 store(x + i, poisoned ? poison : up + down);
                 store(y + i, poisoned ? poison : above * up + both * down);
-                if (!group.noon) store(y_negative + i, poisoned ? poison : both * up + below * down);
+                if (signs) store(y_negative + i, poisoned ? poison : both * up + below * down);
             }
         }
     }
@@ -155,8 +165,9 @@ struct RowProducts {
             const auto add_products = negative != 0 ? add_outer_products<true> : add_outer_products<false>;
             add_products(products, pair <= kPairCount, sums + pair_offset(group.n, pair));
         };
-        bound_factors();
-        add(kBoundProduct, x, group.noon ? 0 : y_negative - y);
+        const bool signs = by_sign();
+        bound_factors(signs);
+        add(kBoundProduct, x, signs ? y_negative - y : 0);
         weigh(a);
         add(kAdvantageProduct, a);
         if (!group.masked) return;  // the driver computes the other pair statistics from the fields
@@ -183,16 +194,18 @@ inline void row_statistics(const Tokens& tokens, const double* omega, const doub
     }
 }
 
-// One row in row_apply: its advantages, the presence of the objectives, its weights c and the preference, all padded
-// with zeros; and the workspace of weights_of_row.
+// Rows that row_apply reads at once: a vector that is loaded right after its numbers were stored one by one would wait
+// for them.
+constexpr int64_t kRowsRead = 8;
+
+// One row in row_apply: its advantages and the presence of the objectives, in a group of rows, its weights c and the
+// preference, all padded with zeros; and the workspace of weights_of_row.
 struct RowWeights {
     RowGroup group;
-    double *a, *present, *c, *preference, *work, *sums;
+    double *a = nullptr, *present = nullptr, *c, *preference, *work, *sums;
 
     RowWeights(const Pass& pass, Arena& arena)
-        : group(pass.tokens, 1, arena),
-          a(group.a(0)),
-          present(group.here(0)),
+        : group(pass.tokens, kRowsRead, arena),
           c(arena.take<double>(group.stride)),
           preference(arena.take<double>(group.stride)),
           work(arena.take<double>(3 * group.n)),
@@ -201,6 +214,14 @@ struct RowWeights {
             c[i] = 0;
             preference[i] = i < group.n ? pass.preference[i] : 0.0;
         }
+    }
+
+    // Selects `row`, the k-th of kRowsRead rows.
+    void select(const Tokens& tokens, int64_t row, int64_t last, int64_t k) {
+        for (int64_t next = 0; k == 0 && next < kRowsRead && row + next < last; ++next)
+            row_advantages(tokens, row + next, group.a(next), group.here(next));
+        a = group.a(k);
+        present = group.here(k);
     }
 
     // sum_i c_i max(A_i, 0), sum_i c_i min(A_i, 0) and, of the present objectives if `masked`, the sum of the
@@ -229,9 +250,11 @@ inline void weights_of_row(const Pass& pass, int64_t row, const double* r, RowWe
     if (pass.by_rows()) {
         const int64_t size = statistics_size(n, false);
         for (int64_t k = 0; k < size; ++k) sums[k] = 0;
-        own.group.push(1.0, r);
-        add_row_fields(own.group, sums);
-        own.group.rows = 0;
+        RowGroup one = own.group;
+        one.advantages = own.a;
+        one.present = own.present;
+        one.push(1.0, r);
+        add_row_fields(one, sums);
         row_weights(pass, row, sums, c, work);
         return;
     }
@@ -262,7 +285,7 @@ inline void row_apply(const Pass& pass, const double* row_sums, double* up, doub
     if (pass.known && !pass.per_row) load_values(pass.weights, 0, pass.weights.objective, n, false, c);
     for (int64_t row = first; row < last; ++row) {
         const double* r = row_sums ? row_sums + row * kRowSums : nullptr;
-        own.group.read(tokens, row);
+        own.select(tokens, row, last, (row - first) % kRowsRead);
         if (!pass.known || (r && pass.per_row))
             weights_of_row(pass, row, r, own, partial);
         else if (pass.per_row)
