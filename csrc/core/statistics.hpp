@@ -132,19 +132,20 @@ template <class V, class Mask>
 PAMA_HD inline void add_row(const double* r, bool noon, V a, Mask here, V (&sums)[kFields]) {
     const V zero{};
     const auto above = a > zero, below = a < zero;
+    const auto sum = [&](int k) { return r[k] - zero; };  // in all lanes, without an addition
     const V kept = noon ? choose(below, zero, a) : a, own = a * r[kValid];
     const auto by_sign = [&](int positive, int negative) {
-        return noon ? zero + r[positive] : choose(below, zero + r[negative], zero + r[positive]);
+        return noon ? sum(positive) : choose(below, sum(negative), sum(positive));
     };
-    sums[kCount] += choose(here, zero + r[kValid], zero);
+    sums[kCount] += choose(here, sum(kValid), zero);
     sums[kBoundSum] += choose(here, kept * by_sign(kGradPos, kGradNeg), zero);
     sums[kBoundSquareSum] += choose(here, kept * kept * by_sign(kGradPosSquare, kGradNegSquare), zero);
     sums[kLogprobSum] += choose(here, kept * by_sign(kGradPosLogp, kGradNegLogp), zero);
     sums[kSurrogateSum] += choose(here, kept * by_sign(kPos, kNeg), zero);
     sums[kAdvantageSum] += own;
     sums[kAdvantageSquareSum] += own * a;
-    sums[kPositiveCount] += choose(above, zero + r[kValid], zero);
-    sums[kClippedCount] += choose(above, zero + r[kOffPos], noon ? zero : choose(below, zero + r[kOffNeg], zero));
+    sums[kPositiveCount] += choose(above, sum(kValid), zero);
+    sums[kClippedCount] += choose(above, sum(kOffPos), noon ? zero : choose(below, sum(kOffNeg), zero));
 }
 
 // Whether the sums are finite.

@@ -4,46 +4,10 @@
 #pragma once
 
 #include "apply.hpp"
+#include "outer_products.hpp"
 #include "rows.hpp"
 
 PAMA_BEGIN
-
-// block (n, n) += sum_k x_k y_k', four outer products at a time. y_k may differ for negative x. Of a symmetric sum,
-// only the upper triangle is computed; what is left of it in the vector of the diagonal has no meaning.
-struct OuterProducts {
-    static constexpr int64_t kWidth = Lanes<double>::count;
-    int64_t n;
-    bool symmetric;
-    double* block;
-    double* room;  // (12 n)
-    int used = 0;
-
-    double* x(int k) const { return room + 3 * k * n; }
-    double* x() const { return x(used); }
-    double* y() const { return x() + n; }           // where x >= 0
-    double* y_negative() const { return y() + n; }  // elsewhere
-    void push() {
-        if (++used == 4) flush();
-    }
-    void flush() {
-        for (double* rest = x(used); rest < x(4); ++rest) *rest = 0;
-        if (used > 0) add();
-        used = 0;
-    }
-    void add() const {
-        for (int64_t i = 0; i < n; ++i) {
-            const double x0 = x(0)[i], x1 = x(1)[i], x2 = x(2)[i], x3 = x(3)[i];
-            const double *PAMA_RESTRICT y0 = x(0) + (x0 < 0 ? 2 : 1) * n,
-                                        *PAMA_RESTRICT y1 = x(1) + (x1 < 0 ? 2 : 1) * n,
-                                        *PAMA_RESTRICT y2 = x(2) + (x2 < 0 ? 2 : 1) * n,
-                                        *PAMA_RESTRICT y3 = x(3) + (x3 < 0 ? 2 : 1) * n;
-            double* PAMA_RESTRICT out = block + i * n;
-#pragma omp simd
-            for (int64_t j = symmetric ? i / kWidth * kWidth : 0; j < n; ++j)
-                out[j] += x0 * y0[j] + x1 * y1[j] + (x2 * y2[j] + x3 * y3[j]);
-        }
-    }
-};
 
 // Loads the raw advantages of a row (0 if the objective is absent, NaN for infinity) and, if there is a mask, the
 // presence of the objectives; without one `present` contains 1.
@@ -52,6 +16,11 @@ inline void row_advantages(const Tokens& tokens, int64_t row, double* a, double*
     const Array &given = tokens.advantages, &mask = tokens.objective_mask;
     if (given.dtype == Dtype::f32 && given.objective == 1) {
         const float* PAMA_RESTRICT from = static_cast<const float*>(given.data) + row * given.row;
+        if (!mask) {
+#pragma omp simd
+            for (int i = 0; i < n; ++i) a[i] = raw_advantage(static_cast<double>(from[i]), true);
+            return;
+        }
 #pragma omp simd
         for (int i = 0; i < n; ++i) a[i] = static_cast<double>(from[i]);
     } else {
@@ -59,10 +28,7 @@ inline void row_advantages(const Tokens& tokens, int64_t row, double* a, double*
     }
     if (mask) load_values(mask, row * mask.row, mask.objective, n, true, present);
 #pragma omp simd
-    for (int i = 0; i < n; ++i) {
-        const double value = present[i] != 0 ? a[i] : 0.0;
-        a[i] = value + 0 * value;
-    }
+    for (int i = 0; i < n; ++i) a[i] = raw_advantage(a[i], present[i] != 0);
 }
 
 constexpr int64_t kGroupRows = 32;
@@ -74,15 +40,15 @@ struct RowGroup {
     bool noon, masked;
     double *advantages, *present, *sums;
 
-    RowGroup(const Tokens& tokens, Arena& arena)
+    RowGroup(const Tokens& tokens, int64_t most, Arena& arena)
         : n(tokens.n),
-          stride((tokens.n + Lanes<double>::count - 1) / Lanes<double>::count * Lanes<double>::count),
+          stride(outer_stride(tokens.n)),
           noon(tokens.noon),
           masked(static_cast<bool>(tokens.objective_mask)),
-          advantages(arena.take<double>(kGroupRows * stride)),
-          present(arena.take<double>(kGroupRows * stride)),
-          sums(arena.take<double>(kGroupRows * kRowSums)) {
-        for (int64_t row = 0; row < kGroupRows; ++row)
+          advantages(arena.take<double>(most * stride)),
+          present(arena.take<double>(most * stride)),
+          sums(arena.take<double>(most * kRowSums)) {
+        for (int64_t row = 0; row < most; ++row)
             for (int64_t i = 0; i < stride; ++i) {
                 a(row)[i] = 0;
                 here(row)[i] = i < n ? 1 : 0;
@@ -93,10 +59,10 @@ struct RowGroup {
     double* here(int64_t row) const { return present + row * stride; }
     double* r(int64_t row) const { return sums + row * kRowSums; }
 
-    // Rows without a valid token are skipped.
-    void push(const Tokens& tokens, int64_t row, double omega, const double* row_sums) {
+    void read(const Tokens& tokens, int64_t row) { row_advantages(tokens, row, a(rows), here(rows)); }
+    // Adds the row that has been read, unless it has no valid token.
+    void push(double omega, const double* row_sums) {
         if (row_sums[kValid] == 0) return;
-        row_advantages(tokens, row, a(rows), here(rows));
         for (int k = 0; k < kRowSums; ++k) r(rows)[k] = omega * row_sums[k];
         ++rows;
     }
@@ -110,12 +76,14 @@ inline void add_row_fields(const RowGroup& group, double* out) {
     for (int64_t i = 0; i < group.n; i += width) {
         V s[kFields] = {};
         for (int64_t row = 0; row < group.rows; ++row) {
-            const auto here = Masked ? load<V>(group.here(row) + i) != zero : zero == zero;
-            add_row(group.r(row), Noon, load<V>(group.a(row) + i), here, s);
+            const V a = load<V>(group.a(row) + i);
+            if constexpr (Masked)
+                add_row(group.r(row), Noon, a, load<V>(group.here(row) + i) != zero, s);
+            else
+                add_row(group.r(row), Noon, a, true, s);
         }
-        const int64_t used = group.n - i < width ? group.n - i : width;
-        for (int f = 0; f < kFields; ++f)
-            for (int64_t k = 0; k < used; ++k) out[f * group.n + i + k] += s[f][k];
+        PAMA_UNROLL
+        for (int f = 0; f < kFields; ++f) add_lanes(out + f * group.n + i, s[f], group.n - i);
     }
     for (int64_t row = 0; row < group.rows; ++row) {
         out[total_offset(group.n) + kTokenCount] += group.r(row)[kValid];
@@ -130,85 +98,148 @@ inline void add_row_fields(const RowGroup& group, double* out) {
 }
 
 inline int64_t row_scratch_size(int n) {
-    const int64_t size = n, group = kGroupRows * (2 * (size + 8) + kRowSums);
-    return 8 * (6 * size + kPairs * 12 * size + statistics_size(n, false) + group) + 64 * 16;
+    const int64_t size = n, group = kGroupRows * (5 * outer_stride(n) + kRowSums);
+    return 8 * (9 * size + statistics_size(n, false) + group) + 64 * 16;
 }
 
-// sum I_i I_j of a row: A_i (G++ up_j + G+- down_j) for A_i >= 0, else A_i (G+- up_j + G-- down_j).
-inline void push_bound_products(const RowGroup& group, int64_t row, OuterProducts& products) {
-    const int64_t n = group.n;
-    const double *a = group.a(row), *here = group.here(row), *r = group.r(row);
-    const double above = r[kGradPosSquare], both = r[kGradBoth], below = r[kGradNegSquare];
-    if (group.masked && above != above) {  // a NaN in a token: NaN for every pair with at least one present objective
-        for (int64_t i = 0; i < n; ++i)
-            for (int64_t j = i; j < n; ++j) products.block[i * n + j] += here[i] + here[j] != 0 ? above : 0.0;
-        return;
-    }
-    const bool noon = group.noon;
-    double *PAMA_RESTRICT x = products.x(), *PAMA_RESTRICT y = products.y(), *PAMA_RESTRICT z = products.y_negative();
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-        const double up = a[i] < 0 ? 0.0 : a[i], down = noon ? 0.0 : a[i] - up;
-        x[i] = up + down;
-        y[i] = above * up + both * down;
-        z[i] = both * up + below * down;
-    }
-    products.push();
-}
+// Adds the products of pairs over the rows of a group to the statistics.
+struct RowProducts {
+    const RowGroup& group;
+    double *x, *y, *y_negative;  // (kGroupRows, stride)
 
-// products += valid x y', with x squared if `squared`.
-inline void push_product(const RowGroup& group, int64_t row, const double* from, const double* to, bool squared,
-                         OuterProducts& products) {
-    const double valid = group.r(row)[kValid];
-    double *PAMA_RESTRICT x = products.x(), *PAMA_RESTRICT y = products.y(), *PAMA_RESTRICT z = products.y_negative();
-#pragma omp simd
-    for (int64_t i = 0; i < group.n; ++i) {
-        x[i] = squared ? from[i] * from[i] : from[i];
-        y[i] = z[i] = valid * to[i];
+    RowProducts(const RowGroup& group, Arena& arena)
+        : group(group),
+          x(arena.take<double>(kGroupRows * group.stride)),
+          y(arena.take<double>(2 * kGroupRows * group.stride)),
+          y_negative(y + kGroupRows * group.stride) {}
+
+    // Whether the products depend on the sign of A_i: not on-policy without importance weights.
+    bool by_sign() const {
+        bool differ = false;
+        for (int64_t row = 0; row < group.rows && !group.noon; ++row) {
+            const double* const r = group.r(row);
+            differ |= r[kGradPosSquare] != r[kGradBoth] || r[kGradBoth] != r[kGradNegSquare];
+        }
+        return differ;
     }
-    products.push();
-}
+
+    // I_i I_j of a row is A_i (G++ up_j + G+- down_j) for A_i >= 0, else A_i (G+- up_j + G-- down_j). With a NaN in a
+    // token and a mask, it is NaN for every pair with at least one present objective.
+    template <class V = DoubleV>
+    void bound_factors(bool signs) const {
+        const V zero{};
+        for (int64_t row = 0; row < group.rows; ++row) {
+            const double* const r = group.r(row);
+            const V above = zero + r[kGradPosSquare], both = zero + r[kGradBoth], below = zero + r[kGradNegSquare];
+            const bool poisoned = group.masked && r[kGradPosSquare] != r[kGradPosSquare];
+            for (int64_t i = row * group.stride; i < (row + 1) * group.stride; i += Lanes<double>::count) {
+                const V a = load<V>(group.advantages + i), up = a < zero ? zero : a, down = group.noon ? zero : a - up;
+                const V poison = load<V>(group.present + i) != zero ? above : zero;
+                store(x + i, poisoned ? poison : up + down);
+                store(y + i, poisoned ? poison : above * up + both * down);
+                if (signs) store(y_negative + i, poisoned ? poison : both * up + below * down);
+            }
+        }
+    }
+
+    // y = valid from
+    template <class V = DoubleV>
+    void weigh(const double* from) const {
+        for (int64_t row = 0; row < group.rows; ++row)
+            for (int64_t i = row * group.stride; i < (row + 1) * group.stride; i += Lanes<double>::count)
+                store(y + i, group.r(row)[kValid] * load<V>(from + i));
+    }
+
+    template <class V = DoubleV>
+    void square_advantages() const {
+        for (int64_t i = 0; i < group.rows * group.stride; i += Lanes<double>::count) {
+            const V a = load<V>(group.advantages + i);
+            store(x + i, a * a);
+        }
+    }
+
+    void add_to(double* sums) const {
+        const double *const a = group.advantages, *const here = group.present;
+        const auto add = [&](int pair, const double* left, int64_t negative = 0) {
+            const OuterProducts products{group.n, group.stride, group.rows, left, y, negative};
+            const auto add_products = negative != 0 ? add_outer_products<true> : add_outer_products<false>;
+            add_products(products, pair <= kPairCount, sums + pair_offset(group.n, pair));
+        };
+        const bool signs = by_sign();
+        bound_factors(signs);
+        add(kBoundProduct, x, signs ? y_negative - y : 0);
+        weigh(a);
+        add(kAdvantageProduct, a);
+        if (!group.masked) return;  // the driver computes the other pair statistics from the fields
+        weigh(here);
+        add(kPairCount, here);
+        add(kPairAdvantage, a);
+        square_advantages();
+        add(kPairAdvantageSquare, x);
+    }
+};
 
 inline void row_statistics(const Tokens& tokens, const double* omega, const double* row_sums, bool pairs, int64_t first,
                            int64_t last, double* sums, void* scratch) {
-    const int64_t n = tokens.n;
     Arena arena{static_cast<char*>(scratch)};
-    RowGroup group(tokens, arena);
-    OuterProducts products[kPairs];
-    for (int pair = 0; pair < kPairs; ++pair)
-        products[pair] = {n, pair <= kPairCount, sums + pair_offset(n, pair), arena.take<double>(12 * n), 0};
-    for (int64_t begin = first; begin < last; begin += kGroupRows) {
-        group.rows = 0;
-        for (int64_t row = begin; row < last && row < begin + kGroupRows; ++row)
-            group.push(tokens, row, omega ? omega[row] : 1.0, row_sums + row * kRowSums);
+    RowGroup group(tokens, kGroupRows, arena);
+    const RowProducts products(group, arena);
+    for (int64_t row = first; row < last; ++row) {
+        group.read(tokens, row);
+        group.push(omega ? omega[row] : 1.0, row_sums + row * kRowSums);
+        if (group.rows < kGroupRows && row + 1 < last) continue;
         add_row_fields(group, sums);
-        for (int64_t row = 0; pairs && row < group.rows; ++row) {
-            const double *a = group.a(row), *here = group.here(row);
-            push_bound_products(group, row, products[kBoundProduct]);
-            push_product(group, row, a, a, false, products[kAdvantageProduct]);
-            if (!group.masked) continue;  // the driver computes the other pair statistics from the fields
-            push_product(group, row, here, here, false, products[kPairCount]);
-            push_product(group, row, a, here, false, products[kPairAdvantage]);
-            push_product(group, row, a, here, true, products[kPairAdvantageSquare]);
-        }
+        if (pairs) products.add_to(sums);
+        group.rows = 0;
     }
-    if (!pairs) return;
-    for (OuterProducts& p : products) p.flush();
 }
 
-// One row in row_apply: its advantages, the presence of the objectives, and its weights c; and the workspace of
-// weights_of_row.
+// Rows that row_apply reads at once: a vector that is loaded right after its numbers were stored one by one would wait
+// for them.
+constexpr int64_t kRowsRead = 8;
+
+// One row in row_apply: its advantages and the presence of the objectives, in a group of rows, its weights c and the
+// preference, all padded with zeros; and the workspace of weights_of_row.
 struct RowWeights {
     RowGroup group;
-    double *a, *present, *c, *work, *sums;
+    double *a = nullptr, *present = nullptr, *c, *preference, *work, *sums;
 
-    RowWeights(const Tokens& tokens, Arena& arena)
-        : group(tokens, arena),
-          a(arena.take<double>(tokens.n)),
-          present(arena.take<double>(tokens.n)),
-          c(arena.take<double>(tokens.n)),
-          work(arena.take<double>(3 * tokens.n)),
-          sums(arena.take<double>(statistics_size(tokens.n, false))) {}
+    RowWeights(const Pass& pass, Arena& arena)
+        : group(pass.tokens, kRowsRead, arena),
+          c(arena.take<double>(group.stride)),
+          preference(arena.take<double>(group.stride)),
+          work(arena.take<double>(3 * group.n)),
+          sums(arena.take<double>(statistics_size(group.n, false))) {
+        for (int64_t i = 0; i < group.stride; ++i) {
+            c[i] = 0;
+            preference[i] = i < group.n ? pass.preference[i] : 0.0;
+        }
+    }
+
+    // Selects `row`, the k-th of kRowsRead rows.
+    void select(const Tokens& tokens, int64_t row, int64_t last, int64_t k) {
+        for (int64_t next = 0; k == 0 && next < kRowsRead && row + next < last; ++next)
+            row_advantages(tokens, row + next, group.a(next), group.here(next));
+        a = group.a(k);
+        present = group.here(k);
+    }
+
+    // sum_i c_i max(A_i, 0), sum_i c_i min(A_i, 0) and, of the present objectives if `masked`, the sum of the
+    // preference and 0 or NaN.
+    template <class V = DoubleV>
+    void combine(bool masked, double (&results)[4]) const {
+        const V zero{};
+        V s[4] = {};
+        for (int64_t i = 0; i < group.stride; i += Lanes<double>::count) {
+            const V x = load<V>(a + i), up = x < zero ? zero : x, weight = load<V>(c + i);
+            s[0] += weight * up;
+            if (!group.noon) s[1] += weight * (x - up);
+            if (!masked) continue;
+            s[2] += load<V>(present + i) * load<V>(preference + i);
+            s[3] += zero * x;
+        }
+        totals<4>(s, results);
+    }
 };
 
 // Computes the weights of one row from its sums r, its advantages and the presence of the objectives.
@@ -219,9 +250,11 @@ inline void weights_of_row(const Pass& pass, int64_t row, const double* r, RowWe
     if (pass.by_rows()) {
         const int64_t size = statistics_size(n, false);
         for (int64_t k = 0; k < size; ++k) sums[k] = 0;
-        own.group.rows = 0;
-        own.group.push(tokens, row, 1.0, r);
-        add_row_fields(own.group, sums);
+        RowGroup one = own.group;
+        one.advantages = own.a;
+        one.present = own.present;
+        one.push(1.0, r);
+        add_row_fields(one, sums);
         row_weights(pass, row, sums, c, work);
         return;
     }
@@ -245,45 +278,37 @@ inline void row_apply(const Pass& pass, const double* row_sums, double* up, doub
     const Outputs& outputs = pass.outputs;
     const int n = tokens.n;
     Arena arena{static_cast<char*>(scratch)};
-    RowWeights own(tokens, arena);
-    double *const a = own.a, *const present = own.present, *const c = own.c;
+    RowWeights own(pass, arena);
+    double* const c = own.c;
     constexpr int64_t together = 64;
     double results[together];  // stored at once
-    for (int i = 0; i < n; ++i) present[i] = 1;
     if (pass.known && !pass.per_row) load_values(pass.weights, 0, pass.weights.objective, n, false, c);
     for (int64_t row = first; row < last; ++row) {
         const double* r = row_sums ? row_sums + row * kRowSums : nullptr;
-        row_advantages(tokens, row, a, present);
+        own.select(tokens, row, last, (row - first) % kRowsRead);
         if (!pass.known || (r && pass.per_row))
             weights_of_row(pass, row, r, own, partial);
         else if (pass.per_row)
             load_values(pass.weights, row * pass.weights.row, pass.weights.objective, n, false, c);
-        double above = 0, below = 0;
-#pragma omp simd reduction(+ : above, below)
-        for (int i = 0; i < n; ++i) {
-            const double positive = a[i] < 0 ? 0.0 : a[i];
-            above += c[i] * positive;
-            below += tokens.noon ? 0.0 : c[i] * (a[i] - positive);
-        }
-        if (pass.divided && tokens.objective_mask) {
-            double mass = 0, poison = 0;  // NaN if an advantage is
-            for (int i = 0; i < n; ++i) {
-                mass += present[i] * pass.preference[i];
-                poison += 0 * a[i];
-            }
+        double combined[4];
+        const bool masked = pass.divided && tokens.objective_mask;
+        own.combine(masked, combined);
+        double above = combined[0], below = combined[1];
+        if (masked) {
+            const double mass = combined[2], poison = combined[3];
             above = mass > 0 ? above / mass : poison;
             below = mass > 0 ? below / mass : poison;
         }
         if (up) up[row] = above;
         if (down) down[row] = below;
         if (!r) continue;
-        const double combined = r[kValid] != 0 ? above + below : 0.0, omega = pass.token_weight(row);
+        const double result = r[kValid] != 0 ? above + below : 0.0, omega = pass.token_weight(row);
         if (outputs.advantages) {
             const int64_t place = (row - first) % together;
-            results[place] = combined;
+            results[place] = result;
             if (place + 1 == together || row + 1 == last)
                 store_values(outputs.advantages, row - place, place + 1, results);
-            partial.square += omega * r[kValid] * combined * combined;
+            partial.square += omega * r[kValid] * result * result;
         }
         if (outputs.loss && r[kValid] != 0)
             partial.loss -= pass.scale * omega *

@@ -254,6 +254,11 @@ int main() {
             given.rows = static_cast<int64_t>(random() % 6);
             given.width = static_cast<int64_t>(random() % (k % 20 == 0 ? 9000 : 300));
             given.n = sizes[random() % 9];
+            if (k % 8 == 3) {  // more rows than are summed at once, more objectives than fit a part of their products
+                given.rows = 30 + static_cast<int64_t>(random() % 50);
+                given.width = static_cast<int64_t>(random() % 9);
+                given.n = k % 16 == 3 ? 6 : 39;
+            }
             given.packed = random() % 2;
             given.per_sequence = random() % 2;
             given.masked = random() % 2;

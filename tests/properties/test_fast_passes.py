@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from problems import ON_GPU
+from problems import ON_GPU, copied, make
 from torch import Tensor
 
 import pama_kernels as pk
@@ -193,3 +194,30 @@ def test_sequences_of_one_token(masked: bool, dtype: torch.dtype, name: str) -> 
         torch.testing.assert_close(a, b, rtol=8 * eps, atol=8 * eps)
     torch.testing.assert_close(found.statistics.scores, wanted.statistics.scores, rtol=1e-12, atol=1e-14)
     assert found.statistics.token_count * 2 == wanted.statistics.token_count
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("absent", [False, True], ids=["all present", "some absent"])
+@pytest.mark.parametrize("n", [1, 2, 6, 13, 21, 37])
+def test_pairs_of_more_sequences_than_one_group(isa: str, n: int, absent: bool) -> None:
+    """Equal to those of the same advantages at every token, since sums on the grid are exact. Sums over 32
+    sequences with a valid token stay in registers, of 4 objectives and a few vectors of objectives."""
+    presence = torch.bool if absent else None
+    problem = make("per-sequence", rows=50 + n, width=4, objectives=n, objective_mask=presence, seed=n)
+    spoiled = copied(problem)
+    assert problem.mask is not None
+    filled = problem.mask.any(1).nonzero().flatten()
+    assert 32 < len(filled) < len(problem.mask)
+    for row in filled[[3, 32]]:
+        spoiled.logprobs[row, problem.mask[row]] = NAN
+    for given in (problem, spoiled):
+        whole = replace(given, advantages=given.advantages[:, None].expand(-1, 4, -1).contiguous())
+        for noon in (False, True):
+            one, other = (
+                pk.objective_statistics(**x.statistics_arguments(), noon=noon, pairs=True).buffer
+                for x in (given, whole)
+            )
+            pairs = slice(-5 * n * n, None)
+            assert torch.equal(one[pairs].isnan(), other[pairs].isnan())
+            assert torch.equal(one[pairs].nan_to_num(), other[pairs].nan_to_num())
+            assert bool(one[pairs].isnan().any()) is (given is spoiled)
