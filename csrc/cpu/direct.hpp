@@ -18,19 +18,28 @@ inline bool is_direct(const Pass& pass, const Partial& partial) {
            tokens.advantages.token == n && (n == 1 || n == 2 || n == 4 || n == 8 || n % 16 == 0);
 }
 
-// One chunk. a (padded, n): advantages in a format; c (n): weights. Values: the format of log-probabilities. Adds the
-// loss without its factor `by` to `gain`. Returns false if a value is not finite: the pass over a tile must then
-// compute the chunk.
+constexpr int64_t kAheadTokens = 128;
+
+// What a chunk prefetches, in bytes from the value that is read or written: kAheadTokens further and, for the last
+// kAheadTokens, as many tokens further in the next piece, which another row may hold.
+struct Distances {
+    int64_t advantages, logp, old, gradient;
+};
+struct Prefetched {
+    Distances own, next;
+};
+
+// One chunk. data (padded, n): advantages in a format; c (n): weights. Values: the format of log-probabilities. Returns
+// the loss without its factor `by`, or NaN if a value is not finite: the pass over a tile must then compute the chunk.
 template <bool Noon, int N, class Format, class Values, class V = FloatV>
-inline bool direct_chunk(const Chunk<float>& in, const ClipIn<float>& clip, int64_t given, const void* data,
-                         const float* c, float by, double& gain, float* gradient) {
+inline double direct_chunk(const Chunk<float>& in, const ClipIn<float>& clip, int64_t given, const void* data,
+                           const float* c, float by, const Prefetched& prefetched, float* gradient) {
     typedef typename Format::Stored Stored;
     typedef typename std::conditional < N<16, std::integral_constant<int, N>, int64_t>::type Row;
     const Stored* const a = static_cast<const Stored*>(data);
     const auto *const logp = chunk_values<Values>(in.logp, in.half_logp), *const old =
                                                                               chunk_values<Values>(in.old, in.half_old);
     constexpr int64_t width = Lanes<float>::count;
-    constexpr int ahead = 4096;  // bytes
     const int64_t n = N < 16 ? N : given;
     Row row{};
     if constexpr (N >= 16) row = n;
@@ -38,7 +47,13 @@ inline bool direct_chunk(const Chunk<float>& in, const ClipIn<float>& clip, int6
     const V zero{}, high = zero + clip.high, low = zero + clip.low, dual = zero + clip.dual, most = zero + limit,
                     log_high = zero + clip.log_high, log_low = zero + clip.log_low, log_dual = zero + clip.log_dual;
     V s[2] = {};
+    const int64_t last = in.padded > kAheadTokens ? in.padded - kAheadTokens : 0;
+    Distances ahead = prefetched.own;
     for (int64_t t = 0; t < in.padded; t += width) {
+        if (t >= last) ahead = prefetched.next;
+        prefetch(reinterpret_cast<const char*>(logp + t) + ahead.logp);
+        prefetch(reinterpret_cast<const char*>(old + t) + ahead.old);
+        prefetch_for_writing(reinterpret_cast<const char*>(gradient + t) + ahead.gradient);
         const auto valid = valid_lanes<V>(in.valid + t);
         const V d = choose(valid, load_floats(Values{}, logp + t) - load_floats(Values{}, old + t), zero);
         const V clamped = max_of(min_of(d, most), -most);
@@ -46,7 +61,7 @@ inline bool direct_chunk(const Chunk<float>& in, const ClipIn<float>& clip, int6
         const V u = exponential<true>(clamped, k3);
         for (int64_t block = 0; block < n; block += N) {
             V v[N];
-            load_columns<N, ahead>(Format{}, a + t * n + block, row, v);
+            load_columns<N, true>(Format{}, a + t * n + block, row, v, ahead.advantages);
             for (int i = 0; i < N; ++i) {
                 const V weight = zero + c[block + i], positive = max_of(zero, v[i]);
                 up += weight * positive;
@@ -70,8 +85,7 @@ inline bool direct_chunk(const Chunk<float>& in, const ClipIn<float>& clip, int6
     }
     float sums[2];
     totals<2>(s, sums);
-    gain += static_cast<double>(sums[0]);
-    return 0 * sums[0] + sums[1] == 0;
+    return static_cast<double>(sums[0] + 0 * sums[1]);
 }
 
 template <bool Noon, class Format, class Values>
@@ -108,6 +122,32 @@ inline const void* direct_advantages(const Tokens& tokens, int64_t row, int64_t 
     return buffer;
 }
 
+// place, next: the first tokens of the chunk and of the next piece. a, gradient: what the chunk reads and writes.
+inline Prefetched prefetched_by(const Pass& pass, const Chunk<float>& chunk, int64_t place, int64_t next, const void* a,
+                                const void* gradient) {
+    const Tokens& tokens = pass.tokens;
+    Array to = pass.outputs.gradient;
+    to.token = 1;
+    to.row = tokens.width;
+    const int64_t last = chunk.padded > kAheadTokens ? chunk.padded - kAheadTokens : 0;
+    Prefetched result{};
+    const auto set = [&](int64_t Distances::* to, const Array& array, int64_t token, const void* from) {
+        const Ahead here = ahead(tokens, array, place), there = ahead(tokens, array, next);
+        const auto distance = [&](const char* target) {
+            return static_cast<int64_t>(reinterpret_cast<intptr_t>(target) - reinterpret_cast<intptr_t>(from));
+        };
+        result.own.*to = distance(here.first) + kAheadTokens * token;
+        result.next.*to = distance(there.first) - last * token;
+    };
+    const Array &logp = tokens.logprobs, &old = tokens.old_logprobs ? tokens.old_logprobs : logp;
+    const bool half = chunk.half_logp != nullptr;
+    set(&Distances::advantages, tokens.advantages, size_of(tokens.advantages.dtype) * tokens.n, a);
+    set(&Distances::logp, logp, size_of(logp.dtype), half ? chunk.half_logp : chunk.logp);
+    set(&Distances::old, old, size_of(old.dtype), half ? chunk.half_old : chunk.old);
+    if (to) set(&Distances::gradient, to, size_of(to.dtype), gradient);
+    return result;
+}
+
 inline void direct_pass(const Pass& pass, int64_t first, int64_t last, Workspace<float>& w, Partial& partial) {
     const Tokens& tokens = pass.tokens;
     const Array& to = pass.outputs.gradient;
@@ -130,9 +170,10 @@ inline void direct_pass(const Pass& pass, int64_t first, int64_t last, Workspace
             const bool in_place = to && to.dtype == Dtype::f32 && count == chunk.padded;
             float* const gradient = in_place ? static_cast<float*>(to.data) + place : buffers.gradient;
             const void* a = direct_advantages(tokens, row, token, chunk, w.tile.bound);
-            double gain = 0;
-            if (!(chunk.half_logp ? run_half : run)(chunk, clip, tokens.n, a, w.weights, static_cast<float>(by), gain,
-                                                    gradient)) {
+            const Prefetched prefetched = prefetched_by(pass, chunk, place, next, a, gradient);
+            const double gain = (chunk.half_logp ? run_half : run)(chunk, clip, tokens.n, a, w.weights,
+                                                                   static_cast<float>(by), prefetched, gradient);
+            if (0 * gain != 0) {
                 load_tile(tokens, place, count, next, false, w.tile, w.arena);
                 apply_tile(pass, w, place, omega, w.weights, static_cast<const float*>(nullptr), partial);
                 return;

@@ -143,13 +143,15 @@ PAMA_INLINE void totals(V* v, T* sums) {
 }
 
 // v[i]: column i of as many rows of N contiguous numbers as a vector has lanes. Rows are `row` numbers apart: N, a
-// constant, or any number if a vector has at most N elements. Prefetches `Ahead` bytes further, unless that is 0.
-template <int N, int Ahead, class Format, class Row>
-PAMA_INLINE void load_columns(Format format, const typename Format::Stored* from, Row row, FloatV* v) {
+// constant, or any number if a vector has at most N elements. Memory: they are not in the cache, and the lines `ahead`
+// bytes further are prefetched.
+template <int N, bool Memory, class Format, class Row>
+PAMA_INLINE void load_columns(Format format, const typename Format::Stored* from, Row row, FloatV* v,
+                              int64_t ahead = 0) {
     constexpr int width = Lanes<float>::count;
     constexpr bool native = std::is_same<Format, Native<float>>::value;
     // From memory, whole rows in order are faster; from the cache, fewer permutations.
-    constexpr bool quads = N >= 16 && Ahead == 0;
+    constexpr bool quads = N >= 16 && !Memory;
     // Two 16-bit numbers are moved in the bits of a float.
     constexpr bool pairs = std::is_same<Format, Bfloat16>::value && N > 1 &&
                            (quads || !std::is_same<Row, int64_t>::value || N >= 2 * width);
@@ -157,7 +159,7 @@ PAMA_INLINE void load_columns(Format format, const typename Format::Stored* from
     const auto load_rows = [&](auto length, auto* to, auto read) {
         for (int k = 0; k < length * width; k += width) {
             const auto* at = from + k / length * row + k % length * (N / length);
-            if constexpr (Ahead > 0) prefetch(reinterpret_cast<const char*>(at) + Ahead);
+            if constexpr (Memory) prefetch(reinterpret_cast<const char*>(at) + ahead);
             to[k / width] = read(at);
         }
         deinterleave<length>(to);
@@ -190,7 +192,7 @@ __attribute__((noinline)) void rows_to_columns(Format format, const typename For
     int64_t t = 0;
     for (; t + width <= count; t += width) {
         FloatV v[N];
-        load_columns<N, 0>(format, rows + t * row, row, v);
+        load_columns<N, false>(format, rows + t * row, row, v);
         const auto changed = change(t);
         for (int i = 0; i < N; ++i) store(columns + i * stride + t, changed(v[i]));
     }
