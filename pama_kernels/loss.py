@@ -122,7 +122,7 @@ def pama_loss(
     A NaN or infinity at a valid token (in `advantages`, where the objective is present) makes the loss NaN,
     without an error. The gradient is NaN at that token, and at the tokens whose weights depend on it: with
     weights per batch at all valid tokens, with weights per sequence in that sequence. No other token is
-    affected. `ref_logprobs` are used only with a `kl_coef`.
+    affected beyond rounding. `ref_logprobs` are used only with a `kl_coef`.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or range.
