@@ -43,10 +43,10 @@ KERNELS = (
     ),
     (
         "per token, known weights, N=8: loss and gradient",
-        r"bool \S+::direct_chunk<false, 8, \S+Native",
+        r"double \S+::direct_chunk<false, 8, \S+Native",
         "most",
     ),
-    ("per token, known weights, N=8, bfloat16", r"bool \S+::direct_chunk<false, 8, \S+Bfloat16", "most"),
+    ("per token, known weights, N=8, bfloat16", r"double \S+::direct_chunk<false, 8, \S+Bfloat16", "most"),
     ("per token: factors of the clipped ratio", r"bool \S+::store_plain_factors<false, \S+Native", "most"),
     (
         "per token, N=8: objectives transposed",
