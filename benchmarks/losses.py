@@ -60,7 +60,7 @@ def our_loss(rule: str) -> Loss:
         return pk.pama_loss(
             *(x.logprobs, x.old, x.advantages, x.mask),
             rule=RULES[rule],
-            weights=_equal(n) if rule in (GIVEN, BARE) else None,
+            weights=_equal(n) if EAGER_RULES.get(rule) == "given" else None,
             clip_range=peers.CLIP,
             cu_seqlens=x.cu_seqlens,
             statistics=rule != BARE,

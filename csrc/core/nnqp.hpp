@@ -267,10 +267,11 @@ struct System {
         ldlt::Vector alike[ldlt::kParts] = {};  // how many M_ij are about M_ii: each M_ii is
         const ldlt::Vector one = ldlt::Vector{} + 1.0;
         for (int i = 0; i < n; ++i)
-            for (int j = 0; j < stride; j += ldlt::kLanes) {
-                const ldlt::Vector gap = ldlt::vector_at(row_of(i) + j) - own[i];
-                alike[0] += choose((gap <= tolerance) & (gap >= -tolerance), one, ldlt::Vector{});
-            }
+            for (int tile = 0; tile < stride; tile += ldlt::kStep)
+                for (int p = 0; p < ldlt::kParts; ++p) {
+                    const ldlt::Vector gap = ldlt::vector_at(row_of(i) + tile + p * ldlt::kLanes) - own[i];
+                    alike[p] += choose((gap <= tolerance) & (gap >= -tolerance), one, ldlt::Vector{});
+                }
         if (ldlt::sum_parts(alike) == n) {
             for (int i = 0; i < n; ++i) {
                 group[i] = i;

@@ -147,7 +147,10 @@ inline bool find_supports(Problem& s, Sweeps& all) {
     if (!s.singular()) return false;
     all.weigh(s, kSweepRidge, kOverrelaxation);
     for (int round = 0; round < kRounds; ++round) {
-        round == 0 ? all.sweep<Kind::plain>() : all.sweep<Kind::updates>();
+        if (round == 0)
+            all.sweep<Kind::plain>();
+        else
+            all.sweep<Kind::updates>();
         all.sweep<Kind::splits>();
     }
     return true;

@@ -131,13 +131,13 @@ inline Prefetched prefetched_by(const Pass& pass, const Chunk<float>& chunk, int
     to.row = tokens.width;
     const int64_t last = chunk.padded > kAheadTokens ? chunk.padded - kAheadTokens : 0;
     Prefetched result{};
-    const auto set = [&](int64_t Distances::* to, const Array& array, int64_t token, const void* from) {
+    const auto set = [&](int64_t Distances::* member, const Array& array, int64_t token, const void* from) {
         const Ahead here = ahead(tokens, array, place), there = ahead(tokens, array, next);
         const auto distance = [&](const char* target) {
             return static_cast<int64_t>(reinterpret_cast<intptr_t>(target) - reinterpret_cast<intptr_t>(from));
         };
-        result.own.*to = distance(here.first) + kAheadTokens * token;
-        result.next.*to = distance(there.first) - last * token;
+        result.own.*member = distance(here.first) + kAheadTokens * token;
+        result.next.*member = distance(there.first) - last * token;
     };
     const Array &logp = tokens.logprobs, &old = tokens.old_logprobs ? tokens.old_logprobs : logp;
     const bool half = chunk.half_logp != nullptr;

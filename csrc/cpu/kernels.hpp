@@ -121,7 +121,7 @@ struct Kernels {
                       Partial&, void* scratch);
     // The rows [first, last) of the scalar problem: float32 scores, at most kLaneObjectives of them.
     void (*weights)(const ScoreRows&, const ScalarRule&, int64_t first, int64_t last, void* scratch);
-    int64_t (*min_norm_scratch)(int n);  // bytes, for each of the solvers below
+    int64_t (*solver_scratch)(int n);  // bytes, for each of the solvers below
     // Matrices of the min-norm problem, float or double; `present` (n bytes) may be null.
     Refused (*min_norm)(const Gram& gram, const double* preference, const unsigned char* present, double regularization,
                         int64_t first, int64_t last, void* scratch);

@@ -41,8 +41,8 @@ void row_pass_entry(const Tokens& tokens, const RowPass& pass, int64_t first, in
 }
 
 constexpr Kernels table(const char* name, BatchResult (*upgrad_batch)(const BatchGram&)) {
-    return {name,      scratch_entry, count_entry,      statistics_entry, apply_entry, row_pass_entry, row_statistics,
-            row_apply, weights_rows,  min_norm_scratch, min_norm_rows,    upgrad_rows, upgrad_batch};
+    return {name,      scratch_entry, count_entry,    statistics_entry, apply_entry, row_pass_entry, row_statistics,
+            row_apply, weights_rows,  solver_scratch, min_norm_rows,    upgrad_rows, upgrad_batch};
 }
 
 }  // namespace

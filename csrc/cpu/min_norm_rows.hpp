@@ -7,7 +7,7 @@
 PAMA_BEGIN
 
 // For both solvers: UPGrad needs more.
-inline int64_t min_norm_scratch(int n) {
+inline int64_t solver_scratch(int n) {
     return static_cast<int64_t>(sizeof(double)) * (static_cast<int64_t>(upgrad_workspace(n)) + n);
 }
 

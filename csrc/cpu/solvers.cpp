@@ -10,7 +10,7 @@ namespace {
 template <class Solve>
 int64_t each_matrix(const Gram& gram, int64_t work, int threads, Solve solve) {
     const Kernels& k = kernels();
-    const int64_t bytes = k.min_norm_scratch(gram.n);
+    const int64_t bytes = k.solver_scratch(gram.n);
     const Blocks blocks(gram.rows, gram.rows * work, 1);
     std::vector<Refused> refused(static_cast<size_t>(blocks.count));
     for_each_block(blocks.count, blocks.threads(threads), [&](int64_t block) {
