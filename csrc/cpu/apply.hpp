@@ -137,7 +137,7 @@ inline void apply_row(const Pass& pass, int64_t row, Workspace<T>& w, Partial& p
         load_tile(tokens, at, count, next, need_ref, w.tile, w.arena);
         ++tiles;
         const bool pairs = partial.sums && pass.outputs.pairs;
-        with_fields(tokens, w, at, pairs, [&](const auto& tile) {
+        with_fields(tokens, w, at, false, pairs, [&](const auto& tile) {
             add_fields(tokens, tile, 1.0, sums);
             if (pairs) add_pairs(tokens, tile, omega, partial.sums);
         });

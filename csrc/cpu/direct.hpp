@@ -204,7 +204,7 @@ inline void apply_block(const Pass& pass, int64_t first, int64_t last, Partial& 
         bool finite = false;
         if (partial.sums)
             finite =
-                with_fields(tokens, w, at, pass.outputs.pairs || pass.rule.kind == Kind::scores, [&](const auto& tile) {
+                with_fields(tokens, w, at, pass.rule.kind == Kind::scores, pass.outputs.pairs, [&](const auto& tile) {
                     add_fields(tokens, tile, omega, partial.sums);
                     if (pass.outputs.pairs) add_pairs(tokens, tile, omega, partial.sums);
                 });

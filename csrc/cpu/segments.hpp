@@ -29,6 +29,22 @@ inline Ahead in_pieces(Ahead values, int n, int64_t count) {
     return values;
 }
 
+// For a loop that prefetches nothing: a value that is in the cache.
+inline Ahead nothing_ahead(const void* cached) { return {static_cast<const char*>(cached), 0, 0}; }
+
+// The values of up to four objectives, from `first` on.
+struct Pieces {
+    const char* at[4] = {};
+    int64_t token = 0;
+    Pieces() = default;
+    Pieces(const Ahead& ahead, int64_t first, int64_t n) : token(ahead.token) {
+        for (int k = 0; k < 4; ++k) at[k] = ahead.at(0, first + k < n ? first + k : n - 1);
+    }
+    PAMA_INLINE void prefetch_at(int64_t t) const {
+        for (const char* piece : at) prefetch(piece + t * token);
+    }
+};
+
 // Hands out 64-byte aligned pieces of the scratch memory of one thread.
 struct Arena {
     char* next;

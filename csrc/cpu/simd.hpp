@@ -118,7 +118,7 @@ inline void store(T* to, V x) {
 // Software prefetch for reading and for writing. One cache line is prefetched between two
 // computations, so that the memory access overlaps with them; the hardware prefetcher does not look ahead past the work
 // on one tile.
-inline void prefetch(const void* from) { __builtin_prefetch(from, 0, 2); }
-inline void prefetch_for_writing(const void* to) { __builtin_prefetch(to, 1, 2); }
+PAMA_INLINE void prefetch(const void* from) { __builtin_prefetch(from, 0, 2); }
+PAMA_INLINE void prefetch_for_writing(const void* to) { __builtin_prefetch(to, 1, 2); }
 
 PAMA_END

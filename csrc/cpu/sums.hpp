@@ -2,26 +2,28 @@
 // and in float64 across tiles.
 #pragma once
 
-#include "tile.hpp"
+#include "split.hpp"
 
 PAMA_BEGIN
 
-// The number of objectives whose fields are summed in one pass over a plain tile, limited by the vector registers.
+// The number of objectives whose fields are summed in one pass over a plain tile, limited by the vector registers:
+// twice as many where most of the bound terms are the advantages.
 constexpr int kTogether = PAMA_VECTOR_BYTES == 64 ? 2 : 1;
 
-// Sums the fields of `Count` objectives of a plain tile, except kCount. a, bound: of the first of them; bound receives
-// the bound terms if Bound. Prefetches the next tile.
+// Sums the fields of `Count` objectives over tokens of a plain tile, except kCount; `first` is the first of them.
+// Stores the bound terms if Bound. Prefetches what is `ahead`.
 template <bool Noon, bool Bound, int Count, class V = FloatV>
-inline void plain_sums(const Tile<float>& tile, const float* a, float* bound, int64_t objective, float* sums) {
-    const float *logp = tile.logp, *pos = tile.pos, *neg = tile.neg, *side = tile.side;
-    const Ahead ahead = tile.ahead;
-    const int64_t padded = tile.padded, stride = tile.stride;
+inline void plain_sums(const TokenSet<float>& tokens, const Ahead ahead, int64_t first, float* sums) {
+    const float *a = tokens.advantages + first * tokens.stride, *logp = tokens.logp, *pos = tokens.pos,
+                *neg = tokens.neg, *side = tokens.side;
+    float* const bound = tokens.bound + first * tokens.stride;
+    const int64_t padded = tokens.padded, stride = tokens.stride;
     const V zero{}, one = zero + 1;
     V s[Count][kFields] = {};
     if (padded <= 0) __builtin_unreachable();
     for (int64_t t = 0; t < padded; t += Lanes<float>::count)
         for (int i = 0; i < Count; ++i) {
-            prefetch(ahead.at(t, objective + i));
+            prefetch(ahead.at(t, first + i));
             V(&to)[kFields] = s[i];
             const V raw = load<V>(a + i * stride + t), own = Noon ? max_of(zero, raw) : raw;  // max_of keeps NaN
             const auto positive = raw > zero, kept = !(load<V>(side + t) * own < zero);
@@ -48,23 +50,82 @@ inline void plain_sums(const Tile<float>& tile, const float* a, float* bound, in
     }
 }
 
-template <bool Bound>
-inline void plain_sums(bool noon, const Tile<float>& tile, int64_t n) {
-    for (int64_t i = 0; i < n;) {
-        const bool together = i + kTogether <= n;
-        const auto sum = together ? (noon ? plain_sums<true, Bound, kTogether> : plain_sums<false, Bound, kTogether>)
-                                  : (noon ? plain_sums<true, Bound, 1> : plain_sums<false, Bound, 1>);
-        sum(tile, tile.advantages + i * tile.stride, tile.bound + i * tile.stride, i, tile.fields + i * kFields);
-        i += together ? kTogether : 1;
+// Sums the fields of `Count` objectives over the tokens with a gradient for both signs, without Noon: their bound terms
+// are their advantages. Stores these terms, 0 for the other tokens. The products of the pairs prefetch the next tile.
+template <int Count, class V = FloatV>
+inline void alike_sums(const Tile<float>& tile, int64_t first, float* sums) {
+    const float *a = tile.advantages + first * tile.stride, *logp = tile.logp, *ratio = tile.ratio, *side = tile.side;
+    float* const bound = tile.bound + first * tile.stride;
+    const int64_t padded = tile.padded, stride = tile.stride;
+    const V zero{}, one = zero + 1;
+    V sum[Count] = {}, square[Count] = {}, with_logp[Count] = {}, surrogate[Count] = {}, positive[Count] = {};
+    if (padded <= 0) __builtin_unreachable();
+    for (int64_t t = 0; t < padded; t += Lanes<float>::count) {
+        const V logp_here = load<V>(logp + t), ratio_here = load<V>(ratio + t);
+        const auto here = load<V>(side + t) == zero;
+        for (int i = 0; i < Count; ++i) {
+            const V term = here ? load<V>(a + i * stride + t) : zero;
+            sum[i] += term;
+            square[i] += term * term;
+            with_logp[i] += term * logp_here;
+            surrogate[i] += term * ratio_here;
+            positive[i] = term > zero ? positive[i] + one : positive[i];
+            store(bound + i * stride + t, term);
+        }
+    }
+    V all[5 * Count];
+    float own[5 * Count];
+    for (int i = 0; i < Count; ++i) {
+        const V each[] = {sum[i], square[i], with_logp[i], surrogate[i], positive[i]};
+        for (int k = 0; k < 5; ++k) all[5 * i + k] = each[k];
+    }
+    totals<5 * Count>(all, own);
+    for (int i = 0; i < Count; ++i) {
+        float* const to = sums + i * kFields;
+        to[kBoundSum] = to[kAdvantageSum] = own[5 * i];
+        to[kBoundSquareSum] = to[kAdvantageSquareSum] = own[5 * i + 1];
+        to[kLogprobSum] = own[5 * i + 2];
+        to[kSurrogateSum] = own[5 * i + 3];
+        to[kPositiveCount] = own[5 * i + 4];
+        to[kClippedCount] = 0;
     }
 }
 
-// Sums the fields of one objective, except kCount, over the tile. Prefetches the next tile.
+// Calls sum(constant number of objectives, first of them) for all n.
+template <int Together, class Sum>
+inline void for_objectives(int64_t n, Sum sum) {
+    int64_t i = 0;
+    for (; i + Together <= n; i += Together) sum(std::integral_constant<int, Together>{}, i);
+    for (; i < n; ++i) sum(std::integral_constant<int, 1>{}, i);
+}
+
+template <bool Noon, bool Bound>
+inline void plain_fields(const TokenSet<float>& tokens, const Ahead& ahead, int64_t n, float* fields) {
+    for_objectives<kTogether>(
+        n, [&](auto count, int64_t i) { plain_sums<Noon, Bound, count>(tokens, ahead, i, fields + i * kFields); });
+}
+
+// bound: whether the bound terms are needed.
+inline void plain_fields(bool noon, bool bound, const Tile<float>& tile, const Ahead& ahead, int64_t n) {
+    if (tile.alike == 0) {
+        const auto sum = noon ? (bound ? plain_fields<true, true> : plain_fields<true, false>)
+                              : (bound ? plain_fields<false, true> : plain_fields<false, false>);
+        return sum(tile.clipped, ahead, n, tile.fields);
+    }
+    for_objectives<2 * kTogether>(
+        n, [&](auto count, int64_t i) { alike_sums<count>(tile, i, tile.fields + i * kFields); });
+    if (tile.clipped.padded == 0) return;
+    plain_fields<false, true>(tile.clipped, nothing_ahead(tile.advantages), n, tile.few_fields);
+    for (int64_t k = 0; k < n * kFields; ++k) tile.fields[k] += tile.few_fields[k];
+}
+
+// Sums the fields of one objective, except kCount, over the tile. Prefetches what is `ahead`.
 template <bool Noon, bool Present, class T, class V = typename Lanes<T>::V>
-inline void objective_sums(const Tile<T>& tile, const T* a, const T* present, T* bound, int64_t objective, T* sums) {
+inline void objective_sums(const Tile<T>& tile, const Ahead ahead, int64_t objective, T* sums) {
     const T *logp = tile.logp, *pos = tile.pos, *neg = tile.neg, *grad_pos = tile.grad_pos, *grad_neg = tile.grad_neg,
             *off_pos = tile.off_pos, *off_neg = tile.off_neg;
-    const Ahead ahead = tile.ahead;
+    const T *a = tile.advantages + objective * tile.stride, *present = tile.present + objective * tile.stride;
+    T* const bound = tile.bound + objective * tile.stride;
     const int64_t padded = tile.padded;
     const V zero{}, unit = zero + 1;
     V s[kFields] = {};
@@ -144,20 +205,22 @@ inline bool out_of_range(int64_t n, const float* fields, const Tile<float>& tile
 }
 inline bool out_of_range(int64_t, const double*, const Tile<double>&) { return false; }
 
-// Computes the fields of the tile and, if `bound` or if the tile is not plain, the bound terms I in `tile.bound`.
-// Returns false if the range of T does not suffice.
+// Computes the fields of the tile. bound: the bound terms I of all tokens are needed in `tile.bound`; pairs: those that
+// add_pairs needs. Returns false if the range of T does not suffice.
 template <class T>
-inline bool objective_fields(const Tokens& tokens, bool bound, const Tile<T>& tile) {
+inline bool objective_fields(const Tokens& tokens, bool bound, bool pairs, Tile<T>& tile) {
     const int64_t n = tokens.n;
+    const Ahead ahead = tile.ahead;
+    split_tile(tokens.n, tile.plain && pairs && !bound && !tokens.noon, tile);
     if constexpr (sizeof(T) == sizeof(float))
-        if (tile.plain) (bound ? plain_sums<true> : plain_sums<false>)(tokens.noon, tile, n);
+        if (tile.plain) plain_fields(tokens.noon, bound || pairs, tile, ahead, n);
     for (int64_t i = 0; i < n; ++i) {
         T* const own = tile.fields + i * kFields;
         const T* here = tile.present ? tile.present + i * tile.stride : nullptr;
         if (!tile.plain) {
             const auto sum = tokens.noon ? (here ? objective_sums<true, true, T> : objective_sums<true, false, T>)
                                          : (here ? objective_sums<false, true, T> : objective_sums<false, false, T>);
-            sum(tile, tile.advantages + i * tile.stride, here, tile.bound + i * tile.stride, i, own);
+            sum(tile, ahead, i, own);
         }
         own[kCount] = here ? dot(here, tile.valid, tile.padded) : tile.fields[total_offset(n) + kTokenCount];
     }
@@ -172,97 +235,6 @@ inline void add_fields(const Tokens& tokens, const Tile<T>& tile, double omega, 
         for (int f = 0; f < kFields; ++f) sums[f * n + i] += omega * static_cast<double>(tile.fields[i * kFields + f]);
     for (int64_t k = total_offset(n); k < total_offset(n) + kTotals; ++k)
         sums[k] += omega * static_cast<double>(tile.fields[k]);
-}
-
-constexpr int kPairRows = 4, kPairColumns = PAMA_VECTOR_BYTES == 64 ? 4 : 2;
-constexpr int kOwnPairs = kPairRows * (kPairRows - 1) / 2;
-
-// The sums over the tile of the products of kPairRows rows x and kPairColumns rows y, with all sums in registers.
-template <class T, class V = typename Lanes<T>::V>
-__attribute__((noinline)) void product_block(const T* const* x, const T* const* y, int64_t padded, T* sums) {
-    V s[kPairRows * kPairColumns] = {};
-    if (padded <= 0) __builtin_unreachable();
-    for (int64_t t = 0; t < padded; t += Lanes<T>::count) {
-        V left[kPairRows];
-        for (int i = 0; i < kPairRows; ++i) left[i] = load<V>(x[i] + t);
-        for (int j = 0; j < kPairColumns; ++j)
-            for (int i = 0; i < kPairRows; ++i) s[i * kPairColumns + j] += left[i] * load<V>(y[j] + t);
-    }
-    totals<kPairRows * kPairColumns>(s, sums);
-}
-
-// The same for each pair of rows within a group of kPairRows, for Groups groups of rows.
-template <int Groups, class T, class V = typename Lanes<T>::V>
-__attribute__((noinline)) void own_products(const T* const* x, int64_t padded, T* sums) {
-    V s[Groups * kOwnPairs] = {};
-    if (padded <= 0) __builtin_unreachable();
-    for (int64_t t = 0; t < padded; t += Lanes<T>::count)
-        for (int group = 0, k = 0; group < Groups; ++group) {
-            V row[kPairRows];
-            for (int i = 0; i < kPairRows; ++i) row[i] = load<V>(x[group * kPairRows + i] + t);
-            for (int i = 0; i < kPairRows; ++i)
-                for (int j = i + 1; j < kPairRows; ++j, ++k) s[k] += row[i] * row[j];
-        }
-    totals<Groups * kOwnPairs>(s, sums);
-}
-
-// block (n, n) += omega sum_t x_i y_j. If x is y, only where i < j: the diagonal is the sum `field`, and the driver
-// copies the other triangle.
-template <class T>
-inline void add_products(int64_t n, const Tile<T>& tile, double omega, const T* x, const T* y, int field,
-                         double* block) {
-    const bool symmetric = x == y;
-    const auto row = [&](const T* rows, int64_t i) { return rows + (i < n ? i : n - 1) * tile.stride; };
-    const auto add = [&](int64_t i, int64_t j, T sum) {
-        if (i < n && j < n) block[i * n + j] += omega * static_cast<double>(sum);
-    };
-    if (symmetric) {
-        constexpr int groups = PAMA_VECTOR_BYTES == 64 ? 2 : 1;
-        for (int64_t i = 0; i < n; ++i) add(i, i, tile.fields[i * kFields + field]);
-        for (int64_t first = 0; first < n; first += groups * kPairRows) {
-            const T* rows[groups * kPairRows];
-            T sums[groups * kOwnPairs], *sum = sums;
-            for (int k = 0; k < groups * kPairRows; ++k) rows[k] = row(x, first + k);
-            const bool all = first + kPairRows < n;
-            (all ? own_products<groups, T> : own_products<1, T>)(rows, tile.padded, sums);
-            for (int64_t i = first; i < (all ? first + groups * kPairRows : first + kPairRows); ++i)
-                for (int64_t j = i + 1; (j - first) % kPairRows != 0; ++j) add(i, j, *sum++);
-        }
-    }
-    for (int64_t i = 0; i < n; i += kPairRows)
-        for (int64_t j = symmetric ? i + kPairRows : 0; j < n; j += kPairColumns) {
-            const T *left[kPairRows], *right[kPairColumns];
-            T sums[kPairRows * kPairColumns];
-            for (int k = 0; k < kPairRows; ++k) left[k] = row(x, i + k);
-            for (int k = 0; k < kPairColumns; ++k) right[k] = row(y, j + k);
-            product_block(left, right, tile.padded, sums);
-            if (i + kPairRows <= n && j + kPairColumns <= n) {
-                for (int64_t k = 0; k < kPairRows; ++k)
-                    for (int64_t l = 0; l < kPairColumns; ++l)
-                        block[(i + k) * n + j + l] += omega * static_cast<double>(sums[k * kPairColumns + l]);
-                continue;
-            }
-            for (int k = 0; k < kPairRows * kPairColumns; ++k) add(i + k / kPairColumns, j + k % kPairColumns, sums[k]);
-        }
-}
-
-// Adds the pair statistics of the tile to `sums`.
-template <class T>
-inline void add_pairs(const Tokens& tokens, const Tile<T>& tile, double omega, double* sums) {
-    const int64_t n = tokens.n, padded = tile.padded;
-    const auto add = [&](int pair, const T* x, const T* y, int field = kFields) {
-        add_products(n, tile, omega, x, y, field, sums + pair_offset(n, pair));
-    };
-    add(kBoundProduct, tile.bound, tile.bound, kBoundSquareSum);
-    add(kAdvantageProduct, tile.advantages, tile.advantages, kAdvantageSquareSum);
-    if (!tile.present) return;  // the driver computes the other pair statistics from the fields
-    add(kPairCount, tile.present, tile.present, kCount);
-    add(kPairAdvantage, tile.advantages, tile.present);
-    for (int64_t i = 0; i < n; ++i) {
-        T *PAMA_RESTRICT square = tile.squares + i * tile.stride, *PAMA_RESTRICT a = tile.advantages + i * tile.stride;
-        for (int64_t t = 0; t < padded; ++t) square[t] = a[t] * a[t];
-    }
-    add(kPairAdvantageSquare, tile.squares, tile.present);
 }
 
 PAMA_END

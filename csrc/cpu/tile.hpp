@@ -21,6 +21,13 @@ inline int64_t tile_tokens(int n) {
 // of the cache.
 inline int64_t tile_stride(int n) { return tile_tokens(n) + 16; }
 
+// Some tokens of a plain tile, in whole vectors: advantages and bound terms (n, stride), all else (stride).
+template <class T>
+struct TokenSet {
+    int64_t padded, stride;
+    T *logp, *pos, *neg, *side, *advantages, *bound;
+};
+
 template <class T>
 struct Tile {
     int64_t count, padded;  // tokens; tokens rounded up to whole vectors, with zeros at the end
@@ -37,7 +44,15 @@ struct Tile {
     // where there is a gradient for both signs of the advantage, 1 for positive advantages only, -1 for others only.
     bool plain;
     T* side;
+    // Where a token has a gradient for both signs, its bound terms are its advantages. If only few have not
+    // (split_tile), these are `clipped`, and the sums over the others among the first `alike` (all) serve for both.
+    // Else alike is 0, and all tokens are `clipped`.
+    int64_t alike;
+    TokenSet<T> clipped, few;  // few: memory for kFewTokens
+    T* few_fields;             // (n, kFields)
 };
+
+constexpr int64_t kFewTokens = 64, kFewStride = kFewTokens + 16;
 
 // The factors of the vector of tokens from t on.
 template <class T, class V = typename Lanes<T>::V>
@@ -135,12 +150,21 @@ inline Tile<T> allocate_tile(const Tokens& tokens, Arena& arena) {
     tile.bound = arena.take<T>(tokens.n * stride);
     tile.squares = tile.present ? arena.take<T>(tokens.n * stride) : nullptr;
     tile.fields = arena.take<T>(statistics_size(tokens.n, false));
+    if constexpr (sizeof(T) == sizeof(float)) {
+        T** few[] = {&tile.few.logp, &tile.few.pos, &tile.few.neg, &tile.few.side};
+        for (T** piece : few) *piece = arena.take<T>(kFewStride);
+        for (T** piece : {&tile.few.advantages, &tile.few.bound}) *piece = arena.take<T>(tokens.n * kFewStride);
+        tile.few.stride = kFewStride;
+        tile.few_fields = arena.take<T>(tokens.n * kFields);
+    }
     return tile;
 }
 
 template <class T>
 inline int64_t tile_bytes(int n) {
-    return static_cast<int64_t>(sizeof(T)) * (tile_stride(n) * (4 * n + 16) + statistics_size(n, false)) + 64 * 24;
+    return static_cast<int64_t>(sizeof(T)) *
+               (tile_stride(n) * (4 * n + 16) + 2 * statistics_size(n, false) + kFewStride * (2 * n + 4)) +
+           64 * 30;
 }
 
 // Computes the factors of the tile's tokens and the two totals.

@@ -1,7 +1,7 @@
 // The scratch memory of one thread, and the float64 summation of tiles whose squares are out of the range of float32.
 #pragma once
 
-#include "sums.hpp"
+#include "products.hpp"
 
 PAMA_BEGIN
 
@@ -44,15 +44,15 @@ inline int64_t scratch_size(int n) {
 }
 
 // Calls add(tile) with the fields of w.tile or, if the range of T does not suffice, with those of the same tokens in
-// double. bound: the bound terms are needed. Returns whether the range of T suffices.
+// double. bound, pairs: as in objective_fields. Returns whether the range of T suffices.
 template <class T, class Add>
-inline bool with_fields(const Tokens& tokens, Workspace<T>& w, int64_t first, bool bound, Add add) {
-    if (objective_fields(tokens, bound, w.tile)) {
+inline bool with_fields(const Tokens& tokens, Workspace<T>& w, int64_t first, bool bound, bool pairs, Add add) {
+    if (objective_fields(tokens, bound, pairs, w.tile)) {
         add(w.tile);
         return true;
     }
     load_tile(tokens, first, w.tile.count, first + w.tile.count, false, w.exact, w.arena);
-    objective_fields(tokens, bound, w.exact);
+    objective_fields(tokens, bound, pairs, w.exact);
     add(w.exact);
     return false;
 }
@@ -81,7 +81,7 @@ inline void statistics_block(const Tokens& tokens, const double* omega, bool pai
     Workspace<T> w = allocate<T>(tokens, scratch);
     const auto add = [&](int64_t at, int64_t count, int64_t next, double weight) {
         load_tile(tokens, at, count, next, false, w.tile, w.arena);
-        with_fields(tokens, w, at, pairs, [&](const auto& tile) {
+        with_fields(tokens, w, at, false, pairs, [&](const auto& tile) {
             add_fields(tokens, tile, weight, sums);
             if (pairs) add_pairs(tokens, tile, weight, sums);
         });

@@ -221,3 +221,39 @@ def test_pairs_of_more_sequences_than_one_group(isa: str, n: int, absent: bool) 
             assert torch.equal(one[pairs].isnan(), other[pairs].isnan())
             assert torch.equal(one[pairs].nan_to_num(), other[pairs].nan_to_num())
             assert bool(one[pairs].isnan().any()) is (given is spoiled)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [5, 6, 11, 12, 16, 19])
+def test_tokens_without_a_gradient_for_one_sign_are_few_or_many(isa: str, n: int, dtype: torch.dtype) -> None:
+    """If they are few, all other tokens are summed once for the products of advantages and of bound terms. Their
+    own advantages are a thousand times as large, so that each of them counts."""
+    g = torch.Generator().manual_seed(n)
+    width = 512 if n <= 16 else 256  # one tile
+    advantages = torch.randn(1, width, n, generator=g).to(dtype)
+    old = -torch.rand(1, width, generator=g).to(dtype)
+    mask = torch.rand(1, width, generator=g) < 0.9
+    # clipped for positive advantages, for negative ones, below the dual clip and above it
+    shifts = torch.tensor([0.5, -0.5, 0.5, 1.25])
+    for count in (0, 1, 7, width // 32, width // 32 + 1, width // 8, width // 8 + 1, width):
+        tokens = torch.randperm(width, generator=g)[:count]
+        logprobs = old.clone()
+        logprobs[0, tokens] = (old[0, tokens].float() + shifts[tokens % 4]).to(dtype)
+        scaled = advantages.clone()
+        scaled[0, tokens] *= 1000
+        present = (torch.rand(1, n, generator=g) < 0.7) if count % 2 else None
+        settings: dict[str, Any] = {"clip_range": (0.2, 0.3), "dual_clip": 3.0, "objective_mask": present}
+        found = pk.objective_statistics(logprobs, old, scaled, mask, pairs=True, **settings)
+        exact = reference.objective_statistics(logprobs, old, scaled, mask, **settings)
+        assert found.gram is not None and found.conflict is not None
+        size = exact.gram.diagonal().sqrt()
+        assert ((found.gram - exact.gram).abs() <= 1e-6 * torch.outer(size, size)).all(), count
+        assert torch.allclose(found.conflict, exact.conflict, rtol=0, atol=2e-6), count
+        largest = float(scaled.abs().sum((0, 1)).max()) / width
+        for name in ("scores", "logprob_sum", "surrogate_sum"):
+            a, b = getattr(found, name), getattr(exact, name)
+            per_token = width if name.endswith("sum") else 1
+            assert torch.allclose(a, b, rtol=1e-6, atol=1e-6 * largest * per_token), (name, count)
+        for name in ("positive_count", "clipped_count", "count"):
+            assert torch.equal(found._field(name), getattr(exact, name)), (name, count)
