@@ -68,10 +68,19 @@ KERNELS = (
         r"void \S+::plain_sums<true, true, (2, float __vector\(16\)|1, float __vector\(8\))",
         "most",
     ),
-    ("per token: products between 4 objectives and 4 (AVX2: 2)", r"void \S+::product_block<float", "most"),
+    (
+        "per token: statistics of 4 objectives (AVX2: 2) where bound terms are advantages",
+        r"void \S+::alike_sums<(4, float __vector\(16\)|2, float __vector\(8\))",
+        "most",
+    ),
+    (
+        "per token: products between 4 objectives and 4 (AVX2: 2)",
+        r"void \S+::product_block<true, float",
+        "most",
+    ),
     (
         "per token: products within 2 groups of 4 objectives (AVX2: 1)",
-        r"void \S+::own_products<(2, float, float __vector\(16\)|1, float, float __vector\(8\))",
+        r"void \S+::own_products<true, (2, float, float __vector\(16\)|1, float, float __vector\(8\))",
         "most",
     ),
     (

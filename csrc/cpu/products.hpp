@@ -122,6 +122,23 @@ inline void add_products(const Products<Split, T>& products, double omega, doubl
         }
 }
 
+// Adds the products of bound terms and of advantages of a tile that is split. Returns whether it is.
+inline bool add_split_pairs(const Tile<float>& tile, int64_t n, double omega, double* bound, double* advantages) {
+    if (tile.alike == 0) return false;
+    const TokenSet<float>& few = tile.clipped;
+    const auto squares = [](const float* x, int64_t stride, int64_t padded) {
+        return Rows<float>{x, x, stride, padded};
+    };
+    const Products<true, float> products{
+        n,
+        squares(tile.bound, tile.stride, tile.alike),
+        {squares(few.bound, few.stride, few.padded), squares(few.advantages, few.stride, few.padded)},
+        tile.ahead};
+    add_products(products, omega, {bound, advantages});
+    return true;
+}
+inline bool add_split_pairs(const Tile<double>&, int64_t, double, double*, double*) { return false; }
+
 // Adds the pair statistics of the tile to `sums`.
 template <class T>
 inline void add_pairs(const Tokens& tokens, const Tile<T>& tile, double omega, double* sums) {
@@ -136,16 +153,8 @@ inline void add_pairs(const Tokens& tokens, const Tile<T>& tile, double omega, d
     };
     add_diagonal(kBoundProduct, kBoundSquareSum);
     add_diagonal(kAdvantageProduct, kAdvantageSquareSum);
-    if (tile.alike > 0) {
-        const TokenSet<T>& few = tile.clipped;
-        const auto squares = [](const T* x, int64_t stride, int64_t padded) { return Rows<T>{x, x, stride, padded}; };
-        const Products<true, T> products{
-            n,
-            squares(tile.bound, tile.stride, tile.alike),
-            {squares(few.bound, few.stride, few.padded), squares(few.advantages, few.stride, few.padded)},
-            tile.ahead};
-        add_products(products, omega, {block(kBoundProduct), block(kAdvantageProduct)});
-    } else {
+    const bool split = add_split_pairs(tile, n, omega, block(kBoundProduct), block(kAdvantageProduct));
+    if (!split) {
         add(kBoundProduct, tile.bound, tile.bound);
         add(kAdvantageProduct, tile.advantages, tile.advantages);
     }

@@ -118,6 +118,7 @@ inline void store(T* to, V x) {
 // Software prefetch for reading and for writing. One cache line is prefetched between two
 // computations, so that the memory access overlaps with them; the hardware prefetcher does not look ahead past the work
 // on one tile.
+// Forced inline: GCC removes calls of a function that only prefetches.
 PAMA_INLINE void prefetch(const void* from) { __builtin_prefetch(from, 0, 2); }
 PAMA_INLINE void prefetch_for_writing(const void* to) { __builtin_prefetch(to, 1, 2); }
 
