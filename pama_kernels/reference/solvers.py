@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .least_squares import factored, nearest_non_negative, non_negative_least_squares
+
 MAX_NORM_RATIO = 1024.0
 LEAST_SQUARE = 2.0**-972  # a mean of squares below it counts as underflowed
 
@@ -142,8 +144,8 @@ def pama_weights(
 def _min_norm_problem(m: Tensor, p: Tensor, regularization: float, present: Tensor) -> Solution:
     """minimise 1/2 c'Mc + rho/2 ||c - p||^2 over the simplex, choosing the minimiser nearest to p.
 
-    With rho = 0 a ridge far above rounding stands for the limit rho -> 0. Proximal steps in the units of each
-    objective then remove its bias: the weights are exact for objectives of any scale.
+    With rho = 0 a ridge far above rounding finds a minimiser, and proximal steps in the units of each
+    objective remove its bias: the weights are exact for objectives of any scale. From it follows the nearest.
     """
     if not present.any():
         return Solution(p.clone(), m.new_zeros(()))
@@ -165,6 +167,14 @@ def _min_norm_problem(m: Tensor, p: Tensor, regularization: float, present: Tens
             break
         metric = own * ridge * 10.0 ** min(0, max(6 - step, -6))  # smaller for nearly parallel gradients
         c = _lawson_hanson(kept + torch.diag(metric), metric * c)
+    if regularization == 0:
+        d, _, null = factored(kept)
+        free = torch.linalg.qr(null / d[:, None]).Q  # Mw = 0
+        sums = free.sum(0)
+        if float(sums.norm()) > 1e-10:  # above rounding: of these the w with sum w = 0
+            free = free @ torch.linalg.qr(sums[:, None], mode="complete").Q[:, 1:]
+        c = nearest_non_negative(share, c, free)
+        c = c / c.sum()
     weights[present] = c
     return Solution(weights, (c @ kept @ c * unit).clamp(min=0))
 
@@ -205,7 +215,7 @@ def _lawson_hanson(h: Tensor, q: Tensor) -> Tensor:
                 c = target
                 break
             falling = support & (target <= 0)
-            step = float((c[falling] / (c[falling] - target[falling])).min())
+            step = float((c[falling] / (c[falling] - target[falling]).clamp(min=1e-300)).min())
             c = c + step * (target - c)
             support &= c > 0
             support &= ~(falling & (c <= 1e-300))
@@ -234,51 +244,11 @@ def min_norm_weights(
 # --- UPGrad (Quinton & Rey 2024) ---------------------------------------------------------------------
 
 
-def _non_negative_least_squares(h: Tensor, q: Tensor) -> Tensor:
-    """minimise 1/2 v'Hv - q.v over v >= 0, H positive definite: Lawson & Hanson 1974, one index at a time."""
-    n = len(q)
-    v, support = torch.zeros(n, dtype=h.dtype), torch.zeros(n, dtype=torch.bool)
-    tolerance = 1e-15 * float(h.abs().max()) if n else 0.0
-    for _ in range(10 * n + 10):
-        rise = torch.where(support, -math.inf, q - h @ v)
-        enter = int(rise.argmax())
-        if float(rise[enter]) <= tolerance:
-            return v
-        support[enter] = True
-        while True:
-            index = support.nonzero().squeeze(1)
-            target = torch.zeros_like(v)
-            target[index] = torch.linalg.solve(h[index][:, index], q[index])
-            if len(index) == 0 or float(target[index].min()) > 0:
-                v = target
-                break
-            falling = support & (target <= 0)
-            step = float((v[falling] / (v[falling] - target[falling])).min())
-            v = v + step * (target - v)
-            support &= v > 0
-            support &= ~(falling & (v <= 1e-300))
-            v[~support] = 0.0
-    return v
-
-
-def _projection(h: Tensor, own: Tensor, metric: Tensor) -> Tensor:
-    """minimise 1/2 z'Hz + own.z over z >= 0, choosing the minimiser with the smallest sum of metric z^2."""
-    z = torch.zeros_like(own)
-    for step in range(20):
-        ridge = metric * 10.0 ** -max(9, min(step + 1, 14))  # smaller for nearly parallel gradients
-        z = _non_negative_least_squares(h + torch.diag(ridge), ridge * z - own)
-        gradient, rounding = h @ z + own, 1e-15 * (h.abs() @ z + own.abs())
-        if bool((torch.where(z > 0, gradient.abs(), -gradient) <= rounding).all()):
-            break
-    return z
-
-
 def _upgrad_problem(m: Tensor, p: Tensor, present: Tensor) -> Solution:
     """c = sum_i c^(i), c^(i) = argmin c'Mc over c >= p_i e_i, normalised to sum 1.
 
-    With D = diag(sqrt(M_ii)) and C the cosines, c^(i) = p_i (e_i + d_i D^-1 z), z = argmin 1/2 z'Cz + C_i.z
-    over z >= 0, whatever the scales. If M is singular, c^(i) is the minimiser nearest to p_i e_i: a ridge in
-    the units of c chooses it (ratios of norms are capped), and proximal steps remove its bias.
+    With M = DJ'JD, D = diag(d), c^(i) = p_i (e_i + d_i D^-1 z), z = argmin |J (z + e_i)| over z >= 0, at any
+    scales. If M is singular, c^(i) is the minimiser nearest to p_i e_i (ratios of norms are capped).
     """
     weights = p.clone()
     if not present.any():
@@ -289,16 +259,16 @@ def _upgrad_problem(m: Tensor, p: Tensor, present: Tensor) -> Solution:
     if float(share.sum()) > 0:
         share = share / share.sum()
         weights = torch.zeros_like(p)
-        d = kept.diagonal().clamp(min=0).sqrt()
-        inverse = torch.where(d > 0, 1 / d, 0.0)
-        h = (kept / 2 + kept.T / 2) * inverse[:, None] * inverse
-        total = share.clone()
-        metric = (d.max() * inverse).clamp(max=MAX_NORM_RATIO).square()
-        metric = torch.where(d > 0, metric, 1.0)
-        for i in range(len(share)):
-            if share[i] > 0 and d[i] > 0:
-                z = torch.where(d > 0, _projection(h, h[i], metric), 0.0)
-                total = total + share[i] * d[i] * inverse * z
+        total, live = share.clone(), kept.diagonal() > 0
+        if live.any():
+            d, factor, null = factored(kept[live][:, live])
+            unit = (d.max() / d).clamp(max=MAX_NORM_RATIO)  # of z, in c
+            free = torch.linalg.qr(unit[:, None] * null).Q
+            for own, part, gradient in zip(d, share[live], factor.T, strict=True):
+                if part > 0:
+                    z = non_negative_least_squares(factor, -gradient)
+                    z = nearest_non_negative(torch.zeros_like(z), unit * z, free) / unit
+                    total[live] += part * own / d * z
         weights[present] = total / total.sum()
     c = weights[present]
     return Solution(weights, (c @ kept @ c).clamp(min=0))

@@ -1,10 +1,11 @@
-"""The min-norm problem in rational arithmetic: every support is tried."""
+"""The min-norm problem and UPGrad in rational arithmetic: every support is tried."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any
 
 Rows = list[list[Fraction]]
 
@@ -83,3 +84,34 @@ def nearest(m: Rows, p: list[Fraction], product: list[Fraction], members: list[i
             away = [x - q for x, q in zip(c, p, strict=True)]
             found.append((dot(away, away), c))
     return min(found)[1]
+
+
+def rational_gram(factor: Any) -> Rows:
+    """(N, D) -> (N, N)."""
+    rows = [[Fraction(x) for x in row] for row in factor.tolist()]
+    return [[dot(x, y) for y in rows] for x in rows]
+
+
+def exact_upgrad(m: Rows, p: list[int]) -> list[Fraction]:
+    """The weights: the sum of the minimisers nearest to p_i e_i in the Euclidean norm."""
+    n = len(m)
+    tiny = Fraction(1, 10**30)
+    ridged = [[m[i][j] + tiny * (i == j) for j in range(n)] for i in range(n)]
+    total = [Fraction(x) for x in p]
+    for i in range(n):
+        x = non_negative(ridged, [-m[i][j] for j in range(n)])
+        total = [a + p[i] * b for a, b in zip(total, x, strict=True)]
+    return [x / sum(total) for x in total]
+
+
+def non_negative(h: Rows, q: list[Fraction]) -> list[Fraction]:
+    """minimise 1/2 x'Hx - q.x over x >= 0, H positive definite."""
+    n = len(q)
+    for s in [*supports(list(range(n))), []]:
+        part = rational_solve([[h[i][j] for j in s] for i in s], [q[i] for i in s]) if s else []
+        x = [Fraction(0)] * n
+        for i, value in zip(s, part or [], strict=True):
+            x[i] = value
+        if min(x) >= 0 and all(dot(h[i], x) >= q[i] for i in range(n)):
+            return x
+    raise AssertionError("no support is optimal")

@@ -104,7 +104,7 @@ def test_upgrad_is_the_sum_of_projections_and_linear_under_scaling(n: int) -> No
     total = sum(p[i] * unit[i] / unit[i][:, i, None] for i in range(n))
     assert ((solver.solve(m, preference=p).weights - total / total.sum(-1, keepdim=True)).abs() <= 1e-9).all()
     r = solver.reference(m, preference=p)
-    # the reference's ridge of 1e-13 over eigenvalues from 1e-3 max M_ii on
+    # the residual at which the kernels stop, 1e-13, over eigenvalues from 1e-3 max M_ii on
     assert ((solver.solve(m, preference=p).weights - r.weights).abs() <= 1e-9).all()
 
 

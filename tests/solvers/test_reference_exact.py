@@ -3,19 +3,13 @@ least as exact as any backend, for objectives of any scale and for singular matr
 
 from __future__ import annotations
 
-import itertools
-from fractions import Fraction
-
 import pytest
 import torch
+from rational import exact_upgrad, rational_gram
 from solver_table import NEAREST
-from torch import Tensor
 
 import pama_kernels as pk
 from pama_kernels import reference
-
-Vector = list[Fraction]
-Matrix = list[Vector]
 
 
 @pytest.mark.parametrize(
@@ -47,52 +41,6 @@ def test_min_norm_beside_an_objective_without_a_gradient() -> None:
 # --- singular matrices --------------------------------------------------------------------------------
 
 
-def _solve(h: Matrix, q: Vector) -> Vector:
-    """Gaussian elimination; h is positive definite."""
-    n = len(q)
-    rows = [[*row, value] for row, value in zip(h, q, strict=True)]
-    for i in range(n):
-        for k in range(n):
-            if k != i:
-                factor = rows[k][i] / rows[i][i]
-                rows[k] = [x - factor * y for x, y in zip(rows[k], rows[i], strict=True)]
-    return [rows[i][n] / rows[i][i] for i in range(n)]
-
-
-def _non_negative(h: Matrix, q: Vector) -> Vector:
-    """minimise 1/2 x'Hx - q.x over x >= 0, by trying every support."""
-    n = len(q)
-    for size in range(n + 1):
-        for support in itertools.combinations(range(n), size):
-            part = _solve([[h[i][j] for j in support] for i in support], [q[i] for i in support])
-            x = [Fraction(0)] * n
-            for i, value in zip(support, part, strict=True):
-                x[i] = value
-            gradient = [sum(h[i][j] * x[j] for j in range(n)) - q[i] for i in range(n)]
-            if min(x) >= 0 and min(gradient) >= 0:
-                return x
-    raise AssertionError("no support is optimal")
-
-
-def _gram(advantages: Tensor) -> Matrix:
-    rows = [[Fraction(value) for value in row] for row in advantages.tolist()]
-    n = advantages.shape[1]
-    return [[sum(row[i] * row[j] for row in rows) for j in range(n)] for i in range(n)]  # type: ignore[misc]
-
-
-def _upgrad(advantages: Tensor) -> Tensor:
-    """Exact weights with a uniform preference: the minimisers nearest to p_i e_i."""
-    gram = _gram(advantages)
-    n = len(gram)
-    tiny = Fraction(1, 10**30)
-    ridged = [[gram[i][j] + tiny * (i == j) for j in range(n)] for i in range(n)]
-    total = [Fraction(1)] * n
-    for i in range(n):
-        x = _non_negative(ridged, [-gram[i][j] for j in range(n)])
-        total = [a + b for a, b in zip(total, x, strict=True)]
-    return torch.tensor([float(value / sum(total)) for value in total], dtype=torch.float64)
-
-
 @pytest.mark.parametrize("span", [0.0, 1.0])
 @pytest.mark.parametrize(("rows", "n"), [(1, 3), (2, 3), (2, 4), (3, 5), (2, 5)])
 def test_upgrad_with_fewer_rows_than_objectives(rows: int, n: int, span: float) -> None:
@@ -101,7 +49,7 @@ def test_upgrad_with_fewer_rows_than_objectives(rows: int, n: int, span: float) 
         generator = torch.Generator().manual_seed(seed)
         scales = torch.logspace(0, span, n, dtype=torch.float64)
         advantages = torch.randn(rows, n, generator=generator, dtype=torch.float64) * scales
-        wanted = _upgrad(advantages)
+        wanted = torch.tensor([float(x) for x in exact_upgrad(rational_gram(advantages.T), [1] * n)]).double()
         for solve in (reference.upgrad_weights, pk.upgrad_weights):
             found = solve(advantages.T @ advantages).weights
             torch.testing.assert_close(found, wanted, rtol=0, atol=NEAREST)
