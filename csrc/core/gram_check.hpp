@@ -13,7 +13,7 @@ inline double gram_ridge(int n) {
 }  // noise has a norm of sqrt(n)
 
 template <class T>
-inline bool is_gram(int n, const T* m, std::ptrdiff_t row, std::ptrdiff_t column, double* workspace) {
+PAMA_OUT_OF_LINE inline bool is_gram(int n, const T* m, std::ptrdiff_t row, std::ptrdiff_t column, double* workspace) {
     double largest = 0, poison = 0;
     for (int i = 0; i < n; ++i) {
         const double own = static_cast<double>(m[i * (row + column)]);

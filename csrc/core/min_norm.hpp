@@ -246,6 +246,16 @@ PAMA_HD SolverResult solve_general(const MatrixView<T>& gram, const double* pref
 // Doubles that min_norm_solve needs for n objectives.
 PAMA_HD inline std::size_t min_norm_workspace(int n) { return nnqp::workspace(n); }
 
+// n = 2, all present.
+template <class T>
+PAMA_HD inline SolverResult min_norm_pair(const MatrixView<T>& gram, const double* preference, double regularization,
+                                          double* weights) {
+    const double a = gram(0, 0), b = 0.5 * gram(0, 1) + 0.5 * gram(1, 0), d = gram(1, 1);
+    const double mass = preference ? preference[0] + preference[1] : 0.0;
+    return min_norm::solve_pair(a, b, d, mass != 0.0 ? preference[0] * (1.0 / mass) + 0.0 * mass : 0.5, regularization,
+                                weights, weights + 1);
+}
+
 // gram: (M + M')/2 is solved. preference: n non-negative numbers
 // (normalised over those present; uniform if null or if those sum to 0). present: null, or an array with 0 for each
 // objective that is excluded: its weight is 0 and its entries are ignored, including NaN. Any other NaN or infinity
@@ -257,12 +267,7 @@ PAMA_HD inline SolverResult min_norm_solve(const MatrixView<T>& gram, const doub
                                            const unsigned char* present, double regularization, double* weights,
                                            double* workspace) {
     const int n = gram.n;
-    if (present == nullptr && n == 2) {
-        const double a = gram(0, 0), b = 0.5 * gram(0, 1) + 0.5 * gram(1, 0), d = gram(1, 1);
-        const double mass = preference ? preference[0] + preference[1] : 0.0;
-        return min_norm::solve_pair(a, b, d, mass != 0.0 ? preference[0] * (1.0 / mass) + 0.0 * mass : 0.5,
-                                    regularization, weights, weights + 1);
-    }
+    if (present == nullptr && n == 2) return min_norm_pair(gram, preference, regularization, weights);
     SolverResult result = {0.0, 0.0, SolveStatus::solved, 0};
     if ((present || n <= min_norm::kLargestSmall) &&
         min_norm::solve_one(gram, preference, present, regularization, weights, &result))

@@ -95,6 +95,19 @@ struct BatchResult {
     bool solved;
 };
 
+// The solvers of the rows [first, last) of matrices, float or double; in files of their own (matrices.inl).
+struct MatrixSolvers {
+    int64_t (*scratch_size)(int n);  // bytes, for each of them
+    Refused (*min_norm)(const Gram& gram, const double* preference, double regularization, int64_t first, int64_t last,
+                        void* scratch);
+    Refused (*upgrad)(const Gram& gram, const double* preference, int64_t first, int64_t last, void* scratch);
+};
+
+// Solves a matrix of 3 to 13 objectives if it needs no general solver, for AVX2 and for AVX-512: one matrix fills no
+// vectors. Returns whether it is solved; `passed`: 1 if it needs no is_gram.
+unsigned min_norm_one_avx2(const Gram& gram, const double* preference, double regularization, int64_t row,
+                           unsigned* passed);
+
 // The largest number of objectives for which one row per SIMD lane is solved.
 constexpr int kLaneObjectives = 32;
 
@@ -121,16 +134,13 @@ struct Kernels {
                       Partial&, void* scratch);
     // The rows [first, last) of the scalar problem: float32 scores, at most kLaneObjectives of them.
     void (*weights)(const ScoreRows&, const ScalarRule&, int64_t first, int64_t last, void* scratch);
-    int64_t (*solver_scratch)(int n);  // bytes, for each of the solvers below
-    // Matrices of the min-norm problem, float or double; `present` (n bytes) may be null.
-    Refused (*min_norm)(const Gram& gram, const double* preference, const unsigned char* present, double regularization,
-                        int64_t first, int64_t last, void* scratch);
-    Refused (*upgrad)(const Gram& gram, const double* preference, int64_t first, int64_t last, void* scratch);
+    const MatrixSolvers* matrices;
     // The same bits from every instruction set.
     BatchResult (*upgrad_batch)(const BatchGram& gram);
 };
 
 extern const Kernels kernels_portable, kernels_avx2, kernels_avx512;
+extern const MatrixSolvers matrices_portable, matrices_avx2, matrices_avx512;
 BatchResult upgrad_batch_portable(const BatchGram& gram);
 BatchResult upgrad_batch_avx2(const BatchGram& gram);
 BatchResult upgrad_batch_avx512(const BatchGram& gram);

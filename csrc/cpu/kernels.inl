@@ -1,7 +1,6 @@
 // The kernels of one instruction set; PAMA_ISA names it.
 #include "count.hpp"
 #include "direct.hpp"
-#include "min_norm_rows.hpp"
 #include "row_objectives.hpp"
 #include "score_rows.hpp"
 
@@ -40,9 +39,10 @@ void row_pass_entry(const Tokens& tokens, const RowPass& pass, int64_t first, in
         row_pass<float>(tokens, pass, first, last, head);
 }
 
-constexpr Kernels table(const char* name, BatchResult (*upgrad_batch)(const BatchGram&)) {
-    return {name,      scratch_entry, count_entry,    statistics_entry, apply_entry, row_pass_entry, row_statistics,
-            row_apply, weights_rows,  solver_scratch, min_norm_rows,    upgrad_rows, upgrad_batch};
+constexpr Kernels table(const char* name, const MatrixSolvers& matrices,
+                        BatchResult (*upgrad_batch)(const BatchGram&)) {
+    return {name,           scratch_entry, count_entry,  statistics_entry, apply_entry, row_pass_entry,
+            row_statistics, row_apply,     weights_rows, &matrices,        upgrad_batch};
 }
 
 }  // namespace

@@ -2,5 +2,5 @@
 #include "kernels.inl"
 
 namespace pama {
-const Kernels kernels_portable = portable::table("portable", upgrad_batch_portable);
+const Kernels kernels_portable = portable::table("portable", matrices_portable, upgrad_batch_portable);
 }

@@ -1,5 +1,5 @@
-// Small min-norm problems by core/min_norm_small.hpp, one matrix per SIMD lane (V = DoubleV) or a single one (V =
-// double), with bitwise equal results.
+// Small min-norm problems by core/min_norm_small.hpp, one matrix per SIMD lane (V = DoubleV) or a single one, mostly
+// with V = double, with bitwise equal results.
 #pragma once
 
 #include "../core/gram_check.hpp"
@@ -32,6 +32,16 @@ inline ldlt::Mask<V> solve_lanes(const V* full, V largest, const double* prefere
     return ok & solve_small<V, N>(s, largest, preference, regularization, answer);
 }
 
+// The same for n x n entries. Not inlined: compiled once for matrices of both types.
+template <class V>
+PAMA_OUT_OF_LINE ldlt::Mask<V> solve_lanes(int n, const V* full, V largest, const double* preference,
+                                           double regularization, bool checked, Answer<V>* answer,
+                                           ldlt::Mask<V>* passed) {
+    return nnqp::with_size<kSmallestSmall, kLargestSmall>(n, [&](auto size) {
+        return solve_lanes<V, size>(full, largest, preference, regularization, checked, answer, passed);
+    });
+}
+
 }  // namespace min_norm
 
 // Solves those of the `used` matrices from `first` on that need no general solver. Returns a bit mask of the solved
@@ -57,13 +67,11 @@ inline unsigned min_norm_lanes(const Gram& gram, const double* preference, doubl
             for (int j = 0; j < n; ++j, to += lanes)
                 *to = static_cast<double>(from[i * gram.row + j * gram.column]) * powers[lane];
     }
-    const V* const entries = reinterpret_cast<const V*>(full);
     ldlt::Mask<V> gram_like;
     Answer<V> answer = {reinterpret_cast<V*>(c), V{}, V{}};
-    const ldlt::Mask<V> solved = nnqp::with_size<kSmallestSmall, kLargestSmall>(n, [&](auto size) {
-        return solve_lanes<V, size>(entries, *reinterpret_cast<const V*>(largest), preference, regularization,
-                                    gram.checked, &answer, &gram_like);
-    });
+    const ldlt::Mask<V> solved =
+        solve_lanes<V>(n, reinterpret_cast<const V*>(full), *reinterpret_cast<const V*>(largest), preference,
+                       regularization, gram.checked, &answer, &gram_like);
     *reinterpret_cast<V*>(optimum) = answer.optimum;
     unsigned bits = 0;
     for (int lane = 0; lane < used; ++lane) {
@@ -75,6 +83,19 @@ inline unsigned min_norm_lanes(const Gram& gram, const double* preference, doubl
         static_cast<T*>(gram.optimum)[first + lane] = static_cast<T>(optimum[lane] / powers[lane]);
     }
     return bits;
+}
+
+// The same for a single one.
+inline unsigned min_norm_one(const Gram& gram, const double* preference, double regularization, int64_t row,
+                             unsigned* passed) {
+#if defined(__AVX512F__)
+    return min_norm_one_avx2(gram, preference, regularization, row, passed);
+#else
+    // In vectors of two numbers a single matrix takes no longer, and needs no code of its own.
+    typedef std::conditional<Lanes<double>::count == 2, DoubleV, double>::type One;
+    return gram.wide ? min_norm_lanes<One, double>(gram, preference, regularization, row, 1, passed)
+                     : min_norm_lanes<One, float>(gram, preference, regularization, row, 1, passed);
+#endif
 }
 
 PAMA_END

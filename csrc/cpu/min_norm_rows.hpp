@@ -31,34 +31,33 @@ inline Refused solve_matrices(const Gram& gram, int64_t first, int64_t last, uns
 }
 
 template <class T>
-inline Refused min_norm_rows(const Gram& gram, const double* preference, const unsigned char* present,
-                             double regularization, int64_t first, int64_t last, void* scratch) {
+inline Refused min_norm_rows(const Gram& gram, const double* preference, double regularization, int64_t first,
+                             int64_t last, void* scratch) {
     double* c = static_cast<double*>(scratch);
     double* workspace = c + gram.n;
-    const bool small = !present && min_norm::is_small(gram.n, regularization);
+    const bool small = min_norm::is_small(gram.n, regularization);
     constexpr int lanes = Lanes<double>::count;
     for (int64_t group = first; group < last; group += lanes) {
         const int used = static_cast<int>(last - group < lanes ? last - group : lanes);
         unsigned solved = 0, passed = 0;
         if (small && used > 1)
             solved = min_norm_lanes<DoubleV, T>(gram, preference, regularization, group, used, &passed);
-        if (small && used == 1) solved = min_norm_lanes<double, T>(gram, preference, regularization, group, 1, &passed);
+        if (small && used == 1) solved = min_norm_one(gram, preference, regularization, group, &passed);
         const Refused refused = solve_matrices<T>(
             gram, group, group + used, solved, passed, c, workspace, [&](const T* matrix, double* out) {
                 const MatrixView<T> view = {gram.n, matrix, gram.row, gram.column};
-                return gram.n == 2 && !present
-                           ? min_norm_solve(view, preference, present, regularization, out, workspace)
-                           : min_norm::solve_general(view, preference, present, regularization, out, workspace);
+                return gram.n == 2 ? min_norm_pair(view, preference, regularization, out)
+                                   : min_norm::solve_general(view, preference, nullptr, regularization, out, workspace);
             });
         if (refused) return refused;
     }
     return {};
 }
 
-inline Refused min_norm_rows(const Gram& gram, const double* preference, const unsigned char* present,
-                             double regularization, int64_t first, int64_t last, void* scratch) {
-    return gram.wide ? min_norm_rows<double>(gram, preference, present, regularization, first, last, scratch)
-                     : min_norm_rows<float>(gram, preference, present, regularization, first, last, scratch);
+inline Refused min_norm_rows(const Gram& gram, const double* preference, double regularization, int64_t first,
+                             int64_t last, void* scratch) {
+    return gram.wide ? min_norm_rows<double>(gram, preference, regularization, first, last, scratch)
+                     : min_norm_rows<float>(gram, preference, regularization, first, last, scratch);
 }
 
 template <class T>

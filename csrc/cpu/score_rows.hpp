@@ -100,7 +100,7 @@ __attribute__((noinline)) void weights_pieces(const ScoreRows& rows, const Scala
                                               void* scratch) {
     constexpr int width = Lanes<float>::count;
     constexpr int64_t piece = 16 * width;
-    const int n = rows.n;
+    const int n = N > 0 ? N : rows.n;
     const int64_t row = rows.scores.row, objective = rows.scores.objective;
     auto* work = static_cast<FloatV*>(scratch);
     auto* a = reinterpret_cast<float*>(work + 3 * n);
@@ -131,7 +131,9 @@ inline void weights_rows(const ScoreRows& rows, const ScalarRule& rule, int64_t 
     if (with_constant(rows.n,
                       [&](auto size) { weights_rows<size>(rows, rule, first, last, static_cast<double*>(scratch)); }))
         return;
-    with_lanes_size(rows.n, [&](auto size) { weights_pieces<size>(rows, rule, first, last, scratch); });
+    with_lanes_size(rows.n, [&](auto size) {
+        if constexpr (!is_constant(size)) weights_pieces<size>(rows, rule, first, last, scratch);
+    });
 }
 
 PAMA_END

@@ -215,7 +215,9 @@ inline void columns_to_rows(const float* PAMA_RESTRICT columns, int64_t stride, 
         for (int i = 0; i < N; ++i) rows[t * N + i] = columns[i * stride + t];
 }
 
-// Calls visit(integral constant N) for the sizes that have a transposition in registers; else returns false.
+// The sizes that have a transposition in registers, and a function that calls visit(integral constant N) for them; else
+// it returns false.
+constexpr bool is_constant(int n) { return n == 2 || n == 4 || n == 8 || n == 16; }
 template <class Visit>
 inline bool with_constant(int n, Visit visit) {
     switch (n) {
@@ -262,7 +264,12 @@ inline void rows_to_columns(int n, const float* rows, int64_t row, int64_t objec
 
 inline void columns_to_rows(int n, const float* columns, int64_t stride, int64_t count, float* rows) {
     if (with_constant(n, [&](auto size) { columns_to_rows<size>(columns, stride, count, rows); })) return;
-    for (int64_t t = 0; t < count; ++t)
+    constexpr int64_t together = 4;  // fewer loops, each of which may end with a mispredicted branch
+    int64_t t = 0;
+    for (; t + together <= count; t += together)
+        for (int i = 0; i < n; ++i)
+            for (int64_t k = t; k < t + together; ++k) rows[k * n + i] = columns[i * stride + k];
+    for (; t < count; ++t)
         for (int i = 0; i < n; ++i) rows[t * n + i] = columns[i * stride + t];
 }
 

@@ -26,7 +26,7 @@ double solve(const double* sums, const Rule& rule, const double* preference, int
         throw std::invalid_argument("rule: expected one that is solved for the batch");
     const Preference p(preference, n);
     const Kernels& k = kernels();
-    const int64_t solver = rule.kind == Kind::upgrad ? k.solver_scratch(n) : 0;  // its vectors may be longer
+    const int64_t solver = rule.kind == Kind::upgrad ? k.matrices->scratch_size(n) : 0;  // its vectors may be longer
     const int64_t bytes = 8 * static_cast<int64_t>(batch_workspace(n, rule.kind));
     auto* const work = static_cast<double*>(scratch(bytes + solver));
     const auto upgrad = [&](const MatrixView<double>& gram, const double* given, const unsigned char* present,

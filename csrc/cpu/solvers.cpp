@@ -10,7 +10,7 @@ namespace {
 template <class Solve>
 int64_t each_matrix(const Gram& gram, int64_t work, int threads, Solve solve) {
     const Kernels& k = kernels();
-    const int64_t bytes = k.solver_scratch(gram.n);
+    const int64_t bytes = k.matrices->scratch_size(gram.n);
     const Blocks blocks(gram.rows, gram.rows * work, 1);
     std::vector<Refused> refused(static_cast<size_t>(blocks.count));
     for_each_block(blocks.count, blocks.threads(threads), [&](int64_t block) {
@@ -29,14 +29,14 @@ int64_t each_matrix(const Gram& gram, int64_t work, int threads, Solve solve) {
 int64_t min_norm(const Gram& gram, const double* preference, double regularization, int threads) {
     const int64_t work = static_cast<int64_t>(gram.n) * gram.n;
     return each_matrix(gram, work, threads, [&](const Kernels& k, int64_t first, int64_t last, void* scratch) {
-        return k.min_norm(gram, preference, nullptr, regularization, first, last, scratch);
+        return k.matrices->min_norm(gram, preference, regularization, first, last, scratch);
     });
 }
 
 int64_t upgrad(const Gram& gram, const double* preference, int threads) {
     const int64_t work = static_cast<int64_t>(gram.n) * gram.n * gram.n;  // UPGrad solves n problems per matrix
     return each_matrix(gram, work, threads, [&](const Kernels& k, int64_t first, int64_t last, void* scratch) {
-        return k.upgrad(gram, preference, first, last, scratch);
+        return k.matrices->upgrad(gram, preference, first, last, scratch);
     });
 }
 

@@ -69,26 +69,28 @@ inline void convert(const S* PAMA_RESTRICT source, int64_t stride, int64_t count
     }
 }
 
-// count values from element `offset` on, as T; for masks (`truth`) 1 where not zero.
+// count values from element `offset` on, as T; for masks (`truth`) 1 where not zero. unsigned char: masks only.
 template <class T>
 inline void load_values(const Array& array, int64_t offset, int64_t stride, int64_t count, bool truth, T* target) {
     if (truth)
         return with_bits(array, [&](auto* data, auto bits) {
             convert(data + offset, stride, count, target, [bits](auto x) { return static_cast<T>((x & bits) != 0); });
         });
-    with_format(array.dtype, [&](auto format) {
-        typedef decltype(format) Format;
-        const auto* from = static_cast<const typename Format::Stored*>(array.data) + offset;
-        int64_t t = 0;
-        if constexpr (sizeof(T) == 4 && sizeof *from == 2)
-            for (; stride == 1 && t + Lanes<float>::count <= count; t += Lanes<float>::count)
-                store(target + t, load_floats(format, from + t));
-        if constexpr (sizeof(T) == 8 && sizeof *from == 2)
-            for (; stride == 1 && t + Lanes<double>::count <= count; t += Lanes<double>::count)
-                store(target + t, load_doubles(format, from + t));
-        if (t < count)
-            convert(from + t, stride, count - t, target + t, [](auto x) { return static_cast<T>(Format::read(x)); });
-    });
+    if constexpr (sizeof(T) >= sizeof(float))
+        with_format(array.dtype, [&](auto format) {
+            typedef decltype(format) Format;
+            const auto* from = static_cast<const typename Format::Stored*>(array.data) + offset;
+            int64_t t = 0;
+            if constexpr (sizeof(T) == 4 && sizeof *from == 2)
+                for (; stride == 1 && t + Lanes<float>::count <= count; t += Lanes<float>::count)
+                    store(target + t, load_floats(format, from + t));
+            if constexpr (sizeof(T) == 8 && sizeof *from == 2)
+                for (; stride == 1 && t + Lanes<double>::count <= count; t += Lanes<double>::count)
+                    store(target + t, load_doubles(format, from + t));
+            if (t < count)
+                convert(from + t, stride, count - t, target + t,
+                        [](auto x) { return static_cast<T>(Format::read(x)); });
+        });
 }
 
 template <class Format, class T>
