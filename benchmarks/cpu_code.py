@@ -70,7 +70,7 @@ KERNELS = (
     ),
     (
         "per token: statistics of 4 objectives (AVX2: 2) where bound terms are advantages",
-        r"void \S+::alike_sums<(4, float __vector\(16\)|2, float __vector\(8\))",
+        r"void \S+::unclipped_sums<(4, float __vector\(16\)|2, float __vector\(8\))",
         "most",
     ),
     (
@@ -96,7 +96,7 @@ KERNELS = (
 )
 ARITHMETIC = re.compile(r"vf?n?m?(?:add|sub|mul|madd|msub|nmadd|min|max)\w*ps")
 PERMUTES = re.compile(r"v(?:perm|shuf|unpck)")
-JUMP = re.compile(r"j\w+\s+([0-9a-f]+)")
+JUMP = re.compile(r"j(?!mp)\w+\s+([0-9a-f]+)")  # a loop ends with a condition
 
 
 class Instruction(NamedTuple):

@@ -16,7 +16,9 @@ struct Rows {
 };
 
 // The products of the rows of one tile. Split: the sums over `rows`, during which the next tile is prefetched, are a
-// part of two sums; the other parts are those over own[0] and own[1].
+// part of two sums; the other parts are those over own[0] and own[1]. The terms are added in the order of
+// unclipped_sums: the products of equal rows are then equal to their squares, so that equal objectives get equal
+// weights.
 template <bool Split, class T>
 struct Products {
     static constexpr int results = Split ? 2 : 1;
@@ -27,10 +29,11 @@ struct Products {
     // sums (results, Size): add(rows, s) adds the products over these rows to s.
     template <int Size, class Add, class V = typename Lanes<T>::V>
     PAMA_INLINE void sum(T* sums, Add add) const {
-        V first[Size] = {};
         if (rows.padded <= 0) __builtin_unreachable();
+        V first[Size] = {};
         add(rows, first);
         for (int k = 0; k < results; ++k) {
+            if (k > 0 && own[k].padded == 0) return (void)memcpy(sums + Size, sums, Size * sizeof(T));
             V s[Size];
             for (int l = 0; l < Size; ++l) s[l] = first[l];
             if constexpr (Split) add(own[k], s);
@@ -44,7 +47,7 @@ template <bool Split, class T, class V = typename Lanes<T>::V>
 __attribute__((noinline)) void product_block(const Products<Split, T>& products, const Pieces& ahead, int64_t i,
                                              int64_t j, T* sums) {
     const int64_t n = products.n;
-    products.template sum<kBlockPairs>(sums, [&](const Rows<T>& rows, V* s) {
+    products.template sum<kBlockPairs>(sums, [&](const Rows<T>& rows, V* s) PAMA_INLINE_LAMBDA {
         const T *x[kPairRows], *y[kPairColumns];
         for (int k = 0; k < kPairRows; ++k) x[k] = rows.x + (i + k < n ? i + k : n - 1) * rows.stride;
         for (int k = 0; k < kPairColumns; ++k) y[k] = rows.y + (j + k < n ? j + k : n - 1) * rows.stride;
@@ -63,7 +66,7 @@ template <bool Split, int Groups, class T, class V = typename Lanes<T>::V>
 __attribute__((noinline)) void own_products(const Products<Split, T>& products, const Pieces& ahead, int64_t i,
                                             T* sums) {
     const int64_t n = products.n;
-    products.template sum<Groups * kOwnPairs>(sums, [&](const Rows<T>& rows, V* s) {
+    products.template sum<Groups * kOwnPairs>(sums, [&](const Rows<T>& rows, V* s) PAMA_INLINE_LAMBDA {
         const T* x[Groups * kPairRows];
         for (int k = 0; k < Groups * kPairRows; ++k) x[k] = rows.x + (i + k < n ? i + k : n - 1) * rows.stride;
         for (int64_t t = 0; t < rows.padded; t += Lanes<T>::count) {
@@ -124,16 +127,16 @@ inline void add_products(const Products<Split, T>& products, double omega, doubl
 
 // Adds the products of bound terms and of advantages of a tile that is split. Returns whether it is.
 inline bool add_split_pairs(const Tile<float>& tile, int64_t n, double omega, double* bound, double* advantages) {
-    if (tile.alike == 0) return false;
-    const TokenSet<float>& few = tile.clipped;
+    if (!tile.split) return false;
+    const TokenSet<float>& clipped = tile.clipped;
     const auto squares = [](const float* x, int64_t stride, int64_t padded) {
         return Rows<float>{x, x, stride, padded};
     };
-    const Products<true, float> products{
-        n,
-        squares(tile.bound, tile.stride, tile.alike),
-        {squares(few.bound, few.stride, few.padded), squares(few.advantages, few.stride, few.padded)},
-        tile.ahead};
+    const Products<true, float> products{n,
+                                         squares(tile.bound, tile.stride, tile.padded),
+                                         {squares(clipped.bound, clipped.stride, clipped.padded),
+                                          squares(clipped.advantages, clipped.stride, clipped.padded)},
+                                         tile.ahead};
     add_products(products, omega, {bound, advantages});
     return true;
 }

@@ -32,15 +32,19 @@ inline Ahead in_pieces(Ahead values, int n, int64_t count) {
 // For a loop that prefetches nothing: a value that is in the cache.
 inline Ahead nothing_ahead(const void* cached) { return {static_cast<const char*>(cached), 0, 0}; }
 
-// The values of up to four objectives, from `first` on.
+// The values of up to `count` objectives, from `first` on, for a loop over vectors of tokens. A vector of float32 is
+// one cache line with AVX-512, at most half of one otherwise: two pieces then take turns.
 struct Pieces {
-    const char* at[4] = {};
+    static constexpr bool turns = PAMA_VECTOR_BYTES < 64;
+    static constexpr int count = turns ? 2 : 4;
+    const char* at[count] = {};
     int64_t token = 0;
     Pieces() = default;
     Pieces(const Ahead& ahead, int64_t first, int64_t n) : token(ahead.token) {
-        for (int k = 0; k < 4; ++k) at[k] = ahead.at(0, first + k < n ? first + k : n - 1);
+        for (int k = 0; k < count; ++k) at[k] = ahead.at(0, first + k < n ? first + k : n - 1);
     }
     PAMA_INLINE void prefetch_at(int64_t t) const {
+        if constexpr (turns) return prefetch(at[t / Lanes<float>::count % count] + t * token);
         for (const char* piece : at) prefetch(piece + t * token);
     }
 };

@@ -23,6 +23,7 @@
 
 // Forces inlining: vectors stay in registers only within one function.
 #define PAMA_INLINE inline __attribute__((always_inline))
+#define PAMA_INLINE_LAMBDA __attribute__((always_inline))  // after the parameters
 
 PAMA_BEGIN
 

@@ -27,37 +27,35 @@ inline int64_t append_where(Mask here, int64_t t, int* list, int64_t count) {
 }
 
 // The largest number of tokens to copy: with more, or with fewer objectives, the copies cost as much as they save.
-inline int64_t few_tokens(int n, int64_t padded) { return n < 6 ? 0 : padded / (n < 12 ? 32 : 8); }
+inline int64_t most_clipped(int n, int64_t padded) { return n < 6 ? 0 : padded / (n < 12 ? 32 : 8); }
 
-// split: whether the sums over the tokens with a gradient for both signs may serve for advantages and bound terms. If
-// so, and if the others are few, copies them to tile.few.
+// If the tokens without a gradient for both signs are few, copies them to tile.clipped. wanted: the caller has a use
+// for this.
 template <class T>
-inline void split_tile(int n, [[maybe_unused]] bool split, Tile<T>& tile) {
-    tile.alike = 0;
-    tile.clipped = {tile.padded, tile.stride, tile.logp, tile.pos, tile.neg, tile.side, tile.advantages, tile.bound};
+inline void split_tile(int n, [[maybe_unused]] bool wanted, Tile<T>& tile) {
+    tile.split = false;
     if constexpr (sizeof(T) == sizeof(float)) {
         constexpr int64_t width = Lanes<float>::count;
-        const int64_t most = few_tokens(n, tile.padded);
-        if (!split || most == 0) return;
-        int list[kFewTokens + width];
+        const int64_t most = most_clipped(n, tile.padded);
+        if (!wanted || most == 0) return;
+        int list[kMostClipped + width];
         int64_t count = 0;
         for (int64_t t = 0; t < tile.padded; t += width) {
             count = append_where(load<FloatV>(tile.side + t) != 0.0f, t, list, count);
             if (count > most) return;
         }
-        TokenSet<float>& few = tile.few;
-        few.padded = (count + width - 1) / width * width;
+        TokenSet<float>& clipped = tile.clipped;
+        clipped.padded = (count + width - 1) / width * width;
         const auto copy = [&](const float* from, float* to) {
             for (int64_t k = 0; k < count; ++k) to[k] = from[list[k]];
-            for (int64_t k = count; k < few.padded; ++k) to[k] = 0;
+            for (int64_t k = count; k < clipped.padded; ++k) to[k] = 0;
         };
-        copy(tile.logp, few.logp);
-        copy(tile.pos, few.pos);
-        copy(tile.neg, few.neg);
-        copy(tile.side, few.side);
-        for (int i = 0; i < n; ++i) copy(tile.advantages + i * tile.stride, few.advantages + i * few.stride);
-        tile.alike = tile.padded;
-        tile.clipped = few;
+        copy(tile.logp, clipped.logp);
+        copy(tile.pos, clipped.pos);
+        copy(tile.neg, clipped.neg);
+        copy(tile.side, clipped.side);
+        for (int i = 0; i < n; ++i) copy(tile.advantages + i * tile.stride, clipped.advantages + i * clipped.stride);
+        tile.split = true;
     }
 }
 

@@ -7,7 +7,7 @@
 PAMA_BEGIN
 
 // The number of objectives whose fields are summed in one pass over a plain tile, limited by the vector registers:
-// twice as many where most of the bound terms are the advantages.
+// twice as many where the bound terms are the advantages (unclipped_sums).
 constexpr int kTogether = PAMA_VECTOR_BYTES == 64 ? 2 : 1;
 
 // Sums the fields of `Count` objectives over tokens of a plain tile, except kCount; `first` is the first of them.
@@ -50,10 +50,11 @@ inline void plain_sums(const TokenSet<float>& tokens, const Ahead ahead, int64_t
     }
 }
 
-// Sums the fields of `Count` objectives over the tokens with a gradient for both signs, without Noon: their bound terms
-// are their advantages. Stores these terms, 0 for the other tokens. The products of the pairs prefetch the next tile.
+// Adds to the fields of `Count` objectives, which are the sums over tile.clipped, those over the other tokens, without
+// Noon: their bound terms are their advantages. Stores these terms, 0 for the clipped tokens. The products of the pairs
+// prefetch the next tile. Squares are added in the order of those products (Products::sum).
 template <int Count, class V = FloatV>
-inline void alike_sums(const Tile<float>& tile, int64_t first, float* sums) {
+inline void unclipped_sums(const Tile<float>& tile, int64_t first, float* sums) {
     const float *a = tile.advantages + first * tile.stride, *logp = tile.logp, *ratio = tile.ratio, *side = tile.side;
     float* const bound = tile.bound + first * tile.stride;
     const int64_t padded = tile.padded, stride = tile.stride;
@@ -73,21 +74,30 @@ inline void alike_sums(const Tile<float>& tile, int64_t first, float* sums) {
             store(bound + i * stride + t, term);
         }
     }
-    V all[5 * Count];
-    float own[5 * Count];
+    const TokenSet<float>& clipped = tile.clipped;
+    V all[6 * Count];
+    float own[6 * Count];
     for (int i = 0; i < Count; ++i) {
-        const V each[] = {sum[i], square[i], with_logp[i], surrogate[i], positive[i]};
-        for (int k = 0; k < 5; ++k) all[5 * i + k] = each[k];
+        V bound_square = square[i], advantage_square = square[i];
+        for (int64_t t = 0, at = (first + i) * clipped.stride; t < clipped.padded; t += Lanes<float>::count) {
+            const V term = load<V>(clipped.bound + at + t), raw = load<V>(clipped.advantages + at + t);
+            bound_square += term * term;
+            advantage_square += raw * raw;
+        }
+        const V each[] = {sum[i], with_logp[i], surrogate[i], positive[i], bound_square, advantage_square};
+        for (int k = 0; k < 6; ++k) all[6 * i + k] = each[k];
     }
-    totals<5 * Count>(all, own);
+    totals<6 * Count>(all, own);
     for (int i = 0; i < Count; ++i) {
+        const float* const from = own + 6 * i;
         float* const to = sums + i * kFields;
-        to[kBoundSum] = to[kAdvantageSum] = own[5 * i];
-        to[kBoundSquareSum] = to[kAdvantageSquareSum] = own[5 * i + 1];
-        to[kLogprobSum] = own[5 * i + 2];
-        to[kSurrogateSum] = own[5 * i + 3];
-        to[kPositiveCount] = own[5 * i + 4];
-        to[kClippedCount] = 0;
+        to[kBoundSum] += from[0];
+        to[kAdvantageSum] += from[0];
+        to[kLogprobSum] += from[1];
+        to[kSurrogateSum] += from[2];
+        to[kPositiveCount] += from[3];
+        to[kBoundSquareSum] = from[4];
+        to[kAdvantageSquareSum] = from[5];
     }
 }
 
@@ -107,16 +117,18 @@ inline void plain_fields(const TokenSet<float>& tokens, const Ahead& ahead, int6
 
 // bound: whether the bound terms are needed.
 inline void plain_fields(bool noon, bool bound, const Tile<float>& tile, const Ahead& ahead, int64_t n) {
-    if (tile.alike == 0) {
+    if (!tile.split) {
         const auto sum = noon ? (bound ? plain_fields<true, true> : plain_fields<true, false>)
                               : (bound ? plain_fields<false, true> : plain_fields<false, false>);
-        return sum(tile.clipped, ahead, n, tile.fields);
+        return sum({tile.padded, tile.stride, tile.logp, tile.pos, tile.neg, tile.side, tile.advantages, tile.bound},
+                   ahead, n, tile.fields);
     }
+    if (tile.clipped.padded > 0)
+        plain_fields<false, true>(tile.clipped, nothing_ahead(tile.advantages), n, tile.fields);
+    else
+        memset(tile.fields, 0, static_cast<size_t>(n * kFields) * sizeof(float));
     for_objectives<2 * kTogether>(
-        n, [&](auto count, int64_t i) { alike_sums<count>(tile, i, tile.fields + i * kFields); });
-    if (tile.clipped.padded == 0) return;
-    plain_fields<false, true>(tile.clipped, nothing_ahead(tile.advantages), n, tile.few_fields);
-    for (int64_t k = 0; k < n * kFields; ++k) tile.fields[k] += tile.few_fields[k];
+        n, [&](auto count, int64_t i) { unclipped_sums<count>(tile, i, tile.fields + i * kFields); });
 }
 
 // Sums the fields of one objective, except kCount, over the tile. Prefetches what is `ahead`.

@@ -44,15 +44,13 @@ struct Tile {
     // where there is a gradient for both signs of the advantage, 1 for positive advantages only, -1 for others only.
     bool plain;
     T* side;
-    // Where a token has a gradient for both signs, its bound terms are its advantages. If only few have not
-    // (split_tile), these are `clipped`, and the sums over the others among the first `alike` (all) serve for both.
-    // Else alike is 0, and all tokens are `clipped`.
-    int64_t alike;
-    TokenSet<T> clipped, few;  // few: memory for kFewTokens
-    T* few_fields;             // (n, kFields)
+    // Where a token has a gradient for both signs, its bound terms are its advantages. If the tile is split
+    // (split_tile), `clipped` contains copies of the other tokens, and one sum over the former serves for both.
+    bool split;
+    TokenSet<T> clipped;  // memory for kMostClipped tokens
 };
 
-constexpr int64_t kFewTokens = 64, kFewStride = kFewTokens + 16;
+constexpr int64_t kMostClipped = 64, kClippedStride = kMostClipped + 16;
 
 // The factors of the vector of tokens from t on.
 template <class T, class V = typename Lanes<T>::V>
@@ -151,11 +149,12 @@ inline Tile<T> allocate_tile(const Tokens& tokens, Arena& arena) {
     tile.squares = tile.present ? arena.take<T>(tokens.n * stride) : nullptr;
     tile.fields = arena.take<T>(statistics_size(tokens.n, false));
     if constexpr (sizeof(T) == sizeof(float)) {
-        T** few[] = {&tile.few.logp, &tile.few.pos, &tile.few.neg, &tile.few.side};
-        for (T** piece : few) *piece = arena.take<T>(kFewStride);
-        for (T** piece : {&tile.few.advantages, &tile.few.bound}) *piece = arena.take<T>(tokens.n * kFewStride);
-        tile.few.stride = kFewStride;
-        tile.few_fields = arena.take<T>(tokens.n * kFields);
+        TokenSet<T>& clipped = tile.clipped;
+        clipped.stride = kClippedStride;
+        T** of_tokens[] = {&clipped.logp, &clipped.pos, &clipped.neg, &clipped.side};
+        for (T** piece : of_tokens) *piece = arena.take<T>(kClippedStride);
+        clipped.advantages = arena.take<T>(tokens.n * kClippedStride);
+        clipped.bound = arena.take<T>(tokens.n * kClippedStride);
     }
     return tile;
 }
@@ -163,7 +162,7 @@ inline Tile<T> allocate_tile(const Tokens& tokens, Arena& arena) {
 template <class T>
 inline int64_t tile_bytes(int n) {
     return static_cast<int64_t>(sizeof(T)) *
-               (tile_stride(n) * (4 * n + 16) + 2 * statistics_size(n, false) + kFewStride * (2 * n + 4)) +
+               (tile_stride(n) * (4 * n + 16) + statistics_size(n, false) + kClippedStride * (2 * n + 4)) +
            64 * 30;
 }
 

@@ -227,8 +227,8 @@ def test_pairs_of_more_sequences_than_one_group(isa: str, n: int, absent: bool) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n", [5, 6, 11, 12, 16, 19])
 def test_tokens_without_a_gradient_for_one_sign_are_few_or_many(isa: str, n: int, dtype: torch.dtype) -> None:
-    """If they are few, all other tokens are summed once for the products of advantages and of bound terms. Their
-    own advantages are a thousand times as large, so that each of them counts."""
+    """If they are few, all other tokens are summed once for the products of advantages and of bound terms.
+    Their own advantages are a thousand times as large, so that each of them counts."""
     g = torch.Generator().manual_seed(n)
     width = 512 if n <= 16 else 256  # one tile
     advantages = torch.randn(1, width, n, generator=g).to(dtype)
@@ -246,7 +246,8 @@ def test_tokens_without_a_gradient_for_one_sign_are_few_or_many(isa: str, n: int
         settings: dict[str, Any] = {"clip_range": (0.2, 0.3), "dual_clip": 3.0, "objective_mask": present}
         found = pk.objective_statistics(logprobs, old, scaled, mask, pairs=True, **settings)
         exact = reference.objective_statistics(logprobs, old, scaled, mask, **settings)
-        assert found.gram is not None and found.conflict is not None
+        assert found.gram is not None
+        assert found.conflict is not None
         size = exact.gram.diagonal().sqrt()
         assert ((found.gram - exact.gram).abs() <= 1e-6 * torch.outer(size, size)).all(), count
         assert torch.allclose(found.conflict, exact.conflict, rtol=0, atol=2e-6), count
@@ -257,3 +258,25 @@ def test_tokens_without_a_gradient_for_one_sign_are_few_or_many(isa: str, n: int
             assert torch.allclose(a, b, rtol=1e-6, atol=1e-6 * largest * per_token), (name, count)
         for name in ("positive_count", "clipped_count", "count"):
             assert torch.equal(found._field(name), getattr(exact, name)), (name, count)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("clipped", [0, 10])
+@pytest.mark.parametrize("n", [6, 8, 13, 16])
+def test_equal_objectives_get_equal_weights(isa: str, n: int, clipped: int) -> None:
+    """Their products are equal to their squares, to the last bit: without regularization the weights of a
+    singular matrix would follow its rounding."""
+    g = torch.Generator().manual_seed(n)
+    advantages = torch.randn(1, 512, n, generator=g)
+    advantages[..., -1] = advantages[..., 0]
+    advantages[..., -2] = advantages[..., 3]
+    old = -torch.rand(1, 512, generator=g)
+    logprobs = old + 0.1 * torch.rand(1, 512, generator=g)
+    logprobs[0, torch.randperm(512, generator=g)[:clipped]] += 0.6
+    gram = pk.objective_statistics(logprobs, old, advantages, pairs=True).gram
+    assert gram is not None
+    for rule in (pk.Pama(regularization=0.0), pk.UPGrad()):
+        weights = pk.pama_loss(logprobs, old, advantages, rule=rule).weights
+        for one, other in ((0, n - 1), (3, n - 2)):
+            assert gram[one, other] == gram[one, one] == gram[other, other]
+            assert abs(float(weights[one] - weights[other])) < 1e-6, rule  # what the solvers promise
