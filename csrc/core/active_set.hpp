@@ -69,6 +69,8 @@ PAMA_HD inline ldlt::Mask<V> exchange(Searched& s, int unknowns, ldlt::Mask<V> a
 //   residual_of_product()  of `point`, without the proximal term; `product`: My of the accepted y
 //   residual_of_point()    the same, of any `point`
 //   convex() const  whether the problem itself is strictly convex, so that the minimiser is unique
+//   flat() const    whether the residual of `point` says little about its distance from the minimiser: then the bias of
+//                   the first proximal step is removed although its residual is small
 //   kSearches       whether proximal steps take step 2
 //   kKeepsSupport   whether the first proximal step begins with the support on which steps 1 or 3 ended
 //   refine()        after the first proximal step: takes the second one with the support and the factor of the first.
@@ -312,7 +314,7 @@ struct ActiveSet : System {
     PAMA_HD bool stepped(bool solved) {
         solved ? self().accept() : self().fall_back();
         residual = self().residual_of_product();
-        if (residual <= certified) return false;
+        if (residual <= certified && (!solved || steps > 0 || !self().flat())) return false;
         if (solved && steps == 0 && self().refine()) {
             const double refined = self().residual_of_product();
             if (refined <= certified) {

@@ -25,6 +25,8 @@ struct Problem : nnqp::ActiveSet<Problem> {
     double smallest = 0.0;  // min_i M_ii
 
     PAMA_HD bool convex() const { return weight >= nnqp::kRidge; }
+    // At an optimum of 0 the gap is quadratic in the error of the weights.
+    PAMA_HD bool flat() const { return optimum < kFlat && weight == 0.0; }
 
     PAMA_HD bool same(int i, int k) const {
         const double *const first = row_of(i), *const second = row_of(k);

@@ -12,6 +12,7 @@ namespace min_norm {
 
 constexpr double kSmallestSigma = 1e-290;
 constexpr double kProximalSigma = 1e-2;  // keeps H regular along c where c'Mc = 0
+constexpr double kFlat = 1e-6;           // an optimum of this size beside entries of 1 is flat
 constexpr double kNegligible = 1e-15;    // a weight below 0 by less is rounding
 constexpr double kRounding = 1e-13;      // of the sum of the weights
 constexpr int kSmallestSmall = 3;

@@ -63,6 +63,7 @@ struct Problem : nnqp::ActiveSet<Problem> {
     }
 
     PAMA_HD bool convex() const { return false; }
+    PAMA_HD bool flat() const { return false; }
     PAMA_HD bool refine() { return false; }
     PAMA_HD double proximal(int j) const { return ridge * centre[j]; }
 
