@@ -39,6 +39,21 @@ def test_bits_do_not_depend_on_batch_or_threads(
         torch.set_num_threads(threads)
 
 
+@pytest.mark.cpu
+@every_case
+@both_dtypes
+def test_a_problem_alone_has_the_same_bits_under_every_instruction_set(
+    solver: Solver, options: dict[str, Any], dtype: torch.dtype, isa: str
+) -> None:
+    """A single matrix is not solved by the code for several ones, with AVX-512 by that for AVX2."""
+    for n in range(2, 15):
+        x = mixed(solver, 40, n, dtype)
+        whole = solver.solve(x, preference=skewed(n), **options)
+        for i in range(len(x)):
+            alone = solver.solve(x[i], preference=skewed(n), **options)
+            assert_bits(alone, (whole.weights[i], whole.optimum[i]))
+
+
 @every_case
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 9])
 @both_dtypes
